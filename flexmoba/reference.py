@@ -72,8 +72,7 @@ def reference_selection(
             blocks = keys.split(block_size)
             means = torch.stack([block.to(precise).mean(0).to(k.dtype) for block in blocks])
             scores = q[b, h].detach().to(precise) @ means.to(precise).T
-            # NaN counts as the highest score, as in torch.sort.
-            scores = scores.nan_to_num(nan=float("inf"), posinf=None, neginf=None)
+            scores = scores.nan_to_num(nan=float("inf"))  # NaN is highest, then inf, as in torch.sort
             for i, row in enumerate(scores.tolist()):
                 candidates = range(int(own[i])) if is_causal else range(n_blocks)
                 best_first = sorted(candidates, key=lambda j: (row[j], j), reverse=True)
@@ -102,4 +101,5 @@ def reference_attention(
     scores = (q @ k.mT * scale).masked_fill(~mask, float("-inf"))
     blind = ~mask.any(-1, keepdim=True)  # softmax over nothing is NaN; defined here as zeros
     weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-    return weights @ v, scores.logsumexp(-1)
+    lse = scores.masked_fill(blind, 0.0).logsumexp(-1)  # filled, or its gradient would be NaN
+    return weights @ v, lse.masked_fill(blind.squeeze(-1), float("-inf"))

@@ -1,0 +1,385 @@
+"""`flex_moba` and `selected_attention`: validate, choose the implementation, run it.
+
+    q, k -> gate -> selection -> routing -> masks -> flex -> merge -> out
+                                     \\--------> portable --------/
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
+
+from flexmoba.checks import (
+    check_block_size,
+    check_options,
+    check_queries_and_keys,
+    check_selected_blocks,
+    check_selection,
+    check_topk,
+    check_values,
+)
+from flexmoba.flex import call_flex, run_compiled, why_not_compiled
+from flexmoba.gate import moba_select, own_block, select_candidates
+from flexmoba.masks import GRAIN, full_mask, selection_mask, tile_mask
+from flexmoba.merge import combine, dispatch
+from flexmoba.portable import attend_portable
+from flexmoba.routing import route
+
+IMPLS = ("auto", "routed", "masked", "portable")
+
+
+def flex_moba(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    topk: int | None,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    impl: str = "auto",
+    kernel_options: Mapping[str, Any] | None = None,
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    """Mixture of Block Attention: each query attends to its own and its best past blocks of keys.
+
+    Computes Eq. 2 to 6 of arXiv 2502.13189, Sec. 2.2: `moba_select` picks ``topk`` blocks for
+    every query token and head, and the query attends, by ordinary softmax attention, to the keys
+    of those blocks that stand at or before its position. ``topk=1`` is causal attention within
+    each block; ``topk`` of at least the number of blocks, or None, is full causal attention.
+    Differentiable in q, k and v, also through the log-sum-exp; forward and backward are
+    deterministic. Inside ``torch.compile`` it does not break the graph; called eagerly on CUDA it
+    compiles its kernels at the first call of each configuration (10 to 20 seconds each).
+
+    Args:
+        q: Queries, ``(B, Hq, Lq, D)``, float16, bfloat16, float32 or float64. Query ``i`` stands
+            at position ``i + Lk - Lq``, so a chunk of a longer sequence against the keys so far is
+            the same call.
+        k: Keys, ``(B, Hkv, Lk, D)``, ``Hkv`` dividing ``Hq`` (grouped-query attention) and
+            ``Lk >= Lq``.
+        v: Values, ``(B, Hkv, Lk, Dv)``.
+        block_size: Keys in a block, at least 1. The last block may be shorter.
+        topk: Blocks that each query attends to, its own included, at least 1; None for full
+            attention (the paper's Sec. 2.3).
+        is_causal: Whether a query sees only keys at or before its position. If not, every block
+            is a candidate and the own block is not forced.
+        scale: Factor on the attention scores, ``1 / sqrt(D)`` by default. The gate is unscaled.
+        impl: ``"routed"``: queries sorted by block into tiles, one FlexAttention call, parts
+            merged by log-sum-exp; CUDA. ``"masked"``: one FlexAttention call over
+            `moba_block_mask`; CUDA, or CPU without gradients. ``"portable"``: the same tiles by
+            plain tensor operations; any device and dtype. ``"auto"``: routed where it can serve
+            the inputs, else portable. Full attention needs no routing: there routed and masked
+            are the same.
+        kernel_options: FlexAttention's kernel options, for the impls that call it.
+        return_aux: ``AuxRequest(lse=True)`` to get the log-sum-exp of the scores, too.
+
+    Returns:
+        The output ``(B, Hq, Lq, Dv)`` in the dtype of q; with ``return_aux``, a pair of it and an
+        ``AuxOutput`` whose ``lse``, if asked for, is ``(B, Hq, Lq)`` float32 (float64 for float64
+        inputs), in natural logarithm.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: Shapes, dtypes or devices do not fit, or a value is out of its range.
+        NotImplementedError: The named ``impl`` cannot serve these inputs; the text says which can.
+
+    Example:
+        >>> import torch
+        >>> from flexmoba import flex_moba
+        >>> q = torch.randn(1, 4, 1000, 64, requires_grad=True)
+        >>> k, v = torch.randn(2, 1, 2, 1000, 64)
+        >>> out = flex_moba(q, k, v, block_size=128, topk=3)
+        >>> out.shape
+        torch.Size([1, 4, 1000, 64])
+        >>> out.sum().backward()
+    """
+    check_queries_and_keys(q, k)
+    check_values(k, v)
+    check_block_size(block_size)
+    check_topk(topk, none_allowed=True)
+    check_options(scale, kernel_options, return_aux)
+    impl = _resolve(impl, q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if q.numel() == 0:
+        return _empty(q, v, return_aux)
+
+    n_blocks = -(-k.shape[2] // block_size)
+    if topk is None or topk >= n_blocks:
+        out, lse = _attend_fully(q, k, v, scale, impl, kernel_options, is_causal)
+    elif impl == "masked":
+        selection = moba_select(q, k, block_size, topk, is_causal=is_causal)
+        out, lse = _attend_masked(
+            q, k, v, selection, block_size, scale, kernel_options, is_causal
+        )
+    else:
+        wanted = topk - 1 if is_causal else topk
+        routed = select_candidates(q, k, block_size, wanted, is_causal=is_causal)
+        attend = _attend_routed if impl == "routed" else _attend_portable
+        out, lse = attend(q, k, v, routed, None, block_size, scale, kernel_options, is_causal)
+    return _output(out, lse, return_aux)
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Tensor,
+    block_size: int,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    impl: str = "auto",
+    kernel_options: Mapping[str, Any] | None = None,
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    """Attention over selected blocks of keys, whatever gate selected them.
+
+    The second half of `flex_moba`, which is `moba_select` followed by this (arXiv 2502.13189,
+    Sec. 2.2, Eq. 2). A query attends to the keys of its selected blocks; if causal, to those at or
+    before its position, so blocks after its own add nothing. A query that sees no key gets zeros,
+    a log-sum-exp of -inf and zero gradients.
+
+    Args:
+        q: Queries, ``(B, Hq, Lq, D)``, as in `flex_moba`.
+        k: Keys, ``(B, Hkv, Lk, D)``.
+        v: Values, ``(B, Hkv, Lk, Dv)``.
+        selection: Block indices, ``(B, Hq, Lq, topk)`` int32 or int64, from 0 to the number of
+            blocks less one, in any order, without duplicates in a row; -1 for none. On CPU its
+            values are checked; on other devices that would wait for the device, so it is left to
+            `flexmoba.checks.check_selected_blocks`.
+        block_size: Keys in a block, at least 1.
+        is_causal: Whether a query sees only keys at or before its position ``i + Lk - Lq``.
+        scale: Factor on the attention scores, ``1 / sqrt(D)`` by default.
+        impl: As in `flex_moba`.
+        kernel_options: As in `flex_moba`.
+        return_aux: As in `flex_moba`.
+
+    Returns:
+        As `flex_moba`.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: Shapes, dtypes or devices do not fit, or a value is out of its range.
+        NotImplementedError: The named ``impl`` cannot serve these inputs; the text says which can.
+
+    Example:
+        Every query attends to its own block and the first one.
+
+        >>> import torch
+        >>> from flexmoba import selected_attention
+        >>> q, k, v = torch.randn(3, 1, 2, 256, 16)
+        >>> own = torch.arange(256, dtype=torch.int32) // 64
+        >>> first = torch.where(own > 0, 0, -1)
+        >>> selection = torch.stack([own, first], dim=-1).expand(1, 2, 256, 2)
+        >>> selected_attention(q, k, v, selection, block_size=64).shape
+        torch.Size([1, 2, 256, 16])
+    """
+    check_queries_and_keys(q, k)
+    check_values(k, v)
+    check_block_size(block_size)
+    check_selection(selection, q)
+    check_options(scale, kernel_options, return_aux)
+    impl = _resolve(impl, q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if q.numel() == 0:
+        return _empty(q, v, return_aux)
+    if selection.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_selected_blocks(selection, -(-k.shape[2] // block_size))
+
+    selection = selection.int()
+    if impl == "masked":
+        out, lse = _attend_masked(
+            q, k, v, selection, block_size, scale, kernel_options, is_causal
+        )
+    else:
+        own, routed = None, selection
+        if is_causal:
+            here = own_block(q.shape[2], k.shape[2], block_size, q.device)[:, None]
+            own = (selection == here).any(-1)
+            routed = torch.where(selection < here, selection, -1)
+        attend = _attend_routed if impl == "routed" else _attend_portable
+        out, lse = attend(q, k, v, routed, own, block_size, scale, kernel_options, is_causal)
+    return _output(out, lse, return_aux)
+
+
+def _attend_portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routed: Tensor,
+    own: Tensor | None,
+    block_size: int,
+    scale: float,
+    kernel_options: Mapping[str, Any] | None,  # there is no kernel here
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    kv_heads, kv_len = k.shape[1:3]
+    tiles = route(routed, own, kv_heads, kv_len, block_size, block_size, is_causal=is_causal)
+    return attend_portable(q, k, v, tiles, block_size, scale)
+
+
+def _attend_routed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routed: Tensor,
+    own: Tensor | None,
+    block_size: int,
+    scale: float,
+    kernel_options: Mapping[str, Any] | None,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    return run_compiled(
+        _attend_routed_tiles,
+        *(q, k, v, routed, own),
+        block_size=block_size,
+        scale=scale,
+        kernel_options=kernel_options,
+        is_causal=is_causal,
+    )
+
+
+def _attend_routed_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routed: Tensor,
+    own: Tensor | None,
+    *,
+    block_size: int,
+    scale: float,
+    kernel_options: Mapping[str, Any],
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    kv_heads, kv_len = k.shape[1:3]
+    block_stride = -(-block_size // GRAIN) * GRAIN
+    tiles = route(routed, own, kv_heads, kv_len, block_size, block_stride, is_causal=is_causal)
+    mask = tile_mask(
+        tiles,
+        tuple(q.shape),
+        kv_heads,
+        kv_len,
+        block_size,
+        block_stride,
+        is_causal=is_causal,
+        backward=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+    )
+    rows = dispatch(q.reshape(-1, q.shape[-1]), tiles.query_of_row, tiles.row_of_pair)
+    keys, values = (_blocks_in_a_row(x, block_size, block_stride) for x in (k, v))
+    out_rows, lse_rows = call_flex(
+        rows[None, None], keys, values, mask, scale, kernel_options, divisible=True
+    )
+    out, lse = combine(
+        out_rows[0, 0], lse_rows[0, 0], tiles.query_of_row, tiles.row_of_pair
+    )
+    return out.view(*q.shape[:3], -1), lse.view(q.shape[:3])
+
+
+def _blocks_in_a_row(x: Tensor, block_size: int, block_stride: int) -> Tensor:
+    """``(B, H, L, D)`` as one sequence ``(1, 1, all blocks, D)``, short blocks padded."""
+    if x.shape[2] % block_size != 0:
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % block_size))
+    if block_stride != block_size:
+        x = F.pad(x.unflatten(2, (-1, block_size)), (0, 0, 0, block_stride - block_size))
+    return x.reshape(1, 1, -1, x.shape[-1])
+
+
+def _attend_masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Tensor,
+    block_size: int,
+    scale: float,
+    kernel_options: Mapping[str, Any] | None,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    return run_compiled(
+        _attend_over_mask,
+        *(q, k, v, selection),
+        block_size=block_size,
+        scale=scale,
+        kernel_options=kernel_options,
+        is_causal=is_causal,
+    )
+
+
+def _attend_over_mask(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Tensor | None,
+    *,
+    block_size: int,
+    scale: float,
+    kernel_options: Mapping[str, Any],
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    if selection is None:
+        mask = full_mask(q.shape[2], k.shape[2], q.device, is_causal=is_causal)
+    else:
+        mask = selection_mask(selection, k.shape[2], block_size, is_causal=is_causal)
+    return call_flex(q, k, v, mask, scale, kernel_options)
+
+
+def _attend_fully(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    impl: str,
+    kernel_options: Mapping[str, Any] | None,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    if impl == "portable":  # one block of everything
+        routed = torch.zeros((*q.shape[:3], int(not is_causal)), dtype=torch.int32, device=q.device)
+        return _attend_portable(
+            q, k, v, routed, None, k.shape[2], scale, kernel_options, is_causal
+        )
+    return run_compiled(
+        _attend_over_mask,
+        *(q, k, v, None),
+        block_size=0,
+        scale=scale,
+        kernel_options=kernel_options,
+        is_causal=is_causal,
+    )
+
+
+def _resolve(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The implementation that serves these inputs; never another than the one named."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    if impl == "portable":
+        return impl
+    reason = why_not_compiled(q, v)
+    if impl == "auto":
+        return "portable" if reason else "routed"
+    if impl == "masked" and q.device.type == "cpu":
+        reason = None
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            reason = "has no gradients on CPU, FlexAttention offers none there"
+        elif torch.compiler.is_compiling():
+            reason = "runs on CPU only outside torch.compile"
+    if reason:
+        raise NotImplementedError(f'impl="{impl}" {reason}; use impl="portable" or "auto"')
+    return impl
+
+
+def _empty(
+    q: Tensor, v: Tensor, return_aux: AuxRequest | None
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    precise = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_zeros((*q.shape[:3], v.shape[-1]))
+    return _output(out, q.new_zeros(q.shape[:3], dtype=precise), return_aux)
+
+
+def _output(
+    out: Tensor, lse: Tensor, return_aux: AuxRequest | None
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    if return_aux is None:
+        return out
+    return out, AuxOutput(lse=lse if return_aux.lse else None)

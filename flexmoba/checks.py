@@ -1,0 +1,175 @@
+"""Validation of what users pass in: metadata only, so nothing waits for the device.
+
+Every message names the offending values and the remedy.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_queries_and_keys(q: Tensor, k: Tensor) -> None:
+    """What the gate needs: fitting shapes, one dtype, one device."""
+    _check_tensor("q", q)
+    _check_tensor("k", k)
+    _check_alike("q", q, "k", k)
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"q and k must have the same batch size, got {q.shape[0]} and {k.shape[0]} "
+            f"(q {tuple(q.shape)}, k {tuple(k.shape)})"
+        )
+    if q.shape[3] != k.shape[3] or q.shape[3] == 0:
+        raise ValueError(
+            f"q and k must have the same positive head dim, got {q.shape[3]} and {k.shape[3]} "
+            f"(q {tuple(q.shape)}, k {tuple(k.shape)})"
+        )
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(
+            f"the number of query heads must be a positive multiple of the number of KV heads, "
+            f"got Hq={q.shape[1]} and Hkv={k.shape[1]}; tensors are (B, H, L, D): with "
+            "(B, L, H, D) call .transpose(1, 2) first"
+        )
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"there must be at least as many keys as queries, got Lq={q.shape[2]} and "
+            f"Lk={k.shape[2]}; queries are the last Lq positions of the keys"
+        )
+
+
+def check_values(k: Tensor, v: Tensor) -> None:
+    """That every key has one value."""
+    _check_tensor("v", v)
+    _check_alike("k", k, "v", v)
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"k and v must agree in batch, heads and length, got {tuple(k.shape)} and "
+            f"{tuple(v.shape)}"
+        )
+    if v.shape[3] == 0:
+        raise ValueError(f"v must have a positive head dim, got shape {tuple(v.shape)}")
+
+
+def check_block_size(block_size: int) -> None:
+    """A positive integer."""
+    _check_positive("block_size", block_size, "pass the number of keys in a block, such as 512")
+
+
+def check_topk(topk: int | None, *, none_allowed: bool = False) -> None:
+    """A positive integer, or None where full attention is an option."""
+    if topk is None and none_allowed:
+        return
+    remedy = "pass how many blocks a query attends to, its own included"
+    if none_allowed:
+        remedy += ", or None for full attention"
+    _check_positive("topk", topk, remedy)
+
+
+def check_selection(selection: Tensor, q: Tensor) -> None:
+    """Shape, dtype and device of a selection; see `check_selected_blocks` for its values."""
+    if not isinstance(selection, Tensor):
+        raise TypeError(f"selection must be a tensor, got {type(selection).__name__}")
+    if selection.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"selection must hold int32 (or int64) block indices, got {selection.dtype}; "
+            "call .int() on it"
+        )
+    if selection.ndim != 4 or selection.shape[:3] != q.shape[:3] or selection.shape[3] == 0:
+        raise ValueError(
+            f"selection must be (B, Hq, Lq, topk) = {(*q.shape[:3], 'topk')}, "
+            f"got {tuple(selection.shape)}"
+        )
+    if selection.device != q.device:
+        raise ValueError(
+            f"selection must be on the device of q ({q.device}), got {selection.device}; "
+            "move it with .to(q.device)"
+        )
+
+
+def check_selected_blocks(selection: Tensor, n_blocks: int) -> None:
+    """That every value is a block or -1 and none stands twice in a row. Reads the values."""
+    if selection.numel() == 0:
+        return
+    low, high = int(selection.min()), int(selection.max())
+    if low < -1 or high >= n_blocks:
+        raise ValueError(
+            f"selection must hold block indices from 0 to {n_blocks - 1}, or -1 for none, got "
+            f"{low if low < -1 else high}"
+        )
+    ordered = selection.sort(dim=-1).values
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if bool(twice.any()):
+        b, h, i, slot = (int(x) for x in twice.nonzero()[0])
+        raise ValueError(
+            f"selection must not hold a block twice in a row, got block "
+            f"{int(ordered[b, h, i, slot])} twice for query {i} of batch {b}, head {h}; "
+            "replace repetitions by -1"
+        )
+
+
+def check_options(
+    scale: float | None, kernel_options: Mapping[str, Any] | None, return_aux: AuxRequest | None
+) -> None:
+    """The keyword arguments that every attention call shares."""
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(
+                f"scale must be a Python number or None, got {type(scale).__name__}; "
+                "None means 1 / sqrt(head dim)"
+            )
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale}; None means 1 / sqrt(head dim)")
+    if kernel_options is not None and not isinstance(kernel_options, Mapping):
+        raise TypeError(
+            f"kernel_options must be a dict of FlexAttention kernel options or None, got "
+            f"{type(kernel_options).__name__}"
+        )
+    if return_aux is not None and not isinstance(return_aux, AuxRequest):
+        raise TypeError(
+            "return_aux must be torch.nn.attention.flex_attention.AuxRequest(lse=True) or None, "
+            f"got {type(return_aux).__name__}"
+        )
+    if return_aux is not None and return_aux.max_scores:
+        raise NotImplementedError(
+            "return_aux=AuxRequest(max_scores=True) is not available, parts of the attention are "
+            "merged by their log-sum-exp alone; ask for AuxRequest(lse=True)"
+        )
+
+
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.ndim != 4:
+        raise ValueError(
+            f"{name} must have four dimensions (batch, heads, length, head dim), got "
+            f"{x.ndim} in shape {tuple(x.shape)}; add the missing ones with unsqueeze"
+        )
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; cast it first"
+        )
+
+
+def _check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.dtype != other.dtype:
+        raise ValueError(
+            f"{name} and {other_name} must have the same dtype, got {x.dtype} and {other.dtype}; "
+            "cast one with .to(dtype)"
+        )
+    if x.device != other.device:
+        raise ValueError(
+            f"{name} and {other_name} must be on the same device, got {x.device} and "
+            f"{other.device}; move one with .to(device)"
+        )
+
+
+def _check_positive(name: str, value: Any, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__}); {remedy}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}; {remedy}")

@@ -1,0 +1,304 @@
+"""BlockMasks, written down by index arithmetic: nothing of the size Lq * Lk is ever evaluated.
+
+A `BlockMask` lists, for every 128 queries, the stretches of keys to visit, some of them *full*
+(nothing to mask), the others *partial* (`mask_mod` decides, exactly), and for the backward pass
+the transposed lists. Lists are int32, contiguous, ascending and free of duplicates.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexmoba.checks import check_block_size, check_queries_and_keys, check_topk
+from flexmoba.gate import moba_select
+from flexmoba.routing import TILE, Tiles
+
+# Sparse sizes on CUDA must be multiples of 128 before torch 2.14, so shorter blocks are padded.
+GRAIN = 128
+_MAX_STRETCHES = 16  # of a block in `tile_mask`; more would make the lists long for nothing
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def moba_block_mask(
+    q: Tensor, k: Tensor, block_size: int, topk: int | None, *, is_causal: bool = True
+) -> BlockMask:
+    """The selection as a FlexAttention ``BlockMask``, exact for every query token.
+
+    Gate and semantics are those of `moba_select` (arXiv 2502.13189, Sec. 2.2, Eq. 2 to 6). The
+    mask composes with whatever ``flex_attention`` offers, such as a ``score_mod``. A query tile
+    visits every block that any of its 128 queries selected, so it is fast only where neighbours
+    agree; `flex_moba` costs the same on any data. Memory is O(B * Hq * (Lq / 128) * (Lk / 128)).
+
+    Args:
+        q: Queries, ``(B, Hq, Lq, D)``, floating point.
+        k: Keys, ``(B, Hkv, Lk, D)``, of the same dtype.
+        block_size: Keys in a block, at least 1.
+        topk: Blocks that each query attends to, its own included; None for full attention.
+        is_causal: Whether a query sees only keys at or before its position ``i + Lk - Lq``.
+
+    Returns:
+        A ``BlockMask`` of ``seq_lengths`` ``(Lq, Lk)`` and block size 128, for
+        ``flex_attention(q, k, v, block_mask=..., enable_gqa=Hq != Hkv)``.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: Shapes, dtypes or devices do not fit, a size is not positive, or there are no
+            queries.
+
+    Example:
+        >>> import torch
+        >>> from flexmoba import moba_block_mask
+        >>> q, k = torch.randn(2, 1, 2, 300, 16)
+        >>> mask = moba_block_mask(q, k, block_size=100, topk=2)
+        >>> mask.shape
+        (1, 2, 300, 300)
+    """
+    check_queries_and_keys(q, k)
+    check_block_size(block_size)
+    check_topk(topk, none_allowed=True)
+    if q.shape[0] == 0 or q.shape[2] == 0:
+        raise ValueError(
+            f"a BlockMask needs at least one query, got q of shape {tuple(q.shape)}; "
+            "skip the call for empty inputs"
+        )
+    if topk is None:
+        return full_mask(q.shape[2], k.shape[2], q.device, is_causal=is_causal)
+    selection = moba_select(q, k, block_size, topk, is_causal=is_causal)
+    return selection_mask(selection, k.shape[2], block_size, is_causal=is_causal)
+
+
+def selection_mask(
+    selection: Tensor, kv_len: int, block_size: int, *, is_causal: bool
+) -> BlockMask:
+    """The mask of a selection ``(B, Hq, Lq, topk)``, all its stretches partial."""
+    batch, heads, q_len, topk = selection.shape
+    device, offset = selection.device, kv_len - q_len
+    n_blocks = _cdiv(kv_len, block_size)
+    q_tiles, kv_tiles = _cdiv(q_len, GRAIN), _cdiv(kv_len, GRAIN)
+
+    padded = F.pad(selection, (0, 0, 0, q_tiles * GRAIN - q_len), value=-1)
+    wanted = padded.view(batch, heads, q_tiles, GRAIN * topk).long()
+    wanted = torch.where(wanted >= 0, wanted, n_blocks)
+    blocks = torch.zeros(batch, heads, q_tiles, n_blocks + 1, dtype=torch.int32, device=device)
+    blocks = blocks.scatter(-1, wanted, 1)[..., :n_blocks]
+    # A stretch is visited if any block that it overlaps is wanted: a difference of running sums.
+    before = F.pad(blocks.cumsum(-1), (1, 0))
+    first_key = torch.arange(kv_tiles, device=device) * GRAIN
+    last_key = (first_key + GRAIN - 1).clamp(max=kv_len - 1)
+    visited = before[..., last_key // block_size + 1] > before[..., first_key // block_size]
+    if is_causal:
+        last_query = (torch.arange(q_tiles, device=device) * GRAIN + GRAIN).clamp(max=q_len) - 1
+        visited = visited & (first_key <= (last_query + offset)[:, None])
+
+    # What a mask_mod captures must be a real buffer: computed in the same graph, it would be
+    # compiled into the kernel, or even replaced by its initial value.
+    table = _realize(selection)
+
+    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        first = table[b, h, query, query * 0] * block_size
+        seen = (key >= first) & (key < first + block_size)
+        for i in range(1, topk):
+            first = table[b, h, query, query * 0 + i] * block_size
+            seen = seen | ((key >= first) & (key < first + block_size))
+        return seen & (key <= query + offset) if is_causal else seen
+
+    return _block_mask((q_len, kv_len), mask_mod, _lists(visited), None, _lists(visited.mT), None)
+
+
+def full_mask(q_len: int, kv_len: int, device: torch.device, *, is_causal: bool) -> BlockMask:
+    """Full attention, causal or not, bottom-right aligned."""
+    offset = kv_len - q_len
+    q_tiles, kv_tiles = _cdiv(q_len, GRAIN), _cdiv(kv_len, GRAIN)
+    first_key = torch.arange(kv_tiles, device=device) * GRAIN
+    last_key = (first_key + GRAIN - 1).clamp(max=kv_len - 1)
+    first_query = torch.arange(q_tiles, device=device)[:, None] * GRAIN
+    last_query = (first_query + GRAIN - 1).clamp(max=q_len - 1)
+    # Short tiles at the ends are never full, so that the kernel checks their bounds.
+    whole = (first_key + GRAIN <= kv_len) & (first_query + GRAIN <= q_len)
+    visited = torch.ones_like(whole)
+    if is_causal:
+        visited = first_key <= last_query + offset
+        whole = whole & (last_key <= first_query + offset)
+
+    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key <= query + offset if is_causal else key >= 0
+
+    partial, full = (visited & ~whole)[None, None], whole[None, None]
+    return _block_mask(
+        (q_len, kv_len), mask_mod, _lists(partial), _lists(full), _lists(partial.mT), _lists(full.mT)
+    )
+
+
+def stretch_size(block_stride: int) -> int:
+    """Keys in one entry of `tile_mask`'s lists: divides the block, in a moderate number."""
+    grains = block_stride // GRAIN
+    return GRAIN * next(
+        size
+        for size in range(1, grains + 1)
+        if grains % size == 0 and grains // size <= _MAX_STRETCHES
+    )
+
+
+def tile_mask(
+    tiles: Tiles,
+    shape: tuple[int, int, int, int],
+    kv_heads: int,
+    kv_len: int,
+    block_size: int,
+    block_stride: int,
+    *,
+    is_causal: bool,
+    backward: bool,
+) -> BlockMask:
+    """The mask of the routed call: every tile of rows visits the keys of its one block.
+
+    Args:
+        tiles: What `routing.route` made, with the same ``block_stride``.
+        shape: ``(B, Hq, Lq, D)`` of the queries.
+        kv_heads: Number of KV heads.
+        kv_len: Number of keys of a head.
+        block_size: Keys in a block.
+        block_stride: Keys that a block takes, padding included; a multiple of 128.
+        is_causal: Whether there is an own region.
+        backward: Whether to write the transposed lists.
+    """
+    batch, heads, q_len, _ = shape
+    device = tiles.block_of_tile.device
+    group, per_head = heads // kv_heads, _cdiv(kv_len, block_size)
+    n_blocks, n_tiles = batch * kv_heads * per_head, tiles.block_of_tile.shape[0]
+    size = stretch_size(block_stride)
+    stretches = block_stride // size
+    stretch = torch.arange(stretches, device=device)
+
+    # Of each own tile (its place in the block) and each routed block: the stretches that all of
+    # its rows see whole, and those that any row sees.
+    place = torch.arange(max(tiles.own_tiles_per_block, 1), device=device)
+    if block_size % TILE == 0:
+        first_row = place * TILE % block_size
+        own_whole, own_seen = (first_row + 1) // size, _cdiv(first_row + TILE, size)
+    else:  # a tile may hold the end of one head and the start of the next
+        own_whole, own_seen = place * 0, place * 0 + _cdiv(block_size, size)
+    block = torch.arange(n_blocks, device=device)
+    length = (kv_len - block % per_head * block_size).clamp(max=block_size)
+    past_whole, past_seen = length // size, _cdiv(length, size)
+
+    tile = torch.arange(n_tiles, device=device)
+    is_own, used = tile < tiles.n_own_tiles, tiles.block_of_tile < n_blocks
+    at = tiles.block_of_tile.clamp(max=n_blocks - 1).long()
+    whole = torch.where(is_own, own_whole[tile % place.shape[0]], past_whole[at])
+    seen = torch.where(is_own, own_seen[tile % place.shape[0]], past_seen[at])
+    first = (at * stretches)[:, None]
+    partial_lists = (
+        torch.where(used, seen - whole, 0),
+        first + (whole[:, None] + stretch).clamp(max=stretches - 1),
+    )
+    full_lists = torch.where(used, whole, 0), first + stretch
+
+    partial_transposed = full_transposed = None
+    if backward:
+        # An own block's tiles stand at fixed places, a routed block's are neighbours.
+        own_blocks = tiles.n_own_tiles // (batch * kv_heads * place.shape[0])
+        own_index = block % per_head - (per_head - own_blocks)
+        has_own = (own_index >= 0) & (own_blocks > 0)
+        own_first = (block // per_head * own_blocks + own_index) * place.shape[0]
+        width = min(place.shape[0] + _cdiv(group * q_len, TILE), n_tiles)
+
+        def transposed(own_on: Tensor, past_on: Tensor) -> tuple[Tensor, Tensor]:
+            own_count, own_list = _lists(own_on)  # (stretches,), (stretches, places)
+            own_count = torch.where(has_own[:, None], own_count, 0)
+            past_count = torch.where(past_on, tiles.tiles_of_block[:, None], 0)
+            i = torch.arange(width, device=device)
+            own_tile = own_first[:, None, None] + own_list[:, i.clamp(max=place.shape[0] - 1)]
+            past_tile = tiles.first_tile_of_block[:, None, None] + i - own_count[..., None]
+            index = torch.where(i < own_count[..., None], own_tile, past_tile)
+            return (own_count + past_count).flatten(), index.clamp(0, n_tiles - 1).flatten(0, 1)
+
+        is_whole = stretch[:, None] < own_whole
+        partial_transposed = transposed(
+            ~is_whole & (stretch[:, None] < own_seen),
+            (stretch >= past_whole[:, None]) & (stretch < past_seen[:, None]),
+        )
+        full_transposed = transposed(is_whole, stretch < past_whole[:, None])
+
+    last_key_of_row = tiles.last_key_of_row
+
+    def mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return key <= last_key_of_row[row]
+
+    return _block_mask(
+        (n_tiles * TILE, n_blocks * block_stride),
+        mask_mod,
+        partial_lists,
+        full_lists,
+        partial_transposed,
+        full_transposed,
+        block_size=(TILE, size),
+    )
+
+
+Lists = tuple[Tensor, Tensor]  # how many entries each row has, and the entries
+
+
+def _lists(visited: Tensor) -> Lists:
+    """The True columns of each row, ascending: ``(..., rows, columns)`` to counts and indices."""
+    return visited.sum(-1), visited.int().argsort(dim=-1, descending=True, stable=True)
+
+
+def _block_mask(
+    seq_lengths: tuple[int, int],
+    mask_mod: MaskMod,
+    partial: Lists,
+    full: Lists | None,
+    partial_transposed: Lists | None,
+    full_transposed: Lists | None,
+    *,
+    block_size: tuple[int, int] = (GRAIN, GRAIN),
+) -> BlockMask:
+    kv_num_blocks, kv_indices = _list_tensors(partial)
+    full_kv_num_blocks, full_kv_indices = _list_tensors(full)
+    q_num_blocks, q_indices = _list_tensors(partial_transposed)
+    full_q_num_blocks, full_q_indices = _list_tensors(full_transposed)
+    return BlockMask(
+        seq_lengths=seq_lengths,
+        kv_num_blocks=kv_num_blocks,
+        kv_indices=kv_indices,
+        full_kv_num_blocks=full_kv_num_blocks,
+        full_kv_indices=full_kv_indices,
+        q_num_blocks=q_num_blocks,
+        q_indices=q_indices,
+        full_q_num_blocks=full_q_num_blocks,
+        full_q_indices=full_q_indices,
+        BLOCK_SIZE=block_size,
+        mask_mod=mask_mod,
+    )
+
+
+def _list_tensors(lists: Lists | None) -> tuple[Tensor | None, Tensor | None]:
+    if lists is None:
+        return None, None
+    count, index = (x.int().contiguous() for x in lists)
+    if count.ndim == 1:  # one list for all batch elements and heads
+        count, index = count[None, None], index[None, None]
+    return count, index
+
+
+@torch.library.custom_op("flexmoba::realize", mutates_args=())
+def _realize(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@_realize.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_Number = TypeVar("_Number", int, Tensor)
+
+
+def _cdiv(a: _Number, b: int) -> _Number:
+    return -(-a // b)

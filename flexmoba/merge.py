@@ -1,0 +1,96 @@
+"""Dispatch queries to rows and combine the rows' partial attention, both ways without atomics.
+
+Every query has one row for each part of its attention, and the map between them is known in both
+directions (`routing.Tiles`). So the backward pass of a gather is a gather by the inverse map and a
+sum of fixed order: deterministic, where autograd's own would add atomically.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def dispatch(q: Tensor, query_of_row: Tensor, row_of_pair: Tensor) -> Tensor:
+    """Copies queries to their rows: ``(N, D)`` to ``(rows, D)``, zeros where a row is padding."""
+    rows: Tensor = _Dispatch.apply(q, query_of_row, row_of_pair)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def combine(
+    out_rows: Tensor, lse_rows: Tensor, query_of_row: Tensor, row_of_pair: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merges the parts of each query by online softmax (arXiv 2502.13189, Alg. 1, line 16).
+
+    Args:
+        out_rows: ``(rows, Dv)``, each row's attention over its own block of keys.
+        lse_rows: ``(rows,)`` float32, its log-sum-exp of scores; -inf if it saw nothing.
+        query_of_row: ``(rows,)`` int32, -1 for padding.
+        row_of_pair: ``(N, parts)`` int32, -1 where a query has no such part.
+
+    Returns:
+        The output ``(N, Dv)`` in the dtype of ``out_rows`` and its log-sum-exp ``(N,)``. A query
+        without parts gets zeros and -inf.
+    """
+    merged: tuple[Tensor, Tensor] = _Combine.apply(  # type: ignore[no-untyped-call]
+        out_rows, lse_rows, query_of_row, row_of_pair
+    )
+    return merged
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, query_of_row: Tensor, row_of_pair: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_pair)
+        return _gather(q, query_of_row)
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
+        (row_of_pair,) = ctx.saved_tensors
+        parts = _gather(grad_rows, row_of_pair.flatten()).float()
+        return parts.unflatten(0, row_of_pair.shape).sum(1).to(grad_rows.dtype), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, out_rows: Tensor, lse_rows: Tensor, query_of_row: Tensor, row_of_pair: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = merge_parts(out_rows, lse_rows, row_of_pair)
+        ctx.save_for_backward(out, lse, out_rows, lse_rows, query_of_row)
+        return out, lse
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor, grad_lse: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
+        out, lse, out_rows, lse_rows, query_of_row = ctx.saved_tensors
+        delta = (grad_out.float() * out.float()).sum(-1) - grad_lse
+        query = query_of_row.clamp(min=0).long()
+        weight = torch.exp(lse_rows - lse[query])
+        weight = torch.where((query_of_row >= 0) & (lse_rows > float("-inf")), weight, 0.0)
+        grad = grad_out[query].float()
+        d_lse = weight * ((grad * out_rows.float()).sum(-1) - delta[query])
+        # Padding computes with zero queries, but its sums may hold what its block's keys hold.
+        d_lse = torch.where(query_of_row >= 0, d_lse, 0.0)
+        return (grad * weight[:, None]).to(out_rows.dtype), d_lse, None, None
+
+
+def merge_parts(out_rows: Tensor, lse_rows: Tensor, row_of_pair: Tensor) -> tuple[Tensor, Tensor]:
+    """`combine` without gradients."""
+    row = row_of_pair.clamp(min=0).long()
+    lse_parts = torch.where(row_of_pair >= 0, lse_rows[row], float("-inf"))
+    highest = lse_parts.amax(-1)
+    # Where nothing was seen every part is -inf: subtract 0 to get weights of 0, not NaN.
+    weights = torch.exp(lse_parts - torch.where(highest == float("-inf"), 0.0, highest)[:, None])
+    total = weights.sum(-1)
+    share = (weights / torch.where(total == 0, 1.0, total)[:, None])[..., None]
+    # A weight of zero must not let NaN through from a row that is not this query's.
+    parts = torch.where((row_of_pair >= 0)[..., None], out_rows[row].to(share.dtype), 0.0)
+    return (parts * share).sum(1).to(out_rows.dtype), highest + torch.log(total)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``x`` by index; zeros where the index is -1."""
+    picked = x[index.clamp(min=0).long()]
+    return torch.where((index >= 0)[:, None], picked, 0.0).to(x.dtype)

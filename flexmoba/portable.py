@@ -1,0 +1,224 @@
+"""Tiles attended with plain tensor operations: any device, any floating dtype, gradients.
+
+A few tiles at a time, so that the scores of a piece stay in the cache and memory is that of the
+rows. The backward pass recomputes each tile's weights from the final log-sum-exp, so nothing but
+inputs, output, log-sum-exp and integers is saved. Half precision is computed in float32.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexmoba.merge import merge_parts
+from flexmoba.routing import TILE, Tiles
+
+# Scores of one piece: 8 tiles of 512 keys fill two megabytes, a usual second-level cache.
+_SCORES_AT_ONCE = 8 * TILE * 512
+
+
+def attend_portable(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query over the blocks that its rows name.
+
+    Args:
+        q: ``(B, Hq, Lq, D)``.
+        k: ``(B, Hkv, Lk, D)``.
+        v: ``(B, Hkv, Lk, Dv)``.
+        tiles: Where each part is computed.
+        block_size: Keys in a block.
+        scale: Factor on the scores.
+
+    Returns:
+        The output ``(B, Hq, Lq, Dv)`` in the dtype of ``q`` and the log-sum-exp ``(B, Hq, Lq)``,
+        float32 (float64 for float64 inputs).
+    """
+    out, lse = _attend(
+        q,
+        k,
+        v,
+        tiles.query_of_row,
+        tiles.last_key_of_row,
+        tiles.row_of_pair,
+        tiles.block_of_tile,
+        tiles.own_tiles_per_block,
+        tiles.n_own_tiles,
+        block_size,
+        scale,
+    )
+    return out, lse
+
+
+@torch.library.custom_op("flexmoba::attend_portable", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_of_row: Tensor,
+    last_key_of_row: Tensor,
+    row_of_pair: Tensor,
+    block_of_tile: Tensor,
+    own_tiles_per_block: int,
+    n_own_tiles: int,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    precise = torch.promote_types(q.dtype, torch.float32)
+    queries, query_of_row = q.reshape(-1, q.shape[-1]), query_of_row.view(-1, TILE)
+    keys, values = _blocks(k, block_size), _blocks(v, block_size)
+    ragged = n_own_tiles == 0 and k.shape[2] % block_size != 0  # may a routed block be short?
+    # A key that a row may not see has weight 0, and 0 * NaN is NaN: values that are not finite
+    # are taken out of the product, and rows where their weight is not 0 set to NaN.
+    finite = not v.is_cuda and bool(v.isfinite().all())
+    out_rows = queries.new_empty((*query_of_row.shape, v.shape[-1]), dtype=precise)
+    lse_rows = queries.new_empty(query_of_row.shape, dtype=precise)
+    for tiles, seen, causal in _pieces(block_of_tile, own_tiles_per_block, n_own_tiles, keys):
+        block = block_of_tile[tiles].clamp(max=keys.shape[0] - 1)
+        tile_q = queries[query_of_row[tiles].clamp(min=0)].to(precise) * scale
+        scores = tile_q @ keys[:, :seen][block].to(precise).mT
+        if causal or ragged:
+            scores.masked_fill_(_hidden(last_key_of_row, tiles, block, seen, block_size), float("-inf"))
+        highest = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(highest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        value = values[:, :seen][block].to(precise)
+        if finite:
+            out = weights @ value
+        else:
+            reached = weights @ (~value.isfinite()).to(precise) > 0
+            out = (weights @ _finite(value)).masked_fill(reached, float("nan"))
+        out_rows[tiles] = out.div_(total)
+        lse_rows[tiles] = highest.add_(total.log_()).squeeze(-1)
+    out, lse = merge_parts(out_rows.flatten(0, 1), lse_rows.flatten(), row_of_pair)
+    return out.to(q.dtype).view(*q.shape[:3], -1), lse.view(q.shape[:3])
+
+
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    precise = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=precise)
+
+
+@torch.library.custom_op("flexmoba::attend_portable_backward", mutates_args=())
+def _attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_of_row: Tensor,
+    last_key_of_row: Tensor,
+    row_of_pair: Tensor,
+    block_of_tile: Tensor,
+    own_tiles_per_block: int,
+    n_own_tiles: int,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    precise = torch.promote_types(q.dtype, torch.float32)
+    queries, query_of_row = q.reshape(-1, q.shape[-1]), query_of_row.view(-1, TILE)
+    keys, values = _blocks(k, block_size), _blocks(v, block_size)
+    ragged = n_own_tiles == 0 and k.shape[2] % block_size != 0  # may a routed block be short?
+    grads, lse = grad_out.reshape(-1, v.shape[-1]), lse.flatten()
+    # d loss / d score = weight * (grad . value - delta); the log-sum-exp's gradient is a part.
+    delta = (grad_out.to(precise) * out.to(precise)).sum(-1).flatten() - grad_lse.flatten()
+    d_query_rows = queries.new_empty((*query_of_row.shape, q.shape[-1]), dtype=precise)
+    d_keys = torch.zeros_like(keys, dtype=precise)
+    d_values = torch.zeros_like(values, dtype=precise)
+    for tiles, seen, causal in _pieces(block_of_tile, own_tiles_per_block, n_own_tiles, keys):
+        block = block_of_tile[tiles].clamp(max=keys.shape[0] - 1)
+        query = query_of_row[tiles].clamp(min=0)
+        hidden = (query_of_row[tiles] < 0)[..., None]  # padding has no weights
+        if causal or ragged:
+            hidden = hidden | _hidden(last_key_of_row, tiles, block, seen, block_size)
+        tile_q, tile_grad = queries[query].to(precise) * scale, grads[query].to(precise)
+        key, value = keys[:, :seen][block].to(precise), values[:, :seen][block].to(precise)
+        weights = (tile_q @ key.mT).sub_(lse[query][..., None]).exp_()
+        d_scores = (tile_grad @ value.mT).sub_(delta[query][..., None]).mul_(weights)
+        weights.masked_fill_(hidden, 0.0)
+        d_scores.masked_fill_(hidden, 0.0)
+        # Where NaN belongs it is in the weights by now; from here it would spread, as 0 * NaN.
+        d_query_rows[tiles] = (d_scores @ _finite(key)).mul_(scale)
+        _add_to_blocks(d_keys[:, :seen], block, d_scores.mT @ _finite(tile_q))
+        _add_to_blocks(d_values[:, :seen], block, weights.mT @ _finite(tile_grad))
+    parts = d_query_rows.flatten(0, 1)[row_of_pair.clamp(min=0)]
+    d_q = parts.masked_fill_((row_of_pair < 0)[..., None], 0.0).sum(1)
+    return d_q.view_as(q).to(q.dtype), _unblocks(d_keys, k), _unblocks(d_values, v)
+
+
+@_attend_backward.register_fake
+def _(
+    grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *inputs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = inputs[:3]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[:7])
+    ctx.numbers = inputs[7:]
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attend_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.numbers)
+    return (*grads, *(None for _ in range(8)))
+
+
+_attend.register_autograd(_differentiate, setup_context=_save)
+
+
+def _pieces(
+    block_of_tile: Tensor, own_tiles_per_block: int, n_own_tiles: int, keys: Tensor
+) -> Iterator[tuple[slice, int, bool]]:
+    """Cuts the tiles into pieces: which tiles, how many keys they see, whether causally."""
+    n_blocks, block_size, _ = keys.shape
+    for i in range(own_tiles_per_block):
+        # The i-th tiles of all own blocks; none of their rows sees further than the last row.
+        seen = i * TILE % block_size + TILE if block_size % TILE == 0 else block_size
+        step = own_tiles_per_block * max(1, _SCORES_AT_ONCE // (TILE * seen))
+        for start in range(i, n_own_tiles, step):
+            stop = min(start + step, n_own_tiles)
+            yield slice(start, stop, own_tiles_per_block), seen, True
+    used = block_of_tile.shape[0]
+    if not block_of_tile.is_cuda:  # where reading a value waits for nothing
+        used = n_own_tiles + int((block_of_tile[n_own_tiles:] < n_blocks).sum())
+    step = max(1, _SCORES_AT_ONCE // (TILE * block_size))
+    for start in range(n_own_tiles, used, step):
+        yield slice(start, min(start + step, used)), block_size, False
+
+
+def _hidden(
+    last_key_of_row: Tensor, tiles: slice, block: Tensor, seen: int, block_size: int
+) -> Tensor:
+    """Which of the first ``seen`` keys of its block each row must not see."""
+    last_key = last_key_of_row.view(-1, TILE)[tiles] - (block * block_size)[:, None]
+    return torch.arange(seen, device=block.device) > last_key[..., None]
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _blocks(x: Tensor, block_size: int) -> Tensor:
+    """``(B, H, L, D)`` cut into ``(blocks, block_size, D)``, the last of each head padded."""
+    padded = F.pad(x, (0, 0, 0, -x.shape[2] % block_size))
+    return padded.reshape(-1, block_size, x.shape[-1])
+
+
+def _unblocks(blocks: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_blocks`, in shape and dtype of ``like``."""
+    padded = blocks.view(*like.shape[:2], -1, like.shape[3])
+    return padded[:, :, : like.shape[2]].to(like.dtype, copy=True).contiguous()
+
+
+def _add_to_blocks(blocks: Tensor, index: Tensor, x: Tensor) -> None:
+    """Adds a tile's share to its block, several tiles a block, always in the same order."""
+    if x.is_cuda:
+        blocks.index_put_((index,), x, accumulate=True)  # sorts; index_add_ would be atomic
+    else:
+        blocks.index_add_(0, index, x)  # one after the other; index_put_ would be atomic
