@@ -4,7 +4,7 @@
                                      \\--------> portable --------/
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,11 @@ from flexmoba.gate import moba_select, own_block, select_candidates
 from flexmoba.masks import GRAIN, full_mask, selection_mask, tile_mask
 from flexmoba.merge import combine, dispatch
 from flexmoba.portable import attend_portable
-from flexmoba.routing import route
+from flexmoba.routing import most_rows, route
+
+# Before torch 2.14 FlexAttention's backward pass reaches rows by 32-bit offsets; larger calls are
+# cut into pieces, which then also bound the memory.
+_MAX_ELEMENTS = 2**31 - 1
 
 IMPLS = ("auto", "routed", "masked", "portable")
 
@@ -217,7 +221,7 @@ def _attend_portable(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
     kv_heads, kv_len = k.shape[1:3]
-    tiles = route(routed, own, kv_heads, kv_len, block_size, block_size, is_causal=is_causal)
+    tiles = route(routed, own, kv_heads, kv_len, block_size, block_size, is_causal=is_causal, fuse=False)
     return attend_portable(q, k, v, tiles, block_size, scale)
 
 
@@ -232,14 +236,39 @@ def _attend_routed(
     kernel_options: Mapping[str, Any] | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    return run_compiled(
-        _attend_routed_tiles,
-        *(q, k, v, routed, own),
-        block_size=block_size,
-        scale=scale,
-        kernel_options=kernel_options,
-        is_causal=is_causal,
+    batch, heads, q_len, _ = q.shape
+    kv_heads = k.shape[1]
+    rows = most_rows(routed.shape, kv_heads, k.shape[2], block_size, is_causal=is_causal)
+    dim = max(q.shape[-1], v.shape[-1])
+    pieces = -(-rows * dim // _MAX_ELEMENTS)
+    per_piece = -(-batch * kv_heads // min(pieces, batch * kv_heads))
+    static: dict[str, Any] = {
+        "block_size": block_size,
+        "scale": scale,
+        "kernel_options": kernel_options,
+        "is_causal": is_causal,
+    }
+    if per_piece == batch * kv_heads:
+        return run_compiled(_attend_routed_tiles, q, k, v, routed, own, **static)
+
+    # KV heads, of all batch elements, are independent of each other.
+    def split(x: Tensor | None, size: int) -> Sequence[Tensor | None]:
+        if x is None:
+            return [None] * -(-batch * kv_heads // per_piece)
+        return x.flatten(0, 1)[None].split(size, dim=1)
+
+    group = heads // kv_heads * per_piece
+    tensors = (
+        *(split(q, group), split(k, per_piece), split(v, per_piece)),
+        *(split(routed, group), split(own, group)),
     )
+    parts = [
+        run_compiled(_attend_routed_tiles, *piece, **static)
+        for piece in zip(*tensors, strict=True)
+    ]
+    out = torch.cat([out for out, _ in parts], dim=1)
+    lse = torch.cat([lse for _, lse in parts], dim=1)
+    return out.view(batch, heads, q_len, -1), lse.view(batch, heads, q_len)
 
 
 def _attend_routed_tiles(
@@ -256,7 +285,7 @@ def _attend_routed_tiles(
 ) -> tuple[Tensor, Tensor]:
     kv_heads, kv_len = k.shape[1:3]
     block_stride = -(-block_size // GRAIN) * GRAIN
-    tiles = route(routed, own, kv_heads, kv_len, block_size, block_stride, is_causal=is_causal)
+    tiles = route(routed, own, kv_heads, kv_len, block_size, block_stride, is_causal=is_causal, fuse=True)
     mask = tile_mask(
         tiles,
         tuple(q.shape),
@@ -270,10 +299,11 @@ def _attend_routed_tiles(
     rows = dispatch(q.reshape(-1, q.shape[-1]), tiles.query_of_row, tiles.row_of_pair)
     keys, values = (_blocks_in_a_row(x, block_size, block_stride) for x in (k, v))
     out_rows, lse_rows = call_flex(
-        rows[None, None], keys, values, mask, scale, kernel_options, divisible=True
+        rows.view(1, 1, -1, q.shape[-1]), keys, values, mask, scale, kernel_options, divisible=True
     )
+    # Views, not [0, 0]: its gradient, a scatter into zeros, miscompiles before FlexAttention's.
     out, lse = combine(
-        out_rows[0, 0], lse_rows[0, 0], tiles.query_of_row, tiles.row_of_pair
+        out_rows.view(-1, v.shape[-1]), lse_rows.view(-1), tiles.query_of_row, tiles.row_of_pair
     )
     return out.view(*q.shape[:3], -1), lse.view(q.shape[:3])
 

@@ -225,7 +225,7 @@ def tile_mask(
         )
         full_transposed = transposed(is_whole, stretch < past_whole[:, None])
 
-    last_key_of_row = tiles.last_key_of_row
+    last_key_of_row = _realize(tiles.last_key_of_row)  # see `selection_mask`
 
     def mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return key <= last_key_of_row[row]

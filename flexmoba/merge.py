@@ -47,8 +47,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
         (row_of_pair,) = ctx.saved_tensors
-        parts = _gather(grad_rows, row_of_pair.flatten()).float()
-        return parts.unflatten(0, row_of_pair.shape).sum(1).to(grad_rows.dtype), None, None
+        return _sum_parts(grad_rows, row_of_pair).to(grad_rows.dtype), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -78,19 +77,27 @@ class _Combine(torch.autograd.Function):
 
 def merge_parts(out_rows: Tensor, lse_rows: Tensor, row_of_pair: Tensor) -> tuple[Tensor, Tensor]:
     """`combine` without gradients."""
-    row = row_of_pair.clamp(min=0).long()
-    lse_parts = torch.where(row_of_pair >= 0, lse_rows[row], float("-inf"))
+    lse_parts = torch.where(row_of_pair >= 0, lse_rows[row_of_pair.clamp(min=0).long()], -torch.inf)
     highest = lse_parts.amax(-1)
     # Where nothing was seen every part is -inf: subtract 0 to get weights of 0, not NaN.
-    weights = torch.exp(lse_parts - torch.where(highest == float("-inf"), 0.0, highest)[:, None])
+    weights = torch.exp(lse_parts - torch.where(highest == -torch.inf, 0.0, highest)[:, None])
     total = weights.sum(-1)
-    share = (weights / torch.where(total == 0, 1.0, total)[:, None])[..., None]
-    # A weight of zero must not let NaN through from a row that is not this query's.
-    parts = torch.where((row_of_pair >= 0)[..., None], out_rows[row].to(share.dtype), 0.0)
-    return (parts * share).sum(1).to(out_rows.dtype), highest + torch.log(total)
+    shares = weights / torch.where(total == 0, 1.0, total)[:, None]
+    out = _sum_parts(out_rows, row_of_pair, shares)
+    return out.to(out_rows.dtype), highest + torch.log(total)
+
+
+def _sum_parts(rows: Tensor, row_of_pair: Tensor, shares: Tensor | None = None) -> Tensor:
+    """The weighted sum of each query's rows, in float32 at least and in the order of its parts."""
+    total = None
+    for i, row in enumerate(row_of_pair.unbind(1)):  # one pass over memory, once compiled
+        part = _gather(rows, row).to(torch.promote_types(rows.dtype, torch.float32))
+        part = part if shares is None else part * shares[:, i, None]
+        total = part if total is None else total + part
+    assert total is not None  # every query has a place for its own block
+    return total
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``x`` by index; zeros where the index is -1."""
-    picked = x[index.clamp(min=0).long()]
-    return torch.where((index >= 0)[:, None], picked, 0.0).to(x.dtype)
+    """Rows of ``x`` by index; zeros where the index is -1, whatever stands in the first row."""
+    return x.index_select(0, index.clamp(min=0)).masked_fill((index < 0)[:, None], 0.0)

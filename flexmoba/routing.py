@@ -11,6 +11,7 @@ per query. A *block* below is one block of keys of one batch element and KV head
 B * Hkv * n_blocks of them, and their keys lie one after the other.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ def route(
     block_stride: int,
     *,
     is_causal: bool,
+    fuse: bool,
 ) -> Tiles:
     """Lays the (query, block) pairs out in tiles.
 
@@ -63,31 +65,59 @@ def route(
         routed: ``(B, Hq, Lq, T)`` int32, block indices without duplicates in a row; -1 for none.
             If causal, all of them before the query's own block.
         own: ``(B, Hq, Lq)`` bool, which queries attend to their own block; None for all of them.
-            Ignored unless causal: then the own block is routed like any other.
+            Ignored unless causal; if not, the own block is routed like any other.
         kv_heads: Number of KV heads; query heads of one KV head share its tiles.
         kv_len: Number of keys.
         block_size: Keys in a block.
         block_stride: Keys that a block takes where blocks are laid out one after the other; at
             least ``block_size``.
         is_causal: Whether own blocks are attended to causally, apart from the routed ones.
+        fuse: Whether a compiler may look inside. It saves two thirds of the launches on a GPU; on
+            CPU there is nothing to gain from compiling this.
     """
-    batch, heads, q_len, _ = routed.shape
-    group = heads // kv_heads
-    own_tiles_per_block = n_own_tiles = 0
-    if is_causal:
-        own_blocks = _cdiv(kv_len, block_size) - (kv_len - q_len) // block_size
-        own_tiles_per_block = _cdiv(group * block_size, TILE)
-        n_own_tiles = batch * kv_heads * own_blocks * own_tiles_per_block
-    query_of_row, last_key_of_row, *rest = _route(
-        routed, own, kv_heads, kv_len, block_size, block_stride, own_tiles_per_block, n_own_tiles
+    own_tiles_per_block, n_own_tiles = _own_region(
+        routed.shape, kv_heads, kv_len, block_size, is_causal=is_causal
     )
-    return Tiles(query_of_row, last_key_of_row, *rest, own_tiles_per_block, n_own_tiles)
+    tables = _tables if fuse else _opaque_tables
+    return Tiles(
+        *tables(
+            routed,
+            own,
+            kv_heads,
+            kv_len,
+            block_size,
+            block_stride,
+            own_tiles_per_block,
+            n_own_tiles,
+        ),
+        own_tiles_per_block,
+        n_own_tiles,
+    )
 
 
-# An opaque operator: a compiler that traced it would have to keep every table out of its fusions
-# (what a mask_mod captures must be a real buffer), and would gain nothing on the sort.
-@torch.library.custom_op("flexmoba::route", mutates_args=())
-def _route(
+def most_rows(
+    shape: Sequence[int], kv_heads: int, kv_len: int, block_size: int, *, is_causal: bool
+) -> int:
+    """How many rows `route` makes for a selection of this shape."""
+    batch, heads, q_len, width = shape
+    _, own_tiles = _own_region(shape, kv_heads, kv_len, block_size, is_causal=is_causal)
+    n_blocks = batch * kv_heads * _cdiv(kv_len, block_size)
+    return (own_tiles + _past_tile_bound(batch * heads * q_len * width, n_blocks)) * TILE
+
+
+def _own_region(
+    shape: Sequence[int], kv_heads: int, kv_len: int, block_size: int, *, is_causal: bool
+) -> tuple[int, int]:
+    """Tiles of the own region: of each block, and of all blocks that hold queries."""
+    if not is_causal:
+        return 0, 0
+    batch, heads, q_len, _ = shape
+    blocks = _cdiv(kv_len, block_size) - (kv_len - q_len) // block_size
+    per_block = _cdiv(heads // kv_heads * block_size, TILE)
+    return per_block, batch * kv_heads * blocks * per_block
+
+
+def _tables(
     routed: Tensor,
     own: Tensor | None,
     kv_heads: int,
@@ -114,7 +144,10 @@ def _route(
     return query_of_row, last_key, row_of_pair, block_of_tile, first_tile, tiles
 
 
-@_route.register_fake
+_opaque_tables = torch.library.custom_op("flexmoba::route", _tables, mutates_args=())
+
+
+@_opaque_tables.register_fake
 def _(
     routed: Tensor,
     own: Tensor | None,

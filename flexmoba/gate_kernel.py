@@ -1,0 +1,120 @@
+"""The gate on CUDA: one Triton kernel scores a tile of queries and keeps the best of each row.
+
+The scores never leave the chip, so memory is that of the result, and blocks after the queries are
+not visited. A score and its block share one 64-bit key, whose order is the gate's: by score, then
+the later block.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_COUNT = 64  # kept per row in registers
+MAX_HEAD_DIM = 256
+
+_NOTHING = tl.constexpr(-(2**63))  # below the key of any score
+_EVERYTHING = tl.constexpr(2**63 - 1)
+
+
+def select_on_cuda(
+    q: Tensor, means: Tensor, kv_len: int, block_size: int, count: int, is_causal: bool
+) -> Tensor:
+    """The ``count`` best candidates of each query, as `gate.select_candidates` defines them."""
+    batch, heads, q_len, dim = q.shape
+    kv_heads, n_blocks = means.shape[1:3]
+    q, means = q.contiguous(), means.contiguous()
+    chosen = torch.empty(batch, heads, q_len, count, dtype=torch.int32, device=q.device)
+    tile_q, tile_n = (32, 32) if q.dtype == torch.float32 or dim > 128 else (64, 64)
+    tiles = triton.cdiv(q_len, tile_q)
+    with torch.cuda.device(q.device):
+        _select_kernel[(tiles * batch * heads,)](
+            q,
+            means,
+            chosen,
+            batch * heads,
+            heads // kv_heads,
+            q_len,
+            n_blocks,
+            kv_len - q_len,
+            block_size,
+            DIM=dim,
+            COUNT=count,
+            IS_CAUSAL=is_causal,
+            TILE_Q=tile_q,
+            TILE_N=tile_n,
+            TILE_D=max(16, triton.next_power_of_2(dim)),
+            SLOTS=triton.next_power_of_2(count),
+            num_warps=4,
+        )
+    return chosen
+
+
+@triton.jit
+def _select_kernel(  # type: ignore[no-untyped-def]
+    q_ptr,
+    means_ptr,
+    chosen_ptr,
+    all_heads,
+    group,
+    q_len,
+    n_blocks,
+    offset,
+    block_size,
+    DIM: tl.constexpr,
+    COUNT: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_D: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    # The last queries have the most candidates: they start first.
+    head = tl.program_id(0) % all_heads
+    tile = tl.cdiv(q_len, TILE_Q) - 1 - tl.program_id(0) // all_heads
+    row = tile * TILE_Q + tl.arange(0, TILE_Q)
+    there = row < q_len
+    dim = tl.arange(0, TILE_D)
+    q_row = head.to(tl.int64) * q_len + row
+    q = tl.load(
+        q_ptr + q_row[:, None] * DIM + dim, mask=there[:, None] & (dim < DIM)[None, :], other=0.0
+    )
+    end = n_blocks
+    candidates = tl.full([TILE_Q], 0, tl.int32) + n_blocks
+    if IS_CAUSAL:
+        candidates = (row + offset) // block_size
+        end = (tl.minimum(tile * TILE_Q + TILE_Q, q_len) - 1 + offset) // block_size
+
+    slot = tl.arange(0, SLOTS)[None, :] + tl.zeros([TILE_Q, SLOTS], tl.int32)
+    best = tl.where(slot < COUNT, _NOTHING + slot.to(tl.int64), _EVERYTHING)
+    means_ptr += (head // group).to(tl.int64) * n_blocks * DIM
+    for start in range(0, end, TILE_N):
+        block = start + tl.arange(0, TILE_N)
+        mean = tl.load(
+            means_ptr + block[:, None] * DIM + dim,
+            mask=(block < n_blocks)[:, None] & (dim < DIM)[None, :],
+            other=0.0,
+        )
+        score = tl.dot(q, tl.trans(mean), input_precision="ieee")
+        score = tl.where(score == 0.0, 0.0, score)  # -0.0 ties with 0.0
+        bits = score.to(tl.int32, bitcast=True)
+        bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # now ordered like the scores
+        bits = tl.where(score != score, 0x7FFFFFFF, bits)
+        key = (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
+        key = tl.where(block[None, :] < candidates[:, None], key, _NOTHING)
+        # The best of this tile replaces the worst of all so far, as long as any row gains.
+        highest = tl.max(key, 1)
+        worst = tl.min(best, 1)
+        while tl.max((highest > worst).to(tl.int32), 0) > 0:
+            gains = (highest > worst)[:, None] & (best == worst[:, None])
+            best = tl.where(gains, highest[:, None], best)
+            key = tl.where(key == highest[:, None], _NOTHING, key)
+            highest = tl.max(key, 1)
+            worst = tl.min(best, 1)
+
+    best = tl.sort(best, descending=True)  # unused slots come first
+    chosen = tl.where(best < _NOTHING + SLOTS, -1, (best & 0xFFFFFFFF).to(tl.int32))
+    column = slot - (SLOTS - COUNT)
+    tl.store(
+        chosen_ptr + q_row[:, None] * COUNT + column, chosen, mask=there[:, None] & (column >= 0)
+    )
