@@ -108,7 +108,7 @@ def flex_moba(
     impl = _resolve(impl, q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
-        return _empty(q, v, return_aux)
+        return _output(*_empty(q, k, v), return_aux)
 
     n_blocks = -(-k.shape[2] // block_size)
     if topk is None or topk >= n_blocks:
@@ -189,7 +189,7 @@ def selected_attention(
     impl = _resolve(impl, q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
-        return _empty(q, v, return_aux)
+        return _output(*_empty(q, k, v), return_aux)
     if selection.device.type == "cpu" and not torch.compiler.is_compiling():
         check_selected_blocks(selection, -(-k.shape[2] // block_size))
 
@@ -301,7 +301,6 @@ def _attend_routed_tiles(
     out_rows, lse_rows = call_flex(
         rows.view(1, 1, -1, q.shape[-1]), keys, values, mask, scale, kernel_options, divisible=True
     )
-    # Views, not [0, 0]: its gradient, a scatter into zeros, miscompiles before FlexAttention's.
     out, lse = combine(
         out_rows.view(-1, v.shape[-1]), lse_rows.view(-1), tiles.query_of_row, tiles.row_of_pair
     )
@@ -399,12 +398,11 @@ def _resolve(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str:
     return impl
 
 
-def _empty(
-    q: Tensor, v: Tensor, return_aux: AuxRequest | None
-) -> Tensor | tuple[Tensor, AuxOutput]:
-    precise = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_zeros((*q.shape[:3], v.shape[-1]))
-    return _output(out, q.new_zeros(q.shape[:3], dtype=precise), return_aux)
+def _empty(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The result for no queries: nothing, but differentiable like any other."""
+    nothing = 0 * (q.sum() + k.sum() + v.sum())
+    lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)) + nothing
+    return q.new_zeros((*q.shape[:3], v.shape[-1])) + nothing, lse
 
 
 def _output(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 MIN_HEAD_DIM = 16
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INT32_OFFSETS = tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 14)
 
 
@@ -23,7 +24,7 @@ def why_not_compiled(q: Tensor, v: Tensor) -> str | None:
         return "has no float64 kernels"
     if min(q.shape[-1], v.shape[-1]) < MIN_HEAD_DIM:
         return f"needs head dims of at least {MIN_HEAD_DIM}, got {q.shape[-1]} and {v.shape[-1]}"
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "needs Triton, which is not installed"
     return None
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from flexmoba.checks import check_block_size, check_queries_and_keys, check_topk
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 # The plain gate works through queries in pieces, so that its scores stay this small.
 _SCORES_AT_ONCE = 2**22
 
@@ -89,7 +91,7 @@ def _select(q: Tensor, k: Tensor, block_size: int, count: int, is_causal: bool) 
     means = block_means(k, block_size)
     if count == 0 or q.numel() == 0 or means.shape[2] == 0:
         return q.new_full((*q.shape[:3], count), -1, dtype=torch.int32)
-    if q.is_cuda and q.dtype != torch.float64 and importlib.util.find_spec("triton"):
+    if q.is_cuda and q.dtype != torch.float64 and _HAS_TRITON:
         from flexmoba.gate_kernel import MAX_COUNT, MAX_HEAD_DIM, select_on_cuda
 
         if count <= MAX_COUNT and q.shape[-1] <= MAX_HEAD_DIM:

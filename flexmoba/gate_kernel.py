@@ -25,7 +25,7 @@ def select_on_cuda(
     kv_heads, n_blocks = means.shape[1:3]
     q, means = q.contiguous(), means.contiguous()
     chosen = torch.empty(batch, heads, q_len, count, dtype=torch.int32, device=q.device)
-    tile_q, tile_n = (32, 32) if q.dtype == torch.float32 or dim > 128 else (64, 64)
+    tile_q, tile_n = 64, 32
     tiles = triton.cdiv(q_len, tile_q)
     with torch.cuda.device(q.device):
         _select_kernel[(tiles * batch * heads,)](
@@ -45,7 +45,7 @@ def select_on_cuda(
             TILE_N=tile_n,
             TILE_D=max(16, triton.next_power_of_2(dim)),
             SLOTS=triton.next_power_of_2(count),
-            num_warps=4,
+            num_warps=2 if dim <= 128 and q.element_size() == 2 else 4,
         )
     return chosen
 

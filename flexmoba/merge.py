@@ -81,10 +81,12 @@ def merge_parts(out_rows: Tensor, lse_rows: Tensor, row_of_pair: Tensor) -> tupl
     highest = lse_parts.amax(-1)
     # Where nothing was seen every part is -inf: subtract 0 to get weights of 0, not NaN.
     weights = torch.exp(lse_parts - torch.where(highest == -torch.inf, 0.0, highest)[:, None])
-    total = weights.sum(-1)
+    total = sum(weights.unbind(1)[1:], weights[:, 0])  # in order, so that empty parts are nothing
     shares = weights / torch.where(total == 0, 1.0, total)[:, None]
     out = _sum_parts(out_rows, row_of_pair, shares)
-    return out.to(out_rows.dtype), highest + torch.log(total)
+    # copy=True: torch 2.11 compiles an autograd.Function that ends in a cast to the dtype it has
+    # already into one without gradients.
+    return out.to(out_rows.dtype, copy=True), highest + torch.log(total)
 
 
 def _sum_parts(rows: Tensor, row_of_pair: Tensor, shares: Tensor | None = None) -> Tensor:

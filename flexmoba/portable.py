@@ -19,6 +19,10 @@ from flexmoba.routing import TILE, Tiles
 _SCORES_AT_ONCE = 8 * TILE * 512
 _QUERIES_AT_ONCE = 2048  # to merge: their parts fit there, too
 
+# Head dims and blocks are padded to whole vectors. A matrix product may round differently where
+# its rows are aligned differently, and where a row stands depends on other queries' choices.
+_VECTOR = 16
+
 
 def attend_portable(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, block_size: int, scale: float
@@ -68,20 +72,23 @@ def _attend(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     precise = torch.promote_types(q.dtype, torch.float32)
-    queries, query_of_row = q.reshape(-1, q.shape[-1]), query_of_row.view(-1, TILE)
+    queries = _whole_vectors(q.reshape(-1, q.shape[-1]))
     keys, values = _blocks(k, block_size), _blocks(v, block_size)
-    ragged = n_own_tiles == 0 and k.shape[2] % block_size != 0  # may a routed block be short?
+    # May a routed block hold fewer keys than it has room for?
+    ragged = (n_own_tiles == 0 and k.shape[2] % block_size != 0) or block_size % _VECTOR != 0
+    tables = _whole_pieces(query_of_row, last_key_of_row, block_of_tile, n_own_tiles, keys)
+    query_of_row, last_key_of_row, block_of_tile = tables
     # A key that a row may not see has weight 0, and 0 * NaN is NaN: values that are not finite
     # are taken out of the product, and rows where their weight is not 0 set to NaN.
     finite = not v.is_cuda and bool(v.isfinite().all())
-    out_rows = queries.new_empty((*query_of_row.shape, v.shape[-1]), dtype=precise)
+    out_rows = queries.new_empty((*query_of_row.shape, values.shape[-1]), dtype=precise)
     lse_rows = queries.new_empty(query_of_row.shape, dtype=precise)
-    for tiles, whole, seen in _pieces(block_of_tile, own_tiles_per_block, n_own_tiles, keys, ragged):
+    for tiles, whole, seen in _pieces(block_of_tile, own_tiles_per_block, n_own_tiles, keys, block_size, ragged):
         block = block_of_tile[tiles].clamp(max=keys.shape[0] - 1)
         tile_q = _take(queries, query_of_row[tiles].clamp(min=0), precise) * scale
         scores = tile_q @ _take(keys[:, :seen], block, precise).mT
         if whole < seen:
-            hidden = _hidden(last_key_of_row, tiles, block, block_size, slice(whole, seen))
+            hidden = _hidden(last_key_of_row[tiles], block * block_size, slice(whole, seen))
             scores[..., whole:].masked_fill_(hidden, float("-inf"))
         highest = scores.amax(-1, keepdim=True)
         weights = scores.sub_(highest).exp_()
@@ -96,6 +103,7 @@ def _attend(
         lse_rows[tiles] = highest.add_(total.log_()).squeeze(-1)
     out_rows, lse_rows = out_rows.flatten(0, 1), lse_rows.flatten()
     out, lse = v.new_empty(queries.shape[0], v.shape[-1]), lse_rows.new_empty(queries.shape[0])
+    out_rows = out_rows[:, : v.shape[-1]]
     for start in range(0, queries.shape[0], _QUERIES_AT_ONCE):
         some = slice(start, start + _QUERIES_AT_ONCE)
         out[some], lse[some] = merge_parts(out_rows, lse_rows, row_of_pair[some])
@@ -127,20 +135,23 @@ def _attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     precise = torch.promote_types(q.dtype, torch.float32)
-    queries, query_of_row = q.reshape(-1, q.shape[-1]), query_of_row.view(-1, TILE)
+    queries = _whole_vectors(q.reshape(-1, q.shape[-1]))
     keys, values = _blocks(k, block_size), _blocks(v, block_size)
-    ragged = n_own_tiles == 0 and k.shape[2] % block_size != 0  # may a routed block be short?
-    grads, lse = grad_out.reshape(-1, v.shape[-1]), lse.flatten()
+    # May a routed block hold fewer keys than it has room for?
+    ragged = (n_own_tiles == 0 and k.shape[2] % block_size != 0) or block_size % _VECTOR != 0
+    tables = _whole_pieces(query_of_row, last_key_of_row, block_of_tile, n_own_tiles, keys)
+    query_of_row, last_key_of_row, block_of_tile = tables
+    grads, lse = _whole_vectors(grad_out.reshape(-1, v.shape[-1])), lse.flatten()
     # d loss / d score = weight * (grad . value - delta); the log-sum-exp's gradient is a part.
     delta = (grad_out.to(precise) * out.to(precise)).sum(-1).flatten() - grad_lse.flatten()
-    d_query_rows = queries.new_empty((*query_of_row.shape, q.shape[-1]), dtype=precise)
+    d_query_rows = queries.new_empty((*query_of_row.shape, queries.shape[-1]), dtype=precise)
     d_keys = torch.zeros_like(keys, dtype=precise)
     d_values = torch.zeros_like(values, dtype=precise)
-    for tiles, whole, seen in _pieces(block_of_tile, own_tiles_per_block, n_own_tiles, keys, ragged):
+    for tiles, whole, seen in _pieces(block_of_tile, own_tiles_per_block, n_own_tiles, keys, block_size, ragged):
         block = block_of_tile[tiles].clamp(max=keys.shape[0] - 1)
         query = query_of_row[tiles].clamp(min=0)
         padding = (query_of_row[tiles] < 0)[..., None]  # padding has no weights
-        hidden = _hidden(last_key_of_row, tiles, block, block_size, slice(whole, seen))
+        hidden = _hidden(last_key_of_row[tiles], block * block_size, slice(whole, seen))
         tile_q, tile_grad = _take(queries, query, precise) * scale, _take(grads, query, precise)
         key, value = _take(keys[:, :seen], block, precise), _take(values[:, :seen], block, precise)
         weights = (tile_q @ key.mT).sub_(lse[query][..., None]).exp_()
@@ -157,7 +168,8 @@ def _attend_backward(
     for rows in row_of_pair.unbind(1):
         part = d_query_rows.index_select(0, rows.clamp(min=0))
         d_q += part.masked_fill_((rows < 0)[:, None], 0.0)
-    return d_q.view_as(q).to(q.dtype), _unblocks(d_keys, k), _unblocks(d_values, v)
+    d_q = d_q[:, : q.shape[-1]].to(q.dtype, copy=True).view(q.shape)
+    return d_q, _unblocks(d_keys, k, block_size), _unblocks(d_values, v, block_size)
 
 
 @_attend_backward.register_fake
@@ -182,34 +194,61 @@ _attend.register_autograd(_differentiate, setup_context=_save)
 
 
 def _pieces(
-    block_of_tile: Tensor, own_tiles_per_block: int, n_own_tiles: int, keys: Tensor, ragged: bool
+    block_of_tile: Tensor,
+    own_tiles_per_block: int,
+    n_own_tiles: int,
+    keys: Tensor,
+    block_size: int,
+    ragged: bool,
 ) -> Iterator[tuple[slice, int, int]]:
     """Cuts the tiles into pieces: which tiles, how many keys all rows see, and how many any."""
-    n_blocks, block_size, _ = keys.shape
+    n_blocks, room, _ = keys.shape
     for i in range(own_tiles_per_block):
         # The i-th tiles of all own blocks: their rows stand at the same places in their blocks.
-        whole, seen = 0, block_size
+        whole, seen = 0, room
         if block_size % TILE == 0:
             whole = i * TILE % block_size
             seen = whole + TILE
-        step = own_tiles_per_block * max(1, _SCORES_AT_ONCE // (TILE * seen))
+        step = own_tiles_per_block * _tiles_at_once(seen)
         for start in range(i, n_own_tiles, step):
             yield slice(start, min(start + step, n_own_tiles), own_tiles_per_block), whole, seen
     used = block_of_tile.shape[0]
     if not block_of_tile.is_cuda:  # where reading a value waits for nothing
         used = n_own_tiles + int((block_of_tile[n_own_tiles:] < n_blocks).sum())
-    whole = 0 if ragged else block_size
-    step = max(1, _SCORES_AT_ONCE // (TILE * block_size))
+    whole, step = 0 if ragged else room, _tiles_at_once(room)
     for start in range(n_own_tiles, used, step):
-        yield slice(start, min(start + step, used)), whole, block_size
+        yield slice(start, start + step), whole, room
 
 
-def _hidden(
-    last_key_of_row: Tensor, tiles: slice, block: Tensor, block_size: int, keys: slice
-) -> Tensor:
-    """Which of some keys of its block each row must not see."""
-    last_key = last_key_of_row.view(-1, TILE)[tiles] - (block * block_size)[:, None]
-    return torch.arange(keys.start, keys.stop, device=block.device) > last_key[..., None]
+def _tiles_at_once(keys: int) -> int:
+    return max(1, _SCORES_AT_ONCE // (TILE * keys))
+
+
+def _whole_pieces(
+    query_of_row: Tensor,
+    last_key_of_row: Tensor,
+    block_of_tile: Tensor,
+    n_own_tiles: int,
+    keys: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tables, by tile, with unused tiles added so that all routed pieces are of one size.
+
+    Matrix products of another size may round differently, and how many tiles are used depends on
+    the future: with equal pieces, future tokens never change the past, not by a bit.
+    """
+    n_blocks, room, _ = keys.shape
+    missing = (n_own_tiles - block_of_tile.shape[0]) % _tiles_at_once(room)
+    return (
+        F.pad(query_of_row.view(-1, TILE), (0, 0, 0, missing), value=-1),
+        F.pad(last_key_of_row.view(-1, TILE), (0, 0, 0, missing), value=-1),
+        F.pad(block_of_tile, (0, missing), value=n_blocks),
+    )
+
+
+def _hidden(last_key: Tensor, first_key: Tensor, keys: slice) -> Tensor:
+    """Which of some keys of its block each row ``(tiles, TILE)`` must not see."""
+    place = torch.arange(keys.start, keys.stop, device=last_key.device)
+    return place > (last_key - first_key[:, None])[..., None]
 
 
 def _take(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -223,15 +262,21 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor, block_size: int) -> Tensor:
-    """``(B, H, L, D)`` cut into ``(blocks, block_size, D)``, the last of each head padded."""
+    """``(B, H, L, D)`` cut into ``(blocks, keys, D)``, in whole vectors and whole blocks."""
     padded = F.pad(x, (0, 0, 0, -x.shape[2] % block_size))
-    return padded.reshape(-1, block_size, x.shape[-1])
+    blocks = padded.reshape(-1, block_size, x.shape[-1])
+    return _whole_vectors(_whole_vectors(blocks.mT).mT)
 
 
-def _unblocks(blocks: Tensor, like: Tensor) -> Tensor:
+def _unblocks(blocks: Tensor, like: Tensor, block_size: int) -> Tensor:
     """The inverse of `_blocks`, in shape and dtype of ``like``."""
-    padded = blocks.view(*like.shape[:2], -1, like.shape[3])
+    padded = blocks[:, :block_size, : like.shape[3]].reshape(*like.shape[:2], -1, like.shape[3])
     return padded[:, :, : like.shape[2]].to(like.dtype, copy=True).contiguous()
+
+
+def _whole_vectors(x: Tensor) -> Tensor:
+    missing = -x.shape[-1] % _VECTOR
+    return F.pad(x, (0, missing)).contiguous() if missing else x
 
 
 def _add_to_blocks(blocks: Tensor, index: Tensor, x: Tensor) -> None:

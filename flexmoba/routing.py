@@ -172,7 +172,7 @@ def _(
 
 def _past_tile_bound(pairs: int, n_blocks: int) -> int:
     """Tiles that suffice whatever is chosen: each block wastes less than one."""
-    return pairs // TILE + torch.sym_min(n_blocks, pairs)
+    return pairs // TILE + min(n_blocks, pairs)
 
 
 def _past_tables(
@@ -185,10 +185,16 @@ def _past_tables(
     n_blocks = batch * kv_heads * per_head
     pairs = routed.numel()
     n_tiles = _past_tile_bound(pairs, n_blocks)
+    if width == 0:  # compilers do not take sorts of nothing
+        none = torch.zeros(0, dtype=torch.int32, device=device)
+        unused = torch.zeros(n_blocks, dtype=torch.int32, device=device)
+        no_pairs = routed.reshape(batch * heads * q_len, 0).int()
+        return none, none, no_pairs, none, unused, unused.clone()
 
     kv_head = torch.arange(batch * heads, device=device) // (heads // kv_heads)
-    block = routed.view(batch * heads, -1) + (kv_head * per_head).int()[:, None]
-    block = torch.where(routed.view(batch * heads, -1) >= 0, block, n_blocks).flatten()
+    wanted = routed.reshape(batch * heads, q_len * width)
+    block = wanted + (kv_head * per_head).int()[:, None]
+    block = torch.where(wanted >= 0, block, n_blocks).flatten()
     # A radix sort of two bytes is twice as fast as one of four.
     key = block.to(torch.int16) if n_blocks < 2**15 else block
     sorted_block, order = torch.sort(key, stable=True)
@@ -208,7 +214,7 @@ def _past_tables(
     used = (rank < count[known, None]) & (block_of_tile < n_blocks)[:, None]
     sorted_pair = torch.where(used, first_pair[known, None] + rank, 0)
     pair_of_row = torch.where(used, order[sorted_pair.flatten()].view_as(rank), pairs).flatten()
-    query_of_row = torch.where(used.flatten(), pair_of_row // max(width, 1), -1).int()
+    query_of_row = torch.where(used.flatten(), pair_of_row // width, -1).int()
     row = torch.arange(n_tiles * TILE, device=device, dtype=torch.int32)
     row_of_pair = torch.full((pairs + 1,), -1, device=device, dtype=torch.int32)
     row_of_pair.scatter_(0, pair_of_row, torch.where(used.flatten(), row, -1))

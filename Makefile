@@ -1,0 +1,49 @@
+# Every target makes the virtual environment and installs what it needs, the first time and
+# whenever the requirements change.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+export NO_MKDOCS_2_WARNING := 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test slow lint format docs clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.plot ## Train a small model, check and time its attention, draw what it chose
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev ## Run the tests, examples in documents and docstrings included
+	$(BIN)/python -m pytest -n 2
+
+slow: $(VENV)/.dev ## Run the tests that `make test` leaves out because they take long
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev ## Check style and types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: $(VENV)/.dev ## Format, and mend what can be mended
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+docs: $(VENV)/.docs ## Build the site into site/
+	$(BIN)/python -m mkdocs build --strict
+
+clean: ## Remove what the other targets made, the virtual environment included
+	rm -rf $(VENV) site dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# pip comes last into a new environment, so where it is, the environment is whole.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("flexmoba needs Python 3.11 or newer; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+	@touch $@

@@ -1,0 +1,127 @@
+"""Settings of the whole suite, and the one tolerance policy that every comparison goes by.
+
+The policy: a result may have at most twice, a gradient three times, the error of dense masked
+attention computed in the same dtype. Both errors are measured against float64, and all three
+computations are given the same selection.
+"""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest
+
+from flexmoba.reference import reference_attention
+
+settings.register_profile("dev", deadline=None, max_examples=50)
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+torch.set_num_threads(1)  # tensors are small here, and workers share the cores
+
+GRADIENTS = ("dq", "dk", "dv")
+FACTORS = {"out": 2, "lse": 2} | dict.fromkeys(GRADIENTS, 3)
+# Of the largest value, granted to everyone. Half precision is accumulated in float32 and rounded
+# once. Nothing measures the error of float64, since what it is compared with has it as well: it
+# gets more than roundings add up to here, and far less than one of float32.
+ROUNDINGS = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 16, torch.float64: 1024}
+
+Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+
+
+def with_lse(function: Callable, *args, **options) -> Attend:
+    """``function(q, k, v, *args, **options)`` as a map from q, k, v to output and log-sum-exp."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, aux = function(q, k, v, *args, **options, return_aux=AuxRequest(lse=True))
+        return out, aux.lse
+
+    return attend
+
+
+def assert_as_exact_as_dense(
+    attend: Attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    scale: float | None = None,
+    gradients: bool = False,
+) -> None:
+    """Holds ``attend(q, k, v)``, output and log-sum-exp, to the policy; on any device.
+
+    Args:
+        attend: What is tested.
+        q: ``(B, Hq, Lq, D)``.
+        k: ``(B, Hkv, Lk, D)``.
+        v: ``(B, Hkv, Lk, Dv)``.
+        mask: ``(B, Hq, Lq, Lk)`` bools, the keys that each query sees.
+        scale: Factor on the scores.
+        gradients: Whether to compare the gradients of q, k and v, too, given random gradients of
+            both results.
+    """
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return reference_attention(q, k, v, mask, scale=scale)
+
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)  # also of half precision
+    actual = _results(attend, q, k, v, q.dtype, gradients)
+    exact = _results(dense, q, k, v, torch.float64, gradients)
+    baseline = _results(dense, q, k, v, q.dtype, gradients)
+    baseline["lse"] = _results(dense, q, k, v, lse_dtype, gradients)["lse"]
+
+    # Dense attention may be exact by luck, so its error is taken to be at least some roundings of
+    # the largest value. Gradients share theirs, since one of them can vanish by cancellation of
+    # terms that are as large as the others' (dq is zero where one key is seen). A logarithm's is
+    # at least that of 1: its absolute error is the relative error of the weights.
+    largest = {name: float(x.where(x.isfinite(), 0.0).abs().max()) for name, x in exact.items()}
+    units = largest | {"lse": max(1.0, largest["lse"])}
+    units |= {name: max(largest[n] for n in GRADIENTS) for name in GRADIENTS if name in exact}
+    for name, x in actual.items():
+        dtype = lse_dtype if name == "lse" else q.dtype
+        assert (x.dtype, x.shape) == (dtype, exact[name].shape), name
+        error, dense_error = (_max_error(y[name], exact[name]) for y in (actual, baseline))
+        floor = ROUNDINGS[dtype] * torch.finfo(dtype).eps * units[name]
+        allowed = FACTORS[name] * (dense_error + floor)
+        assert error <= allowed, (  # not "error > allowed: fail", which would let NaN pass
+            f"{name} of {q.dtype} inputs: error {error:.3g}, allowed {allowed:.3g}; "
+            f"dense attention has {dense_error:.3g}, the largest value is {largest[name]:.3g}"
+        )
+
+
+def assert_bitwise_equal(actual: Tensor, expected: Tensor) -> None:
+    """Equality of every element, NaN being equal to NaN."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def _results(
+    function: Attend, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, gradients: bool
+) -> dict[str, Tensor]:
+    """Output, log-sum-exp and gradients, computed in ``dtype`` from the same inputs."""
+    inputs = [x.detach().to(dtype).requires_grad_(gradients) for x in (q, k, v)]
+    out, lse = function(*inputs)
+    results = {"out": out.detach(), "lse": lse.detach()}
+    if gradients:
+        generator = torch.Generator().manual_seed(0)
+        upstream = [
+            torch.randn(x.shape, generator=generator, dtype=torch.float64).to(q).to(x)
+            for x in (out, lse)
+        ]
+        grads = torch.autograd.grad((out, lse), inputs, upstream)
+        results |= dict(zip(GRADIENTS, grads, strict=True))
+    return results
+
+
+def _max_error(actual: Tensor, exact: Tensor) -> float:
+    """The largest absolute difference, so that no number of good rows can hide a bad one."""
+    actual = actual.double()
+    return float(torch.where(actual == exact, 0.0, actual - exact).abs().max())  # inf == inf

@@ -1,0 +1,152 @@
+"""What the tests attend to: drawn sizes, and tensors and selections made from a drawn seed.
+
+Hypothesis draws a few small numbers, never tensor elements: an example costs nothing to make and
+shrinks to the smallest sizes that still fail.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+from torch import Tensor
+
+from flexmoba.reference import reference_mask
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes, options and the seed of one attention problem."""
+
+    batch: int = 1
+    kv_heads: int = 1
+    group: int = 1
+    q_len: int = 24
+    kv_len: int = 24
+    head_dim: int = 8
+    value_dim: int = 8
+    block_size: int = 4
+    topk: int = 2
+    is_causal: bool = True
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.group
+
+    @property
+    def offset(self) -> int:
+        """Position of the first query."""
+        return self.kv_len - self.q_len
+
+    @property
+    def n_blocks(self) -> int:
+        return -(-self.kv_len // self.block_size)
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def tensors(
+        self, device: str = "cpu", *, requires_grad: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Standard normal ``q (B, Hq, Lq, D)``, ``k (B, Hkv, Lk, D)``, ``v (B, Hkv, Lk, Dv)``."""
+        generator = self.generator()
+        shapes = (
+            (self.batch, self.heads, self.q_len, self.head_dim),
+            (self.batch, self.kv_heads, self.kv_len, self.head_dim),
+            (self.batch, self.kv_heads, self.kv_len, self.value_dim),
+        )
+        # Drawn in float64 and rounded: every dtype sees the same problem.
+        q, k, v = (
+            torch.randn(shape, generator=generator, dtype=torch.float64)
+            .to(device, self.dtype)
+            .requires_grad_(requires_grad)
+            for shape in shapes
+        )
+        return q, k, v
+
+    def tied_tensors(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """Like `tensors`, but the gate's arithmetic is exact in every dtype and ties abound.
+
+        Queries and block means are small integers. The keys of a block scatter around the mean
+        in pairs that cancel, so that the mean comes out exactly for any block size.
+        """
+        v = self.tensors(device)[2]
+        generator = self.generator()
+
+        def integers(length: int, dim: int, heads: int) -> Tensor:
+            shape = (self.batch, heads, length, dim)
+            return torch.randint(-2, 3, shape, generator=generator).to(device, self.dtype)
+
+        position = torch.arange(self.kv_len, device=device)
+        block, in_block = position // self.block_size, position % self.block_size
+        first_of_pair = in_block % 2 == 0
+        # The last key of a block of odd length has no partner.
+        last = (in_block == self.block_size - 1) | (position == self.kv_len - 1)
+        scatter = integers(self.kv_len, self.head_dim, self.kv_heads)
+        scatter = torch.where(first_of_pair[:, None], scatter, -scatter.roll(1, dims=2))
+        scatter = scatter.masked_fill((first_of_pair & last)[:, None], 0)
+        means = integers(self.n_blocks, self.head_dim, self.kv_heads)
+        return integers(self.q_len, self.head_dim, self.heads), means[:, :, block] + scatter, v
+
+    def selection(self, device: str = "cpu", *, empty: float = 0.25) -> Tensor:
+        """An arbitrary selection, int32 ``(B, Hq, Lq, topk)``, as no gate would make it.
+
+        Every row holds distinct blocks, own, past and future, in any order; a share ``empty`` of
+        the slots, anywhere in the row, and all slots of some rows hold -1.
+        """
+        generator = self.generator()
+        rows = (self.batch, self.heads, self.q_len)
+        order = torch.rand(*rows, self.n_blocks, generator=generator).argsort(-1)
+        chosen = order.new_full((*rows, self.topk), -1)
+        chosen[..., : self.n_blocks] = order[..., : self.topk]
+        chosen[torch.rand(chosen.shape, generator=generator) < empty] = -1
+        chosen[torch.rand(rows, generator=generator) < empty / 2] = -1
+        slots = torch.rand(chosen.shape, generator=generator).argsort(-1)
+        return chosen.gather(-1, slots).to(device, torch.int32)
+
+    def mask_of(self, selection: Tensor) -> Tensor:
+        """The keys that each query sees given a selection, bools ``(B, Hq, Lq, Lk)``."""
+        selected = as_bools(selection, self.n_blocks)
+        return reference_mask(selected, self.block_size, self.kv_len, is_causal=self.is_causal)
+
+
+def as_bools(selection: Tensor, n_blocks: int) -> Tensor:
+    """A selection ``(B, Hq, Lq, topk)`` of indices as bools ``(B, Hq, Lq, n_blocks)``."""
+    blocks = torch.arange(n_blocks, dtype=selection.dtype, device=selection.device)
+    return (selection[..., None] == blocks).any(-2)
+
+
+@st.composite
+def problems(
+    draw: DrawFn,
+    *,
+    max_len: int = 200,
+    max_block: int = 70,
+    head_dims: tuple[int, ...] = (8, 16, 33),
+    dtype: SearchStrategy[torch.dtype] | None = None,
+    topk: SearchStrategy[int] | None = None,
+    is_causal: SearchStrategy[bool] | None = None,
+) -> Problem:
+    """Draws a `Problem`. What is drawn from a range may be replaced by a narrower strategy."""
+    kv_len = draw(st.integers(1, max_len))
+    block_size = draw(st.integers(1, max_block))
+    n_blocks = -(-kv_len // block_size)
+    few_or_many = st.integers(1, 4) | st.integers(1, n_blocks + 2)
+    return Problem(
+        batch=draw(st.integers(1, 2)),
+        kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.integers(1, 3)),
+        q_len=draw(st.just(kv_len) | st.integers(1, kv_len)),
+        kv_len=kv_len,
+        head_dim=draw(st.sampled_from(head_dims)),
+        value_dim=draw(st.sampled_from(head_dims)),
+        block_size=block_size,
+        topk=draw(few_or_many if topk is None else topk),
+        is_causal=draw(st.sampled_from((True, False)) if is_causal is None else is_causal),
+        dtype=draw(st.sampled_from(DTYPES) if dtype is None else dtype),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )

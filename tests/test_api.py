@@ -1,0 +1,127 @@
+"""The public surface, and which module may import which."""
+
+import ast
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+import flexmoba
+
+PACKAGE = Path(flexmoba.__file__).parent
+MODULES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
+
+SIGNATURES = {
+    "flex_moba": (
+        "(q, k, v, block_size, topk, *, is_causal=True, scale=None, impl='auto', "
+        "kernel_options=None, return_aux=None)"
+    ),
+    "moba_select": "(q, k, block_size, topk, *, is_causal=True)",
+    "selected_attention": (
+        "(q, k, v, selection, block_size, *, is_causal=True, scale=None, impl='auto', "
+        "kernel_options=None, return_aux=None)"
+    ),
+    "moba_block_mask": "(q, k, block_size, topk, *, is_causal=True)",
+    "moba_reference": "(q, k, v, block_size, topk, *, is_causal=True, scale=None)",
+}
+
+# A leaf does one step, and imports no other except for what is named here.
+LEAVES = {"gate", "routing", "masks", "flex", "portable", "merge"}
+ALLOWED = {
+    ("masks", "routing"),  # the tiles that it reads
+    ("portable", "routing"),  # likewise
+    ("masks", "gate"),  # `moba_block_mask` is given no selection
+    ("portable", "merge"),  # merging is a part of its operator, outside autograd
+}
+
+
+def imports_of(module: str) -> set[str]:
+    """Everything that a module imports, as dotted names; imports for the types alone count, too."""
+    names = set()
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def siblings_of(module: str) -> set[str]:
+    """The modules of the package that a module imports."""
+    parts = (name.split(".") for name in imports_of(module))
+    return {name[1] for name in parts if name[0] == "flexmoba" and len(name) > 1}
+
+
+def test_public_names():
+    assert sorted(flexmoba.__all__) == sorted(SIGNATURES)
+    assert isinstance(flexmoba.__version__, str)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    signature = inspect.signature(getattr(flexmoba, name))
+    unannotated = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    assert str(inspect.Signature(unannotated)) == SIGNATURES[name]
+    annotations = [p.annotation for p in signature.parameters.values()]
+    assert inspect.Parameter.empty not in [*annotations, signature.return_annotation]
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_docstring_has_shapes_an_example_and_the_paper(name):
+    text = inspect.getdoc(getattr(flexmoba, name))
+    assert "``(B, Hq, Lq, D)``" in text
+    assert "``(B, Hkv, Lk, D)``" in text
+    assert ">>> " in text
+    assert f"import {name}" in text
+    assert "2502.13189" in text
+
+
+def test_types_are_shipped():
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_the_oracle_shares_no_code():
+    assert not siblings_of("reference")
+    users = {module for module in MODULES if "reference" in siblings_of(module)}
+    assert users == {"__init__"}
+
+
+def test_leaves_do_not_import_leaves():
+    found = {(leaf, other) for leaf in LEAVES for other in siblings_of(leaf) & LEAVES}
+    assert found <= ALLOWED
+
+
+def test_nothing_below_the_operator_imports_it():
+    for module in LEAVES | {"checks", "gate_kernel"}:
+        assert "attention" not in siblings_of(module), module
+
+
+def test_only_flex_calls_flex_attention():
+    prefix = "torch.nn.attention.flex_attention."
+    types = {"AuxOutput", "AuxRequest", "BlockMask", "FlexKernelOptions"}
+    users = {
+        module: {name.removeprefix(prefix) for name in imports_of(module) if prefix in name}
+        for module in MODULES
+    }
+    assert "flex_attention" in users["flex"]
+    for module, names in users.items():
+        if module != "flex":
+            assert names <= types, module
+        if module not in {"flex", "masks"}:
+            assert "BlockMask" not in names, module
+
+
+def test_block_masks_are_not_made_by_evaluating_them():
+    # `create_block_mask` evaluates the mask for every pair of a query and a key.
+    for module, tree in MODULES.items():
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert "create_block_mask" not in names | imports_of(module), module
+
+
+def test_runtime_dependencies():
+    allowed = {"torch", "einops", "triton", "flexmoba"}  # triton: part of torch, where it is
+    for module in MODULES:
+        roots = {name.split(".")[0] for name in imports_of(module)}
+        assert roots - sys.stdlib_module_names <= allowed, module

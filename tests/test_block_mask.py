@@ -1,0 +1,149 @@
+"""`moba_block_mask`: its `mask_mod`, its lists of blocks, and a user's own `flex_attention`."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.functional import pad
+
+from flexmoba import moba_block_mask, moba_select
+from flexmoba.reference import reference_mask, reference_selection
+from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal
+from tests.problems import DTYPES, Problem, problems
+
+# Longer than a tile of the lists (128), and blocks on both sides of it.
+long_problems = problems(max_len=600, max_block=300)
+full = st.booleans()  # topk=None
+
+
+def block_mask(problem: Problem, q: Tensor, k: Tensor, is_full: bool) -> BlockMask:
+    topk = None if is_full else problem.topk
+    return moba_block_mask(q, k, problem.block_size, topk, is_causal=problem.is_causal)
+
+
+def expected_mask(problem: Problem, q: Tensor, k: Tensor, is_full: bool) -> Tensor:
+    if q.dtype == torch.float64 or is_full:
+        topk = None if is_full else problem.topk
+        selected = reference_selection(q, k, problem.block_size, topk, is_causal=problem.is_causal)
+        return reference_mask(
+            selected, problem.block_size, problem.kv_len, is_causal=problem.is_causal
+        )
+    selection = moba_select(q, k, problem.block_size, problem.topk, is_causal=problem.is_causal)
+    return problem.mask_of(selection)
+
+
+def evaluate(mask: BlockMask, problem: Problem) -> Tensor:
+    """The `mask_mod` at every (batch, head, query, key)."""
+    sizes = (problem.batch, problem.heads, problem.q_len, problem.kv_len)
+    index = torch.meshgrid(*(torch.arange(n, dtype=torch.int32) for n in sizes), indexing="ij")
+    return mask.mask_mod(*index)
+
+
+def by_tile(mask: Tensor, tile: tuple[int, int]) -> Tensor:
+    """``(B, H, Lq, Lk)`` to ``(B, H, tiles, tiles, elements)``, padded with False."""
+    padded = pad(mask, (0, -mask.shape[3] % tile[1], 0, -mask.shape[2] % tile[0]), value=False)
+    tiles = padded.unflatten(3, (-1, tile[1])).unflatten(2, (-1, tile[0]))
+    return tiles.transpose(3, 4).flatten(4)
+
+
+def listed(counts: Tensor | None, indices: Tensor | None, columns: int) -> Tensor | bool:
+    """The bools that lists of indices stand for, having checked how they are written."""
+    if counts is None:
+        assert indices is None
+        return False
+    for x in (counts, indices):
+        assert x.dtype == torch.int32
+        assert x.is_contiguous()
+    there = torch.arange(indices.shape[-1]) < counts[..., None]
+    assert ((indices >= 0) & (indices < columns))[there].all()
+    assert (indices.diff(dim=-1) > 0)[there[..., 1:]].all(), "ascending, without duplicates"
+    return ((indices[..., None] == torch.arange(columns)) & there[..., None]).any(-2)
+
+
+@given(problems(), full)
+def test_mask_mod_is_the_oracles_mask(problem, is_full):
+    q, k, _ = problem.tensors()
+    mask = block_mask(problem, q, k, is_full)
+    assert mask.seq_lengths == (problem.q_len, problem.kv_len)
+    assert_bitwise_equal(evaluate(mask, problem), expected_mask(problem, q, k, is_full))
+
+
+@given(long_problems, full)
+def test_lists_are_exactly_the_tiles_that_any_query_needs(problem, is_full):
+    q, k, _ = problem.tensors()
+    mask, dense = block_mask(problem, q, k, is_full), expected_mask(problem, q, k, is_full)
+    needed = by_tile(dense, mask.BLOCK_SIZE).any(-1)
+    rows, columns = needed.shape[2:]
+    partial = listed(mask.kv_num_blocks, mask.kv_indices, columns)
+    whole = listed(mask.full_kv_num_blocks, mask.full_kv_indices, columns)
+    assert not (partial & whole).any(), "a tile is either partial or full"
+    visited = (partial | whole).expand_as(needed)
+    assert_bitwise_equal(visited, needed)
+    assert_bitwise_equal(mask.to_dense().bool().expand_as(needed), needed)
+    if whole is not False:
+        # The padding is False: a full tile is not checked, so it must not reach over the ends.
+        assert (by_tile(dense, mask.BLOCK_SIZE).all(-1) | ~whole).all()
+    # The transposed lists, for the backward pass, hold the same tiles.
+    assert_bitwise_equal(listed(mask.q_num_blocks, mask.q_indices, rows).mT, partial)
+    transposed_whole = listed(mask.full_q_num_blocks, mask.full_q_indices, rows)
+    if whole is False:
+        assert transposed_whole is False
+    else:
+        assert_bitwise_equal(transposed_whole.mT, whole)
+
+
+# One compilation each by FlexAttention itself, so a few fixed problems instead of drawn ones.
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("problem", "is_full"),
+    [
+        (Problem(kv_len=300, q_len=300, block_size=70, topk=2, group=3, kv_heads=2), False),
+        (Problem(kv_len=300, q_len=40, block_size=32, topk=3, dtype=DTYPES[1]), False),
+        (Problem(kv_len=300, q_len=300, block_size=32, group=2, dtype=DTYPES[3]), True),
+        (Problem(kv_len=150, q_len=150, block_size=64, topk=1, is_causal=False), False),
+    ],
+    ids=str,
+)
+def test_in_ones_own_flex_attention(problem, is_full):
+    q, k, v = problem.tensors()
+    mask = block_mask(problem, q, k, is_full)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, aux = flex_attention(
+            q,
+            k,
+            v,
+            block_mask=mask,
+            enable_gqa=problem.group > 1,
+            return_aux=AuxRequest(lse=True),
+        )
+        return out, aux.lse
+
+    assert_as_exact_as_dense(attend, q, k, v, expected_mask(problem, q, k, is_full))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_composes_with_a_score_mod():
+    problem = Problem(kv_len=40, q_len=40, block_size=8, topk=2)
+    q, k, v = problem.tensors()
+    position = torch.arange(40)
+
+    def older_is_less(score, b, h, query, key):
+        return score - 0.1 * (query - key)
+
+    out = flex_attention(
+        q, k, v, score_mod=older_is_less, block_mask=block_mask(problem, q, k, False)
+    )
+    scores = q @ k.mT * 8**-0.5 - 0.1 * (position[:, None] - position)
+    mask = expected_mask(problem, q, k, False)
+    expected = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+    torch.testing.assert_close(out, expected)
+
+
+def test_has_no_gradient():
+    q, k, _ = Problem().tensors(requires_grad=True)
+    mask = moba_block_mask(q, k, 4, 2)
+    tables = [cell.cell_contents for cell in mask.mask_mod.__closure__]
+    assert not any(isinstance(x, Tensor) and x.requires_grad for x in tables)

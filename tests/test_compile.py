@@ -1,0 +1,193 @@
+"""`torch.compile`: no graph break, the same results, a bounded number of compilations."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from flexmoba import flex_moba, moba_block_mask, moba_select, selected_attention
+from tests.conftest import assert_bitwise_equal
+from tests.problems import DTYPES, Problem
+
+LENGTHS = [64 + 37 * i for i in range(20)]  # ragged, a multiple of the block, shorter than it
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def moba(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flex_moba(q, k, v, 32, 3)
+
+
+def moba_with_queries_at_the_end(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flex_moba(q[:, :, 5:], k, v, 32, 3)
+
+
+def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flex_moba(q, k, v, 32, None)
+
+
+def non_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flex_moba(q, k, v, 32, 3, is_causal=False)
+
+
+def halves(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return selected_attention(q, k, v, moba_select(q, k, 32, 3), 32)
+
+
+FUNCTIONS = pytest.mark.parametrize(
+    "function",
+    [moba, moba_with_queries_at_the_end, full, non_causal, halves],
+    ids=lambda function: function.__name__,
+)
+
+
+def problem_of(length: int, seed: int = 0) -> Problem:
+    return Problem(batch=2, kv_heads=2, group=2, q_len=length, kv_len=length, seed=seed)
+
+
+def outcome(function: Callable, problem: Problem) -> tuple[Tensor, ...]:
+    """The output, and the gradients of its sum of squares."""
+    inputs = problem.tensors(requires_grad=True)
+    out = function(*inputs)
+    return out.detach(), *torch.autograd.grad(out.square().sum(), inputs)
+
+
+@FUNCTIONS
+def test_fullgraph_equals_eager(function):
+    problem = problem_of(200)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(
+        outcome(compiled, problem), outcome(function, problem), strict=True
+    ):
+        assert_bitwise_equal(actual, expected)
+
+
+@FUNCTIONS
+def test_new_values_do_not_recompile(function):
+    counter = CompileCounter()
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for seed in range(10):
+        outcome(compiled, problem_of(200, seed))
+    assert counter.frame_count == 1
+
+
+@FUNCTIONS
+def test_twenty_lengths_compile_a_few_times(function):
+    counter = CompileCounter()
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for length in LENGTHS:
+        problem = problem_of(length)
+        for actual, expected in zip(
+            outcome(compiled, problem), outcome(function, problem), strict=True
+        ):
+            assert_bitwise_equal(actual, expected)
+    assert counter.frame_count <= 4
+
+
+def test_twenty_lengths_and_batch_sizes_in_training_and_inference():
+    counter = CompileCounter()
+    compiled = torch.compile(moba, fullgraph=True, backend=counter)
+    for i, length in enumerate(LENGTHS):
+        problem = Problem(batch=1 + i % 3, group=2, q_len=length, kv_len=length)
+        outcome(compiled, problem)
+        with torch.no_grad():
+            compiled(*problem.tensors())
+    assert counter.frame_count <= 6
+
+
+class Layers(nn.Module):
+    """More configurations than dynamo's recompilation limit, which counts per code object."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for block_size in range(16, 66, 5):
+            q = q + flex_moba(q, k, v, block_size, 2)
+        return q
+
+
+def test_many_layers_in_one_graph():
+    counter = CompileCounter()
+    compiled = torch.compile(Layers(), fullgraph=True, backend=counter)
+    for length in LENGTHS[:3]:
+        problem = problem_of(length)
+        for actual, expected in zip(
+            outcome(compiled, problem), outcome(Layers(), problem), strict=True
+        ):
+            assert_bitwise_equal(actual, expected)
+    assert counter.frame_count <= 4
+
+
+def test_eager_calls_of_many_configurations_and_lengths_stay_within_the_limit():
+    # The impl that compiles on CPU, too. Beyond the limit `fullgraph=True` would raise.
+    for dtype in DTYPES:
+        for block_size in (16, 32, 50):
+            problem = Problem(kv_len=150, q_len=150, block_size=block_size, dtype=dtype)
+            q, k, v = problem.tensors()
+            flex_moba(q, k, v, block_size, 2, impl="masked")
+    with torch.compiler.set_stance("fail_on_recompile"):  # all of them are still there
+        flex_moba(q, k, v, 50, 2, impl="masked")
+
+
+def test_eager_calls_of_many_lengths_compile_a_few_times():
+    torch._dynamo.utils.counters.clear()
+    for length in LENGTHS:
+        q, k, v = problem_of(length).tensors()
+        flex_moba(q, k, v, 32, 3, impl="masked")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
+
+
+def test_block_mask_is_built_without_a_graph_break():
+    def lists(q: Tensor, k: Tensor) -> tuple[Tensor | None, ...]:
+        mask = moba_block_mask(q, k, 32, 3)
+        return mask.kv_num_blocks, mask.kv_indices, mask.q_num_blocks, mask.q_indices
+
+    counter = CompileCounter()
+    compiled = torch.compile(lists, fullgraph=True, backend=counter)
+    for length in LENGTHS:
+        q, k, _ = problem_of(length).tensors()
+        for actual, expected in zip(compiled(q, k), lists(q, k), strict=True):
+            assert_bitwise_equal(actual, expected)
+    assert counter.frame_count <= 4
+
+
+def test_errors_are_raised_while_compiling():
+    compiled = torch.compile(lambda q, k, v: flex_moba(q, k, v, 32, 0), backend="eager")
+    with pytest.raises(ValueError, match="topk"):
+        compiled(*problem_of(64).tensors())
+
+
+class Block(nn.Module):
+    """Attention as it stands in a model: projections around it, strided q, k and v."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(32, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).unflatten(-1, (3, 4, 8)).transpose(1, 3).unbind(2)
+        return x + flex_moba(q, k, v, 32, 3).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch's own import
+def test_inductor_forward_and_backward_at_growing_lengths():
+    torch.manual_seed(0)
+    block = Block()
+    compiled = torch.compile(block, fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    for length in LENGTHS[::7]:
+        x = torch.randn(2, length, 32)
+        results = []
+        for function in (compiled, block):
+            block.zero_grad()
+            out = function(x)
+            out.square().mean().backward()
+            results.append((out.detach(), block.project.weight.grad.clone()))
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4

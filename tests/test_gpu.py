@@ -1,0 +1,238 @@
+"""What needs CUDA: the compiled kernels, by the same policy as everything else.
+
+Every new configuration compiles for some ten seconds, so there are few, each for a reason; run
+them with ``pytest -m gpu -n 4``.
+"""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from flexmoba import (
+    attention,
+    flex_moba,
+    gate,
+    moba_block_mask,
+    moba_select,
+    selected_attention,
+)
+from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal, with_lse
+from tests.problems import DTYPES, Problem
+
+pytestmark = pytest.mark.gpu
+
+BF16 = Problem(
+    batch=2,
+    kv_heads=2,
+    group=2,
+    q_len=1024,
+    kv_len=1024,
+    head_dim=128,
+    value_dim=128,
+    block_size=128,
+    topk=3,
+    dtype=torch.bfloat16,
+)
+
+
+def variant(**changes) -> Problem:
+    return Problem(**(vars(BF16) | changes))
+
+
+ROUTED = {
+    "aligned": BF16,
+    "ragged": variant(q_len=900, kv_len=1111),
+    "long blocks": variant(block_size=512, q_len=2500, kv_len=2500, group=3),
+    "longer blocks": variant(block_size=4096, topk=2, batch=1, q_len=9000, kv_len=9000),
+    "short blocks": variant(block_size=64, topk=6, dtype=torch.float16, head_dim=64, value_dim=64),
+    "odd blocks": variant(block_size=100, q_len=777, kv_len=1300, group=1, head_dim=96),
+    "own block only": variant(topk=1, block_size=256, value_dim=64),
+    "not causal": variant(is_causal=False, q_len=700, kv_len=1111, head_dim=80),
+    "wide heads": variant(head_dim=256, value_dim=256, kv_heads=1),
+    "float32": variant(dtype=torch.float32, head_dim=64, value_dim=64, kv_heads=1),
+    "float32, long blocks": variant(
+        dtype=torch.float32, head_dim=80, value_dim=80, block_size=512, batch=1, q_len=2048,
+        kv_len=2048,
+    ),
+}  # fmt: skip
+
+
+def check(problem: Problem, impl: str, *, gradients: bool = True) -> None:
+    q, k, v = problem.tensors("cuda")
+    args, options = (problem.block_size, problem.topk), {"is_causal": problem.is_causal}
+    mask = problem.mask_of(moba_select(q, k, *args, **options))
+    attend = with_lse(flex_moba, *args, **options, impl=impl)
+    assert_as_exact_as_dense(attend, q, k, v, mask, gradients=gradients)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_routed(name):
+    check(ROUTED[name], "routed")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"block_size": 100, "kv_len": 1100, "dtype": torch.float16}]
+)
+def test_masked(changes):
+    check(variant(**changes), "masked")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_portable(dtype, is_causal):
+    check(variant(dtype=dtype, is_causal=is_causal, q_len=600, block_size=100), "portable")
+
+
+def test_full_attention():
+    problem = variant(q_len=800, kv_len=1100)
+    q, k, v = problem.tensors("cuda")
+    everything = torch.arange(problem.n_blocks, dtype=torch.int32, device="cuda")
+    mask = problem.mask_of(everything.expand(*q.shape[:3], -1))
+    for topk in (None, problem.n_blocks):
+        attend = with_lse(flex_moba, problem.block_size, topk)
+        assert_as_exact_as_dense(attend, q, k, v, mask, gradients=True)
+
+
+def test_any_selection():
+    q, k, v = BF16.tensors("cuda")
+    selection = BF16.selection("cuda")
+    attend = with_lse(selected_attention, selection, BF16.block_size)
+    assert_as_exact_as_dense(attend, q, k, v, BF16.mask_of(selection), gradients=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("block_size", "count"), [(64, 3), (7, 20), (16, 64), (100, 1)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_gate_kernel_selects_as_the_plain_gate(dtype, block_size, count, is_causal):
+    problem = variant(
+        dtype=dtype, block_size=block_size, q_len=777, kv_len=1300, head_dim=96, topk=count
+    )
+    rest = (problem.kv_len, block_size, count, is_causal)
+    q, k, _ = problem.tied_tensors("cuda")
+    q[0, 0, 5], k[0, 0, 9] = torch.nan, torch.inf
+    plain = gate._select_in_pieces(q, gate.block_means(k, block_size), *rest)
+    assert_bitwise_equal(gate.select_candidates(q, k, *rest[1:3], is_causal=is_causal), plain)
+    # Sums in another order may swap near ties, and nothing else.
+    q, k, _ = problem.tensors("cuda")
+    plain = gate._select_in_pieces(q, gate.block_means(k, block_size), *rest)
+    fast = gate.select_candidates(q, k, *rest[1:3], is_causal=is_causal)
+    assert (fast != plain).any(-1).float().mean() < 1e-3
+
+
+def run(problem: Problem, q, k, v, **options) -> tuple[torch.Tensor, ...]:
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = flex_moba(*inputs, problem.block_size, problem.topk, **options)
+    return out.detach(), *torch.autograd.grad(out, inputs, q.detach().flip(0))
+
+
+def test_two_runs_are_bitwise_equal():
+    tensors = BF16.tensors("cuda")
+    for first, second in zip(run(BF16, *tensors), run(BF16, *tensors), strict=True):
+        assert_bitwise_equal(second, first)
+
+
+def test_future_tokens_do_not_change_the_past():
+    q, k, v = BF16.tensors("cuda")
+    now = 700
+    before = flex_moba(q, k, v, BF16.block_size, BF16.topk)
+    for x in (q, k, v):
+        x[:, :, now:] = torch.randn_like(x[:, :, now:])
+    after = flex_moba(q, k, v, BF16.block_size, BF16.topk)
+    assert_bitwise_equal(after[:, :, :now], before[:, :, :now])
+    assert not torch.equal(after, before)
+
+
+def test_nan_stays_in_its_head_and_future():
+    q, k, v = BF16.tensors("cuda")
+    before = run(BF16, q, k, v)[0]
+    q[0, 0, 300], k[1, 1, 500], v[1, 0, 600] = torch.nan, torch.inf, torch.nan
+    after = run(BF16, q, k, v)[0]
+    reached = (after != before).any(-1)
+    own_block = 600 // BF16.block_size * BF16.block_size  # 0 * NaN reaches the tile's earlier rows
+    allowed = torch.zeros_like(reached)
+    allowed[0, 0, 300] = True
+    allowed[1, 2:, 500:] = True
+    allowed[1, :2, own_block:] = True
+    assert reached.any()
+    assert not (reached & ~allowed).any()
+
+
+def test_large_calls_are_cut_into_pieces(monkeypatch):
+    problem = variant(q_len=1024, kv_len=1024)
+    monkeypatch.setattr(attention, "_MAX_ELEMENTS", 2**20)
+    check(problem, "routed")
+
+
+def test_when_every_query_wants_the_same_block():
+    q, k, v = BF16.tensors("cuda")
+    q[..., 0], k[..., : BF16.block_size, 0] = 100.0, 100.0  # the first block
+    attend = with_lse(flex_moba, BF16.block_size, 2)
+    selection = moba_select(q, k, BF16.block_size, 2)
+    assert (selection[:, :, BF16.block_size :, 1] == 0).all()
+    assert_as_exact_as_dense(attend, q, k, v, BF16.mask_of(selection), gradients=True)
+
+
+def test_block_mask_in_ones_own_attention():
+    q, k, v = BF16.tensors("cuda")
+    mask = moba_block_mask(q, k, BF16.block_size, BF16.topk)
+    compiled = torch.compile(flex_attention, fullgraph=True)
+
+    def attend(q, k, v):
+        out, aux = compiled(
+            q, k, v, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True)
+        )
+        return out, aux.lse
+
+    exact = BF16.mask_of(moba_select(q, k, BF16.block_size, BF16.topk))
+    assert_as_exact_as_dense(attend, q, k, v, exact, gradients=True)
+
+
+def test_lengths_do_not_recompile_without_bound():
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    attention.run_compiled.__globals__["_compiled"].cache_clear()
+    before = counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        for i in range(20):
+            problem = variant(batch=1, q_len=300 + 97 * i, kv_len=300 + 97 * i, topk=2)
+            check(problem, "routed", gradients=False)
+    assert 1 <= counters["stats"]["unique_graphs"] - before <= 6
+
+
+def test_nothing_waits_for_the_device_and_a_graph_can_be_captured():
+    q, k, v = BF16.tensors("cuda")
+    with torch.no_grad():
+        eager = flex_moba(q, k, v, BF16.block_size, BF16.topk)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = flex_moba(q, k, v, BF16.block_size, BF16.topk)
+        new = variant(seed=1).tensors("cuda")
+        for old, x in zip((q, k, v), new, strict=True):
+            old.copy_(x)
+        graph.replay()
+        assert not torch.equal(captured, eager)
+        assert_bitwise_equal(captured, flex_moba(*new, BF16.block_size, BF16.topk))
+
+
+def test_inside_a_compiled_model():
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = torch.nn.Linear(256, 3 * 256, bias=False)
+
+        def forward(self, x):
+            q, k, v = self.project(x).unflatten(-1, (3, 2, 128)).permute(2, 0, 3, 1, 4)
+            return flex_moba(q, k, v, 128, 3).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(0)
+    layer = Layer().cuda().bfloat16()
+    x = torch.randn(2, 1000, 256, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for model in (layer, torch.compile(layer, fullgraph=True)):
+        layer.zero_grad()
+        out = model(x)
+        out.backward(x)
+        results.append((out.detach(), layer.project.weight.grad.clone()))
+    for eager, compiled in zip(*results, strict=True):
+        difference = (compiled - eager).float().norm() / eager.float().norm()
+        assert difference < 0.02  # the compiled projection may round elsewhere

@@ -1,0 +1,148 @@
+"""The oracle against cases computed by hand and against torch's own attention."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from flexmoba import moba_reference
+from flexmoba.reference import reference_attention, reference_mask, reference_selection
+from tests.problems import problems
+
+double = st.just(torch.float64)
+
+
+def one_head(rows: list[list[float]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64)[None, None]
+
+
+def chosen(selected: Tensor) -> list[list[int]]:
+    """The selected blocks of each query of the only head."""
+    return [row.nonzero().flatten().tolist() for row in selected[0, 0]]
+
+
+# Blocks of two keys with means 1, 3, 2 and a ragged one of a single key 9.
+KEYS = one_head([[0.0], [2.0], [3.0], [3.0], [4.0], [0.0], [9.0]])
+
+
+@pytest.mark.parametrize(
+    ("query", "topk", "expected"),
+    [
+        (1.0, 1, [[0], [0], [1], [1], [2], [2], [3]]),
+        (1.0, 2, [[0], [0], [0, 1], [0, 1], [1, 2], [1, 2], [1, 3]]),
+        (1.0, 3, [[0], [0], [0, 1], [0, 1], [0, 1, 2], [0, 1, 2], [1, 2, 3]]),
+        (1.0, 9, [[0], [0], [0, 1], [0, 1], [0, 1, 2], [0, 1, 2], [0, 1, 2, 3]]),
+        (-1.0, 2, [[0], [0], [0, 1], [0, 1], [0, 2], [0, 2], [0, 3]]),
+        (0.0, 2, [[0], [0], [0, 1], [0, 1], [1, 2], [1, 2], [2, 3]]),  # ties: the more recent
+    ],
+)
+def test_causal_selection_by_hand(query, topk, expected):
+    queries = torch.full_like(KEYS, query)
+    selected = reference_selection(queries, KEYS, 2, topk, is_causal=True)
+    assert chosen(selected) == expected
+    # The last three queries alone stand at the same positions.
+    selected = reference_selection(queries[:, :, 4:], KEYS, 2, topk, is_causal=True)
+    assert chosen(selected) == expected[4:]
+
+
+@pytest.mark.parametrize(
+    ("query", "topk", "expected"),
+    [(1.0, 1, [3]), (1.0, 2, [1, 3]), (-1.0, 2, [0, 2]), (0.0, 3, [1, 2, 3])],
+)
+def test_non_causal_selection_by_hand(query, topk, expected):
+    selected = reference_selection(torch.full_like(KEYS, query), KEYS, 2, topk, is_causal=False)
+    assert chosen(selected) == [expected] * 7
+
+
+def test_the_gate_rounds_means_to_the_dtype_of_the_keys():
+    # The mean of block 0, 1 + 2**-9, is 1 in bfloat16: a tie with block 1, which is more recent.
+    keys = torch.tensor([1.0, 1.0, 1.0, 1.0 + 2**-7, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    keys = keys[None, None, :, None]
+    last = torch.ones(1, 1, 1, 1)
+    exact = reference_selection(last, keys, 4, 2, is_causal=True)
+    rounded = reference_selection(last.bfloat16(), keys.bfloat16(), 4, 2, is_causal=True)
+    assert chosen(exact) == [[0, 2]]
+    assert chosen(rounded) == [[1, 2]]
+
+
+def test_every_query_head_selects_on_its_own():
+    queries = torch.cat([torch.ones_like(KEYS), -torch.ones_like(KEYS)], dim=1)
+    selected = reference_selection(queries, KEYS, 2, 2, is_causal=True)
+    assert chosen(selected[:, :1])[-1] == [1, 3]
+    assert chosen(selected[:, 1:])[-1] == [0, 3]
+
+
+def test_output_by_hand():
+    # With queries of zero, every key that is seen weighs the same, and ties decide the blocks.
+    queries = torch.zeros_like(KEYS)
+    values = one_head([[1.0], [2.0], [4.0], [8.0], [16.0], [32.0], [64.0]])
+    out = moba_reference(queries, KEYS, values, 2, 2)
+    expected = [1, 3 / 2, 7 / 3, 15 / 4, 28 / 3, 60 / 4, 112 / 3]
+    torch.testing.assert_close(out, one_head([[x] for x in expected]))
+
+
+def test_softmax_and_scale_by_hand():
+    query = one_head([[2.0]])
+    keys, values = one_head([[1.0], [3.0]]), one_head([[10.0], [20.0]])
+    heavy = torch.tensor([2.0, 6.0], dtype=torch.float64).exp()
+    expected = (heavy * torch.tensor([10.0, 20.0])).sum() / heavy.sum()
+    out = moba_reference(query, keys, values, 2, 1)
+    torch.testing.assert_close(out.squeeze(), expected)
+    out = moba_reference(query, keys, values, 2, 1, scale=0.0)
+    torch.testing.assert_close(out.item(), 15.0)
+
+
+def test_a_query_without_keys_gets_zeros_and_no_gradient():
+    q, k, v = (torch.randn(1, 1, 2, 4, dtype=torch.float64, requires_grad=True) for _ in "qkv")
+    mask = torch.tensor([[[[True, False], [False, False]]]])
+    out, lse = reference_attention(q, k, v, mask)
+    assert (out[0, 0, 1] == 0).all()
+    assert lse[0, 0, 1] == float("-inf")
+    grads = torch.autograd.grad((out[0, 0, 1].sum(), lse[0, 0, 1]), (q, k, v))
+    assert not any(grad.any() for grad in grads)
+
+
+@given(problems(dtype=double), st.booleans())
+def test_all_blocks_are_torchs_full_attention(problem, by_none):
+    q, k, v = problem.tensors()
+    topk = None if by_none else problem.n_blocks
+    out = moba_reference(q, k, v, problem.block_size, topk, is_causal=problem.is_causal)
+    mask = torch.ones(problem.q_len, problem.kv_len, dtype=torch.bool)
+    if problem.is_causal:
+        mask = mask.tril(problem.offset)
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(out, expected)
+
+
+@given(problems(dtype=double, topk=st.just(1), is_causal=st.just(True)))
+def test_topk_1_is_torchs_causal_attention_of_each_block(problem):
+    q, k, v = problem.tensors()
+    out = moba_reference(q, k, v, problem.block_size, 1)
+    for start in range(0, problem.kv_len, problem.block_size):
+        stop = min(start + problem.block_size, problem.kv_len)
+        first = max(start - problem.offset, 0)
+        last = stop - problem.offset
+        if last <= 0:
+            continue
+        mask = torch.ones(last - first, stop - start, dtype=torch.bool)
+        mask = mask.tril(first + problem.offset - start)
+        keys, values = k[:, :, start:stop], v[:, :, start:stop]
+        expected = scaled_dot_product_attention(
+            q[:, :, first:last], keys, values, attn_mask=mask, enable_gqa=True
+        )
+        torch.testing.assert_close(out[:, :, first:last], expected)
+
+
+@given(problems())
+def test_mask_is_selected_blocks_and_causality(problem):
+    selected = torch.rand(3, problem.q_len, problem.n_blocks, generator=problem.generator()) < 0.5
+    mask = reference_mask(
+        selected[None], problem.block_size, problem.kv_len, is_causal=problem.is_causal
+    )
+    for i in range(0, problem.q_len, 7):
+        for key in range(0, problem.kv_len, 5):
+            visible = not problem.is_causal or key <= i + problem.offset
+            seen = selected[:, i, key // problem.block_size] & visible
+            assert mask[0, :, i, key].tolist() == seen.tolist()

@@ -1,0 +1,152 @@
+"""The routed plan, on CPU: its lists and mask put through dense attention, its two directions.
+
+FlexAttention's kernels run on CUDA alone, so here they are replaced by dense attention over the
+mask that the `BlockMask` describes: exactly what they compute.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexmoba import attention, moba_select
+from flexmoba.gate import own_block
+from flexmoba.masks import tile_mask
+from flexmoba.reference import reference_attention
+from flexmoba.routing import TILE, most_rows, route
+from tests.conftest import assert_as_exact_as_dense
+from tests.problems import Problem, problems
+
+
+def listed(num: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """The entries of a BlockMask's lists as bools ``(rows, columns)``."""
+    used = torch.arange(indices.shape[-1]) < num[0, 0, :, None]
+    listed = torch.zeros(num.shape[-1], columns, dtype=torch.bool)
+    row, slot = used.nonzero(as_tuple=True)
+    column = indices[0, 0, row, slot].long()
+    assert len(set(zip(row.tolist(), column.tolist(), strict=True))) == len(row), "duplicates"
+    listed[row, column] = True
+    return listed
+
+
+def stretches(mask: BlockMask) -> tuple[Tensor, Tensor]:
+    """Which stretches of keys each tile visits, partial and full."""
+    columns = mask.seq_lengths[1] // mask.BLOCK_SIZE[1]
+    partial = listed(mask.kv_num_blocks, mask.kv_indices, columns)
+    return partial, listed(mask.full_kv_num_blocks, mask.full_kv_indices, columns)
+
+
+def dense_flex(q, k, v, mask: BlockMask, scale, kernel_options, *, divisible):
+    """What FlexAttention computes, and a check that the transposed lists say the same."""
+    rows, keys = mask.seq_lengths
+    tile, stretch = mask.BLOCK_SIZE
+    assert (q.shape[2], k.shape[2], rows % tile, keys % stretch) == (rows, keys, 0, 0)
+    partial, full = stretches(mask)
+    assert not (partial & full).any()
+    if mask.q_indices is not None:
+        assert torch.equal(listed(mask.q_num_blocks, mask.q_indices, rows // tile).T, partial)
+        assert torch.equal(
+            listed(mask.full_q_num_blocks, mask.full_q_indices, rows // tile).T, full
+        )
+    by_row, by_key = torch.arange(rows)[:, None], torch.arange(keys)
+    wanted = mask.mask_mod(None, None, by_row, by_key)
+    partial, full = (
+        x.repeat_interleave(tile, 0).repeat_interleave(stretch, 1) for x in (partial, full)
+    )
+    return reference_attention(q, k, v, full | (partial & wanted), scale=scale)
+
+
+@pytest.fixture(autouse=True)
+def _dense(monkeypatch):
+    monkeypatch.setattr(attention, "call_flex", dense_flex)
+    monkeypatch.setattr(
+        attention, "run_compiled", lambda f, *tensors, **static: f(*tensors, **static)
+    )
+
+
+def check(problem: Problem) -> None:
+    """`_attend_routed` given an arbitrary selection, or the gate's."""
+    for selection in (problem.selection(), gated(problem)):
+        own, routed = None, selection
+        if problem.is_causal:
+            here = own_block(problem.q_len, problem.kv_len, problem.block_size, selection.device)
+            own = (selection == here[:, None]).any(-1)
+            routed = torch.where(selection < here[:, None], selection, -1)
+
+        def attend(q, k, v, routed=routed, own=own):
+            return attention._attend_routed(
+                q, k, v, routed, own, problem.block_size, 0.3, None, problem.is_causal
+            )
+
+        q, k, v = problem.tensors()
+        mask = problem.mask_of(selection)
+        # Gradients are accumulated in float32 at most, so that is the dtype of this test.
+        assert_as_exact_as_dense(attend, q, k, v, mask, scale=0.3, gradients=True)
+
+
+def gated(problem: Problem) -> Tensor:
+    q, k, _ = problem.tensors()
+    return moba_select(q, k, problem.block_size, problem.topk, is_causal=problem.is_causal)
+
+
+@given(problems(dtype=st.just(torch.float32)))
+@settings(max_examples=15)
+def test_attends_to_the_selected_blocks(problem):
+    # Shorter blocks are padded to 128 keys, and dense attention is slow over so many.
+    check(replace(problem, batch=1, block_size=problem.block_size + 40))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block_size": 128},
+        {"block_size": 256, "group": 3},
+        {"block_size": 384, "q_len": 300},
+        {"block_size": 640, "batch": 2, "kv_heads": 2},
+    ],
+)
+def test_blocks_of_several_tiles(changes):
+    check(Problem(**({"q_len": 900, "kv_len": 900, "dtype": torch.float32} | changes)))
+
+
+def test_calls_too_large_for_32_bit_offsets_are_cut(monkeypatch):
+    sizes = {"batch": 2, "kv_heads": 3, "group": 2, "block_size": 12, "dtype": torch.float32}
+    for limit in (2**12, 2**15):  # one head at a time, and some
+        monkeypatch.setattr(attention, "_MAX_ELEMENTS", limit)
+        check(Problem(**sizes))
+
+
+def test_a_block_of_many_tiles_is_visited_in_few_stretches():
+    problem = Problem(q_len=5000, kv_len=5000, block_size=4096)
+    selection = gated(problem)[..., 1:]
+    tiles = route(selection, None, 1, 5000, 4096, 4096, is_causal=True, fuse=True)
+    mask = tile_mask(tiles, (1, 1, 5000, 8), 1, 5000, 4096, 4096, is_causal=True, backward=False)
+    partial, full = stretches(mask)
+    assert mask.BLOCK_SIZE == (TILE, 256)
+    own = slice(tiles.n_own_tiles)
+    assert (partial[own].sum(1) == 1).all()  # own tiles stop at the diagonal
+    assert (full[own].sum(1).view(2, 32) == torch.arange(32) // 2).all()
+
+
+@given(problems())
+def test_shapes_are_known_beforehand(problem):
+    selection = gated(problem)
+    sizes = (problem.kv_heads, problem.kv_len, problem.block_size)
+    options = {"is_causal": problem.is_causal}
+    if problem.is_causal:
+        selection = selection[..., 1:]
+    traced = route(selection, None, *sizes, problem.block_size, **options, fuse=True)
+    opaque = route(selection, None, *sizes, problem.block_size, **options, fuse=False)
+    fake_mode = torch._subclasses.FakeTensorMode()
+    with fake_mode:
+        fake_selection = fake_mode.from_tensor(selection)
+        fake = route(fake_selection, None, *sizes, problem.block_size, **options, fuse=False)
+    for x, y, z in zip(traced[:-2], opaque[:-2], fake[:-2], strict=True):
+        assert torch.equal(x, y)
+        assert (x.shape, x.dtype) == (z.shape, z.dtype)
+    assert traced[-2:] == opaque[-2:] == fake[-2:]
+    assert traced.query_of_row.shape[0] == most_rows(selection.shape, *sizes, **options)
