@@ -1,10 +1,11 @@
 """`flex_moba` and `selected_attention`: validate, choose the implementation, run it.
 
-    q, k -> gate -> selection -> routing -> masks -> flex -> merge -> out
-                                     \\--------> portable --------/
+q, k -> gate -> selection -> routing -> masks -> flex -> merge -> out
+                                |                                  |
+                                +-----------> portable ------------+
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def flex_moba(
         ValueError: Shapes, dtypes or devices do not fit, or a value is out of its range.
         NotImplementedError: The named ``impl`` cannot serve these inputs; the text says which can.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from flexmoba import flex_moba
         >>> q = torch.randn(1, 4, 1000, 64, requires_grad=True)
@@ -115,9 +116,7 @@ def flex_moba(
         out, lse = _attend_fully(q, k, v, scale, impl, kernel_options, is_causal)
     elif impl == "masked":
         selection = moba_select(q, k, block_size, topk, is_causal=is_causal)
-        out, lse = _attend_masked(
-            q, k, v, selection, block_size, scale, kernel_options, is_causal
-        )
+        out, lse = _attend_masked(q, k, v, selection, block_size, scale, kernel_options, is_causal)
     else:
         wanted = topk - 1 if is_causal else topk
         routed = select_candidates(q, k, block_size, wanted, is_causal=is_causal)
@@ -169,7 +168,7 @@ def selected_attention(
         ValueError: Shapes, dtypes or devices do not fit, or a value is out of its range.
         NotImplementedError: The named ``impl`` cannot serve these inputs; the text says which can.
 
-    Example:
+    Examples:
         Every query attends to its own block and the first one.
 
         >>> import torch
@@ -194,10 +193,13 @@ def selected_attention(
         check_selected_blocks(selection, -(-k.shape[2] // block_size))
 
     selection = selection.int()
-    if impl == "masked":
-        out, lse = _attend_masked(
-            q, k, v, selection, block_size, scale, kernel_options, is_causal
-        )
+    if block_size >= k.shape[2]:  # one block: all of it, or nothing
+        out, lse = _attend_fully(q, k, v, scale, impl, kernel_options, is_causal)
+        chosen = (selection == 0).any(-1)
+        out = torch.where(chosen[..., None], out, 0.0)
+        lse = torch.where(chosen, lse, float("-inf"))
+    elif impl == "masked":
+        out, lse = _attend_masked(q, k, v, selection, block_size, scale, kernel_options, is_causal)
     else:
         own, routed = None, selection
         if is_causal:
@@ -221,7 +223,9 @@ def _attend_portable(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
     kv_heads, kv_len = k.shape[1:3]
-    tiles = route(routed, own, kv_heads, kv_len, block_size, block_size, is_causal=is_causal, fuse=False)
+    tiles = route(
+        routed, own, kv_heads, kv_len, block_size, block_size, is_causal=is_causal, fuse=False
+    )
     return attend_portable(q, k, v, tiles, block_size, scale)
 
 
@@ -236,38 +240,42 @@ def _attend_routed(
     kernel_options: Mapping[str, Any] | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, q_len, _ = q.shape
-    kv_heads = k.shape[1]
-    rows = most_rows(routed.shape, kv_heads, k.shape[2], block_size, is_causal=is_causal)
-    dim = max(q.shape[-1], v.shape[-1])
-    pieces = -(-rows * dim // _MAX_ELEMENTS)
-    per_piece = -(-batch * kv_heads // min(pieces, batch * kv_heads))
     static: dict[str, Any] = {
         "block_size": block_size,
         "scale": scale,
         "kernel_options": kernel_options,
         "is_causal": is_causal,
     }
-    if per_piece == batch * kv_heads:
+    batch, heads, q_len, _ = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    rows = most_rows(routed.shape, kv_heads, kv_len, block_size, is_causal=is_causal)
+    if rows * max(q.shape[-1], v.shape[-1]) <= _MAX_ELEMENTS or q_len == heads == 1:
         return run_compiled(_attend_routed_tiles, q, k, v, routed, own, **static)
 
-    # KV heads, of all batch elements, are independent of each other.
-    def split(x: Tensor | None, size: int) -> Sequence[Tensor | None]:
-        if x is None:
-            return [None] * -(-batch * kv_heads // per_piece)
-        return x.flatten(0, 1)[None].split(size, dim=1)
-
-    group = heads // kv_heads * per_piece
-    tensors = (
-        *(split(q, group), split(k, per_piece), split(v, per_piece)),
-        *(split(routed, group), split(own, group)),
-    )
-    parts = [
-        run_compiled(_attend_routed_tiles, *piece, **static)
-        for piece in zip(*tensors, strict=True)
+    # In two halves, each of which may be halved again: of the KV heads of all batch elements, of
+    # the query heads of one of them, or of the queries of one of those.
+    if batch * kv_heads > 1:
+        q, k, v, routed = (x.flatten(0, 1)[None] for x in (q, k, v, routed))
+        own = own if own is None else own.flatten(0, 1)[None]
+        kv_middle = (batch * kv_heads + 1) // 2
+        dim, middle = 1, kv_middle * (heads // kv_heads)
+        kv_halves = zip(k.split(kv_middle, dim), v.split(kv_middle, dim), strict=True)
+    elif heads > 1:
+        dim, middle = 1, (heads + 1) // 2
+        kv_halves = zip((k, k), (v, v), strict=True)
+    else:
+        dim, middle = 2, (q_len + 1) // 2
+        past = kv_len - q_len + middle if is_causal else kv_len
+        kv_halves = zip((k[:, :, :past], k), (v[:, :, :past], v), strict=True)
+    q_halves, routed_halves = q.split(middle, dim), routed.split(middle, dim)
+    own_halves = (None, None) if own is None else own.split(middle, dim)
+    results = [
+        _attend_routed(q_half, *kv_half, routed_half, own_half, **static)
+        for q_half, kv_half, routed_half, own_half in zip(
+            q_halves, kv_halves, routed_halves, own_halves, strict=True
+        )
     ]
-    out = torch.cat([out for out, _ in parts], dim=1)
-    lse = torch.cat([lse for _, lse in parts], dim=1)
+    out, lse = (torch.cat(parts, dim) for parts in zip(*results, strict=True))
     return out.view(batch, heads, q_len, -1), lse.view(batch, heads, q_len)
 
 
@@ -285,10 +293,12 @@ def _attend_routed_tiles(
 ) -> tuple[Tensor, Tensor]:
     kv_heads, kv_len = k.shape[1:3]
     block_stride = -(-block_size // GRAIN) * GRAIN
-    tiles = route(routed, own, kv_heads, kv_len, block_size, block_stride, is_causal=is_causal, fuse=True)
+    tiles = route(
+        routed, own, kv_heads, kv_len, block_size, block_stride, is_causal=is_causal, fuse=True
+    )
     mask = tile_mask(
         tiles,
-        tuple(q.shape),
+        q.shape,
         kv_heads,
         kv_len,
         block_size,
@@ -365,9 +375,7 @@ def _attend_fully(
 ) -> tuple[Tensor, Tensor]:
     if impl == "portable":  # one block of everything
         routed = torch.zeros((*q.shape[:3], int(not is_causal)), dtype=torch.int32, device=q.device)
-        return _attend_portable(
-            q, k, v, routed, None, k.shape[2], scale, kernel_options, is_causal
-        )
+        return _attend_portable(q, k, v, routed, None, k.shape[2], scale, kernel_options, is_causal)
     return run_compiled(
         _attend_over_mask,
         *(q, k, v, None),

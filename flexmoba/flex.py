@@ -42,6 +42,12 @@ def call_flex(
     """FlexAttention of ``q (B, Hq, Lq, D)`` over ``k, v (B, Hkv, Lk, D)``: output and log-sum-exp.
 
     Args:
+        q: Queries.
+        k: Keys, of heads that divide the queries'.
+        v: Values.
+        block_mask: What to visit, of ``seq_lengths`` ``(Lq, Lk)``.
+        scale: Factor on the scores.
+        kernel_options: The user's, which win over ours.
         divisible: Promises that both lengths are multiples of the mask's block sizes, which the
             compiler cannot see when lengths are symbolic.
     """
@@ -55,14 +61,14 @@ def call_flex(
     if divisible:
         options["IS_DIVISIBLE"] = True
     options |= kernel_options or {}
-    out, aux = flex_attention(
+    out, aux = flex_attention(  # type: ignore[call-overload]
         q,
         k,
         v,
         block_mask=block_mask,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
-        kernel_options=options,  # type: ignore[arg-type]
+        kernel_options=options,
         return_aux=AuxRequest(lse=True),
     )
     return out, aux.lse

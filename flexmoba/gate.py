@@ -8,9 +8,11 @@ of the block's keys. The choice is exact and deterministic: means and scores acc
 import importlib.util
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from flexmoba.checks import check_block_size, check_queries_and_keys, check_topk
+from flexmoba.precision import without_autocast
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -48,7 +50,7 @@ def moba_select(
         TypeError: An argument is of the wrong type.
         ValueError: Shapes, dtypes or devices do not fit, or a size is not positive.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from flexmoba import moba_select
         >>> k = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
@@ -81,22 +83,25 @@ def select_candidates(
 
     If causal, the candidates are the blocks before the own one. See `moba_select` for the rest.
     """
-    return _select(q.detach(), k.detach(), block_size, count, is_causal)
+    selection: Tensor = _select(q.detach(), k.detach(), block_size, count, is_causal)
+    return selection
 
 
 # Opaque to compilers: one implementation each for CUDA and the rest, the same inside
 # torch.compile and outside, and its result is a real buffer, as a mask_mod needs.
 @torch.library.custom_op("flexmoba::select", mutates_args=())
+@without_autocast
 def _select(q: Tensor, k: Tensor, block_size: int, count: int, is_causal: bool) -> Tensor:
     means = block_means(k, block_size)
     if count == 0 or q.numel() == 0 or means.shape[2] == 0:
         return q.new_full((*q.shape[:3], count), -1, dtype=torch.int32)
+    select = _select_in_pieces
     if q.is_cuda and q.dtype != torch.float64 and _HAS_TRITON:
         from flexmoba.gate_kernel import MAX_COUNT, MAX_HEAD_DIM, select_on_cuda
 
         if count <= MAX_COUNT and q.shape[-1] <= MAX_HEAD_DIM:
-            return select_on_cuda(q, means, k.shape[2], block_size, count, is_causal)
-    return _select_in_pieces(q, means, k.shape[2], block_size, count, is_causal)
+            select = select_on_cuda
+    return select(q, means, k.shape[2], block_size, count, is_causal)
 
 
 @_select.register_fake
@@ -109,7 +114,8 @@ def block_means(k: Tensor, block_size: int) -> Tensor:
     precise = torch.promote_types(k.dtype, torch.float32)
     whole = k.shape[2] // block_size
     blocks, tail = k.split([whole * block_size, k.shape[2] - whole * block_size], dim=2)
-    means = blocks.unflatten(2, (whole, block_size)).mean(3, dtype=precise)
+    parts: Tensor = rearrange(blocks, "b h (n s) d -> b h n s d", s=block_size)
+    means = parts.mean(3, dtype=precise)
     if tail.shape[2]:
         means = torch.cat([means, tail.mean(2, keepdim=True, dtype=precise)], dim=2)
     return means.to(k.dtype)
@@ -118,10 +124,10 @@ def block_means(k: Tensor, block_size: int) -> Tensor:
 def _select_in_pieces(
     q: Tensor, means: Tensor, kv_len: int, block_size: int, count: int, is_causal: bool
 ) -> Tensor:
-    batch, heads, q_len, dim = q.shape
+    batch, heads, q_len, _ = q.shape
     kv_heads, n_blocks = means.shape[1:3]
     precise = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.view(batch, kv_heads, heads // kv_heads, q_len, dim)
+    grouped = rearrange(q, "b (h g) l d -> b h g l d", h=kv_heads)
     keys = means.to(precise)[:, :, None].mT
     own = own_block(q_len, kv_len, block_size, q.device)
     piece = max(1, _SCORES_AT_ONCE // (batch * heads * n_blocks))
@@ -133,7 +139,8 @@ def _select_in_pieces(
         )
         for start in range(0, q_len, piece)
     ]
-    return torch.cat(chosen, dim=-2).view(batch, heads, q_len, count)
+    selected: Tensor = rearrange(torch.cat(chosen, dim=-2), "b h g l t -> b (h g) l t")
+    return selected
 
 
 def _highest(scores: Tensor, own: Tensor | None, count: int) -> Tensor:

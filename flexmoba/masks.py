@@ -5,7 +5,7 @@ A `BlockMask` lists, for every 128 queries, the stretches of keys to visit, some
 the transposed lists. Lists are int32, contiguous, ascending and free of duplicates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -50,7 +50,7 @@ def moba_block_mask(
         ValueError: Shapes, dtypes or devices do not fit, a size is not positive, or there are no
             queries.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from flexmoba import moba_block_mask
         >>> q, k = torch.randn(2, 1, 2, 300, 16)
@@ -66,7 +66,7 @@ def moba_block_mask(
             f"a BlockMask needs at least one query, got q of shape {tuple(q.shape)}; "
             "skip the call for empty inputs"
         )
-    if topk is None:
+    if topk is None or topk >= _cdiv(k.shape[2], block_size):
         return full_mask(q.shape[2], k.shape[2], q.device, is_causal=is_causal)
     selection = moba_select(q, k, block_size, topk, is_causal=is_causal)
     return selection_mask(selection, k.shape[2], block_size, is_causal=is_causal)
@@ -101,11 +101,13 @@ def selection_mask(
 
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         first = table[b, h, query, query * 0] * block_size
-        seen = (key >= first) & (key < first + block_size)
+        seen: Tensor = (key >= first) & (key < first + block_size)
         for i in range(1, topk):
             first = table[b, h, query, query * 0 + i] * block_size
             seen = seen | ((key >= first) & (key < first + block_size))
-        return seen & (key <= query + offset) if is_causal else seen
+        if is_causal:
+            seen = seen & (key <= query + offset)
+        return seen
 
     return _block_mask((q_len, kv_len), mask_mod, _lists(visited), None, _lists(visited.mT), None)
 
@@ -130,7 +132,12 @@ def full_mask(q_len: int, kv_len: int, device: torch.device, *, is_causal: bool)
 
     partial, full = (visited & ~whole)[None, None], whole[None, None]
     return _block_mask(
-        (q_len, kv_len), mask_mod, _lists(partial), _lists(full), _lists(partial.mT), _lists(full.mT)
+        (q_len, kv_len),
+        mask_mod,
+        _lists(partial),
+        _lists(full),
+        _lists(partial.mT),
+        _lists(full.mT),
     )
 
 
@@ -146,7 +153,7 @@ def stretch_size(block_stride: int) -> int:
 
 def tile_mask(
     tiles: Tiles,
-    shape: tuple[int, int, int, int],
+    shape: Sequence[int],
     kv_heads: int,
     kv_len: int,
     block_size: int,
@@ -228,7 +235,8 @@ def tile_mask(
     last_key_of_row = _realize(tiles.last_key_of_row)  # see `selection_mask`
 
     def mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        return key <= last_key_of_row[row]
+        seen: Tensor = key <= last_key_of_row[row]
+        return seen
 
     return _block_mask(
         (n_tiles * TILE, n_blocks * block_stride),
@@ -260,6 +268,8 @@ def _block_mask(
     block_size: tuple[int, int] = (GRAIN, GRAIN),
 ) -> BlockMask:
     kv_num_blocks, kv_indices = _list_tensors(partial)
+    assert kv_num_blocks is not None
+    assert kv_indices is not None
     full_kv_num_blocks, full_kv_indices = _list_tensors(full)
     q_num_blocks, q_indices = _list_tensors(partial_transposed)
     full_q_num_blocks, full_q_indices = _list_tensors(full_transposed)

@@ -60,9 +60,7 @@ class _Combine(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_out: Tensor, grad_lse: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, None, None]:
         out, lse, out_rows, lse_rows, query_of_row = ctx.saved_tensors
         delta = (grad_out.float() * out.float()).sum(-1) - grad_lse
         query = query_of_row.clamp(min=0).long()

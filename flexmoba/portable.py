@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from flexmoba.merge import merge_parts
+from flexmoba.precision import without_autocast
 from flexmoba.routing import TILE, Tiles
 
-# Scores of one piece: 8 tiles of 512 keys fill two megabytes, a usual second-level cache.
-_SCORES_AT_ONCE = 8 * TILE * 512
+# Scores of one piece: 12 tiles of 512 keys fill three megabytes, a core's share of the caches.
+_SCORES_AT_ONCE = 12 * TILE * 512
 _QUERIES_AT_ONCE = 2048  # to merge: their parts fit there, too
 
 # Head dims and blocks are padded to whole vectors. A matrix product may round differently where
@@ -58,6 +60,7 @@ def attend_portable(
 
 
 @torch.library.custom_op("flexmoba::attend_portable", mutates_args=())
+@without_autocast
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -80,10 +83,12 @@ def _attend(
     query_of_row, last_key_of_row, block_of_tile = tables
     # A key that a row may not see has weight 0, and 0 * NaN is NaN: values that are not finite
     # are taken out of the product, and rows where their weight is not 0 set to NaN.
-    finite = not v.is_cuda and bool(v.isfinite().all())
+    finite = not v.is_cuda and bool(v.sum().isfinite())
     out_rows = queries.new_empty((*query_of_row.shape, values.shape[-1]), dtype=precise)
     lse_rows = queries.new_empty(query_of_row.shape, dtype=precise)
-    for tiles, whole, seen in _pieces(block_of_tile, own_tiles_per_block, n_own_tiles, keys, block_size, ragged):
+    for tiles, whole, seen in _pieces(
+        block_of_tile, own_tiles_per_block, n_own_tiles, keys, block_size, ragged
+    ):
         block = block_of_tile[tiles].clamp(max=keys.shape[0] - 1)
         tile_q = _take(queries, query_of_row[tiles].clamp(min=0), precise) * scale
         scores = tile_q @ _take(keys[:, :seen], block, precise).mT
@@ -94,12 +99,11 @@ def _attend(
         weights = scores.sub_(highest).exp_()
         total = weights.sum(-1, keepdim=True)
         value = _take(values[:, :seen], block, precise)
-        if finite:
-            out = weights @ value
-        else:
+        torch.bmm(weights, value if finite else _finite(value), out=out_rows[tiles])
+        out_rows[tiles].div_(total)
+        if not finite:
             reached = weights @ (~value.isfinite()).to(precise) > 0
-            out = (weights @ _finite(value)).masked_fill(reached, float("nan"))
-        out_rows[tiles] = out.div_(total)
+            out_rows[tiles].masked_fill_(reached, float("nan"))
         lse_rows[tiles] = highest.add_(total.log_()).squeeze(-1)
     out_rows, lse_rows = out_rows.flatten(0, 1), lse_rows.flatten()
     out, lse = v.new_empty(queries.shape[0], v.shape[-1]), lse_rows.new_empty(queries.shape[0])
@@ -117,6 +121,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("flexmoba::attend_portable_backward", mutates_args=())
+@without_autocast
 def _attend_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -147,7 +152,9 @@ def _attend_backward(
     d_query_rows = queries.new_empty((*query_of_row.shape, queries.shape[-1]), dtype=precise)
     d_keys = torch.zeros_like(keys, dtype=precise)
     d_values = torch.zeros_like(values, dtype=precise)
-    for tiles, whole, seen in _pieces(block_of_tile, own_tiles_per_block, n_own_tiles, keys, block_size, ragged):
+    for tiles, whole, seen in _pieces(
+        block_of_tile, own_tiles_per_block, n_own_tiles, keys, block_size, ragged
+    ):
         block = block_of_tile[tiles].clamp(max=keys.shape[0] - 1)
         query = query_of_row[tiles].clamp(min=0)
         padding = (query_of_row[tiles] < 0)[..., None]  # padding has no weights
@@ -264,14 +271,15 @@ def _finite(x: Tensor) -> Tensor:
 def _blocks(x: Tensor, block_size: int) -> Tensor:
     """``(B, H, L, D)`` cut into ``(blocks, keys, D)``, in whole vectors and whole blocks."""
     padded = F.pad(x, (0, 0, 0, -x.shape[2] % block_size))
-    blocks = padded.reshape(-1, block_size, x.shape[-1])
+    blocks = rearrange(padded, "b h (n s) d -> (b h n) s d", s=block_size)
     return _whole_vectors(_whole_vectors(blocks.mT).mT)
 
 
 def _unblocks(blocks: Tensor, like: Tensor, block_size: int) -> Tensor:
     """The inverse of `_blocks`, in shape and dtype of ``like``."""
-    padded = blocks[:, :block_size, : like.shape[3]].reshape(*like.shape[:2], -1, like.shape[3])
-    return padded[:, :, : like.shape[2]].to(like.dtype, copy=True).contiguous()
+    batch, heads, length, dim = like.shape
+    x = rearrange(blocks[:, :block_size, :dim], "(b h n) s d -> b h (n s) d", b=batch, h=heads)
+    return x[:, :, :length].to(like.dtype, copy=True).contiguous()
 
 
 def _whole_vectors(x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def moba_reference(
         The attention output, ``(B, Hq, Lq, Dv)``, in the dtype of ``q``. A query that sees no
         key gets zeros.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from flexmoba import moba_reference
         >>> q, k, v = torch.randn(3, 1, 2, 10, 8)
@@ -72,7 +72,9 @@ def reference_selection(
             blocks = keys.split(block_size)
             means = torch.stack([block.to(precise).mean(0).to(k.dtype) for block in blocks])
             scores = q[b, h].detach().to(precise) @ means.to(precise).T
-            scores = scores.nan_to_num(nan=float("inf"))  # NaN is highest, then inf, as in torch.sort
+            scores = scores.nan_to_num(
+                nan=float("inf")
+            )  # NaN is highest, then inf, as in torch.sort
             for i, row in enumerate(scores.tolist()):
                 candidates = range(int(own[i])) if is_causal else range(n_blocks)
                 best_first = sorted(candidates, key=lambda j: (row[j], j), reverse=True)

@@ -78,21 +78,17 @@ def route(
     own_tiles_per_block, n_own_tiles = _own_region(
         routed.shape, kv_heads, kv_len, block_size, is_causal=is_causal
     )
-    tables = _tables if fuse else _opaque_tables
-    return Tiles(
-        *tables(
-            routed,
-            own,
-            kv_heads,
-            kv_len,
-            block_size,
-            block_stride,
-            own_tiles_per_block,
-            n_own_tiles,
-        ),
+    tables = (_tables if fuse else _opaque_tables)(
+        routed,
+        own,
+        kv_heads,
+        kv_len,
+        block_size,
+        block_stride,
         own_tiles_per_block,
         n_own_tiles,
     )
+    return Tiles(*tables, own_tiles_per_block, n_own_tiles)  # type: ignore[call-arg]
 
 
 def most_rows(

@@ -17,6 +17,7 @@ from tests.problems import DTYPES, Problem, problems
 
 impls = st.sampled_from(("portable", "auto"))
 causal = st.just(True)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def moba_of(problem: Problem, topk: int | None, impl: str = "auto"):
@@ -36,8 +37,10 @@ def full_mask(problem: Problem) -> Tensor:
     )
 
 
+@every_dtype
 @given(problems(), impls)
-def test_is_as_exact_as_dense_attention_given_the_same_selection(problem, impl):
+def test_is_as_exact_as_dense_attention_given_the_same_selection(dtype, problem, impl):
+    problem = replace(problem, dtype=dtype)
     q, k, v = problem.tensors()
     mask = problem.mask_of(select(problem, q, k))
     assert_as_exact_as_dense(moba_of(problem, problem.topk, impl), q, k, v, mask)
@@ -88,8 +91,10 @@ def test_is_select_followed_by_selected_attention(problem, impl):
             assert_as_exact_as_dense(attend, q, k, v, full_mask(problem))
 
 
+@every_dtype
 @given(problems(), impls)
-def test_any_selection_is_attended_to(problem, impl):
+def test_any_selection_is_attended_to(dtype, problem, impl):
+    problem = replace(problem, dtype=dtype)
     q, k, v = problem.tensors()
     selection = problem.selection()
     attend = with_lse(
@@ -208,6 +213,39 @@ def test_strides_do_not_matter(problem, impl):
     strided = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     for actual, expected in zip(attend(*strided), attend(q, k, v), strict=True):
         assert_bitwise_equal(actual, expected)
+
+
+@pytest.mark.parametrize("impl", ["auto", "portable", "masked"])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("block_size", [24, 25, 2**40])
+def test_one_block_of_everything(block_size, is_causal, impl):
+    # 2**40: neither time nor memory may grow with a block that the sequence does not fill.
+    problem = Problem(block_size=block_size, group=2, is_causal=is_causal)
+    q, k, v = problem.tensors()
+    options = {"is_causal": is_causal, "impl": impl}
+    selection = moba_select(q, k, block_size, 1, is_causal=is_causal)
+    mask = torch.ones(24, 24, dtype=torch.bool)
+    mask = (mask.tril() if is_causal else mask).expand(1, 2, 24, 24)
+    for attend in (
+        with_lse(flex_moba, block_size, 1, **options),
+        with_lse(selected_attention, selection, block_size, **options),
+    ):
+        assert_as_exact_as_dense(attend, q, k, v, mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("topk", [3, None])
+def test_autocast_changes_nothing(dtype, topk):
+    problem = Problem(q_len=100, kv_len=100, head_dim=16, block_size=8, group=2, dtype=dtype)
+    results = []
+    for enabled in (False, True):
+        inputs = problem.tensors(requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, lse = with_lse(flex_moba, 8, topk)(*inputs)
+            grads = torch.autograd.grad((out.sum(), lse.sum()), inputs)
+        results.append((out, lse, *grads))
+    for first, second in zip(*results, strict=True):
+        assert_bitwise_equal(first, second)
 
 
 def test_aux_is_returned_on_request():

@@ -123,15 +123,25 @@ def test_many_layers_in_one_graph():
     assert counter.frame_count <= 4
 
 
-def test_eager_calls_of_many_configurations_and_lengths_stay_within_the_limit():
-    # The impl that compiles on CPU, too. Beyond the limit `fullgraph=True` would raise.
-    for dtype in DTYPES:
-        for block_size in (16, 32, 50):
-            problem = Problem(kv_len=150, q_len=150, block_size=block_size, dtype=dtype)
+def test_eager_calls_of_many_configurations_stay_within_the_limit():
+    # More than dynamo compiles of one function, by the impl that compiles on CPU, too. Integers
+    # alone would not do, since dynamo makes them symbolic.
+    problems = [
+        Problem(group=group, is_causal=is_causal, dtype=dtype)
+        for dtype in DTYPES
+        for is_causal in (True, False)
+        for group in (1, 2)
+    ]
+    assert len(problems) > torch._dynamo.config.recompile_limit
+
+    def run_all() -> None:
+        for problem in problems:
             q, k, v = problem.tensors()
-            flex_moba(q, k, v, block_size, 2, impl="masked")
-    with torch.compiler.set_stance("fail_on_recompile"):  # all of them are still there
-        flex_moba(q, k, v, 50, 2, impl="masked")
+            flex_moba(q, k, v, 4, 2, is_causal=problem.is_causal, impl="masked")
+
+    run_all()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run_all()
 
 
 def test_eager_calls_of_many_lengths_compile_a_few_times():

@@ -249,38 +249,38 @@ def test_empty_inputs_have_gradients():
 poison = st.sampled_from((float("nan"), float("inf"), float("-inf")))
 
 
-@given(problems(), st.sampled_from("qkv"), poison, st.data())
-def test_what_is_not_finite_reaches_only_rows_that_could_see_it(problem, name, value, data):
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@given(problems(max_len=100), poison, st.integers(0, 5), st.integers(0, 99))
+def test_what_is_not_finite_reaches_only_rows_that_could_see_it(name, problem, value, head, index):
     problem = replace(problem, batch=2, kv_heads=2)
     inputs = dict(zip("qkv", problem.tensors(), strict=True))
     poisoned = {key: x.clone() for key, x in inputs.items()}
     x = poisoned[name]
-    head = data.draw(st.integers(0, x.shape[1] - 1), label="head")
-    index = data.draw(st.integers(0, x.shape[2] - 1), label="index")
+    head, index = head % x.shape[1], index % x.shape[2]
     x[1, head, index] = value
 
     rows = torch.zeros(2, problem.heads, problem.q_len, dtype=torch.bool)  # that could see it
+    cols = torch.zeros(2, 2, problem.kv_len, dtype=torch.bool)  # keys that those could see
     if name == "q":
-        kv_head = head // problem.group
         rows[1, head, index] = True
+        last = index + problem.offset if problem.is_causal else problem.kv_len
+        cols[1, head // problem.group, : last + 1] = True
     else:
-        kv_head = head
         first = max(index - problem.offset, 0) if problem.is_causal else 0
         rows[1, head * problem.group : (head + 1) * problem.group, first:] = True
-    cols = torch.zeros(2, 2, problem.kv_len, dtype=torch.bool)  # keys that those could see
-    last = index + problem.offset if name == "q" and problem.is_causal else problem.kv_len
-    cols[1, kv_head, : last + 1] = True
+        cols[1, head] = True
 
     clean, dirty = (_everything(problem, tensors.values()) for tensors in (inputs, poisoned))
     for key, reached in {"out": rows, "lse": rows, "dq": rows, "dk": cols, "dv": cols}.items():
         assert_bitwise_equal(dirty[key][~reached], clean[key][~reached])
 
 
-@given(problems(), st.sampled_from("qkv"), st.data())
-def test_nan_is_not_hidden(problem, name, data):
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@given(problems(max_len=100), st.integers(0, 99))
+def test_nan_is_not_hidden(name, problem, index):
     inputs = problem.tensors()
     x = inputs["qkv".index(name)]
-    index = data.draw(st.integers(0, x.shape[2] - 1), label="index")
+    index %= x.shape[2]
     x[0, 0, index] = float("nan")
     selection = moba_select(
         *inputs[:2], problem.block_size, problem.topk, is_causal=problem.is_causal
@@ -299,7 +299,7 @@ def _everything(problem: Problem, tensors) -> dict[str, Tensor]:
     inputs = [x.clone().requires_grad_() for x in tensors]
     attend = with_lse(flex_moba, problem.block_size, problem.topk, is_causal=problem.is_causal)
     out, lse = attend(*inputs)
-    weights = torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype)
-    grads = torch.autograd.grad((out @ weights).sum() + lse.sum(), inputs)
+    # Squares: the incoming gradient of a row that is not finite is not finite either.
+    grads = torch.autograd.grad(out.square().sum() + lse.square().sum(), inputs)
     results = (out.detach(), lse.detach(), *grads)
     return dict(zip(("out", "lse", "dq", "dk", "dv"), results, strict=True))

@@ -113,11 +113,22 @@ def test_blocks_of_several_tiles(changes):
     check(Problem(**({"q_len": 900, "kv_len": 900, "dtype": torch.float32} | changes)))
 
 
-def test_calls_too_large_for_32_bit_offsets_are_cut(monkeypatch):
+@pytest.mark.parametrize("limit", [2**12, 2**16])
+def test_calls_too_large_for_32_bit_offsets_are_cut(monkeypatch, limit):
+    calls = []
+
+    def counted(function, *tensors, **static):
+        calls.append(tensors[0].shape)
+        return function(*tensors, **static)
+
+    monkeypatch.setattr(attention, "_MAX_ELEMENTS", limit)
+    monkeypatch.setattr(attention, "run_compiled", counted)
     sizes = {"batch": 2, "kv_heads": 3, "group": 2, "block_size": 12, "dtype": torch.float32}
-    for limit in (2**12, 2**15):  # one head at a time, and some
-        monkeypatch.setattr(attention, "_MAX_ELEMENTS", limit)
-        check(Problem(**sizes))
+    sizes |= {"q_len": 100, "kv_len": 100}
+    for is_causal in (True, False):
+        check(Problem(**sizes, is_causal=is_causal))
+    assert len(calls) > 4
+    assert any(shape[2] < 100 for shape in calls) == (limit == 2**12)  # heads do not suffice
 
 
 def test_a_block_of_many_tiles_is_visited_in_few_stretches():
