@@ -17,8 +17,9 @@ from flexmoba.merge import merge_parts
 from flexmoba.precision import without_autocast
 from flexmoba.routing import TILE, Tiles
 
-# Scores of one piece: 12 tiles of 512 keys fill three megabytes, a core's share of the caches.
-_SCORES_AT_ONCE = 12 * TILE * 512
+# Scores of one piece: 24 tiles of 512 keys. Where they are written down, in the backward pass, they
+# should stay in a core's share of the caches; smaller pieces cost more launches than that saves.
+_SCORES_AT_ONCE = 24 * TILE * 512
 _QUERIES_AT_ONCE = 2048  # to merge: their parts fit there, too
 
 # Head dims and blocks are padded to whole vectors. A matrix product may round differently where
@@ -81,30 +82,20 @@ def _attend(
     ragged = (n_own_tiles == 0 and k.shape[2] % block_size != 0) or block_size % _VECTOR != 0
     tables = _whole_pieces(query_of_row, last_key_of_row, block_of_tile, n_own_tiles, keys)
     query_of_row, last_key_of_row, block_of_tile = tables
-    # A key that a row may not see has weight 0, and 0 * NaN is NaN: values that are not finite
-    # are taken out of the product, and rows where their weight is not 0 set to NaN.
-    finite = not v.is_cuda and bool(v.sum().isfinite())
+    # Reading a value waits for nothing on CPU, and finite inputs, which sum up to something finite,
+    # can take torch's fused attention there.
+    fused = not q.is_cuda and all(bool(x.sum().isfinite()) for x in (q, k, v))
     out_rows = queries.new_empty((*query_of_row.shape, values.shape[-1]), dtype=precise)
     lse_rows = queries.new_empty(query_of_row.shape, dtype=precise)
     for tiles, whole, seen in _pieces(
         block_of_tile, own_tiles_per_block, n_own_tiles, keys, block_size, ragged
     ):
         block = block_of_tile[tiles].clamp(max=keys.shape[0] - 1)
-        tile_q = _take(queries, query_of_row[tiles].clamp(min=0), precise) * scale
-        scores = tile_q @ _take(keys[:, :seen], block, precise).mT
-        if whole < seen:
-            hidden = _hidden(last_key_of_row[tiles], block * block_size, slice(whole, seen))
-            scores[..., whole:].masked_fill_(hidden, float("-inf"))
-        highest = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(highest).exp_()
-        total = weights.sum(-1, keepdim=True)
-        value = _take(values[:, :seen], block, precise)
-        torch.bmm(weights, value if finite else _finite(value), out=out_rows[tiles])
-        out_rows[tiles].div_(total)
-        if not finite:
-            reached = weights @ (~value.isfinite()).to(precise) > 0
-            out_rows[tiles].masked_fill_(reached, float("nan"))
-        lse_rows[tiles] = highest.add_(total.log_()).squeeze(-1)
+        tile_q = _take(queries, query_of_row[tiles].clamp(min=0), precise)
+        key, value = _take(keys[:, :seen], block, precise), _take(values[:, :seen], block, precise)
+        hidden = _hidden(last_key_of_row[tiles], block * block_size, slice(whole, seen))
+        attend = _attend_tiles_fused if fused else _attend_tiles
+        out_rows[tiles], lse_rows[tiles] = attend(tile_q, key, value, hidden, scale)
     out_rows, lse_rows = out_rows.flatten(0, 1), lse_rows.flatten()
     out, lse = v.new_empty(queries.shape[0], v.shape[-1]), lse_rows.new_empty(queries.shape[0])
     out_rows = out_rows[:, : v.shape[-1]]
@@ -250,6 +241,39 @@ def _whole_pieces(
         F.pad(last_key_of_row.view(-1, TILE), (0, 0, 0, missing), value=-1),
         F.pad(block_of_tile, (0, missing), value=n_blocks),
     )
+
+
+def _attend_tiles_fused(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`_attend_tiles` of finite inputs, by the kernel behind torch's attention on CPU."""
+    mask = None
+    if hidden.shape[-1]:
+        mask = q.new_zeros((hidden.shape[0], 1, TILE, k.shape[1]))
+        mask[:, 0, :, -hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
+    value_dim, dim = v.shape[-1], max(q.shape[-1], v.shape[-1])  # the kernel wants them equal
+    q, k, v = (F.pad(x, (0, dim - x.shape[-1]))[:, None] for x in (q, k, v))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, attn_mask=mask, scale=scale
+    )
+    return out[:, 0, :, :value_dim], lse[:, 0]
+
+
+def _attend_tiles(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of tiles ``(tiles, TILE, D)``, the last keys of each partly hidden."""
+    scores = (q * scale) @ k.mT
+    if hidden.shape[-1]:
+        scores[..., -hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
+    highest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    # A hidden key has weight 0, and 0 * NaN is NaN: values that are not finite are taken out of
+    # the product, and rows where their weight is not 0 set to NaN.
+    reached = weights @ (~v.isfinite()).to(v.dtype) > 0
+    out = (weights @ _finite(v)).div_(total).masked_fill_(reached, float("nan"))
+    return out, highest.add_(total.log_()).squeeze(-1)
 
 
 def _hidden(last_key: Tensor, first_key: Tensor, keys: slice) -> Tensor:

@@ -4,7 +4,7 @@ Hypothesis draws a few small numbers, never tensor elements: an example costs no
 shrinks to the smallest sizes that still fail.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from hypothesis import strategies as st
@@ -32,6 +32,11 @@ class Problem:
     is_causal: bool = True
     dtype: torch.dtype = torch.float64
     seed: int = 0
+
+    def __str__(self) -> str:
+        """What differs from the defaults: the name of a test."""
+        values = {field: getattr(self, field.name) for field in fields(self)}
+        return " ".join(f"{f.name}={x}" for f, x in values.items() if x != f.default)
 
     @property
     def heads(self) -> int:
