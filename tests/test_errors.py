@@ -272,8 +272,11 @@ def test_what_is_not_finite_reaches_only_rows_that_could_see_it(name, problem, v
 
     clean, dirty = (_everything(problem, tensors.values()) for tensors in (inputs, poisoned))
     for key, reached in {"out": rows, "lse": rows, "dq": rows, "dk": cols, "dv": cols}.items():
-        # Nearly equal: another kernel serves inputs that are not finite.
-        torch.testing.assert_close(dirty[key][~reached], clean[key][~reached])
+        # Equal but for rounding: another kernel serves inputs that are not finite.
+        rounding = 64 * torch.finfo(clean[key].dtype).eps
+        torch.testing.assert_close(
+            dirty[key][~reached], clean[key][~reached], rtol=rounding, atol=rounding
+        )
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
