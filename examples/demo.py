@@ -147,7 +147,8 @@ def check(qkv: list[Tensor]) -> bool:
     q, k, v = (x[:, :, :2048] for x in qkv)
     expected = moba_reference(q.cpu(), k.cpu(), v.cpu(), BLOCK, TOPK).float()
     error = (flex_moba(q, k, v, BLOCK, TOPK).float().cpu() - expected).abs().amax(-1)
-    allowed = 16 * torch.finfo(q.dtype).eps * float(expected.abs().max())
+    roundings = 16 if q.dtype == torch.float32 else 2  # half precision is rounded once per part
+    allowed = roundings * torch.finfo(q.dtype).eps * float(expected.abs().max())
     # Two scores may be equal but for rounding: then either block is right.
     wrong = (error > allowed).float().mean().item()
     print(
