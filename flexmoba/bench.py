@@ -62,7 +62,12 @@ PRESETS = {
         Config(1, 16, 16, 65536, 128, 8),
         Config(1, 16, 16, 131072, 128, 8),
     ],
-    "longest": [Config(1, 4, 1, 2**20, 4096, 12, backward=False)],
+    "longest": [
+        Config(1, 4, 1, 2**17, 4096, 12, backward=False),
+        Config(1, 4, 1, 2**20, 4096, 12, backward=False),
+        Config(1, 4, 1, 2**20, 1024, 12, backward=False),
+        Config(1, 4, 1, 2**20, 16384, 3, backward=False),
+    ],
 }
 
 

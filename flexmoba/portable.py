@@ -93,7 +93,10 @@ def _attend(
         block = block_of_tile[tiles].clamp(max=keys.shape[0] - 1)
         tile_q = _take(queries, query_of_row[tiles].clamp(min=0), precise)
         key, value = _take(keys[:, :seen], block, precise), _take(values[:, :seen], block, precise)
-        hidden = _hidden(last_key_of_row[tiles], block * block_size, slice(whole, seen))
+        # The own tiles of a piece hide alike, the routed ones each on their own.
+        some = slice(0, 1) if tiles.start < n_own_tiles else slice(None)
+        first_key = block[some] * block_size
+        hidden = _hidden(last_key_of_row[tiles][some], first_key, slice(whole, seen))
         attend = _attend_tiles_fused if fused else _attend_tiles
         out_rows[tiles], lse_rows[tiles] = attend(tile_q, key, value, hidden, scale)
     out_rows, lse_rows = out_rows.flatten(0, 1), lse_rows.flatten()
@@ -149,7 +152,10 @@ def _attend_backward(
         block = block_of_tile[tiles].clamp(max=keys.shape[0] - 1)
         query = query_of_row[tiles].clamp(min=0)
         padding = (query_of_row[tiles] < 0)[..., None]  # padding has no weights
-        hidden = _hidden(last_key_of_row[tiles], block * block_size, slice(whole, seen))
+        # The own tiles of a piece hide alike, the routed ones each on their own.
+        some = slice(0, 1) if tiles.start < n_own_tiles else slice(None)
+        first_key = block[some] * block_size
+        hidden = _hidden(last_key_of_row[tiles][some], first_key, slice(whole, seen))
         tile_q, tile_grad = _take(queries, query, precise) * scale, _take(grads, query, precise)
         key, value = _take(keys[:, :seen], block, precise), _take(values[:, :seen], block, precise)
         weights = (tile_q @ key.mT).sub_(lse[query][..., None]).exp_()
@@ -252,9 +258,9 @@ def _attend_tiles_fused(
         mask = q.new_zeros((hidden.shape[0], 1, TILE, k.shape[1]))
         mask[:, 0, :, -hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
     value_dim, dim = v.shape[-1], max(q.shape[-1], v.shape[-1])  # the kernel wants them equal
-    q, k, v = (F.pad(x, (0, dim - x.shape[-1]))[:, None] for x in (q, k, v))
+    q, k, v = (F.pad(x, (0, dim - x.shape[-1])) if x.shape[-1] < dim else x for x in (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, attn_mask=mask, scale=scale
+        q[:, None], k[:, None], v[:, None], attn_mask=mask, scale=scale
     )
     return out[:, 0, :, :value_dim], lse[:, 0]
 
