@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
@@ -22,16 +21,12 @@ from flexmoba.checks import (
     check_topk,
     check_values,
 )
-from flexmoba.flex import call_flex, run_compiled, why_not_compiled
+from flexmoba.flex import why_not_compiled
 from flexmoba.gate import moba_select, own_block, select_candidates
-from flexmoba.masks import GRAIN, full_mask, selection_mask, tile_mask
-from flexmoba.merge import combine, dispatch
+from flexmoba.masked import attend_masked
 from flexmoba.portable import attend_portable
-from flexmoba.routing import most_rows, route
-
-# Before torch 2.14 FlexAttention's backward pass reaches rows by 32-bit offsets; larger calls are
-# cut into pieces, which then also bound the memory.
-_MAX_ELEMENTS = 2**31 - 1
+from flexmoba.routed import attend_routed
+from flexmoba.routing import route
 
 IMPLS = ("auto", "routed", "masked", "portable")
 
@@ -116,11 +111,11 @@ def flex_moba(
         out, lse = _attend_fully(q, k, v, scale, impl, kernel_options, is_causal)
     elif impl == "masked":
         selection = moba_select(q, k, block_size, topk, is_causal=is_causal)
-        out, lse = _attend_masked(q, k, v, selection, block_size, scale, kernel_options, is_causal)
+        out, lse = attend_masked(q, k, v, selection, block_size, scale, kernel_options, is_causal)
     else:
         wanted = topk - 1 if is_causal else topk
         routed = select_candidates(q, k, block_size, wanted, is_causal=is_causal)
-        attend = _attend_routed if impl == "routed" else _attend_portable
+        attend = attend_routed if impl == "routed" else _attend_portable
         out, lse = attend(q, k, v, routed, None, block_size, scale, kernel_options, is_causal)
     return _output(out, lse, return_aux)
 
@@ -199,14 +194,14 @@ def selected_attention(
         out = torch.where(chosen[..., None], out, 0.0)
         lse = torch.where(chosen, lse, float("-inf"))
     elif impl == "masked":
-        out, lse = _attend_masked(q, k, v, selection, block_size, scale, kernel_options, is_causal)
+        out, lse = attend_masked(q, k, v, selection, block_size, scale, kernel_options, is_causal)
     else:
         own, routed = None, selection
         if is_causal:
             here = own_block(q.shape[2], k.shape[2], block_size, q.device)[:, None]
             own = (selection == here).any(-1)
             routed = torch.where(selection < here, selection, -1)
-        attend = _attend_routed if impl == "routed" else _attend_portable
+        attend = attend_routed if impl == "routed" else _attend_portable
         out, lse = attend(q, k, v, routed, own, block_size, scale, kernel_options, is_causal)
     return _output(out, lse, return_aux)
 
@@ -229,141 +224,6 @@ def _attend_portable(
     return attend_portable(q, k, v, tiles, block_size, scale)
 
 
-def _attend_routed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routed: Tensor,
-    own: Tensor | None,
-    block_size: int,
-    scale: float,
-    kernel_options: Mapping[str, Any] | None,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
-    static: dict[str, Any] = {
-        "block_size": block_size,
-        "scale": scale,
-        "kernel_options": kernel_options,
-        "is_causal": is_causal,
-    }
-    batch, heads, q_len, _ = q.shape
-    kv_heads, kv_len = k.shape[1:3]
-    rows = most_rows(routed.shape, kv_heads, kv_len, block_size, is_causal=is_causal)
-    if rows * max(q.shape[-1], v.shape[-1]) <= _MAX_ELEMENTS or q_len == heads == 1:
-        return run_compiled(_attend_routed_tiles, q, k, v, routed, own, **static)
-
-    # In two halves, each of which may be halved again: of the KV heads of all batch elements, of
-    # the query heads of one of them, or of the queries of one of those.
-    if batch * kv_heads > 1:
-        q, k, v, routed = (x.flatten(0, 1)[None] for x in (q, k, v, routed))
-        own = own if own is None else own.flatten(0, 1)[None]
-        kv_middle = (batch * kv_heads + 1) // 2
-        dim, middle = 1, kv_middle * (heads // kv_heads)
-        kv_halves = zip(k.split(kv_middle, dim), v.split(kv_middle, dim), strict=True)
-    elif heads > 1:
-        dim, middle = 1, (heads + 1) // 2
-        kv_halves = zip((k, k), (v, v), strict=True)
-    else:
-        dim, middle = 2, (q_len + 1) // 2
-        past = kv_len - q_len + middle if is_causal else kv_len
-        kv_halves = zip((k[:, :, :past], k), (v[:, :, :past], v), strict=True)
-    q_halves, routed_halves = q.split(middle, dim), routed.split(middle, dim)
-    own_halves = (None, None) if own is None else own.split(middle, dim)
-    results = [
-        _attend_routed(q_half, *kv_half, routed_half, own_half, **static)
-        for q_half, kv_half, routed_half, own_half in zip(
-            q_halves, kv_halves, routed_halves, own_halves, strict=True
-        )
-    ]
-    out, lse = (torch.cat(parts, dim) for parts in zip(*results, strict=True))
-    return out.view(batch, heads, q_len, -1), lse.view(batch, heads, q_len)
-
-
-def _attend_routed_tiles(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routed: Tensor,
-    own: Tensor | None,
-    *,
-    block_size: int,
-    scale: float,
-    kernel_options: Mapping[str, Any],
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
-    kv_heads, kv_len = k.shape[1:3]
-    block_stride = -(-block_size // GRAIN) * GRAIN
-    tiles = route(
-        routed, own, kv_heads, kv_len, block_size, block_stride, is_causal=is_causal, fuse=True
-    )
-    mask = tile_mask(
-        tiles,
-        q.shape,
-        kv_heads,
-        kv_len,
-        block_size,
-        block_stride,
-        is_causal=is_causal,
-        backward=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
-    )
-    rows = dispatch(q.reshape(-1, q.shape[-1]), tiles.query_of_row, tiles.row_of_pair)
-    keys, values = (_blocks_in_a_row(x, block_size, block_stride) for x in (k, v))
-    out_rows, lse_rows = call_flex(
-        rows.view(1, 1, -1, q.shape[-1]), keys, values, mask, scale, kernel_options, divisible=True
-    )
-    out, lse = combine(
-        out_rows.view(-1, v.shape[-1]), lse_rows.view(-1), tiles.query_of_row, tiles.row_of_pair
-    )
-    return out.view(*q.shape[:3], -1), lse.view(q.shape[:3])
-
-
-def _blocks_in_a_row(x: Tensor, block_size: int, block_stride: int) -> Tensor:
-    """``(B, H, L, D)`` as one sequence ``(1, 1, all blocks, D)``, short blocks padded."""
-    if x.shape[2] % block_size != 0:
-        x = F.pad(x, (0, 0, 0, -x.shape[2] % block_size))
-    if block_stride != block_size:
-        x = F.pad(x.unflatten(2, (-1, block_size)), (0, 0, 0, block_stride - block_size))
-    return x.reshape(1, 1, -1, x.shape[-1])
-
-
-def _attend_masked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: Tensor,
-    block_size: int,
-    scale: float,
-    kernel_options: Mapping[str, Any] | None,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
-    return run_compiled(
-        _attend_over_mask,
-        *(q, k, v, selection),
-        block_size=block_size,
-        scale=scale,
-        kernel_options=kernel_options,
-        is_causal=is_causal,
-    )
-
-
-def _attend_over_mask(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: Tensor | None,
-    *,
-    block_size: int,
-    scale: float,
-    kernel_options: Mapping[str, Any],
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
-    if selection is None:
-        mask = full_mask(q.shape[2], k.shape[2], q.device, is_causal=is_causal)
-    else:
-        mask = selection_mask(selection, k.shape[2], block_size, is_causal=is_causal)
-    return call_flex(q, k, v, mask, scale, kernel_options)
-
-
 def _attend_fully(
     q: Tensor,
     k: Tensor,
@@ -376,14 +236,7 @@ def _attend_fully(
     if impl == "portable":  # one block of everything
         routed = torch.zeros((*q.shape[:3], int(not is_causal)), dtype=torch.int32, device=q.device)
         return _attend_portable(q, k, v, routed, None, k.shape[2], scale, kernel_options, is_causal)
-    return run_compiled(
-        _attend_over_mask,
-        *(q, k, v, None),
-        block_size=0,
-        scale=scale,
-        kernel_options=kernel_options,
-        is_causal=is_causal,
-    )
+    return attend_masked(q, k, v, None, 0, scale, kernel_options, is_causal)
 
 
 def _resolve(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str:

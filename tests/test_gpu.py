@@ -9,11 +9,12 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from flexmoba import (
-    attention,
+    flex,
     flex_moba,
     gate,
     moba_block_mask,
     moba_select,
+    routed,
     selected_attention,
 )
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal, with_lse
@@ -159,7 +160,7 @@ def test_nan_stays_in_its_head_and_future():
 
 def test_large_calls_are_cut_into_pieces(monkeypatch):
     problem = variant(q_len=1024, kv_len=1024)
-    monkeypatch.setattr(attention, "_MAX_ELEMENTS", 2**20)
+    monkeypatch.setattr(routed, "_MAX_ELEMENTS", 2**20)
     check(problem, "routed")
 
 
@@ -190,7 +191,7 @@ def test_block_mask_in_ones_own_attention():
 def test_lengths_do_not_recompile_without_bound():
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
-    attention.run_compiled.__globals__["_compiled"].cache_clear()
+    flex.run_compiled.__globals__["_compiled"].cache_clear()
     before = counters["stats"]["unique_graphs"]
     with torch.no_grad():
         for i in range(20):

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexmoba import attention, moba_select
+from flexmoba import moba_select, routed
 from flexmoba.gate import own_block
 from flexmoba.masks import tile_mask
 from flexmoba.reference import reference_attention
+from flexmoba.routed import attend_routed
 from flexmoba.routing import TILE, most_rows, route
 from tests.conftest import assert_as_exact_as_dense
 from tests.problems import Problem, problems
@@ -62,24 +63,22 @@ def dense_flex(q, k, v, mask: BlockMask, scale, kernel_options, *, divisible):
 
 @pytest.fixture(autouse=True)
 def _dense(monkeypatch):
-    monkeypatch.setattr(attention, "call_flex", dense_flex)
-    monkeypatch.setattr(
-        attention, "run_compiled", lambda f, *tensors, **static: f(*tensors, **static)
-    )
+    monkeypatch.setattr(routed, "call_flex", dense_flex)
+    monkeypatch.setattr(routed, "run_compiled", lambda f, *tensors, **static: f(*tensors, **static))
 
 
 def check(problem: Problem) -> None:
-    """`_attend_routed` given an arbitrary selection, or the gate's."""
+    """`attend_routed` given an arbitrary selection, or the gate's."""
     for selection in (problem.selection(), gated(problem)):
-        own, routed = None, selection
+        own, past = None, selection
         if problem.is_causal:
             here = own_block(problem.q_len, problem.kv_len, problem.block_size, selection.device)
             own = (selection == here[:, None]).any(-1)
-            routed = torch.where(selection < here[:, None], selection, -1)
+            past = torch.where(selection < here[:, None], selection, -1)
 
-        def attend(q, k, v, routed=routed, own=own):
-            return attention._attend_routed(
-                q, k, v, routed, own, problem.block_size, 0.3, None, problem.is_causal
+        def attend(q, k, v, past=past, own=own):
+            return attend_routed(
+                q, k, v, past, own, problem.block_size, 0.3, None, problem.is_causal
             )
 
         q, k, v = problem.tensors()
@@ -121,8 +120,8 @@ def test_calls_too_large_for_32_bit_offsets_are_cut(monkeypatch, limit):
         calls.append(tensors[0].shape)
         return function(*tensors, **static)
 
-    monkeypatch.setattr(attention, "_MAX_ELEMENTS", limit)
-    monkeypatch.setattr(attention, "run_compiled", counted)
+    monkeypatch.setattr(routed, "_MAX_ELEMENTS", limit)
+    monkeypatch.setattr(routed, "run_compiled", counted)
     sizes = {"batch": 2, "kv_heads": 3, "group": 2, "block_size": 12, "dtype": torch.float32}
     sizes |= {"q_len": 100, "kv_len": 100}
     for is_causal in (True, False):
