@@ -97,7 +97,7 @@ def selection_mask(
 
     # What a mask_mod captures must be a real buffer: computed in the same graph, it would be
     # compiled into the kernel, or even replaced by its initial value.
-    table = _realize(selection)
+    table, last_key = _realize(selection), _last_key(q_len, kv_len, device)
 
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         first = table[b, h, query, query * 0] * block_size
@@ -106,7 +106,7 @@ def selection_mask(
             first = table[b, h, query, query * 0 + i] * block_size
             seen = seen | ((key >= first) & (key < first + block_size))
         if is_causal:
-            seen = seen & (key <= query + offset)
+            seen = seen & (key <= last_key[query])
         return seen
 
     return _block_mask((q_len, kv_len), mask_mod, _lists(visited), None, _lists(visited.mT), None)
@@ -127,8 +127,11 @@ def full_mask(q_len: int, kv_len: int, device: torch.device, *, is_causal: bool)
         visited = first_key <= last_query + offset
         whole = whole & (last_key <= first_query + offset)
 
+    last_seen = _last_key(q_len, kv_len, device)
+
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return key <= query + offset if is_causal else key >= 0
+        seen: Tensor = key <= last_seen[query] if is_causal else key >= 0
+        return seen
 
     partial, full = (visited & ~whole)[None, None], whole[None, None]
     return _block_mask(
@@ -247,6 +250,13 @@ def tile_mask(
         full_transposed,
         block_size=(TILE, size),
     )
+
+
+def _last_key(q_len: int, kv_len: int, device: torch.device) -> Tensor:
+    """The last key of each query, as a buffer: a symbolic length in a mask_mod does not compile."""
+    last_key = torch.arange(q_len, dtype=torch.int32, device=device) + (kv_len - q_len)
+    buffer: Tensor = _realize(last_key)
+    return buffer
 
 
 Lists = tuple[Tensor, Tensor]  # how many entries each row has, and the entries
