@@ -82,9 +82,7 @@ def _attend(
     ragged = (n_own_tiles == 0 and k.shape[2] % block_size != 0) or block_size % _VECTOR != 0
     tables = _whole_pieces(query_of_row, last_key_of_row, block_of_tile, n_own_tiles, keys)
     query_of_row, last_key_of_row, block_of_tile = tables
-    # Reading a value waits for nothing on CPU, and finite inputs, which sum up to something finite,
-    # can take torch's fused attention there.
-    fused = not q.is_cuda and all(bool(x.sum().isfinite()) for x in (q, k, v))
+    fused = _can_be_fused(q, k, v)
     out_rows = queries.new_empty((*query_of_row.shape, values.shape[-1]), dtype=precise)
     lse_rows = queries.new_empty(query_of_row.shape, dtype=precise)
     for tiles, whole, seen in _pieces(
@@ -247,6 +245,14 @@ def _whole_pieces(
         F.pad(last_key_of_row.view(-1, TILE), (0, 0, 0, missing), value=-1),
         F.pad(block_of_tile, (0, missing), value=n_blocks),
     )
+
+
+def _can_be_fused(*inputs: Tensor) -> bool:
+    """Whether torch's fused attention can serve: on CPU, inputs that are finite.
+
+    Those sum up to something finite, and reading a value waits for nothing there.
+    """
+    return all(not x.is_cuda and bool(x.sum().isfinite()) for x in inputs)
 
 
 def _attend_tiles_fused(
