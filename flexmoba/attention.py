@@ -1,8 +1,9 @@
 """`flex_moba` and `selected_attention`: validate, choose the implementation, run it.
 
 q, k -> gate -> selection -> routing -> masks -> flex -> merge -> out
-                                |                                  |
-                                +-----------> portable ------------+
+               |                |                                  |
+               |                +-----------> portable ------------+
+               +------------------> fused -------------------------+
 """
 
 from collections.abc import Mapping
@@ -22,13 +23,14 @@ from flexmoba.checks import (
     check_values,
 )
 from flexmoba.flex import why_not_compiled
+from flexmoba.fused import attend_fused, why_not_fused
 from flexmoba.gate import moba_select, own_block, select_candidates
 from flexmoba.masked import attend_masked
 from flexmoba.portable import attend_portable
 from flexmoba.routed import attend_routed
 from flexmoba.routing import route
 
-IMPLS = ("auto", "routed", "masked", "portable")
+IMPLS = ("auto", "fused", "routed", "masked", "portable")
 
 
 def flex_moba(
@@ -52,7 +54,8 @@ def flex_moba(
     each block; ``topk`` of at least the number of blocks, or None, is full causal attention.
     Differentiable in q, k and v, also through the log-sum-exp; forward and backward are
     deterministic. Inside ``torch.compile`` it does not break the graph; called eagerly on CUDA it
-    compiles its kernels at the first call of each configuration (10 to 20 seconds each).
+    compiles its kernels at the first call of each configuration: seconds for its own ones, 10 to
+    20 seconds for each of FlexAttention's.
 
     Args:
         q: Queries, ``(B, Hq, Lq, D)``, float16, bfloat16, float32 or float64. Query ``i`` stands
@@ -68,12 +71,14 @@ def flex_moba(
             is a candidate and the own block is not forced.
         scale: Factor on the attention scores, ``1 / sqrt(D)`` by default. The gate is unscaled.
         impl: ``"routed"``: queries sorted by block into tiles, one FlexAttention call, parts
-            merged by log-sum-exp; CUDA. ``"masked"``: one FlexAttention call over
-            `moba_block_mask`; CUDA, or CPU without gradients. ``"portable"``: the same tiles by
-            plain tensor operations; any device and dtype. ``"auto"``: routed where it can serve
-            the inputs, else portable. Full attention needs no routing: there routed and masked
-            are the same.
-        kernel_options: FlexAttention's kernel options, for the impls that call it.
+            merged by log-sum-exp; CUDA. ``"fused"``: the same by Triton kernels of our own,
+            faster and smaller; CUDA, half precision, head dims from 16 to 128. ``"masked"``: one
+            FlexAttention call over `moba_block_mask`; CUDA, or CPU without gradients.
+            ``"portable"``: the same tiles by plain tensor operations; any device and dtype.
+            ``"auto"``: fused where it can serve the inputs, else routed, else portable. Full
+            attention needs no routing: there fused, routed and masked are the same.
+        kernel_options: FlexAttention's kernel options, for the impls that call it; given any,
+            ``"auto"`` does not choose fused.
         return_aux: ``AuxRequest(lse=True)`` to get the log-sum-exp of the scores, too.
 
     Returns:
@@ -101,7 +106,7 @@ def flex_moba(
     check_block_size(block_size)
     check_topk(topk, none_allowed=True)
     check_options(scale, kernel_options, return_aux)
-    impl = _resolve(impl, q, k, v)
+    impl = _resolve(impl, q, k, v, kernel_options)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)
@@ -115,8 +120,9 @@ def flex_moba(
     else:
         wanted = topk - 1 if is_causal else topk
         routed = select_candidates(q, k, block_size, wanted, is_causal=is_causal)
-        attend = attend_routed if impl == "routed" else _attend_portable
-        out, lse = attend(q, k, v, routed, None, block_size, scale, kernel_options, is_causal)
+        out, lse = _attend_blocks(
+            q, k, v, routed, None, block_size, scale, impl, kernel_options, is_causal
+        )
     return _output(out, lse, return_aux)
 
 
@@ -180,7 +186,7 @@ def selected_attention(
     check_block_size(block_size)
     check_selection(selection, q)
     check_options(scale, kernel_options, return_aux)
-    impl = _resolve(impl, q, k, v)
+    impl = _resolve(impl, q, k, v, kernel_options)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)
@@ -201,12 +207,13 @@ def selected_attention(
             here = own_block(q.shape[2], k.shape[2], block_size, q.device)[:, None]
             own = (selection == here).any(-1)
             routed = torch.where(selection < here, selection, -1)
-        attend = attend_routed if impl == "routed" else _attend_portable
-        out, lse = attend(q, k, v, routed, own, block_size, scale, kernel_options, is_causal)
+        out, lse = _attend_blocks(
+            q, k, v, routed, own, block_size, scale, impl, kernel_options, is_causal
+        )
     return _output(out, lse, return_aux)
 
 
-def _attend_portable(
+def _attend_blocks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -214,9 +221,15 @@ def _attend_portable(
     own: Tensor | None,
     block_size: int,
     scale: float,
-    kernel_options: Mapping[str, Any] | None,  # there is no kernel here
+    impl: str,
+    kernel_options: Mapping[str, Any] | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Attention over routed blocks and, if causal, the own one (of all queries if it is None)."""
+    if impl == "fused":
+        return attend_fused(q, k, v, routed, own, block_size, scale, is_causal)
+    if impl == "routed":
+        return attend_routed(q, k, v, routed, own, block_size, scale, kernel_options, is_causal)
     kv_heads, kv_len = k.shape[1:3]
     tiles = route(
         routed, own, kv_heads, kv_len, block_size, block_size, is_causal=is_causal, fuse=False
@@ -235,19 +248,23 @@ def _attend_fully(
 ) -> tuple[Tensor, Tensor]:
     if impl == "portable":  # one block of everything
         routed = torch.zeros((*q.shape[:3], int(not is_causal)), dtype=torch.int32, device=q.device)
-        return _attend_portable(q, k, v, routed, None, k.shape[2], scale, kernel_options, is_causal)
+        return _attend_blocks(q, k, v, routed, None, k.shape[2], scale, impl, None, is_causal)
     return attend_masked(q, k, v, None, 0, scale, kernel_options, is_causal)
 
 
-def _resolve(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str:
+def _resolve(
+    impl: str, q: Tensor, k: Tensor, v: Tensor, kernel_options: Mapping[str, Any] | None
+) -> str:
     """The implementation that serves these inputs; never another than the one named."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "portable":
         return impl
-    reason = why_not_compiled(q, v)
+    reason, why_not = why_not_compiled(q, v), why_not_fused(q, v, kernel_options)
     if impl == "auto":
-        return "portable" if reason else "routed"
+        return "portable" if reason else "routed" if why_not else "fused"
+    if impl == "fused":
+        reason = reason or why_not
     if impl == "masked" and q.device.type == "cpu":
         reason = None
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -255,7 +272,7 @@ def _resolve(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str:
         elif torch.compiler.is_compiling():
             reason = "runs on CPU only outside torch.compile"
     if reason:
-        raise NotImplementedError(f'impl="{impl}" {reason}; use impl="portable" or "auto"')
+        raise NotImplementedError(f'impl="{impl}" {reason}; use impl="auto" or "portable"')
     return impl
 
 

@@ -112,12 +112,13 @@ def _(q: Tensor, k: Tensor, block_size: int, count: int, is_causal: bool) -> Ten
 def block_means(k: Tensor, block_size: int) -> Tensor:
     """The mean key of every block, ``(B, Hkv, blocks, D)`` in the dtype of ``k``."""
     precise = torch.promote_types(k.dtype, torch.float32)
-    whole = k.shape[2] // block_size
-    blocks, tail = k.split([whole * block_size, k.shape[2] - whole * block_size], dim=2)
-    parts: Tensor = rearrange(blocks, "b h (n s) d -> b h n s d", s=block_size)
-    means = parts.mean(3, dtype=precise)
-    if tail.shape[2]:
-        means = torch.cat([means, tail.mean(2, keepdim=True, dtype=precise)], dim=2)
+    batch, heads, length, dim = k.shape
+    whole = length // block_size
+    blocks = k[:, :, : whole * block_size].view(batch, heads, whole, block_size, dim)
+    means = blocks.mean(3, dtype=precise)
+    if whole * block_size < length:
+        tail = k[:, :, whole * block_size :].mean(2, keepdim=True, dtype=precise)
+        means = torch.cat([means, tail], dim=2)
     return means.to(k.dtype)
 
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexmoba.launch import kernel, launch, packed
+
 MAX_COUNT = 64  # kept per row in registers
 MAX_HEAD_DIM = 256
 
@@ -23,44 +25,37 @@ def select_on_cuda(
     """The ``count`` best candidates of each query, as `gate.select_candidates` defines them."""
     batch, heads, q_len, dim = q.shape
     kv_heads, n_blocks = means.shape[1:3]
-    q, means = q.contiguous(), means.contiguous()
+    q, means = packed(q), packed(means)
     chosen = torch.empty(batch, heads, q_len, count, dtype=torch.int32, device=q.device)
     tile_q, tile_n = 64, 32
-    tiles = triton.cdiv(q_len, tile_q)
-    with torch.cuda.device(q.device):
-        _select_kernel[(tiles * batch * heads,)](
-            q,
-            means,
-            chosen,
-            batch * heads,
-            heads // kv_heads,
-            q_len,
-            n_blocks,
-            kv_len - q_len,
-            block_size,
-            DIM=dim,
-            COUNT=count,
-            IS_CAUSAL=is_causal,
-            TILE_Q=tile_q,
-            TILE_N=tile_n,
-            TILE_D=max(16, triton.next_power_of_2(dim)),
-            SLOTS=triton.next_power_of_2(count),
-            num_warps=2 if dim <= 128 and q.element_size() == 2 else 4,
-        )
+    numbers = (batch * heads, heads // kv_heads, q_len, n_blocks, kv_len - q_len, block_size)
+    constants = {
+        "DIM": dim,
+        "COUNT": count,
+        "IS_CAUSAL": is_causal,
+        "TILE_Q": tile_q,
+        "TILE_N": tile_n,
+        "TILE_D": max(16, triton.next_power_of_2(dim)),
+        "SLOTS": triton.next_power_of_2(count),
+        "num_warps": 2 if dim <= 128 and q.element_size() == 2 else 4,
+    }
+    with torch.cuda.device_of(q):
+        n_programs = triton.cdiv(q_len, tile_q) * batch * heads
+        launch(_select_kernel, n_programs, (q, means, chosen, *numbers), constants, (q.dtype,))
     return chosen
 
 
-@triton.jit
-def _select_kernel(  # type: ignore[no-untyped-def]
+@kernel
+def _select_kernel(
     q_ptr,
     means_ptr,
     chosen_ptr,
-    all_heads,
-    group,
-    q_len,
-    n_blocks,
-    offset,
-    block_size,
+    all_heads: tl.int32,
+    group: tl.int32,
+    q_len: tl.int32,
+    n_blocks: tl.int32,
+    offset: tl.int32,
+    block_size: tl.int32,
     DIM: tl.constexpr,
     COUNT: tl.constexpr,
     IS_CAUSAL: tl.constexpr,

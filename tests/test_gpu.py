@@ -11,9 +11,11 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from flexmoba import (
     flex,
     flex_moba,
+    fused,
     gate,
     moba_block_mask,
     moba_select,
+    pieces,
     routed,
     selected_attention,
 )
@@ -71,6 +73,102 @@ def test_routed(name):
     check(ROUTED[name], "routed")
 
 
+FUSED = {
+    name: problem
+    for name, problem in ROUTED.items()
+    if problem.dtype in fused.DTYPES and problem.head_dim <= fused.MAX_HEAD_DIM
+} | {
+    "many heads": variant(batch=1, kv_heads=16, group=1, topk=8, q_len=2048, kv_len=2048),
+    "large topk": variant(topk=20, block_size=16, head_dim=32, value_dim=64),
+    "one query": variant(q_len=1),
+    "not causal, long blocks": variant(is_causal=False, block_size=300, q_len=700, kv_len=1111),
+    "not causal, whole blocks": variant(is_causal=False, block_size=256, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused(name):
+    check(FUSED[name], "fused")
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("block_size", [128, 100, 320])
+def test_fused_given_any_selection(block_size, is_causal):
+    problem = variant(block_size=block_size, is_causal=is_causal, q_len=900, kv_len=1111)
+    q, k, v = problem.tensors("cuda")
+    selection = problem.selection("cuda")
+    attend = with_lse(selected_attention, selection, block_size, is_causal=is_causal, impl="fused")
+    assert_as_exact_as_dense(attend, q, k, v, problem.mask_of(selection), gradients=True)
+
+
+@pytest.mark.parametrize(("sorting", "parts"), [(0.01, 0.5), (0.01, 0.01)])
+def test_fused_in_pieces(monkeypatch, sorting, parts):
+    problem = variant(kv_heads=3, q_len=900, kv_len=1111)
+    whole = run(problem, *problem.tensors("cuda"), impl="fused")
+    monkeypatch.setattr(pieces, "_SORTING_SHARE", sorting)
+    monkeypatch.setattr(pieces, "_TOTAL_SHARE", parts)
+    monkeypatch.setattr(fused, "cut", pieces.cut.__wrapped__)  # not from its cache
+    cut = run(problem, *problem.tensors("cuda"), impl="fused")
+    for x, y in zip(cut, whole, strict=True):
+        assert_bitwise_equal(x, y)
+
+
+@pytest.mark.parametrize("block_size", [128, 512])
+def test_fused_shares_the_work_of_a_block_that_all_chose(monkeypatch, block_size):
+    monkeypatch.setattr(fused, "_LEAST_ITEM", 64)
+    monkeypatch.setattr(fused, "_ITEM_FACTOR", 1)
+    problem = variant(block_size=block_size, q_len=2048, kv_len=2048)
+    q, k, v = problem.tensors("cuda")
+    q[..., 0], k[..., :block_size, 0] = 100.0, 100.0  # the first block
+    selection = moba_select(q, k, block_size, 2)
+    assert (selection[:, :, block_size:, 1] == 0).all()
+    attend = with_lse(flex_moba, block_size, 2, impl="fused")
+    assert_as_exact_as_dense(attend, q, k, v, problem.mask_of(selection), gradients=True)
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "one projection", "odd", "expanded"])
+def test_fused_takes_any_strides(layout):
+    q, k, v = (x.cuda() for x in BF16.tensors())
+    expected = run(BF16, q, k, v, impl="fused")
+    if layout == "tokens first":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    elif layout == "one projection":
+        sizes = [q.shape[1], k.shape[1], v.shape[1]]
+        q, k, v = (
+            torch.cat([q, k, v], 1).transpose(1, 2).contiguous().transpose(1, 2).split(sizes, 1)
+        )
+    elif layout == "odd":  # neither aligned nor without gaps
+        q, k, v = (torch.nn.functional.pad(x, (3, 2))[..., 3:-2] for x in (q, k, v))
+    else:
+        k, v = k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)
+        expected = run(BF16, q, k.clone(), v.clone(), impl="fused")
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = flex_moba(*inputs, BF16.block_size, BF16.topk, impl="fused")
+    grads = torch.autograd.grad(out, inputs, inputs[0].detach().flip(0))
+    for x, y in zip((out, *grads), expected, strict=True):
+        assert_bitwise_equal(x, y)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+def test_fused_scale(scale):
+    q, k, v = BF16.tensors("cuda")
+    mask = BF16.mask_of(moba_select(q, k, BF16.block_size, BF16.topk))
+    attend = with_lse(flex_moba, BF16.block_size, BF16.topk, impl="fused", scale=scale)
+    assert_as_exact_as_dense(attend, q, k, v, mask, scale=scale, gradients=True)
+
+
+def test_auto_prefers_fused_and_falls_back_by_what_it_can_serve():
+    q, k, v = BF16.tensors("cuda")
+    out = flex_moba(q, k, v, 128, 3)
+    assert_bitwise_equal(out, flex_moba(q, k, v, 128, 3, impl="fused"))
+    wide = torch.nn.functional.pad(q, (0, 128)), torch.nn.functional.pad(k, (0, 128))
+    for bad in ((q.float(), k.float(), v.float()), (*wide, v)):
+        with pytest.raises(NotImplementedError, match='impl="fused" needs'):
+            flex_moba(*bad, 128, 3, impl="fused")
+    with pytest.raises(NotImplementedError, match="kernel_options"):
+        flex_moba(q, k, v, 128, 3, impl="fused", kernel_options={"num_warps": 4})
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"block_size": 100, "kv_len": 1100, "dtype": torch.float16}]
 )
@@ -126,28 +224,34 @@ def run(problem: Problem, q, k, v, **options) -> tuple[torch.Tensor, ...]:
     return out.detach(), *torch.autograd.grad(out, inputs, q.detach().flip(0))
 
 
-def test_two_runs_are_bitwise_equal():
-    tensors = BF16.tensors("cuda")
-    for first, second in zip(run(BF16, *tensors), run(BF16, *tensors), strict=True):
-        assert_bitwise_equal(second, first)
+@pytest.mark.parametrize("impl", ["fused", "routed"])
+@pytest.mark.parametrize("block_size", [128, 512])
+def test_two_runs_are_bitwise_equal(block_size, impl):
+    problem = variant(block_size=block_size, q_len=2048, kv_len=2048)
+    tensors = problem.tensors("cuda")
+    first, second = (run(problem, *tensors, impl=impl) for _ in range(2))
+    for x, y in zip(first, second, strict=True):
+        assert_bitwise_equal(y, x)
 
 
-def test_future_tokens_do_not_change_the_past():
+@pytest.mark.parametrize("impl", ["fused", "routed"])
+def test_future_tokens_do_not_change_the_past(impl):
     q, k, v = BF16.tensors("cuda")
     now = 700
-    before = flex_moba(q, k, v, BF16.block_size, BF16.topk)
+    before = flex_moba(q, k, v, BF16.block_size, BF16.topk, impl=impl)
     for x in (q, k, v):
         x[:, :, now:] = torch.randn_like(x[:, :, now:])
-    after = flex_moba(q, k, v, BF16.block_size, BF16.topk)
+    after = flex_moba(q, k, v, BF16.block_size, BF16.topk, impl=impl)
     assert_bitwise_equal(after[:, :, :now], before[:, :, :now])
     assert not torch.equal(after, before)
 
 
-def test_nan_stays_in_its_head_and_future():
+@pytest.mark.parametrize("impl", ["fused", "routed"])
+def test_nan_stays_in_its_head_and_future(impl):
     q, k, v = BF16.tensors("cuda")
-    before = run(BF16, q, k, v)[0]
+    before = run(BF16, q, k, v, impl=impl)[0]
     q[0, 0, 300], k[1, 1, 500], v[1, 0, 600] = torch.nan, torch.inf, torch.nan
-    after = run(BF16, q, k, v)[0]
+    after = run(BF16, q, k, v, impl=impl)[0]
     reached = (after != before).any(-1)
     own_block = 600 // BF16.block_size * BF16.block_size  # 0 * NaN reaches the tile's earlier rows
     allowed = torch.zeros_like(reached)
@@ -197,6 +301,7 @@ def test_lengths_do_not_recompile_without_bound():
         for i in range(20):
             problem = variant(batch=1, q_len=300 + 97 * i, kv_len=300 + 97 * i, topk=2)
             check(problem, "routed", gradients=False)
+            check(problem, "fused", gradients=False)  # never compiled by dynamo
     assert 1 <= counters["stats"]["unique_graphs"] - before <= 6
 
 
@@ -213,6 +318,20 @@ def test_nothing_waits_for_the_device_and_a_graph_can_be_captured():
         graph.replay()
         assert not torch.equal(captured, eager)
         assert_bitwise_equal(captured, flex_moba(*new, BF16.block_size, BF16.topk))
+
+
+@pytest.mark.parametrize("topk", [None, 3])
+def test_one_flex_attention_call_at_changing_lengths(topk):
+    for length in (700, 1024, 1300):
+        problem = variant(batch=1, q_len=length, kv_len=length + 128, topk=topk)
+        q, k, v = problem.tensors("cuda")
+        if topk is None:
+            everything = torch.arange(problem.n_blocks, dtype=torch.int32, device="cuda")
+            mask = problem.mask_of(everything.expand(*q.shape[:3], -1))
+        else:
+            mask = problem.mask_of(moba_select(q, k, problem.block_size, topk))
+        attend = with_lse(flex_moba, problem.block_size, topk, impl="masked")
+        assert_as_exact_as_dense(attend, q, k, v, mask, gradients=True)
 
 
 def test_inside_a_compiled_model():

@@ -1,0 +1,96 @@
+"""The Triton kernels by Triton's interpreter, on CPU; `test_fused` runs this file.
+
+The interpreter must be chosen before Triton is imported, for the whole process.
+"""
+
+import pytest
+import torch
+
+from flexmoba import fused, gate, moba_select, pieces
+from flexmoba.gate_kernel import select_on_cuda
+from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal
+from tests.problems import Problem
+
+SMALL = Problem(
+    kv_heads=2, group=2, q_len=200, kv_len=290, head_dim=16, value_dim=16, block_size=64, topk=3,
+    dtype=torch.float16,
+)  # fmt: skip
+
+
+def variant(**changes) -> Problem:
+    return Problem(**(vars(SMALL) | changes))
+
+
+def check(problem: Problem, selection: torch.Tensor, own: torch.Tensor | None = None) -> None:
+    routed = selection[..., 1:] if problem.is_causal else selection
+    q, k, v = problem.tensors()
+
+    def attend(q, k, v):
+        return fused.attend_fused(q, k, v, routed, own, problem.block_size, 0.3, problem.is_causal)
+
+    if own is not None:
+        selection = torch.cat([torch.where(own[..., None], selection[..., :1], -1), routed], -1)
+    mask = problem.mask_of(selection)
+    assert_as_exact_as_dense(attend, q, k, v, mask, scale=0.3, gradients=True)
+
+
+def gated(problem: Problem) -> torch.Tensor:
+    q, k, _ = problem.tensors()
+    return moba_select(q, k, problem.block_size, problem.topk, is_causal=problem.is_causal)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"block_size": 50, "head_dim": 24, "value_dim": 33},
+        {"block_size": 150, "topk": 2, "batch": 2, "kv_heads": 1},  # blocks of several tiles
+        {"block_size": 7, "topk": 5, "group": 1},
+        {"topk": 1},
+        {"is_causal": False, "block_size": 40},
+        {"is_causal": False, "block_size": 150, "topk": 1},
+    ],
+)
+def test_attends_to_the_selected_blocks(changes):
+    problem = variant(**changes)
+    check(problem, gated(problem))
+
+
+def test_some_queries_without_their_own_block():
+    problem = variant()
+    selection = gated(problem)
+    own = torch.rand(selection.shape[:3], generator=problem.generator()) < 0.6
+    drop = torch.rand(selection[..., 1:].shape, generator=problem.generator()) < 0.3
+    selection[..., 1:] = torch.where(drop, -1, selection[..., 1:])
+    check(problem, selection, own)
+
+
+@pytest.mark.parametrize(("sorting", "parts"), [(0.01, 0.5), (0.01, 0.01)])
+def test_in_pieces(monkeypatch, sorting, parts):
+    monkeypatch.setattr(pieces, "_SORTING_SHARE", sorting)
+    monkeypatch.setattr(pieces, "_TOTAL_SHARE", parts)
+    monkeypatch.setattr(fused, "cut", pieces.cut.__wrapped__)  # not from its cache
+    problem = variant(batch=2)
+    assert len(pieces.cut.__wrapped__(pieces.Shape(2, 4, 2, 200, 290, 64, 2, 16, 16))) > 1
+    check(problem, gated(problem))
+
+
+def test_a_block_that_all_chose_is_shared_out(monkeypatch):
+    monkeypatch.setattr(fused, "_LEAST_ITEM", 16)
+    monkeypatch.setattr(fused, "_ITEM_FACTOR", 1)
+    problem = variant(block_size=32)
+    selection = gated(problem)
+    selection[..., 1] = torch.where(selection[..., 0] > 0, 0, -1)
+    selection[..., 2] = -1
+    check(problem, selection)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("block_size", "count"), [(16, 3), (7, 20)])
+def test_the_gate_kernel_selects_as_the_plain_gate(block_size, count, is_causal):
+    problem = variant(block_size=block_size)
+    q, k, _ = problem.tied_tensors()
+    rest = (problem.kv_len, block_size, count, is_causal)
+    means = gate.block_means(k, block_size)
+    plain = gate._select_in_pieces(q, means, *rest)
+    assert_bitwise_equal(select_on_cuda(q, means, *rest), plain)
