@@ -1,0 +1,7 @@
+"""``python -m flexmoba``."""
+
+import sys
+
+from flexmoba.cli import main
+
+sys.exit(main())

@@ -1,0 +1,79 @@
+"""The benchmark: what it counts, reports and refuses to time."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexmoba import bench
+from flexmoba.cli import main
+from flexmoba.reference import reference_mask, reference_selection
+
+DOCS = Path(__file__).parent.parent / "docs"
+SMALL = bench.Config(1, 2, 1, 300, 64, 3, head_dim=16)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setitem(bench.PRESETS, "cpu", [SMALL])
+    monkeypatch.setattr(bench, "matrix_rate", lambda *_: 1.0)
+
+
+@pytest.mark.parametrize("block_size", [1, 50, 64, 400])
+@pytest.mark.parametrize("topk", [1, 3, 9])
+def test_counts_the_products_that_the_oracle_makes(block_size, topk):
+    q, k = torch.randn(2, 1, 1, 300, 4)
+    config = bench.Config(1, 1, 1, 300, block_size, topk)
+    selected = reference_selection(q, k, block_size, topk, is_causal=True)
+    assert config.pairs == int(reference_mask(selected, block_size, 300, is_causal=True).sum())
+    everything = torch.ones(1, 1, 300, 1, dtype=torch.bool)
+    assert config.dense_pairs == int(reference_mask(everything, 300, 300, is_causal=True).sum())
+
+
+def test_measures_reports_and_shows_again(tmp_path, capsys):
+    file, picture = tmp_path / "results.json", tmp_path / "results.png"
+    options = ["--device", "cpu", "--dtype", "float32"]
+    assert main(["bench", "--preset", "cpu", *options, "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "| 1 x 2/1 x 300, 64, 3 |" in printed
+    assert "Forward and backward" in printed
+    report = json.loads(file.read_text())
+    assert report["torch"] == torch.__version__
+    assert set(report["results"][0]["forward_ms"]) == {"flex_moba", "SDPA"}
+    assert main(["bench", "--show", str(file), "--plot", str(picture)]) == 0
+    assert capsys.readouterr().out.strip() == bench.tables(report)
+    assert bench.tables(report) in printed
+    assert picture.stat().st_size > 10_000
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "flex_moba", lambda q, *_: torch.zeros_like(q))
+    assert main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"]) == 1
+    assert "WRONG: error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", sorted((DOCS / "benchmarks").glob("*.json")), ids=lambda x: x.stem)
+def test_documented_tables_are_those_of_the_results(file):
+    tables = bench.tables(json.loads(file.read_text()))
+    documented = (DOCS / "benchmarks.md").read_text()
+    for table in re.findall(r"(?:^\|.*\n?)+", tables, flags=re.MULTILINE):
+        assert table.strip() in documented
+
+
+def test_a_missing_baseline_costs_no_result(monkeypatch, capsys):
+    def missing(*_, **__):
+        raise RuntimeError("no such backend\nand many more lines")
+
+    monkeypatch.setattr(bench.F, "scaled_dot_product_attention", missing)
+    assert main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"]) == 0
+    printed = capsys.readouterr()
+    assert "SDPA failed: no such backend\n" in printed.err
+    assert "| 1 x 2/1 x 300, 64, 3 |" in printed.out
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    assert "example: flexmoba bench" in capsys.readouterr().out
