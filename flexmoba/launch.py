@@ -49,7 +49,8 @@ def launch(
     if known is None:
         names = kernel.arg_names[len(arguments) :]
         wanted = {x: constants[x] for x in (*names, "num_warps", "num_stages") if x in constants}
-        compiled = kernel[(n_programs,)](*arguments, **wanted)
+        # Said aloud because newer versions of Triton warn that their default will change.
+        compiled = kernel[(n_programs,)](*arguments, **wanted, enable_fp_fusion=True)
         if compiled is not None:  # Triton's interpreter compiles nothing
             _compiled[key] = compiled, [constants[name] for name in names]
     else:
