@@ -18,13 +18,15 @@ from flexmoba.pieces import QUERY_TILE, Call, Shape, cut
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
 
-# Rows of a block that one program of the backward pass takes: this often the average of a block,
-# so that few blocks need several, but those that most queries chose do.
+# Rows of a block that one program of the backward pass takes: so many times the average of all
+# blocks that few need a second one, but a block that most queries chose has its work shared out.
 _ITEM_FACTOR, _LEAST_ITEM = 4, 1024
 
 
 def why_not_fused(q: Tensor, v: Tensor, kernel_options: Mapping[str, Any] | None) -> str | None:
     """Why the fused kernels cannot take inputs that compiled ones can; None if they can."""
+    if torch.version.hip:
+        return "has tiles for NVIDIA GPUs alone"
     if q.dtype not in DTYPES:
         return f"needs float16 or bfloat16, got {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:

@@ -334,6 +334,18 @@ def test_one_flex_attention_call_at_changing_lengths(topk):
         assert_as_exact_as_dense(attend, q, k, v, mask, gradients=True)
 
 
+def test_by_cuda_graphs_of_a_compiled_function():
+    q, k, v = BF16.tensors("cuda")
+    compiled = torch.compile(
+        lambda q, k, v: flex_moba(q, k, v, 128, 3), mode="reduce-overhead", fullgraph=True
+    )
+    with torch.no_grad():
+        for _ in range(4):  # warms up, records, replays
+            torch.compiler.cudagraph_mark_step_begin()
+            out = compiled(q, k, v)
+        assert_bitwise_equal(out.clone(), flex_moba(q, k, v, 128, 3))
+
+
 def test_inside_a_compiled_model():
     class Layer(torch.nn.Module):
         def __init__(self) -> None:
