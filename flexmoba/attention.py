@@ -106,7 +106,7 @@ def flex_moba(
     check_block_size(block_size)
     check_topk(topk, none_allowed=True)
     check_options(scale, kernel_options, return_aux)
-    impl = _resolve(impl, q, k, v, kernel_options)
+    impl = resolve(impl, q, k, v, kernel_options)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)
@@ -186,7 +186,7 @@ def selected_attention(
     check_block_size(block_size)
     check_selection(selection, q)
     check_options(scale, kernel_options, return_aux)
-    impl = _resolve(impl, q, k, v, kernel_options)
+    impl = resolve(impl, q, k, v, kernel_options)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)
@@ -252,25 +252,34 @@ def _attend_fully(
     return attend_masked(q, k, v, None, 0, scale, kernel_options, is_causal)
 
 
-def _resolve(
-    impl: str, q: Tensor, k: Tensor, v: Tensor, kernel_options: Mapping[str, Any] | None
+def why_not(
+    impl: str, q: Tensor, k: Tensor, v: Tensor, kernel_options: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why an implementation cannot serve these inputs; None if it can."""
+    if impl == "portable":
+        return None
+    if impl == "masked" and q.device.type == "cpu":
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            return "has no gradients on CPU, FlexAttention offers none there"
+        return "runs on CPU only outside torch.compile" if torch.compiler.is_compiling() else None
+    reason = why_not_compiled(q, v)
+    if reason is None and impl == "fused":
+        reason = why_not_fused(q, v, kernel_options)
+    return reason
+
+
+def resolve(
+    impl: str, q: Tensor, k: Tensor, v: Tensor, kernel_options: Mapping[str, Any] | None = None
 ) -> str:
     """The implementation that serves these inputs; never another than the one named."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
-    if impl == "portable":
-        return impl
-    reason, why_not = why_not_compiled(q, v), why_not_fused(q, v, kernel_options)
     if impl == "auto":
-        return "portable" if reason else "routed" if why_not else "fused"
-    if impl == "fused":
-        reason = reason or why_not
-    if impl == "masked" and q.device.type == "cpu":
-        reason = None
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            reason = "has no gradients on CPU, FlexAttention offers none there"
-        elif torch.compiler.is_compiling():
-            reason = "runs on CPU only outside torch.compile"
+        for better in ("fused", "routed"):
+            if why_not(better, q, k, v, kernel_options) is None:
+                return better
+        return "portable"
+    reason = why_not(impl, q, k, v, kernel_options)
     if reason:
         raise NotImplementedError(f'impl="{impl}" {reason}; use impl="auto" or "portable"')
     return impl

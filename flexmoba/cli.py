@@ -2,8 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
-from flexmoba import bench
+from flexmoba import bench, info
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -11,13 +12,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="flexmoba", description="Mixture of Block Attention on this machine."
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    bench_parser = commands.add_parser(
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add(
+        commands,
+        bench,
         "bench",
-        help="check and time flex_moba beside dense attention",
-        description=bench.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: flexmoba bench --preset flashmoba --json results.json --plot results.png",
+        "check and time flex_moba beside dense attention",
+        "example: flexmoba bench --preset flashmoba --json results.json --plot results.png",
     )
-    bench.add_arguments(bench_parser)
-    return bench.run(parser.parse_args(arguments))
+    _add(
+        commands,
+        info,
+        "info",
+        'print versions, the device and what impl="auto" chooses',
+        "example: flexmoba info --dtype float32 --head-dim 64",
+    )
+    chosen = parser.parse_args(arguments)
+    code: int = chosen.run(chosen)
+    return code
+
+
+def _add(commands: Any, module: Any, name: str, summary: str, example: str) -> None:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=example,
+    )
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)

@@ -1,0 +1,62 @@
+"""What is installed, and which implementation ``impl="auto"`` chooses here, and why."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import torch
+
+from flexmoba import __version__
+from flexmoba.attention import IMPLS, resolve, why_not
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``flexmoba info``."""
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cuda or cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32")
+    parser.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints it."""
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    report = describe(device, dtype, arguments.head_dim)
+    if arguments.json:
+        print(json.dumps(report, indent=1))
+        return 0
+    implementations = report.pop("implementations")
+    for name, value in report.items():
+        print(f"{name:<16} {value}")
+    print()
+    for name, reason in implementations.items():
+        chosen = " <- auto" if name == report["auto"] else ""
+        print(f"{name:<16} {'available' if reason is None else reason}{chosen}")
+    return 0
+
+
+def describe(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
+    """Versions, the device, and for each implementation why it cannot serve, or None."""
+    q = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
+    return {
+        "flexmoba": __version__,
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "inputs": f"{str(dtype).removeprefix('torch.')}, head dim {head_dim}",
+        "auto": resolve("auto", q, q, q),
+        "implementations": {impl: why_not(impl, q, q, q) for impl in IMPLS if impl != "auto"},
+    }
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
