@@ -7,6 +7,7 @@ of the whole call, gate included; all of one run, on one device.
 
 import argparse
 import functools
+import importlib.util
 import json
 import platform
 import statistics
@@ -127,13 +128,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures and prints, or writes, the tables; 1 if anything was wrong."""
+    """Measures and prints, or writes, the tables; 1 if a result was wrong, 2 if none is made."""
+    problem = _why_not_written(arguments)
+    if problem:  # found out before anything is measured, not after
+        print(problem, file=sys.stderr)
+        return 2
     earlier = arguments.show
     report = json.loads(earlier.read_text()) if earlier else _measure_all(arguments)
     print(tables(report))
     if arguments.plot:
         plot(report, arguments.plot)
     return int(any("forward_ms" not in result for result in report["results"]))
+
+
+def _why_not_written(arguments: argparse.Namespace) -> str | None:
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        return "--plot needs matplotlib; pip install 'flexmoba[plot]'"
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path and not path.parent.is_dir():
+            return f"{option} {path}: there is no folder {path.parent}; make it first"
+    if arguments.show and not arguments.show.is_file():
+        return f"--show {arguments.show}: there is no such file; --json writes one"
+    return None
 
 
 def _measure_all(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from flexmoba import bench, info
 
 
@@ -28,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "example: flexmoba info --dtype float32 --head-dim 64",
     )
     chosen = parser.parse_args(arguments)
+    if chosen.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {chosen.device}: there is no CUDA device here; try --device cpu")
     code: int = chosen.run(chosen)
     return code
 

@@ -73,6 +73,29 @@ def test_a_missing_baseline_costs_no_result(monkeypatch, capsys):
     assert "| 1 x 2/1 x 300, 64, 3 |" in printed.out
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--json", "nowhere/x.json"], "--json nowhere/x.json: there is no folder nowhere"),
+        (["--plot", "nowhere/x.png"], "--plot nowhere/x.png: there is no folder nowhere"),
+        (["--show", "nowhere.json"], "--show nowhere.json: there is no such file"),
+    ],
+)
+def test_what_cannot_be_written_is_known_before_measuring(options, text, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measure", None)
+    assert main(["bench", "--device", "cpu", "--dtype", "float32", *options]) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["bench", "info"])
+def test_a_missing_device_is_named(command, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as error:
+        main([command, "--device", "cuda"])
+    assert error.value.code == 2
+    assert "there is no CUDA device here; try --device cpu" in capsys.readouterr().err
+
+
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
