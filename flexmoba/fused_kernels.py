@@ -10,8 +10,6 @@ Sizes: ROWS queries and KEYS keys are multiplied at once; DIM and VALUE_DIM are 
 TILE_DIM and TILE_VALUE_DIM the powers of two that hold them.
 """
 
-# mypy: disallow-untyped-defs=false, disallow-untyped-calls=false
-
 import triton
 import triton.language as tl
 
@@ -269,18 +267,20 @@ def attend_kernel(
                     next_q = _load_rows(q_head, at, DIM, TILE_DIM)
                     after_pair = _load_pairs(pair_ptr, start + 2 * ROWS, bin_end, ROWS)
                     scores = tl.dot(q, tl.trans(k))
-                    if RAGGED:
-                        scores = tl.where(seen[None, :], scores, float("-inf"))
-                    highest = tl.max(scores, 1)
-                    weights = tl.exp2(scores * factor - (highest * factor)[:, None])
+                    if RAGGED:  # scaled before they are masked, as 0 * inf is NaN
+                        scores = tl.where(seen[None, :], scores * factor, float("-inf"))
+                        highest = tl.max(scores, 1)
+                        weights = tl.exp2(scores - highest[:, None])
+                    else:
+                        highest = tl.max(scores, 1) * factor
+                        weights = tl.exp2(scores * factor - highest[:, None])
                     total = tl.sum(weights, 1)
                     out = tl.dot(weights.to(v.dtype), v) * (1.0 / total)[:, None]
                     part = (pair - piece_pair).to(tl.int64)
                     _store_rows(
                         part_ptr, part * VALUE_DIM, pair >= 0, out, VALUE_DIM, TILE_VALUE_DIM
                     )
-                    lse = highest * factor + tl.log2(total)
-                    tl.store(part_lse_ptr + part, lse, mask=pair >= 0)
+                    tl.store(part_lse_ptr + part, highest + tl.log2(total), mask=pair >= 0)
                     q, pair, next_pair = next_q, next_pair, after_pair
             else:
                 for start in range(begin, end, ROWS):

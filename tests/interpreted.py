@@ -21,17 +21,24 @@ def variant(**changes) -> Problem:
     return Problem(**(vars(SMALL) | changes))
 
 
-def check(problem: Problem, selection: torch.Tensor, own: torch.Tensor | None = None) -> None:
+def check(
+    problem: Problem,
+    selection: torch.Tensor,
+    own: torch.Tensor | None = None,
+    scale: float = 0.3,
+) -> None:
     routed = selection[..., 1:] if problem.is_causal else selection
     q, k, v = problem.tensors()
 
     def attend(q, k, v):
-        return fused.attend_fused(q, k, v, routed, own, problem.block_size, 0.3, problem.is_causal)
+        return fused.attend_fused(
+            q, k, v, routed, own, problem.block_size, scale, problem.is_causal
+        )
 
     if own is not None:
         selection = torch.cat([torch.where(own[..., None], selection[..., :1], -1), routed], -1)
     mask = problem.mask_of(selection)
-    assert_as_exact_as_dense(attend, q, k, v, mask, scale=0.3, gradients=True)
+    assert_as_exact_as_dense(attend, q, k, v, mask, scale=scale, gradients=True)
 
 
 def gated(problem: Problem) -> torch.Tensor:
@@ -54,6 +61,13 @@ def gated(problem: Problem) -> torch.Tensor:
 def test_attends_to_the_selected_blocks(changes):
     problem = variant(**changes)
     check(problem, gated(problem))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("block_size", [50, 64, 150])
+def test_scale(scale, block_size):
+    problem = variant(block_size=block_size)
+    check(problem, gated(problem), scale=scale)
 
 
 def test_some_queries_without_their_own_block():

@@ -150,10 +150,12 @@ def test_fused_takes_any_strides(layout):
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
-def test_fused_scale(scale):
-    q, k, v = BF16.tensors("cuda")
-    mask = BF16.mask_of(moba_select(q, k, BF16.block_size, BF16.topk))
-    attend = with_lse(flex_moba, BF16.block_size, BF16.topk, impl="fused", scale=scale)
+@pytest.mark.parametrize("block_size", [100, 128])
+def test_fused_scale(scale, block_size):
+    problem = variant(block_size=block_size)
+    q, k, v = problem.tensors("cuda")
+    mask = problem.mask_of(moba_select(q, k, block_size, problem.topk))
+    attend = with_lse(flex_moba, block_size, problem.topk, impl="fused", scale=scale)
     assert_as_exact_as_dense(attend, q, k, v, mask, scale=scale, gradients=True)
 
 
