@@ -118,6 +118,13 @@ def _load_pairs(pair_ptr, start, end, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _clamped_pairs(pair_ptr, start, end, ROWS: tl.constexpr):
+    """The pairs of a tile of rows, the last one again beyond the end; and which are there."""
+    row = start + tl.arange(0, ROWS)
+    return tl.load(pair_ptr + tl.minimum(row, end - 1)), row < end
+
+
+@triton.jit
 def _pair_offset(
     pair, first, q_len, stride_h,
     STRIDE: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr, COUNT: tl.constexpr,
@@ -133,6 +140,29 @@ def _item_rows(item, block, n_blocks, first_row_ptr, first_item_ptr, item_rows):
     bin = block + block // n_blocks
     begin = tl.load(first_row_ptr + bin) + (item - tl.load(first_item_ptr + block)) * item_rows
     return begin, tl.minimum(begin + item_rows, tl.load(first_row_ptr + bin + 1))
+
+
+@triton.jit
+def _query_tile(tile, q_len, ROWS: tl.constexpr):
+    """Its head, its first row, its rows, the last again beyond the end; and which are there."""
+    tiles_per_head = tl.cdiv(q_len, ROWS)
+    first_row = tile % tiles_per_head * ROWS
+    row = first_row + tl.arange(0, ROWS)
+    return tile // tiles_per_head, first_row, tl.minimum(row, q_len - 1), row < q_len
+
+
+@triton.jit
+def _some_keys(start, end, KEYS: tl.constexpr):
+    """A tile of keys, and the same with the last one again beyond the end."""
+    key = start + tl.arange(0, KEYS)
+    return key, tl.minimum(key, end - 1).to(tl.int64)
+
+
+@triton.jit
+def _sees_own(position, key, BLOCK_SIZE: tl.constexpr):
+    """Which keys stand in the own block of each query, and not after it."""
+    first = position // BLOCK_SIZE * BLOCK_SIZE
+    return (key[None, :] >= first[:, None]) & (key[None, :] <= position[:, None])
 
 
 @triton.jit
@@ -325,12 +355,7 @@ def finish_kernel(
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to their own blocks, merged with their routed parts."""
-    tile = first_tile + tl.program_id(0)
-    tiles_per_head = tl.cdiv(q_len, ROWS)
-    head = tile // tiles_per_head
-    first_row = tile % tiles_per_head * ROWS
-    there = first_row + tl.arange(0, ROWS) < q_len
-    row = tl.minimum(first_row + tl.arange(0, ROWS), q_len - 1)
+    head, first_row, row, there = _query_tile(first_tile + tl.program_id(0), q_len, ROWS)
     query = head * q_len + row
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -342,7 +367,6 @@ def finish_kernel(
         k_ptr += _head_offset(kv_head, kv_heads, k_stride_b, k_stride_h, UNIT)
         v_ptr += _head_offset(kv_head, kv_heads, v_stride_b, v_stride_h, UNIT)
         position = row + kv_len - q_len
-        own_first = position // BLOCK_SIZE * BLOCK_SIZE
         first_key, whole_end, last_position = _own_range(
             first_row, q_len, kv_len, BLOCK_SIZE, ROWS, KEYS
         )
@@ -352,11 +376,10 @@ def finish_kernel(
             v = _load_rows(v_ptr, key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
             highest, total, out = _add_keys(q, k, v, highest, total, out, factor)
         for start in range(whole_end, last_position + 1, KEYS):
-            key = start + tl.arange(0, KEYS)
-            real_key = tl.minimum(key, kv_len - 1).to(tl.int64)
+            key, real_key = _some_keys(start, kv_len, KEYS)
             k = _load_rows(k_ptr, real_key * K_STRIDE, DIM, TILE_DIM)
             v = _load_rows(v_ptr, real_key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
-            seen = (key[None, :] >= own_first[:, None]) & (key[None, :] <= position[:, None])
+            seen = _sees_own(position, key, BLOCK_SIZE)
             highest, total, out = _add_seen_keys(q, k, v, seen, highest, total, out, factor)
         if HAS_OWN:
             wanted = tl.load(own_ptr + query) != 0
@@ -450,11 +473,10 @@ def key_grads_kernel(
     block_key = block % n_blocks * BLOCK_SIZE
     block_end = tl.minimum(block_key + BLOCK_SIZE, kv_len)
     first_key = block_key + tl.program_id(0) % tiles_per_block * KEYS
-    key = first_key + tl.arange(0, KEYS)
+    key, real_key = _some_keys(first_key, block_end, KEYS)
     real = key < block_end
     k_ptr += _head_offset(kv_head, kv_heads, k_stride_b, k_stride_h, UNIT)
     v_ptr += _head_offset(kv_head, kv_heads, v_stride_b, v_stride_h, UNIT)
-    real_key = tl.minimum(key, block_end - 1).to(tl.int64)
     k = _load_rows(k_ptr, real_key * K_STRIDE, DIM, TILE_DIM)
     v = _load_rows(v_ptr, real_key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
     q_ptr += _head_offset(kv_head, kv_heads, q_stride_b, q_stride_h * GROUP, UNIT)
@@ -462,16 +484,14 @@ def key_grads_kernel(
     d_k = tl.zeros([KEYS, TILE_DIM], tl.float32)
     d_v = tl.zeros([KEYS, TILE_VALUE_DIM], tl.float32)
     for start in range(begin, end, ROWS):
-        there = start + tl.arange(0, ROWS) < end
-        row = tl.minimum(start + tl.arange(0, ROWS), end - 1)
-        pair = tl.load(pair_ptr + row)
+        pair, there = _clamped_pairs(pair_ptr, start, end, ROWS)
         query = first_query + pair // COUNT - kv_head * GROUP * q_len
         offset = _rows_offset(query, q_len, q_stride_h, Q_STRIDE, UNIT, GROUP)
         q = _load_rows(q_ptr, offset, DIM, TILE_DIM)
         offset = _rows_offset(query, q_len, grad_stride_h, GRAD_STRIDE, UNIT, GROUP)
         grad = _load_rows(grad_ptr, offset, VALUE_DIM, TILE_VALUE_DIM)
         query += kv_head * GROUP * q_len
-        # The last row comes again where there is none, and with weight 0 adds nothing.
+        # With weight 0 a row that comes again adds nothing.
         lse = tl.where(there, tl.load(lse_ptr + query) * _LOG2_E, float("inf"))
         delta = tl.load(delta_ptr + query)
         d_k, d_v, d_scores = _add_key_grads(
@@ -576,9 +596,7 @@ def item_query_grads_kernel(
     v_ptr += first_key.to(tl.int64) * V_STRIDE
     q_ptr += _head_offset(kv_head, kv_heads, q_stride_b, q_stride_h * GROUP, UNIT)
     grad_ptr += _head_offset(kv_head, kv_heads, grad_stride_b, grad_stride_h * GROUP, UNIT)
-    there = begin + tl.arange(0, ROWS) < end
-    row = tl.minimum(begin + tl.arange(0, ROWS), end - 1)
-    pair = tl.load(pair_ptr + row)
+    pair, there = _clamped_pairs(pair_ptr, begin, end, ROWS)
     query = first_query + pair // COUNT - kv_head * GROUP * q_len
     offset = _rows_offset(query, q_len, q_stride_h, Q_STRIDE, UNIT, GROUP)
     q = _load_rows(q_ptr, offset, DIM, TILE_DIM)
@@ -614,12 +632,7 @@ def finish_query_grads_kernel(
     GRAD_STRIDE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of queries: from their own blocks, and the sum of their parts."""
-    tile = first_tile + tl.program_id(0)
-    tiles_per_head = tl.cdiv(q_len, ROWS)
-    head = tile // tiles_per_head
-    first_row = tile % tiles_per_head * ROWS
-    there = first_row + tl.arange(0, ROWS) < q_len
-    row = tl.minimum(first_row + tl.arange(0, ROWS), q_len - 1)
+    head, first_row, row, there = _query_tile(first_tile + tl.program_id(0), q_len, ROWS)
     query = head * q_len + row
     d_q = tl.zeros([ROWS, TILE_DIM], tl.float32)
     if IS_CAUSAL:
@@ -634,7 +647,6 @@ def finish_query_grads_kernel(
         k_ptr += _head_offset(kv_head, kv_heads, k_stride_b, k_stride_h, UNIT)
         v_ptr += _head_offset(kv_head, kv_heads, v_stride_b, v_stride_h, UNIT)
         position = row + kv_len - q_len
-        own_first = position // BLOCK_SIZE * BLOCK_SIZE
         first_key, whole_end, last_position = _own_range(
             first_row, q_len, kv_len, BLOCK_SIZE, ROWS, KEYS
         )
@@ -644,11 +656,10 @@ def finish_query_grads_kernel(
             v = _load_rows(v_ptr, key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
             d_q = _add_query_grads(q, k, v, grad, lse, delta, there, d_q, factor, False)
         for start in range(whole_end, last_position + 1, KEYS):
-            key = start + tl.arange(0, KEYS)
-            real_key = tl.minimum(key, kv_len - 1).to(tl.int64)
+            key, real_key = _some_keys(start, kv_len, KEYS)
             k = _load_rows(k_ptr, real_key * K_STRIDE, DIM, TILE_DIM)
             v = _load_rows(v_ptr, real_key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
-            seen = (key[None, :] >= own_first[:, None]) & (key[None, :] <= position[:, None])
+            seen = _sees_own(position, key, BLOCK_SIZE)
             d_q = _add_query_grads(q, k, v, grad, lse, delta, seen, d_q, factor, True)
         d_q *= scale
         if HAS_OWN:
