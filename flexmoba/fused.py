@@ -69,7 +69,7 @@ def attend_fused(
     return out, lse
 
 
-# Opaque to compilers: inside torch.compile and outside it is the same, and never compiled twice.
+# Opaque to compilers: inside torch.compile and outside it is the same.
 @torch.library.custom_op("flexmoba::attend_fused", mutates_args=())
 def _attend(
     q: Tensor,

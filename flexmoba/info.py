@@ -10,15 +10,18 @@ import torch
 
 from flexmoba import __version__
 from flexmoba.attention import IMPLS, resolve, why_not
-
-DTYPES = ("float16", "bfloat16", "float32", "float64")
+from flexmoba.checks import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``flexmoba info``."""
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cuda or cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32")
+    parser.add_argument(
+        "--dtype",
+        choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES],
+        default="bfloat16" if on_gpu else "float32",
+    )
     parser.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
