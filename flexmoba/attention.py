@@ -153,7 +153,7 @@ def selected_attention(
         selection: Block indices, ``(B, Hq, Lq, topk)`` int32 or int64, from 0 to the number of
             blocks less one, in any order, without duplicates in a row; -1 for none. On CPU its
             values are checked; on other devices that would wait for the device, so it is left to
-            `flexmoba.checks.check_selected_blocks`.
+            `flexmoba.checks.check_selected_blocks`. Unchecked, a block that does not exist is none.
         block_size: Keys in a block, at least 1.
         is_causal: Whether a query sees only keys at or before its position ``i + Lk - Lq``.
         scale: Factor on the attention scores, ``1 / sqrt(D)`` by default.
@@ -190,10 +190,12 @@ def selected_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)
+    n_blocks = -(-k.shape[2] // block_size)
     if selection.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_selected_blocks(selection, -(-k.shape[2] // block_size))
+        check_selected_blocks(selection, n_blocks)
 
-    selection = selection.int()
+    # A block that does not exist, unchecked, must not lead out of the tables.
+    selection = torch.where(selection < n_blocks, selection, -1).int()
     if block_size >= k.shape[2]:  # one block: all of it, or nothing
         out, lse = _attend_fully(q, k, v, scale, impl, kernel_options, is_causal)
         chosen = (selection == 0).any(-1)

@@ -1,5 +1,6 @@
 """`torch.compile`: no graph break, the same results, a bounded number of compilations."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -164,6 +165,19 @@ def test_block_mask_is_built_without_a_graph_break():
         for actual, expected in zip(compiled(q, k), lists(q, k), strict=True):
             assert_bitwise_equal(actual, expected)
     assert counter.frame_count <= 4
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_block_that_does_not_exist_is_none(is_causal):
+    q, k, v = torch.randn(3, 1, 2, 100, 16)
+    selection = torch.zeros(1, 2, 100, 2, dtype=torch.int32)
+
+    @functools.partial(torch.compile, backend="eager")  # compiled, values are not checked
+    def attend(selection):
+        return selected_attention(q, k, v, selection, 32, is_causal=is_causal)
+
+    beyond, none = (selection.index_fill(3, torch.tensor([1]), block) for block in (5, -1))
+    assert_bitwise_equal(attend(beyond), attend(none))
 
 
 def test_errors_are_raised_while_compiling():

@@ -101,6 +101,19 @@ def test_fused_given_any_selection(block_size, is_causal):
     assert_as_exact_as_dense(attend, q, k, v, problem.mask_of(selection), gradients=True)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_block_that_does_not_exist_is_none(is_causal):
+    q, k, v = BF16.tensors("cuda")
+    selection = BF16.selection("cuda")
+
+    def attend(block):
+        selection[..., 0] = block
+        return selected_attention(q, k, v, selection, BF16.block_size, is_causal=is_causal)
+
+    beyond = BF16.kv_len // BF16.block_size + 1  # unchecked, a block of the next head
+    assert_bitwise_equal(attend(beyond), attend(-1))
+
+
 @pytest.mark.parametrize(("sorting", "parts"), [(0.01, 0.5), (0.01, 0.01)])
 def test_fused_in_pieces(monkeypatch, sorting, parts):
     problem = variant(kv_heads=3, q_len=900, kv_len=1111)
