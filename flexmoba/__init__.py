@@ -1,12 +1,14 @@
 """Mixture of Block Attention (MoBA, arXiv 2502.13189) in pure PyTorch on FlexAttention."""
 
 from flexmoba.attention import flex_moba, selected_attention
+from flexmoba.cache import MobaCache
 from flexmoba.gate import moba_select
 from flexmoba.masks import moba_block_mask
 from flexmoba.reference import moba_reference
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "MobaCache",
     "flex_moba",
     "moba_block_mask",
     "moba_reference",

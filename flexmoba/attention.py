@@ -7,7 +7,7 @@ q, k -> gate -> selection -> routing -> masks -> flex -> merge -> out
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from flexmoba.checks import (
     check_block_size,
+    check_cache,
     check_options,
     check_queries_and_keys,
     check_selected_blocks,
@@ -29,6 +30,9 @@ from flexmoba.masked import attend_masked
 from flexmoba.portable import attend_portable
 from flexmoba.routed import attend_routed
 from flexmoba.routing import route
+
+if TYPE_CHECKING:
+    from flexmoba.cache import MobaCache
 
 IMPLS = ("auto", "fused", "routed", "masked", "portable")
 
@@ -45,6 +49,7 @@ def flex_moba(
     impl: str = "auto",
     kernel_options: Mapping[str, Any] | None = None,
     return_aux: AuxRequest | None = None,
+    cache: "MobaCache | None" = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Mixture of Block Attention: each query attends to its own and its best past blocks of keys.
 
@@ -80,6 +85,10 @@ def flex_moba(
         kernel_options: FlexAttention's kernel options, for the impls that call it; given any,
             ``"auto"`` does not choose fused.
         return_aux: ``AuxRequest(lse=True)`` to get the log-sum-exp of the scores, too.
+        cache: A `MobaCache` of the same block size, to decode or to prefill in chunks: q, k and v
+            are of new tokens only, ``Lq == Lk``. The keys and values are added to the cache, and
+            the queries attend to all that it holds up to their positions. Causal only, without
+            gradients, and ``impl`` must be ``"auto"``.
 
     Returns:
         The output ``(B, Hq, Lq, Dv)`` in the dtype of q; with ``return_aux``, a pair of it and an
@@ -106,8 +115,11 @@ def flex_moba(
     check_block_size(block_size)
     check_topk(topk, none_allowed=True)
     check_options(scale, kernel_options, return_aux)
-    impl = resolve(impl, q, k, v, kernel_options)
+    chosen, impl = impl, resolve(impl, q, k, v, kernel_options)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if cache is not None:
+        check_cache(cache, q, k, block_size, is_causal, chosen, kernel_options)
+        return _output(*cache.attend(q, cache.append(k, v), topk, scale=scale), return_aux)
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)
 

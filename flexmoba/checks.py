@@ -5,11 +5,14 @@ Every message names the offending values and the remedy.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
+
+if TYPE_CHECKING:
+    from flexmoba.cache import MobaCache
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -173,3 +176,30 @@ def _check_positive(name: str, value: Any, remedy: str) -> None:
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__}); {remedy}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}; {remedy}")
+
+
+def check_cache(
+    cache: "MobaCache",
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    is_causal: bool,
+    impl: str,
+    kernel_options: Mapping[str, Any] | None,
+) -> None:
+    """That a call may go through a cache, before anything is added to it."""
+    if cache.block_size != block_size:
+        raise ValueError(
+            f"block_size must be that of the cache, {cache.block_size}, got {block_size}"
+        )
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"with a cache, q, k and v are of the same new tokens, got Lq={q.shape[2]} and "
+            f"Lk={k.shape[2]}"
+        )
+    if not is_causal:
+        raise ValueError("is_causal=False and cache do not go together; leave one out")
+    if impl != "auto":
+        raise NotImplementedError(f'impl="{impl}" does not go with cache; use impl="auto"')
+    if kernel_options:
+        raise NotImplementedError("kernel_options do not go with cache; leave them out")

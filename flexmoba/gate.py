@@ -92,7 +92,13 @@ def select_candidates(
 @torch.library.custom_op("flexmoba::select", mutates_args=())
 @without_autocast
 def _select(q: Tensor, k: Tensor, block_size: int, count: int, is_causal: bool) -> Tensor:
-    means = block_means(k, block_size)
+    return select_by_means(q, block_means(k, block_size), k.shape[2], block_size, count, is_causal)
+
+
+def select_by_means(
+    q: Tensor, means: Tensor, kv_len: int, block_size: int, count: int, is_causal: bool
+) -> Tensor:
+    """`select_candidates` given the mean keys, ``(B, Hkv, blocks, D)``."""
     if count == 0 or q.numel() == 0 or means.shape[2] == 0:
         return q.new_full((*q.shape[:3], count), -1, dtype=torch.int32)
     select = _select_in_pieces
@@ -101,7 +107,7 @@ def _select(q: Tensor, k: Tensor, block_size: int, count: int, is_causal: bool) 
 
         if count <= MAX_COUNT and q.shape[-1] <= MAX_HEAD_DIM:
             select = select_on_cuda
-    return select(q, means, k.shape[2], block_size, count, is_causal)
+    return select(q, means, kv_len, block_size, count, is_causal)
 
 
 @_select.register_fake
@@ -133,7 +139,7 @@ def _select_in_pieces(
     own = own_block(q_len, kv_len, block_size, q.device)
     piece = max(1, _SCORES_AT_ONCE // (batch * heads * n_blocks))
     chosen = [
-        _highest(
+        highest(
             grouped[..., start : start + piece, :].to(precise) @ keys,
             own[start : start + piece] if is_causal else None,
             count,
@@ -144,14 +150,17 @@ def _select_in_pieces(
     return selected
 
 
-def _highest(scores: Tensor, own: Tensor | None, count: int) -> Tensor:
-    """Indices of the ``count`` highest scores of each row, the later of equals first."""
+def highest(scores: Tensor, own: Tensor | None, count: int) -> Tensor:
+    """Indices of the ``count`` highest scores of each row, the later of equals first.
+
+    Candidates are the blocks before ``own``, which has the shape of the rows or expands to it.
+    """
     n_blocks = scores.shape[-1]
     # A candidate that scores -inf still comes before a block that is none.
     scores = scores.clamp(min=torch.finfo(scores.dtype).min)
     candidates = torch.full_like(scores[..., 0], n_blocks, dtype=torch.int32)
     if own is not None:
-        future = torch.arange(n_blocks, device=scores.device) >= own[:, None]
+        future = torch.arange(n_blocks, device=scores.device) >= own[..., None]
         scores = scores.masked_fill(future, float("-inf"))
         candidates = own.expand_as(candidates)
     # `max` returns the first of equals: turned around, that is the later block. For the few

@@ -15,7 +15,7 @@ from flexmoba.launch import kernel, launch, packed
 MAX_COUNT = 64  # kept per row in registers
 MAX_HEAD_DIM = 256
 
-_NOTHING = tl.constexpr(-(2**63))  # below the key of any score
+NOTHING = tl.constexpr(-(2**63))  # below the key of any score
 _EVERYTHING = tl.constexpr(2**63 - 1)
 
 
@@ -43,6 +43,39 @@ def select_on_cuda(
         n_programs = triton.cdiv(q_len, tile_q) * batch * heads
         launch(_select_kernel, n_programs, (q, means, chosen, *numbers), constants, (q.dtype,))
     return chosen
+
+
+@triton.jit
+def nothing_yet(ROWS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr):
+    """The slots of each row, and what they hold before any block: unused ones are never worst."""
+    slot = tl.arange(0, SLOTS)[None, :] + tl.zeros([ROWS, SLOTS], tl.int32)
+    return slot, tl.where(slot < COUNT, NOTHING + slot.to(tl.int64), _EVERYTHING)
+
+
+@triton.jit
+def score_keys(q, mean, block, candidates):
+    """The keys ``(rows, blocks)`` of a tile of blocks, of which each row has some candidates."""
+    score = tl.dot(q, tl.trans(mean), input_precision="ieee")
+    score = tl.where(score == 0.0, 0.0, score)  # -0.0 ties with 0.0
+    bits = score.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # now ordered like the scores
+    bits = tl.where(score != score, 0x7FFFFFFF, bits)
+    key = (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
+    return tl.where(block[None, :] < candidates[:, None], key, NOTHING)
+
+
+@triton.jit
+def keep_best(best, key):
+    """The best of a tile replaces the worst of all so far, as long as any row gains."""
+    highest = tl.max(key, 1)
+    worst = tl.min(best, 1)
+    while tl.max((highest > worst).to(tl.int32), 0) > 0:
+        gains = (highest > worst)[:, None] & (best == worst[:, None])
+        best = tl.where(gains, highest[:, None], best)
+        key = tl.where(key == highest[:, None], NOTHING, key)
+        highest = tl.max(key, 1)
+        worst = tl.min(best, 1)
+    return best
 
 
 @kernel
@@ -80,8 +113,7 @@ def _select_kernel(
         candidates = (row + offset) // block_size
         end = (tl.minimum(tile * TILE_Q + TILE_Q, q_len) - 1 + offset) // block_size
 
-    slot = tl.arange(0, SLOTS)[None, :] + tl.zeros([TILE_Q, SLOTS], tl.int32)
-    best = tl.where(slot < COUNT, _NOTHING + slot.to(tl.int64), _EVERYTHING)
+    slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
     means_ptr += (head // group).to(tl.int64) * n_blocks * DIM
     for start in range(0, end, TILE_N):
         block = start + tl.arange(0, TILE_N)
@@ -90,25 +122,10 @@ def _select_kernel(
             mask=(block < n_blocks)[:, None] & (dim < DIM)[None, :],
             other=0.0,
         )
-        score = tl.dot(q, tl.trans(mean), input_precision="ieee")
-        score = tl.where(score == 0.0, 0.0, score)  # -0.0 ties with 0.0
-        bits = score.to(tl.int32, bitcast=True)
-        bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # now ordered like the scores
-        bits = tl.where(score != score, 0x7FFFFFFF, bits)
-        key = (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
-        key = tl.where(block[None, :] < candidates[:, None], key, _NOTHING)
-        # The best of this tile replaces the worst of all so far, as long as any row gains.
-        highest = tl.max(key, 1)
-        worst = tl.min(best, 1)
-        while tl.max((highest > worst).to(tl.int32), 0) > 0:
-            gains = (highest > worst)[:, None] & (best == worst[:, None])
-            best = tl.where(gains, highest[:, None], best)
-            key = tl.where(key == highest[:, None], _NOTHING, key)
-            highest = tl.max(key, 1)
-            worst = tl.min(best, 1)
+        best = keep_best(best, score_keys(q, mean, block, candidates))
 
     best = tl.sort(best, descending=True)  # unused slots come first
-    chosen = tl.where(best < _NOTHING + SLOTS, -1, (best & 0xFFFFFFFF).to(tl.int32))
+    chosen = tl.where(best < NOTHING + SLOTS, -1, (best & 0xFFFFFFFF).to(tl.int32))
     column = slot - (SLOTS - COUNT)
     tl.store(
         chosen_ptr + q_row[:, None] * COUNT + column, chosen, mask=there[:, None] & (column >= 0)

@@ -6,7 +6,8 @@ The interpreter must be chosen before Triton is imported, for the whole process.
 import pytest
 import torch
 
-from flexmoba import fused, gate, moba_select, pieces
+from flexmoba import MobaCache, cache, decode, fused, gate, moba_select, pieces
+from flexmoba.decode_kernels import append_few_on_cuda, attend_few_on_cuda
 from flexmoba.gate_kernel import select_on_cuda
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal
 from tests.problems import Problem
@@ -108,3 +109,53 @@ def test_the_gate_kernel_selects_as_the_plain_gate(block_size, count, is_causal)
     means = gate.block_means(k, block_size)
     plain = gate._select_in_pieces(q, means, *rest)
     assert_bitwise_equal(select_on_cuda(q, means, *rest), plain)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "topk", "q_len", "n_blocks", "dims"),
+    [
+        (8, 3, 1, 40, (16, 16)),
+        (70, 6, 3, 5, (24, 40)),
+        (200, 1, 2, 3, (16, 16)),
+        (4, 9, 1, 300, (16, 16)),
+    ],
+)
+def test_the_decoding_kernels_attend_as_plain_operations(block_size, topk, q_len, n_blocks, dims):
+    length = n_blocks * block_size
+    problem = variant(
+        batch=3, q_len=q_len, kv_len=length, block_size=block_size, head_dim=dims[0],
+        value_dim=dims[1], dtype=torch.float32,
+    )  # fmt: skip
+    q, k, v = problem.tensors()
+    means = gate.block_means(k, block_size)
+    positions = torch.tensor([[length - q_len], [block_size], [0]]) + torch.arange(q_len)
+    positions[1, 0], positions[2, -1] = -1, 2**30  # padding, and no room
+    rest = (k, v, means, positions.int(), block_size, topk, 0.3)
+    plain, plain_lse = decode._attend_gathered(q, *rest)
+    assert not plain[1, :, 0].any()
+    assert plain[2, :, -1].isnan().all()
+    out, lse = attend_few_on_cuda(q, *rest)
+    torch.testing.assert_close(out, plain, equal_nan=True)
+    torch.testing.assert_close(lse, plain_lse, equal_nan=True)
+
+
+@pytest.mark.parametrize(("block_size", "n"), [(8, 1), (5, 13), (70, 2)])
+def test_the_kernel_appends_as_plain_operations(block_size, n):
+    problem = variant(batch=2, kv_len=n, q_len=n, head_dim=24, value_dim=40, dtype=torch.float32)
+    _, k, v = problem.tensors()
+    plain, kernel = (
+        MobaCache(2, 2, 24, value_dim=40, block_size=block_size, max_len=4 * block_size)
+        for _ in range(2)
+    )
+    room = plain.capacity
+    for x in (plain, kernel):
+        x.lengths.copy_(torch.tensor([block_size - 1, room - n + 1]))
+        x.k[:, :, :block_size] = 1.0
+    append = cache._append_scattered
+    expected = append(plain.k, plain.v, plain.means, plain.lengths, k, v, None)
+    positions = append_few_on_cuda(kernel.k, kernel.v, kernel.means, kernel.lengths, k, v)
+    assert_bitwise_equal(positions, expected)
+    assert_bitwise_equal(kernel.lengths, plain.lengths)
+    for x, y in ((kernel.k, plain.k), (kernel.v, plain.v)):
+        assert_bitwise_equal(x[:, :, :room], y[:, :, :room])
+    torch.testing.assert_close(kernel.means[:, :, :-1], plain.means[:, :, :-1])

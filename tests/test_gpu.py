@@ -4,11 +4,14 @@ Every new configuration compiles for some ten seconds, so there are few, each fo
 them with ``pytest -m gpu -n 4``.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from flexmoba import (
+    MobaCache,
     flex,
     flex_moba,
     fused,
@@ -383,3 +386,53 @@ def test_inside_a_compiled_model():
     for eager, compiled in zip(*results, strict=True):
         difference = (compiled - eager).float().norm() / eager.float().norm()
         assert difference < 0.02  # the compiled projection may round elsewhere
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_prefill_in_chunks_and_decoding(dtype):
+    problem = variant(dtype=dtype, block_size=100, q_len=1111, kv_len=1111, topk=4)
+    q, k, v = problem.tensors("cuda")
+    cache = MobaCache(2, 2, 128, block_size=100, max_len=1111, dtype=dtype, device="cuda")
+    attend = with_lse(flex_moba, 100, 4, cache=cache)
+
+    def in_chunks(q, k, v):
+        cache.reset()
+        edges = [0, 500, 507, 1000, *range(1090, 1112)]
+        parts = [attend(*(x[:, :, i:j] for x in (q, k, v))) for i, j in itertools.pairwise(edges)]
+        return tuple(torch.cat(part, 2) for part in zip(*parts, strict=True))
+
+    selection = moba_select(q, k, 100, 4)
+    assert_as_exact_as_dense(in_chunks, q, k, v, problem.mask_of(selection))
+
+
+@pytest.mark.parametrize("how", ["graph", "reduce-overhead"])
+def test_a_captured_step_serves_a_growing_context(how):
+    problem = variant(block_size=64, q_len=400, kv_len=400, topk=4)
+    q, k, v = problem.tensors("cuda")
+    caches = [
+        MobaCache(2, 2, 128, block_size=64, max_len=400, dtype=q.dtype, device="cuda")
+        for _ in range(2)
+    ]
+    now = [x[:, :, :1].clone() for x in (q, k, v)]
+
+    def step(cache):
+        return flex_moba(*now, 64, 4, cache=cache)
+
+    if how == "graph":
+        step(caches[0])  # compiles
+        caches[0].reset()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = step(caches[0])
+        caches[0].reset()
+    else:
+        compiled = torch.compile(lambda: step(caches[0]), mode="reduce-overhead", fullgraph=True)
+    for i in range(400):
+        for x, y in zip(now, (q, k, v), strict=True):
+            x.copy_(y[:, :, i : i + 1])
+        if how == "graph":
+            graph.replay()
+        else:
+            torch.compiler.cudagraph_mark_step_begin()
+            result = compiled()
+        assert_bitwise_equal(result, step(caches[1]))

@@ -1,0 +1,351 @@
+"""A cache of keys, values and mean keys: prefill in chunks, and decoding that stays sparse.
+
+Inference only; nothing here is differentiable.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest
+
+from flexmoba.attention import selected_attention
+from flexmoba.checks import check_block_size
+from flexmoba.decode import FEW, NO_ROOM, attend_few, has_kernels
+from flexmoba.gate import own_block, select_by_means
+from flexmoba.precision import without_autocast
+
+
+class MobaCache:
+    """Keys, values and the mean keys of full blocks, of one attention layer.
+
+    Rows of the batch may differ in length: each is a sequence of its own, whose blocks are counted
+    from its first token (arXiv 2502.13189, Sec. 2.2). A block's mean is computed once, when the
+    block is full; the gate never needs that of the block that a query stands in. Pass the cache to
+    `flex_moba` with q ``(B, Hq, Lq, D)``, k and v of new tokens, or call `append` and `attend`.
+
+    Steps of at most 16 tokens wait for nothing on a GPU: with ``max_len`` given, they can be
+    captured in a CUDA graph and compiled with ``mode="reduce-overhead"``, and never compile again
+    as the sequence grows. They read the mean keys and the selected blocks only. Longer chunks read
+    the lengths back to the host.
+
+    Args:
+        batch: Rows.
+        kv_heads: KV heads.
+        head_dim: Head dim ``D`` of the keys.
+        block_size: Keys in a block, at least 1.
+        value_dim: Head dim ``Dv`` of the values; ``head_dim`` by default.
+        max_len: Tokens that each row has room for. None to grow as needed, by doubling.
+        dtype: Of keys and values.
+        device: Where they are.
+
+    Raises:
+        TypeError: ``block_size`` is no integer.
+        ValueError: A size is not positive.
+
+    Examples:
+        >>> import torch
+        >>> from flexmoba import MobaCache, flex_moba
+        >>> q, k, v = torch.randn(3, 2, 4, 100, 16)
+        >>> cache = MobaCache(batch=2, kv_heads=4, head_dim=16, block_size=8, max_len=100)
+        >>> out = flex_moba(q[:, :, :99], k[:, :, :99], v[:, :, :99], 8, 3, cache=cache)
+        >>> last = flex_moba(q[:, :, 99:], k[:, :, 99:], v[:, :, 99:], 8, 3, cache=cache)
+        >>> torch.testing.assert_close(last, flex_moba(q, k, v, 8, 3)[:, :, 99:])
+        >>> cache.lengths
+        tensor([100, 100], dtype=torch.int32)
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        block_size: int,
+        value_dim: int | None = None,
+        max_len: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Makes an empty cache."""
+        check_block_size(block_size)
+        value_dim = head_dim if value_dim is None else value_dim
+        sizes = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim}
+        sizes |= {"value_dim": value_dim, "max_len": 1 if max_len is None else max_len}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        self.block_size = block_size
+        self.grows = max_len is None
+        # One block more, where padding goes: written, never read.
+        n_blocks = -(-(max_len or 1) // block_size) + 1
+        # Zeros, as what is not seen is multiplied by weights of 0.
+        self.k, self.v, self.means = (
+            torch.zeros(batch, kv_heads, length, dim, dtype=dtype, device=device)
+            for length, dim in (
+                (n_blocks * block_size, head_dim),
+                (n_blocks * block_size, value_dim),
+                (n_blocks, head_dim),
+            )
+        )
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._most = 0  # tokens of the longest row, or more; known without asking the device
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each row has room for; a multiple of the block size."""
+        return self.k.shape[2] - self.block_size
+
+    def append(self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Adds new tokens to every row, and the means of the blocks that they fill.
+
+        Args:
+            k: New keys, ``(B, Hkv, n, D)``.
+            v: New values, ``(B, Hkv, n, Dv)``.
+            key_padding_mask: ``(B, n)`` bool, which of them are real; the others, wherever they
+                stand, are left out. All of them by default.
+
+        Returns:
+            Where each token stands in its row, ``(B, n)`` int32; -1 for padding.
+
+        Raises:
+            ValueError: Shapes, dtypes or devices do not fit, or there is no room left.
+        """
+        self._check(k, v, key_padding_mask)
+        self._make_room(k.shape[2])
+        positions: Tensor = _append(
+            self.k, self.v, self.means, self.lengths, k, v, key_padding_mask
+        )
+        return positions
+
+    def attend(
+        self, q: Tensor, positions: Tensor, topk: int | None, *, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of new queries to their own and their best past blocks (Eq. 2 to 6).
+
+        Args:
+            q: ``(B, Hq, n, D)``.
+            positions: What `append` returned for the same tokens, ``(B, n)`` int32.
+            topk: Blocks that each query attends to, its own included; None for all of them.
+            scale: Factor on the attention scores, ``1 / sqrt(D)`` by default.
+
+        Returns:
+            The output ``(B, Hq, n, Dv)`` and the log-sum-exp ``(B, Hq, n)``. Queries of padding
+            get zeros and -inf. A query beyond the capacity, as a replayed CUDA graph may make,
+            gets NaN.
+
+        Raises:
+            ValueError: Shapes do not fit.
+            NotImplementedError: q requires gradients.
+        """
+        batch, heads, n, dim = q.shape
+        if (batch, dim, n) != (self.k.shape[0], self.k.shape[3], positions.shape[1]):
+            raise ValueError(
+                f"q must be ({self.k.shape[0]}, Hq, {positions.shape[1]}, {self.k.shape[3]}) for "
+                f"this cache and these positions, got {tuple(q.shape)}"
+            )
+        if heads == 0 or heads % self.k.shape[1] != 0:
+            raise ValueError(
+                f"the number of query heads must be a positive multiple of the cache's "
+                f"{self.k.shape[1]} KV heads, got {heads}"
+            )
+        if torch.is_grad_enabled() and q.requires_grad:
+            raise NotImplementedError(
+                "attention to a cache has no gradients; call it under torch.no_grad(), or call "
+                "flex_moba without a cache to train"
+            )
+        n_blocks = self.means.shape[2]
+        topk = n_blocks if topk is None else min(topk, n_blocks)  # no fewer are full attention
+        scale = dim**-0.5 if scale is None else float(scale)
+        out, lse = _attend(q, self.k, self.v, self.means, positions, self.block_size, topk, scale)
+        return out, lse
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self.lengths.zero_()
+        self._most = 0
+
+    def crop(self, length: int | Tensor) -> None:
+        """Forgets all but the first ``length`` tokens of every row; an int, or ``(B,)`` ints."""
+        if isinstance(length, int):
+            if length < 0:
+                raise ValueError(f"length must be at least 0, got {length}")
+            self.lengths.clamp_(max=length)
+            self._most = min(self._most, length)
+        else:
+            self.lengths.copy_(torch.minimum(self.lengths, length.to(self.lengths)))
+
+    def reorder(self, rows: Tensor) -> None:
+        """Makes row ``i`` what row ``rows[i]`` was, ``(B,)`` ints: for beam search."""
+        for x in (self.k, self.v, self.means, self.lengths):
+            x.copy_(x.index_select(0, rows))
+
+    def _make_room(self, n: int) -> None:
+        # Inside a compiled graph lengths are not known: there, room is made by `max_len`.
+        if torch.compiler.is_compiling():
+            if self.grows:
+                raise ValueError("a cache that grows cannot be compiled; give it max_len")
+            return
+        if self._most + n > self.capacity:  # perhaps; rows were cropped, say
+            self._most = int(self.lengths.max())
+        if self._most + n > self.capacity:
+            if not self.grows:
+                raise ValueError(
+                    f"the cache has room for {self.capacity} tokens, of which {self._most} are "
+                    f"taken, so {n} more do not fit; make it with a larger max_len"
+                )
+            blocks = -(-max(2 * self.capacity, self._most + n) // self.block_size) + 1
+            for name, size in (("k", self.block_size), ("v", self.block_size), ("means", 1)):
+                x = getattr(self, name)
+                grown = x.new_zeros((*x.shape[:2], blocks * size, x.shape[3]))
+                grown[:, :, : x.shape[2]] = x
+                setattr(self, name, grown)
+        self._most += n
+
+    def _check(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        for name, new, old in (("k", k, self.k), ("v", v, self.v)):
+            want = (*old.shape[:2], k.shape[2] if k.ndim == 4 else "n", old.shape[3])
+            if tuple(new.shape) != want:
+                raise ValueError(f"{name} must be {want} for this cache, got {tuple(new.shape)}")
+            if (new.dtype, new.device) != (old.dtype, old.device):
+                raise ValueError(
+                    f"{name} must be {old.dtype} on {old.device} like the cache, got {new.dtype} "
+                    f"on {new.device}"
+                )
+        if mask is not None and (mask.shape != k.shape[::2] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"key_padding_mask must be bool of shape {tuple(k.shape[::2])}, got {mask.dtype} "
+                f"of shape {tuple(mask.shape)}"
+            )
+
+
+@torch.library.custom_op(
+    "flexmoba::append", mutates_args=("k_cache", "v_cache", "means", "lengths")
+)
+@without_autocast
+def _append(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    means: Tensor,
+    lengths: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    if k.shape[2] <= FEW and mask is None and has_kernels(k, v):
+        from flexmoba.decode_kernels import append_few_on_cuda
+
+        return append_few_on_cuda(k_cache, v_cache, means, lengths, k, v)
+    return _append_scattered(k_cache, v_cache, means, lengths, k, v, mask)
+
+
+def _append_scattered(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    means: Tensor,
+    lengths: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    n_blocks, n = means.shape[2], k.shape[2]
+    block_size = k_cache.shape[2] // n_blocks
+    spare = (n_blocks - 1) * block_size
+    before = lengths.clone()
+    if mask is None:
+        positions = before[:, None] + torch.arange(n, device=k.device, dtype=torch.int32)
+        lengths += n
+    else:
+        rank = mask.cumsum(1, dtype=torch.int32)
+        positions = torch.where(mask, before[:, None] + rank - 1, -1)
+        lengths += mask.sum(1, dtype=torch.int32)
+    fits = (positions >= 0) & (positions < spare)
+    at = torch.where(fits, positions, spare).long()[:, None, :, None]
+    k_cache.scatter_(2, at.expand_as(k), k)
+    v_cache.scatter_(2, at.expand_as(v), v)
+    positions = torch.where(positions < spare, positions, NO_ROOM)
+
+    # The blocks that these tokens may have filled.
+    block = before[:, None] // block_size + torch.arange(n // block_size + 1, device=k.device)
+    full = ((block + 1) * block_size <= lengths[:, None]) & (block < n_blocks - 1)
+    block = torch.where(full, block, n_blocks - 1)
+    row = torch.arange(k.shape[0], device=k.device)[:, None]
+    precise = torch.promote_types(k.dtype, torch.float32)
+    filled = k_cache.unflatten(2, (n_blocks, block_size))[row, :, block]
+    means[row, :, block] = filled.mean(3, dtype=precise).to(k.dtype)
+    return positions
+
+
+@_append.register_fake
+def _(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    means: Tensor,
+    lengths: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    return lengths.new_empty(k.shape[0], k.shape[2])
+
+
+# Opaque to compilers: what it launches depends on lengths, where there are many queries.
+@torch.library.custom_op("flexmoba::attend_cached", mutates_args=())
+@without_autocast
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    positions: Tensor,
+    block_size: int,
+    topk: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    # Longer chunks are sorted by block, like any other call, a row of the batch at a time.
+    if q.shape[2] <= FEW:
+        return attend_few(q, k, v, means, positions, block_size, topk, scale)
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = torch.full_like(
+        out[..., 0], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32)
+    )
+    here = positions.tolist()
+    same = all(row == here[0] for row in here) and -1 not in here[0]
+    rows = [slice(None)] if same else [slice(row, row + 1) for row in range(len(here))]
+    for row in rows:
+        real = positions[row][0] >= 0
+        queries = q[row] if same else q[row, :, real]
+        if queries.numel() == 0:
+            continue
+        kv_len = max(here[row.start or 0]) + 1
+        if kv_len > k.shape[2]:
+            raise ValueError(
+                f"the cache has room for {k.shape[2] - block_size} tokens, too few for these; "
+                "make it with a larger max_len"
+            )
+        blocks = -(-kv_len // block_size)
+        past = select_by_means(
+            queries, means[row, :, :blocks], kv_len, block_size, topk - 1, is_causal=True
+        )
+        own = own_block(queries.shape[2], kv_len, block_size, q.device)[:, None]
+        selection = torch.cat([own.expand(*past.shape[:3], 1), past], -1)
+        result: Any = selected_attention(
+            queries,
+            k[row, :, :kv_len],
+            v[row, :, :kv_len],
+            selection,
+            block_size,
+            scale=scale,
+            return_aux=AuxRequest(lse=True),
+        )
+        part, part_lse = result[0], result[1].lse
+        if same:
+            return part, part_lse
+        out[row, :, real], lse[row, :, real] = part, part_lse
+    return out, lse
+
+
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)

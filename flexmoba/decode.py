@@ -1,0 +1,95 @@
+"""A few queries against a cache: each reads the blocks that it selected, and nothing else.
+
+arXiv 2502.13189, Sec. 2.2, where there is nothing to sort: queries of one step want blocks of
+their own. The bytes read are those of the mean keys and of ``topk`` blocks a query.
+"""
+
+import importlib.util
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from flexmoba.gate import highest
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_MAX_DIM = 256
+FEW = 16  # queries; more are better sorted by block
+NO_ROOM = 2**30  # the position of a token that did not fit: beyond any block
+
+
+def has_kernels(q: Tensor, v: Tensor) -> bool:
+    """Whether Triton kernels can take these tensors."""
+    few_dims = max(q.shape[-1], v.shape[-1]) <= _MAX_DIM
+    return q.is_cuda and _HAS_TRITON and q.dtype != torch.float64 and few_dims
+
+
+def attend_few(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    positions: Tensor,
+    block_size: int,
+    topk: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query to its own block and its ``topk - 1`` best past ones.
+
+    Args:
+        q: ``(B, Hq, Lq, D)``.
+        k: ``(B, Hkv, N * block_size, D)``.
+        v: ``(B, Hkv, N * block_size, Dv)``.
+        means: ``(B, Hkv, N, D)``, mean keys; those of blocks that are not full are not read.
+        positions: ``(B, Lq)`` int32, where each query stands; below 0 for none, which gets zeros.
+        block_size: Keys in a block.
+        topk: Blocks that each query attends to, its own included.
+        scale: Factor on the scores.
+
+    Returns:
+        The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``, float32 or float64.
+        Both are NaN for a query that stands beyond the last block.
+    """
+    attend = _attend_gathered
+    if has_kernels(q, v):
+        from flexmoba.decode_kernels import MAX_TOPK, attend_few_on_cuda
+
+        if topk <= MAX_TOPK:
+            attend = attend_few_on_cuda
+    return attend(q, k, v, means, positions, block_size, topk, scale)
+
+
+def _attend_gathered(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    positions: Tensor,
+    block_size: int,
+    topk: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    batch, kv_heads, n_blocks, _ = means.shape
+    precise = torch.promote_types(q.dtype, torch.float32)
+    queries = rearrange(q.to(precise), "b (h g) l d -> b h g l d", h=kv_heads)
+    own = (positions.clamp(0, n_blocks * block_size - 1) // block_size)[:, None, None]
+    past = highest(queries @ means.to(precise)[:, :, None].mT, own, topk - 1)
+    chosen = torch.cat([own[..., None].expand(*past.shape[:-1], 1), past], -1)
+
+    batch_index = torch.arange(batch, device=q.device).view(-1, 1, 1, 1, 1)
+    head_index = torch.arange(kv_heads, device=q.device).view(-1, 1, 1, 1)
+    at = batch_index, head_index, chosen.clamp(min=0)
+    keys, values = (x.unflatten(2, (n_blocks, -1))[at].to(precise) for x in (k, v))
+    scores = torch.einsum("bhgld,bhgltkd->bhgltk", queries, keys) * scale
+    position = chosen[..., None] * block_size + torch.arange(block_size, device=q.device)
+    limit = positions[:, None, None, :, None, None]
+    seen = (position <= limit) & (chosen >= 0)[..., None]
+    scores = scores.masked_fill(~seen, float("-inf")).flatten(-2)
+
+    lse = scores.logsumexp(-1)
+    weights = (scores - torch.where(lse == float("-inf"), 0.0, lse)[..., None]).exp()
+    out = torch.einsum("bhglk,bhglkd->bhgld", weights, values.flatten(-3, -2))
+    beyond = (positions >= n_blocks * block_size)[:, None, None]
+    out, lse = out.masked_fill(beyond[..., None], math.nan), lse.masked_fill(beyond, math.nan)
+    return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
