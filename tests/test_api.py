@@ -23,7 +23,10 @@ SIGNATURES = {
         "kernel_options=None, return_aux=None)"
     ),
     "moba_block_mask": "(q, k, block_size, topk, *, is_causal=True)",
-    "moba_reference": "(q, k, v, block_size, topk, *, is_causal=True, scale=None)",
+    "moba_reference": (
+        "(q, k, v, block_size, topk, *, is_causal=True, scale=None, cu_seqlens=None, "
+        "document_ids=None, key_padding_mask=None)"
+    ),
 }
 
 # A leaf does one step, and imports no other except for what is named here.
