@@ -62,12 +62,25 @@ def moba_select(
     check_queries_and_keys(q, k)
     check_block_size(block_size)
     check_topk(topk)
+    return select_blocks(q, k, block_size, topk, is_causal=is_causal)
+
+
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    topk: int,
+    *,
+    is_causal: bool,
+    first_block: Tensor | None = None,
+) -> Tensor:
+    """`moba_select` of checked arguments; ``first_block`` as in `select_candidates`."""
     if not is_causal:
         return select_candidates(q, k, block_size, topk, is_causal=False)
     q_len, kv_len = q.shape[2], k.shape[2]
     own = own_block(q_len, kv_len, block_size, q.device).view(1, 1, q_len, 1)
     own = own.expand(*q.shape[:2], -1, -1)
-    past = select_candidates(q, k, block_size, topk - 1, is_causal=True)
+    past = select_candidates(q, k, block_size, topk - 1, is_causal=True, first_block=first_block)
     return torch.cat([own, past], dim=-1)
 
 
@@ -77,13 +90,20 @@ def own_block(q_len: int, kv_len: int, block_size: int, device: torch.device) ->
 
 
 def select_candidates(
-    q: Tensor, k: Tensor, block_size: int, count: int, *, is_causal: bool
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    count: int,
+    *,
+    is_causal: bool,
+    first_block: Tensor | None = None,
 ) -> Tensor:
     """The ``count`` highest-scoring candidates of each query, ``(B, Hq, Lq, count)`` int32.
 
-    If causal, the candidates are the blocks before the own one. See `moba_select` for the rest.
+    If causal, the candidates are the blocks before the own one, from ``first_block (B, Lq)`` on.
+    See `moba_select` for the rest.
     """
-    selection: Tensor = _select(q.detach(), k.detach(), block_size, count, is_causal)
+    selection: Tensor = _select(q.detach(), k.detach(), first_block, block_size, count, is_causal)
     return selection
 
 
@@ -91,21 +111,34 @@ def select_candidates(
 # torch.compile and outside, and its result is a real buffer, as a mask_mod needs.
 @torch.library.custom_op("flexmoba::select", mutates_args=())
 @without_autocast
-def _select(q: Tensor, k: Tensor, block_size: int, count: int, is_causal: bool) -> Tensor:
+def _select(
+    q: Tensor,
+    k: Tensor,
+    first_block: Tensor | None,
+    block_size: int,
+    count: int,
+    is_causal: bool,
+) -> Tensor:
     means = block_means(k, block_size)
     if count == 0 or q.numel() == 0 or means.shape[2] == 0:
         return q.new_full((*q.shape[:3], count), -1, dtype=torch.int32)
-    select = _select_in_pieces
-    if q.is_cuda and q.dtype != torch.float64 and _HAS_TRITON:
+    if q.is_cuda and q.dtype != torch.float64 and _HAS_TRITON and first_block is None:
         from flexmoba.gate_kernel import MAX_COUNT, MAX_HEAD_DIM, select_on_cuda
 
         if count <= MAX_COUNT and q.shape[-1] <= MAX_HEAD_DIM:
-            select = select_on_cuda
-    return select(q, means, k.shape[2], block_size, count, is_causal)
+            return select_on_cuda(q, means, k.shape[2], block_size, count, is_causal)
+    return _select_in_pieces(q, means, k.shape[2], block_size, count, is_causal, first_block)
 
 
 @_select.register_fake
-def _(q: Tensor, k: Tensor, block_size: int, count: int, is_causal: bool) -> Tensor:
+def _(
+    q: Tensor,
+    k: Tensor,
+    first_block: Tensor | None,
+    block_size: int,
+    count: int,
+    is_causal: bool,
+) -> Tensor:
     return q.new_empty((*q.shape[:3], count), dtype=torch.int32)
 
 
@@ -123,7 +156,13 @@ def block_means(k: Tensor, block_size: int) -> Tensor:
 
 
 def _select_in_pieces(
-    q: Tensor, means: Tensor, kv_len: int, block_size: int, count: int, is_causal: bool
+    q: Tensor,
+    means: Tensor,
+    kv_len: int,
+    block_size: int,
+    count: int,
+    is_causal: bool,
+    first_block: Tensor | None = None,
 ) -> Tensor:
     batch, heads, q_len, _ = q.shape
     kv_heads, n_blocks = means.shape[1:3]
@@ -136,6 +175,7 @@ def _select_in_pieces(
         _highest(
             grouped[..., start : start + piece, :].to(precise) @ keys,
             own[start : start + piece] if is_causal else None,
+            None if first_block is None else first_block[:, None, None, start : start + piece],
             count,
         )
         for start in range(0, q_len, piece)
@@ -144,8 +184,11 @@ def _select_in_pieces(
     return selected
 
 
-def _highest(scores: Tensor, own: Tensor | None, count: int) -> Tensor:
-    """Indices of the ``count`` highest scores of each row, the later of equals first."""
+def _highest(scores: Tensor, own: Tensor | None, first: Tensor | None, count: int) -> Tensor:
+    """Indices of the ``count`` highest scores of each row, the later of equals first.
+
+    Before block ``own`` and from block ``first`` on, where given.
+    """
     n_blocks = scores.shape[-1]
     # A candidate that scores -inf still comes before a block that is none.
     scores = scores.clamp(min=torch.finfo(scores.dtype).min)
@@ -154,6 +197,10 @@ def _highest(scores: Tensor, own: Tensor | None, count: int) -> Tensor:
         future = torch.arange(n_blocks, device=scores.device) >= own[:, None]
         scores = scores.masked_fill(future, float("-inf"))
         candidates = own.expand_as(candidates)
+        if first is not None:
+            foreign = torch.arange(n_blocks, device=scores.device) < first[..., None]
+            scores = scores.masked_fill(foreign, float("-inf"))
+            candidates = candidates - first
     # `max` returns the first of equals: turned around, that is the later block. For the few
     # blocks that are wanted, rounds of it are many times faster than `sort` or `topk`.
     scores = scores.flip(-1)

@@ -15,7 +15,8 @@ MODULES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py
 SIGNATURES = {
     "flex_moba": (
         "(q, k, v, block_size, topk, *, is_causal=True, scale=None, impl='auto', "
-        "kernel_options=None, return_aux=None)"
+        "kernel_options=None, return_aux=None, cu_seqlens=None, document_ids=None, "
+        "key_padding_mask=None)"
     ),
     "moba_select": "(q, k, block_size, topk, *, is_causal=True)",
     "selected_attention": (
