@@ -132,11 +132,10 @@ def flex_moba(
     if topk is None or topk > n_blocks:  # no document has more blocks than the row would have
         topk = n_blocks
     first_block = None
-    if block_size > k.shape[2]:  # a longer one is the same, but would take more slots
-        block_size = k.shape[2]
     layout = layout_of(k.shape[2], block_size, cu_seqlens, document_ids, key_padding_mask)
     if layout is not None:
         first_block = layout.first_block
+        block_size = layout.block_size
         q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
 
     if first_block is None and topk >= n_blocks:
@@ -172,6 +171,9 @@ def selected_attention(
     impl: str = "auto",
     kernel_options: Mapping[str, Any] | None = None,
     return_aux: AuxRequest | None = None,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Attention over selected blocks of keys, whatever gate selected them.
 
@@ -194,6 +196,10 @@ def selected_attention(
         impl: As in `flex_moba`.
         kernel_options: As in `flex_moba`.
         return_aux: As in `flex_moba`.
+        cu_seqlens: As in `flex_moba`; what is selected as `moba_select` counts it, and blocks of
+            other documents add nothing.
+        document_ids: As in `flex_moba`; what is selected as with ``cu_seqlens``.
+        key_padding_mask: As in `flex_moba`. Block 0 begins at the first real token.
 
     Returns:
         As `flex_moba`.
@@ -220,16 +226,23 @@ def selected_attention(
     check_block_size(block_size)
     check_selection(selection, q)
     check_options(scale, kernel_options, return_aux)
+    check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, is_causal=is_causal)
     impl = resolve(impl, q, k, v, kernel_options)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)
+    layout = layout_of(k.shape[2], block_size, cu_seqlens, document_ids, key_padding_mask)
+    if layout is not None:
+        block_size = layout.block_size
+        q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
     n_blocks = -(-k.shape[2] // block_size)
     if selection.device.type == "cpu" and not torch.compiler.is_compiling():
         check_selected_blocks(selection, n_blocks)
 
     # A block that does not exist, unchecked, must not lead out of the tables.
     selection = torch.where(selection < n_blocks, selection, -1).int()
+    if layout is not None:
+        selection = layout.spread_selection(selection)
     if block_size >= k.shape[2]:  # one block: all of it, or nothing
         out, lse = _attend_fully(q, k, v, scale, impl, kernel_options, is_causal)
         chosen = (selection == 0).any(-1)
@@ -246,6 +259,9 @@ def selected_attention(
         out, lse = _attend_blocks(
             q, k, v, routed, own, block_size, scale, impl, kernel_options, is_causal
         )
+    if layout is not None:
+        out, lse = layout.collect(out), layout.collect(lse[..., None])[..., 0]
+        lse = lse.masked_fill(layout.is_padding(), float("-inf"))
     return _output(out, lse, return_aux)
 
 

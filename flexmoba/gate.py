@@ -11,8 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flexmoba.checks import check_block_size, check_queries_and_keys, check_topk
+from flexmoba.checks import check_block_size, check_documents, check_queries_and_keys, check_topk
 from flexmoba.precision import without_autocast
+from flexmoba.sequence import layout_of
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -21,7 +22,15 @@ _SCORES_AT_ONCE = 2**22
 
 
 def moba_select(
-    q: Tensor, k: Tensor, block_size: int, topk: int, *, is_causal: bool = True
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    topk: int,
+    *,
+    is_causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Picks, for every query token and head, the blocks of keys that it attends to.
 
@@ -41,14 +50,19 @@ def moba_select(
         topk: Blocks to select, the own block included, at least 1.
         is_causal: Whether only the own block and those before it may be selected. If not, every
             block is a candidate and the own block is not forced.
+        cu_seqlens: Boundaries of packed documents, as in `flex_moba`. Indices then count the
+            blocks of a row in order, over all its documents.
+        document_ids: As in `flex_moba`; indices as with ``cu_seqlens``.
+        key_padding_mask: As in `flex_moba`. Block 0 begins at the first real token.
 
     Returns:
         Block indices, int32 ``(B, Hq, Lq, topk)``: the own block first (if causal), the others by
-        descending score, then -1 where there are no more candidates.
+        descending score, then -1 where there are no more candidates. Padding has -1 alone.
 
     Raises:
         TypeError: An argument is of the wrong type.
         ValueError: Shapes, dtypes or devices do not fit, or a size is not positive.
+        NotImplementedError: Documents or padding, not causal or with fewer queries than keys.
 
     Examples:
         >>> import torch
@@ -62,7 +76,17 @@ def moba_select(
     check_queries_and_keys(q, k)
     check_block_size(block_size)
     check_topk(topk)
-    return select_blocks(q, k, block_size, topk, is_causal=is_causal)
+    check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, is_causal=is_causal)
+    layout = None
+    if q.numel() > 0:
+        layout = layout_of(k.shape[2], block_size, cu_seqlens, document_ids, key_padding_mask)
+    if layout is None:
+        return select_blocks(q, k, block_size, topk, is_causal=is_causal)
+    block_size, q, k = layout.block_size, layout.spread(q.detach()), layout.spread(k.detach())
+    selection = select_blocks(
+        q, k, block_size, topk, is_causal=True, first_block=layout.first_block
+    )
+    return layout.collect_selection(selection)
 
 
 def select_blocks(

@@ -21,11 +21,13 @@ class Layout(NamedTuple):
         token_of_slot: ``(B, S)`` int32, -1 for a slot that stays empty.
         first_block: ``(B, S)`` int32, the first block of each slot's document; None if that is
             block 0 for all.
+        block_size: Keys in a block, no more than a row has.
     """
 
     slot_of_token: Tensor
     token_of_slot: Tensor
     first_block: Tensor | None
+    block_size: int
 
     def spread(self, x: Tensor) -> Tensor:
         """Tokens ``(B, H, L, D)`` to slots ``(B, H, S, D)``, zeros where one stays empty."""
@@ -34,6 +36,17 @@ class Layout(NamedTuple):
     def collect(self, x: Tensor) -> Tensor:
         """Slots ``(B, H, S, D)`` to tokens ``(B, H, L, D)``, zeros for padding."""
         return _move(x, self.slot_of_token, self.token_of_slot)
+
+    def spread_selection(self, selection: Tensor) -> Tensor:
+        """A selection of tokens as one of slots, less the blocks before a slot's document."""
+        moved = _move_selection(selection, self.token_of_slot)
+        if self.first_block is None:
+            return moved
+        return torch.where(moved >= self.first_block[:, None, :, None], moved, -1)
+
+    def collect_selection(self, selection: Tensor) -> Tensor:
+        """A selection of slots as one of tokens, -1 for padding."""
+        return _move_selection(selection, self.slot_of_token)
 
     def is_padding(self) -> Tensor:
         """Which tokens have no slot, ``(B, 1, L)``."""
@@ -56,6 +69,10 @@ def layout_of(
         document_ids: ``(B, L)`` ints, another value for every other document.
         key_padding_mask: ``(B, L)`` bools, True for real tokens.
     """
+    if cu_seqlens is None and document_ids is None and key_padding_mask is None:
+        return None
+    if block_size > length:  # a longer one is the same, but would take more slots
+        block_size = length
     if cu_seqlens is not None:
         token = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
         document = torch.searchsorted(cu_seqlens, token, right=True) - 1
@@ -67,9 +84,8 @@ def layout_of(
         starts = torch.zeros_like(document_ids, dtype=torch.bool)
         starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         return _by_documents(torch.where(starts, token, 0).cummax(1).values, block_size, None)
-    if key_padding_mask is not None:
-        return _without_padding(key_padding_mask)
-    return None
+    assert key_padding_mask is not None
+    return _without_padding(key_padding_mask, block_size)
 
 
 def _by_documents(first_token: Tensor, block_size: int, n_blocks: int | None) -> Layout:
@@ -86,16 +102,22 @@ def _by_documents(first_token: Tensor, block_size: int, n_blocks: int | None) ->
     token_of_slot = token_of_slot.scatter(1, slot.long(), token.repeat(batch, 1))
     first_block = (slots // block_size).repeat(batch, 1)
     first_block = first_block.scatter(1, slot.long(), block - place // block_size)
-    return Layout(slot, token_of_slot, first_block)
+    return Layout(slot, token_of_slot, first_block, block_size)
 
 
-def _without_padding(real: Tensor) -> Layout:
+def _without_padding(real: Tensor, block_size: int) -> Layout:
     """Every row from its first real token on."""
     token = torch.arange(real.shape[1], dtype=torch.int32, device=real.device)
     start = real.int().argmax(1, keepdim=True).int()
     slot_of_token = torch.where(real, token - start, -1)
     count = real.sum(1, keepdim=True)
-    return Layout(slot_of_token, torch.where(token < count, token + start, -1), None)
+    return Layout(slot_of_token, torch.where(token < count, token + start, -1), None, block_size)
+
+
+def _move_selection(selection: Tensor, source: Tensor) -> Tensor:
+    index = source.clamp(min=0).long()[:, None, :, None]
+    moved = selection.gather(2, index.expand(-1, selection.shape[1], -1, selection.shape[3]))
+    return moved.masked_fill((source < 0)[:, None, :, None], -1)
 
 
 def _move(x: Tensor, source: Tensor, target: Tensor) -> Tensor:

@@ -18,10 +18,14 @@ SIGNATURES = {
         "kernel_options=None, return_aux=None, cu_seqlens=None, document_ids=None, "
         "key_padding_mask=None)"
     ),
-    "moba_select": "(q, k, block_size, topk, *, is_causal=True)",
+    "moba_select": (
+        "(q, k, block_size, topk, *, is_causal=True, cu_seqlens=None, document_ids=None, "
+        "key_padding_mask=None)"
+    ),
     "selected_attention": (
         "(q, k, v, selection, block_size, *, is_causal=True, scale=None, impl='auto', "
-        "kernel_options=None, return_aux=None)"
+        "kernel_options=None, return_aux=None, cu_seqlens=None, document_ids=None, "
+        "key_padding_mask=None)"
     ),
     "moba_block_mask": "(q, k, block_size, topk, *, is_causal=True)",
     "moba_reference": (

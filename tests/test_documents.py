@@ -1,5 +1,6 @@
 """Packed documents and padding: every sequence of a row is attended to as if it were alone."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
-from flexmoba import flex_moba, moba_reference
+from flexmoba import flex_moba, moba_reference, moba_select, selected_attention
 from tests.conftest import assert_bitwise_equal, with_lse
 from tests.problems import Problem, problems
 from tests.test_errors import assert_raises
@@ -74,6 +75,43 @@ def test_documents_are_blind_to_each_other(problem, count):
     changed = [torch.where(others[:, None], x, 3 - 2 * x) for x in (q, k, v)]
     for actual, expected in zip(attend(*changed), attend(q, k, v), strict=True):
         assert_bitwise_equal(actual[:, :, others], expected[:, :, others])
+
+
+@few
+@given(doubles, st.integers(1, 9))
+def test_blocks_are_counted_over_all_documents_of_a_row(problem, count):
+    problem = replace(problem, batch=1)
+    q, k, v = problem.tensors()
+    bounds = bounds_of(problem, count)
+    args, where = (problem.block_size, problem.topk), {"cu_seqlens": torch.tensor(bounds)}
+    selection = moba_select(q, k, *args, **where)
+    before = 0
+    for start, end in itertools.pairwise(bounds):
+        alone = moba_select(q[:, :, start:end], k[:, :, start:end], *args)
+        expected = torch.where(alone >= 0, alone + before, -1)
+        assert_bitwise_equal(selection[:, :, start:end], expected)
+        before += -(-(end - start) // problem.block_size)
+    out = selected_attention(q, k, v, selection, problem.block_size, **where)
+    torch.testing.assert_close(out, flex_moba(q, k, v, *args, **where))
+    everything = torch.arange(before, dtype=torch.int32).expand(*q.shape[:3], -1)
+    out = selected_attention(q, k, v, everything, problem.block_size, **where)
+    torch.testing.assert_close(out, flex_moba(q, k, v, problem.block_size, None, **where))
+
+
+@few
+@given(doubles)
+def test_blocks_are_counted_from_the_first_real_token(problem):
+    q, k, v = problem.tensors()
+    start = problem.kv_len // 2
+    where = {"key_padding_mask": (torch.arange(problem.kv_len) >= start).repeat(problem.batch, 1)}
+    args = (problem.block_size, problem.topk)
+    selection = moba_select(q, k, *args, **where)
+    assert (selection[:, :, :start] == -1).all()
+    alone = moba_select(q[:, :, start:], k[:, :, start:], *args)
+    assert_bitwise_equal(selection[:, :, start:], alone)
+    attend = with_lse(selected_attention, selection, problem.block_size, **where)
+    expected = with_lse(flex_moba, *args, **where)(q, k, v)
+    torch.testing.assert_close(attend(q, k, v), expected)
 
 
 def test_thousands_of_documents():
@@ -219,3 +257,4 @@ def test_nothing_at_all():
     aux = AuxRequest(lse=True)
     out, _ = flex_moba(nothing, nothing, nothing, 2, 2, cu_seqlens=CU[[0, 0]], return_aux=aux)
     assert out.shape == nothing.shape
+    assert moba_select(nothing, nothing, 2, 2, cu_seqlens=CU[[0, 0]]).shape == (1, 2, 0, 2)
