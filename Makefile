@@ -19,7 +19,7 @@ demo: $(VENV)/.plot ## Train a small model, check and time its attention, draw w
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev ## Run the tests, examples in documents and docstrings included
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 slow: $(VENV)/.dev ## Run the tests that `make test` leaves out because they take long
 	$(BIN)/python -m pytest -m slow

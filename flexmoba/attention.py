@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 from flexmoba.checks import (
     check_block_size,
     check_cache,
+    check_documents,
     check_options,
     check_queries_and_keys,
     check_selected_blocks,
@@ -25,11 +26,12 @@ from flexmoba.checks import (
 )
 from flexmoba.flex import why_not_compiled
 from flexmoba.fused import attend_fused, why_not_fused
-from flexmoba.gate import moba_select, own_block, select_candidates
+from flexmoba.gate import own_block, select_blocks, select_candidates
 from flexmoba.masked import attend_masked
 from flexmoba.portable import attend_portable
 from flexmoba.routed import attend_routed
 from flexmoba.routing import route
+from flexmoba.sequence import layout_of
 
 if TYPE_CHECKING:
     from flexmoba.cache import MobaCache
@@ -50,6 +52,9 @@ def flex_moba(
     kernel_options: Mapping[str, Any] | None = None,
     return_aux: AuxRequest | None = None,
     cache: "MobaCache | None" = None,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Mixture of Block Attention: each query attends to its own and its best past blocks of keys.
 
@@ -89,6 +94,17 @@ def flex_moba(
             are of new tokens only, ``Lq == Lk``. The keys and values are added to the cache, and
             the queries attend to all that it holds up to their positions. Causal only, without
             gradients, and ``impl`` must be ``"auto"``.
+        cu_seqlens: Where packed documents begin and end, int32 or int64 ``(n + 1,)``, rising from
+            0 to ``Lk``; for a batch of 1. Blocks begin anew with every document, and queries see
+            nothing of other documents. Each document may take up to ``block_size - 1`` tokens'
+            memory and time more than it has.
+        document_ids: The same by each token's document, int32 or int64 ``(B, Lk)``: a new one
+            begins wherever the value changes. Waits for the device, and is not for
+            ``torch.compile``: no shape says how many documents there are.
+        key_padding_mask: Which tokens are real, bool ``(B, Lk)``, in one stretch per row. Blocks
+            begin at the first one; padding gets zeros, a log-sum-exp of -inf and zero gradients,
+            and what it holds does not matter. Of the three arguments one may be given, with
+            ``Lq == Lk`` and causal only; values are checked on CPU.
 
     Returns:
         The output ``(B, Hq, Lq, Dv)`` in the dtype of q; with ``return_aux``, a pair of it and an
@@ -115,26 +131,52 @@ def flex_moba(
     check_block_size(block_size)
     check_topk(topk, none_allowed=True)
     check_options(scale, kernel_options, return_aux)
+    check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, is_causal=is_causal)
     chosen, impl = impl, resolve(impl, q, k, v, kernel_options)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if cache is not None:
+        for name, given in (
+            ("cu_seqlens", cu_seqlens),
+            ("document_ids", document_ids),
+            ("key_padding_mask", key_padding_mask),
+        ):
+            if given is not None:
+                raise ValueError(
+                    f"{name} and cache do not go together; a padded chunk is added by cache.append"
+                )
         check_cache(cache, q, k, block_size, is_causal, chosen, kernel_options)
         return _output(*cache.attend(q, cache.append(k, v), topk, scale=scale), return_aux)
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)
 
     n_blocks = -(-k.shape[2] // block_size)
-    if topk is None or topk >= n_blocks:
+    if topk is None or topk > n_blocks:  # no document has more blocks than the row would have
+        topk = n_blocks
+    first_block = None
+    layout = layout_of(k.shape[2], block_size, cu_seqlens, document_ids, key_padding_mask)
+    if layout is not None:
+        first_block = layout.first_block
+        block_size = layout.block_size
+        q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
+
+    if first_block is None and topk >= n_blocks:
         out, lse = _attend_fully(q, k, v, scale, impl, kernel_options, is_causal)
     elif impl == "masked":
-        selection = moba_select(q, k, block_size, topk, is_causal=is_causal)
+        selection = select_blocks(
+            q, k, block_size, topk, is_causal=is_causal, first_block=first_block
+        )
         out, lse = attend_masked(q, k, v, selection, block_size, scale, kernel_options, is_causal)
     else:
         wanted = topk - 1 if is_causal else topk
-        routed = select_candidates(q, k, block_size, wanted, is_causal=is_causal)
+        routed = select_candidates(
+            q, k, block_size, wanted, is_causal=is_causal, first_block=first_block
+        )
         out, lse = _attend_blocks(
             q, k, v, routed, None, block_size, scale, impl, kernel_options, is_causal
         )
+    if layout is not None:
+        out, lse = layout.collect(out), layout.collect(lse[..., None])[..., 0]
+        lse = lse.masked_fill(layout.is_padding(), float("-inf"))
     return _output(out, lse, return_aux)
 
 
@@ -150,6 +192,9 @@ def selected_attention(
     impl: str = "auto",
     kernel_options: Mapping[str, Any] | None = None,
     return_aux: AuxRequest | None = None,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Attention over selected blocks of keys, whatever gate selected them.
 
@@ -172,6 +217,10 @@ def selected_attention(
         impl: As in `flex_moba`.
         kernel_options: As in `flex_moba`.
         return_aux: As in `flex_moba`.
+        cu_seqlens: As in `flex_moba`; what is selected as `moba_select` counts it, and blocks of
+            other documents add nothing.
+        document_ids: As in `flex_moba`; what is selected as with ``cu_seqlens``.
+        key_padding_mask: As in `flex_moba`. Block 0 begins at the first real token.
 
     Returns:
         As `flex_moba`.
@@ -198,16 +247,23 @@ def selected_attention(
     check_block_size(block_size)
     check_selection(selection, q)
     check_options(scale, kernel_options, return_aux)
+    check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, is_causal=is_causal)
     impl = resolve(impl, q, k, v, kernel_options)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)
+    layout = layout_of(k.shape[2], block_size, cu_seqlens, document_ids, key_padding_mask)
+    if layout is not None:
+        block_size = layout.block_size
+        q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
     n_blocks = -(-k.shape[2] // block_size)
     if selection.device.type == "cpu" and not torch.compiler.is_compiling():
         check_selected_blocks(selection, n_blocks)
 
     # A block that does not exist, unchecked, must not lead out of the tables.
     selection = torch.where(selection < n_blocks, selection, -1).int()
+    if layout is not None:
+        selection = layout.spread_selection(selection)
     if block_size >= k.shape[2]:  # one block: all of it, or nothing
         out, lse = _attend_fully(q, k, v, scale, impl, kernel_options, is_causal)
         chosen = (selection == 0).any(-1)
@@ -224,6 +280,9 @@ def selected_attention(
         out, lse = _attend_blocks(
             q, k, v, routed, own, block_size, scale, impl, kernel_options, is_causal
         )
+    if layout is not None:
+        out, lse = layout.collect(out), layout.collect(lse[..., None])[..., 0]
+        lse = lse.masked_fill(layout.is_padding(), float("-inf"))
     return _output(out, lse, return_aux)
 
 

@@ -46,6 +46,7 @@ class MobaCache:
     Examples:
         >>> import torch
         >>> from flexmoba import MobaCache, flex_moba
+        >>> _ = torch.manual_seed(0)
         >>> q, k, v = torch.randn(3, 2, 4, 100, 16)
         >>> cache = MobaCache(batch=2, kv_heads=4, head_dim=16, block_size=8, max_len=100)
         >>> out = flex_moba(q[:, :, :99], k[:, :, :99], v[:, :, :99], 8, 3, cache=cache)

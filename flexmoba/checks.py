@@ -115,6 +115,82 @@ def check_selected_blocks(selection: Tensor, n_blocks: int) -> None:
         )
 
 
+def check_documents(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    document_ids: Tensor | None,
+    key_padding_mask: Tensor | None,
+    *,
+    is_causal: bool,
+) -> None:
+    """That at most one argument says where sequences are, and that it fits; values on CPU only."""
+    given = {
+        "cu_seqlens": cu_seqlens,
+        "document_ids": document_ids,
+        "key_padding_mask": key_padding_mask,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if not names:
+        return
+    name, x = names[0], given[names[0]]
+    if len(names) > 1:
+        raise ValueError(f"{name} and {names[1]} both say where sequences are; pass one of them")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    ints = (torch.int32, torch.int64)
+    dtypes = (torch.bool,) if name == "key_padding_mask" else ints
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {x.dtype}; cast it")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on the device of q ({q.device}), got {x.device}; move it")
+    if not is_causal:
+        raise NotImplementedError(
+            f"{name} with is_causal=False is not available; call each sequence on its own"
+        )
+    if q.shape[2] != k.shape[2]:
+        raise NotImplementedError(
+            f"{name} needs as many queries as keys, got Lq={q.shape[2]} and Lk={k.shape[2]}; "
+            "pass all queries of the keys"
+        )
+    if name == "cu_seqlens":
+        if x.ndim != 1 or x.shape[0] < 2 or k.shape[0] != 1:
+            raise ValueError(
+                f"cu_seqlens must be (n + 1,) for a batch of 1, got {tuple(x.shape)} and a batch "
+                f"of {k.shape[0]}; use document_ids for larger batches"
+            )
+    elif x.shape != (k.shape[0], k.shape[2]):
+        raise ValueError(
+            f"{name} must be (B, Lk) = {(k.shape[0], k.shape[2])}, got {tuple(x.shape)}"
+        )
+    if torch.compiler.is_compiling():
+        if name == "document_ids":
+            raise NotImplementedError(
+                "document_ids in torch.compile would read how many documents there are from the "
+                "device; pass cu_seqlens"
+            )
+    elif x.device.type == "cpu" and name != "document_ids":
+        _check_bounds(x, k.shape[2]) if name == "cu_seqlens" else _check_stretches(x)
+
+
+def _check_bounds(cu_seqlens: Tensor, length: int) -> None:
+    first, last, shortest = int(cu_seqlens[0]), int(cu_seqlens[-1]), int(cu_seqlens.diff().min())
+    if first != 0 or last != length or shortest < 0:
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to Lk={length}, got {first} to {last} with steps of at "
+            f"least {shortest}"
+        )
+
+
+def _check_stretches(real: Tensor) -> None:
+    torn = (real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, :1].sum(1) > 1
+    if bool(torn.any()):
+        raise ValueError(
+            f"key_padding_mask must be True in one stretch per row, got several in row "
+            f"{int(torn.int().argmax())}; move padding to the ends"
+        )
+
+
 def check_options(
     scale: float | None, kernel_options: Mapping[str, Any] | None, return_aux: AuxRequest | None
 ) -> None:

@@ -74,7 +74,7 @@ def _attend_gathered(
     precise = torch.promote_types(q.dtype, torch.float32)
     queries = rearrange(q.to(precise), "b (h g) l d -> b h g l d", h=kv_heads)
     own = (positions.clamp(0, n_blocks * block_size - 1) // block_size)[:, None, None]
-    past = highest(queries @ means.to(precise)[:, :, None].mT, own, topk - 1)
+    past = highest(queries @ means.to(precise)[:, :, None].mT, own, None, topk - 1)
     chosen = torch.cat([own[..., None].expand(*past.shape[:-1], 1), past], -1)
 
     batch_index = torch.arange(batch, device=q.device).view(-1, 1, 1, 1, 1)

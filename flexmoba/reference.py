@@ -3,6 +3,8 @@
 Every implementation is compared with this file, so it shares no code with any of them.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,9 @@ def moba_reference(
     *,
     is_causal: bool = True,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Mixture of Block Attention by dense masked attention: the definition, not a fast path.
 
@@ -35,10 +40,19 @@ def moba_reference(
         is_causal: Whether a query sees only keys at or before its position. If not, every block
             is a candidate and the own block is not forced.
         scale: Factor on the attention scores, ``1 / sqrt(D)`` by default. The gate is unscaled.
+        cu_seqlens: Where packed documents begin and end, int ``(n + 1,)``, from 0 to ``Lk``; the
+            batch size is 1 and ``Lq == Lk``. Each document is attended to alone.
+        document_ids: Or the document of each token, int ``(B, Lk)``: a new one begins wherever
+            the value changes.
+        key_padding_mask: Or which keys are real, bool ``(B, Lk)``, in one stretch per row. The
+            stretch is attended to alone.
 
     Returns:
         The attention output, ``(B, Hq, Lq, Dv)``, in the dtype of ``q``. A query that sees no
-        key gets zeros.
+        key, as padding does, gets zeros.
+
+    Raises:
+        ValueError: More than one of the arguments that say where documents are.
 
     Examples:
         >>> import torch
@@ -47,10 +61,60 @@ def moba_reference(
         >>> moba_reference(q, k, v, block_size=4, topk=2).shape
         torch.Size([1, 2, 10, 8])
     """
-    selected = reference_selection(q, k, block_size, topk, is_causal=is_causal)
-    mask = reference_mask(selected, block_size, k.shape[2], is_causal=is_causal)
-    out, _ = reference_attention(q.double(), k.double(), v.double(), mask, scale=scale)
+    first_query = k.shape[2] - q.shape[2]
+    out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=torch.float64)
+    documents = reference_documents(q, k, cu_seqlens, document_ids, key_padding_mask)
+    for b, start, end in documents:
+        queries = slice(max(start - first_query, 0), max(end - first_query, 0))
+        q_alone, k_alone, v_alone = (
+            q[b : b + 1, :, queries],
+            k[b : b + 1, :, start:end],
+            v[b : b + 1, :, start:end],
+        )
+        selected = reference_selection(q_alone, k_alone, block_size, topk, is_causal=is_causal)
+        mask = reference_mask(selected, block_size, end - start, is_causal=is_causal)
+        out[b, :, queries] = reference_attention(
+            q_alone.double(), k_alone.double(), v_alone.double(), mask, scale=scale
+        )[0][0]
     return out.to(q.dtype)
+
+
+def reference_documents(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+) -> list[tuple[int, int, int]]:
+    """Every stretch of keys that is a sequence of its own: its batch row, start and end."""
+    given = {
+        "cu_seqlens": cu_seqlens,
+        "document_ids": document_ids,
+        "key_padding_mask": key_padding_mask,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"{names[0]} and {names[1]} both say where sequences are; pass one")
+    batch, kv_len = k.shape[0], k.shape[2]
+    documents = []
+    for b in range(batch):
+        if cu_seqlens is not None:
+            bounds = cu_seqlens.tolist()
+        elif document_ids is not None:
+            ids = document_ids[b].tolist()
+            starts = [i for i in range(1, kv_len) if ids[i] != ids[i - 1]]
+            bounds = [0, *starts, kv_len]
+        elif key_padding_mask is not None:
+            real = [i for i, is_real in enumerate(key_padding_mask[b].tolist()) if is_real]
+            bounds = [real[0], real[-1] + 1] if real else []
+        else:
+            bounds = [0, kv_len]
+        documents += [(b, start, end) for start, end in itertools.pairwise(bounds) if start < end]
+    if names and names[0] != "key_padding_mask" and q.shape[2] != kv_len:
+        raise ValueError(
+            f"{names[0]} needs as many queries as keys, got Lq={q.shape[2]} and Lk={kv_len}"
+        )
+    return documents
 
 
 def reference_selection(

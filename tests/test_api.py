@@ -15,19 +15,27 @@ MODULES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py
 SIGNATURES = {
     "flex_moba": (
         "(q, k, v, block_size, topk, *, is_causal=True, scale=None, impl='auto', "
-        "kernel_options=None, return_aux=None, cache=None)"
+        "kernel_options=None, return_aux=None, cache=None, cu_seqlens=None, document_ids=None, "
+        "key_padding_mask=None)"
     ),
     "MobaCache": (
         "(batch, kv_heads, head_dim, *, block_size, value_dim=None, max_len=None, "
         "dtype=torch.float32, device=None)"
     ),
-    "moba_select": "(q, k, block_size, topk, *, is_causal=True)",
+    "moba_select": (
+        "(q, k, block_size, topk, *, is_causal=True, cu_seqlens=None, document_ids=None, "
+        "key_padding_mask=None)"
+    ),
     "selected_attention": (
         "(q, k, v, selection, block_size, *, is_causal=True, scale=None, impl='auto', "
-        "kernel_options=None, return_aux=None)"
+        "kernel_options=None, return_aux=None, cu_seqlens=None, document_ids=None, "
+        "key_padding_mask=None)"
     ),
     "moba_block_mask": "(q, k, block_size, topk, *, is_causal=True)",
-    "moba_reference": "(q, k, v, block_size, topk, *, is_causal=True, scale=None)",
+    "moba_reference": (
+        "(q, k, v, block_size, topk, *, is_causal=True, scale=None, cu_seqlens=None, "
+        "document_ids=None, key_padding_mask=None)"
+    ),
 }
 
 # A leaf does one step, and imports no other except for what is named here.

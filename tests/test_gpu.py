@@ -436,3 +436,38 @@ def test_a_captured_step_serves_a_growing_context(how):
             torch.compiler.cudagraph_mark_step_begin()
             result = compiled()
         assert_bitwise_equal(result, step(caches[1]))
+
+
+@pytest.mark.parametrize("impl", ["fused", "routed"])
+def test_packed_documents_equal_each_alone(impl):
+    problem = variant(batch=1, q_len=1500, kv_len=1500)
+    tensors = problem.tensors("cuda", requires_grad=True)
+    edges = [0, 700, 700, 701, 1100, 1500]
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32, device="cuda")
+    out = flex_moba(*tensors, 128, 3, impl=impl, cu_seqlens=cu_seqlens)
+    grads = torch.autograd.grad(out.float().square().sum(), tensors)
+    alone = [
+        flex_moba(*(x[:, :, i:j] for x in tensors), 128, 3, impl=impl)
+        for i, j in itertools.pairwise(edges)
+        if j > i
+    ]
+    expected = torch.cat(alone, 2)
+    expected_grads = torch.autograd.grad(expected.float().square().sum(), tensors)
+    for x, y in zip((out, *grads), (expected, *expected_grads), strict=True):
+        torch.testing.assert_close(x, y, rtol=0.02, atol=0.02 * y.abs().max().item())
+
+
+@pytest.mark.parametrize("impl", ["fused", "routed"])
+def test_padding_on_the_left_and_on_the_right(impl):
+    problem = variant(q_len=1200, kv_len=1200)
+    tensors = problem.tensors("cuda")
+    mask = torch.zeros(2, 1200, dtype=torch.bool, device="cuda")
+    mask[0, 300:] = True
+    mask[1, :901] = True
+    padded = [x.masked_fill(~mask[:, None, :, None], float("nan")) for x in tensors]
+    out = flex_moba(*padded, 128, 3, impl=impl, key_padding_mask=mask)
+    assert not out.masked_select(~mask[:, None, :, None]).any()
+    for row in range(2):
+        alone = [x[row : row + 1, :, mask[row]] for x in tensors]
+        expected = flex_moba(*alone, 128, 3, impl=impl)[0]
+        torch.testing.assert_close(out[row][:, mask[row]], expected, rtol=0.02, atol=0.02)

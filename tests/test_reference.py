@@ -83,6 +83,48 @@ def test_output_by_hand():
     torch.testing.assert_close(out, one_head([[x] for x in expected]))
 
 
+VALUES = one_head([[1.0], [2.0], [4.0], [8.0], [16.0], [32.0], [64.0]])
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        {"cu_seqlens": torch.tensor([0, 3, 3, 4, 7], dtype=torch.int32)},
+        {"document_ids": torch.tensor([[5, 5, 5, 2, 9, 9, 9]])},
+    ],
+    ids=lambda documents: next(iter(documents)),
+)
+def test_packed_documents_by_hand(documents):
+    # Blocks of two begin anew at keys 0, 3 and 4; one document is empty, one of a single token.
+    out = moba_reference(torch.zeros_like(KEYS), KEYS, VALUES, 2, 1, **documents)
+    expected = [1, 3 / 2, 4, 8, 16, 48 / 2, 64]
+    torch.testing.assert_close(out, one_head([[x] for x in expected]))
+    out = moba_reference(torch.zeros_like(KEYS), KEYS, VALUES, 2, 2, **documents)
+    expected = [1, 3 / 2, 7 / 3, 8, 16, 48 / 2, 112 / 3]
+    torch.testing.assert_close(out, one_head([[x] for x in expected]))
+
+
+@pytest.mark.parametrize("q_len", [7, 4, 1])
+def test_padding_by_hand(q_len):
+    # Blocks of two begin at the first real key, 1; what stands in padding is not seen.
+    real = torch.tensor([[False, True, True, True, True, False, False]])
+    values = VALUES.where(real[0][:, None], float("nan"))
+    queries = torch.zeros_like(KEYS)[:, :, -q_len:]
+    out = moba_reference(queries, KEYS, values, 2, 1, key_padding_mask=real)
+    expected = [0, 2, 6 / 2, 8, 24 / 2, 0, 0][-q_len:]
+    torch.testing.assert_close(out, one_head([[x] for x in expected]))
+    nothing = moba_reference(queries, KEYS, values, 2, 1, key_padding_mask=real & False)
+    assert not nothing.any()
+
+
+def test_the_oracle_takes_one_description_of_documents():
+    ids, real = torch.zeros(1, 7), torch.ones(1, 7, dtype=torch.bool)
+    with pytest.raises(ValueError, match="document_ids and key_padding_mask"):
+        moba_reference(KEYS, KEYS, VALUES, 2, 1, document_ids=ids, key_padding_mask=real)
+    with pytest.raises(ValueError, match=r"document_ids needs .* Lq=3 and Lk=7"):
+        moba_reference(KEYS[:, :, 4:], KEYS, VALUES, 2, 1, document_ids=ids)
+
+
 def test_softmax_and_scale_by_hand():
     query = one_head([[2.0]])
     keys, values = one_head([[1.0], [3.0]]), one_head([[10.0], [20.0]])

@@ -1,0 +1,260 @@
+"""Packed documents and padding: every sequence of a row is attended to as if it were alone."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest
+
+from flexmoba import flex_moba, moba_reference, moba_select, selected_attention
+from tests.conftest import assert_bitwise_equal, with_lse
+from tests.problems import Problem, problems
+from tests.test_errors import assert_raises
+
+few = settings(max_examples=20)
+self_attention = problems(is_causal=st.just(True)).map(lambda p: replace(p, q_len=p.kv_len))
+doubles = self_attention.map(lambda p: replace(p, dtype=torch.float64))
+
+
+def bounds_of(problem: Problem, count: int) -> list[int]:
+    """Boundaries of ``count`` documents, some of them empty."""
+    inner = torch.randint(problem.kv_len + 1, (count - 1,), generator=problem.generator())
+    return [0, *inner.sort().values.tolist(), problem.kv_len]
+
+
+def ids_of(bounds: list[int]) -> Tensor:
+    """Document ids of one row, as its documents' places in the list."""
+    lengths = torch.tensor(bounds).diff()
+    return torch.arange(len(lengths)).repeat_interleave(lengths)[None]
+
+
+def assert_like_the_oracle(problem: Problem, inputs: tuple[Tensor, ...], **where: Tensor) -> None:
+    """Output and gradients, in float64."""
+    args = (problem.block_size, problem.topk)
+    out = flex_moba(*inputs, *args, **where)
+    expected = moba_reference(*inputs, *args, **where)
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn(out.shape, generator=problem.generator(), dtype=out.dtype)
+    grads = torch.autograd.grad(out, inputs, upstream)
+    expected = torch.autograd.grad(expected, inputs, upstream)
+    torch.testing.assert_close(grads, expected)
+
+
+@few
+@given(doubles, st.integers(1, 9))
+def test_documents_and_their_gradients_are_the_oracles(problem, count):
+    problem = replace(problem, batch=1)
+    inputs = problem.tensors(requires_grad=True)
+    bounds = bounds_of(problem, count)
+    assert_like_the_oracle(problem, inputs, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+
+
+@few
+@given(doubles, st.integers(1, 9))
+def test_every_row_has_documents_of_its_own(problem, count):
+    inputs = problem.tensors(requires_grad=True)
+    rows = [ids_of(bounds_of(replace(problem, seed=i), count)) for i in range(problem.batch)]
+    assert_like_the_oracle(problem, inputs, document_ids=torch.cat(rows))
+
+
+@few
+@given(self_attention, st.integers(2, 9))
+def test_documents_are_blind_to_each_other(problem, count):
+    problem = replace(problem, batch=1)
+    q, k, v = problem.tensors()
+    bounds = bounds_of(problem, count)
+    options = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
+    attend = with_lse(flex_moba, problem.block_size, problem.topk, **options)
+    start, end = bounds[count // 2], bounds[count // 2 + 1]
+    others = torch.ones(problem.kv_len, dtype=torch.bool)
+    others[start:end] = False
+    changed = [torch.where(others[:, None], x, 3 - 2 * x) for x in (q, k, v)]
+    for actual, expected in zip(attend(*changed), attend(q, k, v), strict=True):
+        assert_bitwise_equal(actual[:, :, others], expected[:, :, others])
+
+
+@few
+@given(doubles, st.integers(1, 9))
+def test_blocks_are_counted_over_all_documents_of_a_row(problem, count):
+    problem = replace(problem, batch=1)
+    q, k, v = problem.tensors()
+    bounds = bounds_of(problem, count)
+    args, where = (problem.block_size, problem.topk), {"cu_seqlens": torch.tensor(bounds)}
+    selection = moba_select(q, k, *args, **where)
+    before = 0
+    for start, end in itertools.pairwise(bounds):
+        alone = moba_select(q[:, :, start:end], k[:, :, start:end], *args)
+        expected = torch.where(alone >= 0, alone + before, -1)
+        assert_bitwise_equal(selection[:, :, start:end], expected)
+        before += -(-(end - start) // problem.block_size)
+    out = selected_attention(q, k, v, selection, problem.block_size, **where)
+    torch.testing.assert_close(out, flex_moba(q, k, v, *args, **where))
+    everything = torch.arange(before, dtype=torch.int32).expand(*q.shape[:3], -1)
+    out = selected_attention(q, k, v, everything, problem.block_size, **where)
+    torch.testing.assert_close(out, flex_moba(q, k, v, problem.block_size, None, **where))
+
+
+@few
+@given(doubles)
+def test_blocks_are_counted_from_the_first_real_token(problem):
+    q, k, v = problem.tensors()
+    start = problem.kv_len // 2
+    where = {"key_padding_mask": (torch.arange(problem.kv_len) >= start).repeat(problem.batch, 1)}
+    args = (problem.block_size, problem.topk)
+    selection = moba_select(q, k, *args, **where)
+    assert (selection[:, :, :start] == -1).all()
+    alone = moba_select(q[:, :, start:], k[:, :, start:], *args)
+    assert_bitwise_equal(selection[:, :, start:], alone)
+    attend = with_lse(selected_attention, selection, problem.block_size, **where)
+    expected = with_lse(flex_moba, *args, **where)(q, k, v)
+    torch.testing.assert_close(attend(q, k, v), expected)
+
+
+def test_thousands_of_documents():
+    problem = Problem(q_len=5000, kv_len=5000, block_size=4, topk=2)
+    inputs = problem.tensors(requires_grad=True)
+    bounds = bounds_of(problem, 3000)  # many of them empty or of one token
+    lengths = torch.tensor(bounds).diff()
+    assert (lengths == 0).any()
+    assert (lengths == 1).any()
+    assert_like_the_oracle(problem, inputs, cu_seqlens=torch.tensor(bounds))
+
+
+@few
+@given(doubles, st.data())
+def test_padding_changes_nothing(problem, data):
+    q, k, v = problem.tensors()
+    length = problem.kv_len
+    real = torch.zeros(problem.batch, length, dtype=torch.bool)
+    spans = []
+    for row in real:
+        start = data.draw(st.integers(0, length))
+        spans.append((start, data.draw(st.integers(start, length))))
+        row[slice(*spans[-1])] = True
+    hidden = ~real[:, None, :, None]
+    inputs = [x.masked_fill(hidden, bad) for x, bad in zip((q, k, v), (2.0, 3.0, 4.0), strict=True)]
+    inputs = [x.requires_grad_() for x in inputs]
+    args = (problem.block_size, problem.topk)
+    out, lse = with_lse(flex_moba, *args, key_padding_mask=real)(*inputs)
+    grads = torch.autograd.grad(out.sum() + lse.where(lse.isfinite(), 0.0).sum(), inputs)
+    for b, (start, end) in enumerate(spans):
+        for x in (out, *grads):
+            assert not x[b, :, ~real[b]].any()
+        assert (lse[b, :, ~real[b]] == float("-inf")).all()
+        if start < end:
+            alone = [x.detach()[b : b + 1, :, start:end] for x in inputs]
+            expected = with_lse(flex_moba, *args)(*alone)
+            torch.testing.assert_close(out[b : b + 1, :, start:end], expected[0])
+            torch.testing.assert_close(lse[b : b + 1, :, start:end], expected[1])
+
+
+@few
+@given(doubles)
+def test_padding_may_hold_anything(problem):
+    q, k, v = problem.tensors()
+    third = problem.kv_len // 3
+    real = torch.ones(problem.batch, problem.kv_len, dtype=torch.bool)
+    real[:, :third] = False
+    real[:1, problem.kv_len - third :] = False
+    args = (problem.block_size, problem.topk)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    assert_like_the_oracle(problem, tuple(inputs), key_padding_mask=real)
+    results = []
+    for bad in (0.0, float("nan"), float("inf")):
+        inputs = [x.detach().masked_fill(~real[:, None, :, None], bad) for x in (q, k, v)]
+        inputs = [x.requires_grad_() for x in inputs]
+        out = flex_moba(*inputs, *args, key_padding_mask=real)
+        results.append((out, *torch.autograd.grad(out.sum(), inputs)))
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            assert_bitwise_equal(actual, expected)
+
+
+@pytest.mark.parametrize("impl", ["portable", "masked"])
+def test_implementations_agree(impl):
+    problem = Problem(
+        kv_heads=2, group=2, q_len=300, kv_len=300, block_size=32, topk=3, head_dim=16
+    )
+    q, k, v = problem.tensors()
+    q, k, v = q.float(), k.float(), v.float()
+    for where in (
+        {"cu_seqlens": torch.tensor([0, 7, 7, 8, 205, 300], dtype=torch.int32)},
+        {"key_padding_mask": (torch.arange(300) >= 37)[None]},
+    ):
+        out = flex_moba(q, k, v, 32, 3, impl=impl, **where)
+        torch.testing.assert_close(out, moba_reference(q, k, v, 32, 3, **where))
+
+
+# Said of what torch.compile itself does with an autograd.Function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["cu_seqlens", "key_padding_mask"])
+def test_compiles_to_one_graph(name):
+    problem = Problem(q_len=70, kv_len=70, block_size=8, topk=3)
+    inputs = problem.tensors(requires_grad=True)
+    where = {
+        "cu_seqlens": torch.tensor([0, 3, 40, 70], dtype=torch.int32),
+        "key_padding_mask": (torch.arange(70) >= 9)[None],
+    }[name]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, where: Tensor) -> Tensor:
+        return flex_moba(q, k, v, 8, 3, **{name: where})
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    out, expected = compiled(*inputs, where), attend(*inputs, where)
+    assert_bitwise_equal(out, expected)
+    grads = (torch.autograd.grad(x.sum(), inputs) for x in (out, expected))
+    for actual, eager in zip(*grads, strict=True):
+        assert_bitwise_equal(actual, eager)
+
+
+X = torch.zeros(2, 1, 6, 4)
+ONE = X[:1]
+CU, IDS = torch.tensor([0, 2, 6]), torch.zeros(2, 6, dtype=torch.int64)
+REAL = torch.ones(2, 6, dtype=torch.bool)
+BAD = {
+    "two": (X, {"document_ids": IDS, "key_padding_mask": REAL}, ValueError, ("document_ids and",)),
+    "list": (ONE, {"cu_seqlens": [0, 6]}, TypeError, ("cu_seqlens", "list")),
+    "float": (ONE, {"cu_seqlens": CU.float()}, TypeError, ("cu_seqlens", "float32", "int32")),
+    "int mask": (X, {"key_padding_mask": IDS}, TypeError, ("key_padding_mask", "int64", "bool")),
+    "batch": (X, {"cu_seqlens": CU}, ValueError, ("cu_seqlens", "batch of 2", "document_ids")),
+    "shape": (X, {"document_ids": IDS[:1]}, ValueError, ("document_ids", r"\(2, 6\)", r"\(1, 6\)")),
+    "end": (ONE, {"cu_seqlens": CU - 1}, ValueError, ("cu_seqlens", "Lk=6", "-1 to 5")),
+    "falling": (ONE, {"cu_seqlens": CU[[0, 2, 1, 2]]}, ValueError, ("cu_seqlens", "-4")),
+    "torn": (
+        X,
+        {"key_padding_mask": REAL & (torch.arange(6) != 3)},
+        ValueError,
+        ("key_padding_mask", "one stretch", "row 0"),
+    ),
+    "device": (X, {"document_ids": IDS.to("meta")}, ValueError, ("document_ids", "cpu", "meta")),
+    "not causal": (
+        X,
+        {"document_ids": IDS, "is_causal": False},
+        NotImplementedError,
+        ("document_ids", "is_causal=False"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("x", "options", "error", "fragments"), BAD.values(), ids=BAD)
+def test_bad_calls(x, options, error, fragments):
+    assert_raises(error, fragments, lambda: flex_moba(x, x, x, 2, 2, **options))
+
+
+def test_fewer_queries_than_keys():
+    for where in ({"document_ids": IDS}, {"key_padding_mask": REAL}):
+        fragments = (*where, "Lq=5", "Lk=6")
+        attend = lambda where=where: flex_moba(X[:, :, 1:], X, X, 2, 2, **where)  # noqa: E731
+        assert_raises(NotImplementedError, fragments, attend)
+
+
+def test_nothing_at_all():
+    nothing = torch.zeros(1, 2, 0, 4)
+    aux = AuxRequest(lse=True)
+    out, _ = flex_moba(nothing, nothing, nothing, 2, 2, cu_seqlens=CU[[0, 0]], return_aux=aux)
+    assert out.shape == nothing.shape
+    assert moba_select(nothing, nothing, 2, 2, cu_seqlens=CU[[0, 0]]).shape == (1, 2, 0, 2)
