@@ -24,19 +24,12 @@ from flexmoba.checks import (
     check_topk,
     check_values,
 )
-from flexmoba.flex import why_not_compiled
-from flexmoba.fused import attend_fused, why_not_fused
-from flexmoba.gate import own_block, select_blocks, select_candidates
-from flexmoba.masked import attend_masked
-from flexmoba.portable import attend_portable
-from flexmoba.routed import attend_routed
-from flexmoba.routing import route
+from flexmoba.gate import own_block, select_candidates
+from flexmoba.impls import attend_blocks, attend_fully, resolve
 from flexmoba.sequence import layout_of
 
 if TYPE_CHECKING:
     from flexmoba.cache import MobaCache
-
-IMPLS = ("auto", "fused", "routed", "masked", "portable")
 
 
 def flex_moba(
@@ -160,18 +153,13 @@ def flex_moba(
         q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
 
     if first_block is None and topk >= n_blocks:
-        out, lse = _attend_fully(q, k, v, scale, impl, kernel_options, is_causal)
-    elif impl == "masked":
-        selection = select_blocks(
-            q, k, block_size, topk, is_causal=is_causal, first_block=first_block
-        )
-        out, lse = attend_masked(q, k, v, selection, block_size, scale, kernel_options, is_causal)
+        out, lse = attend_fully(q, k, v, scale, impl, kernel_options, is_causal)
     else:
         wanted = topk - 1 if is_causal else topk
         routed = select_candidates(
             q, k, block_size, wanted, is_causal=is_causal, first_block=first_block
         )
-        out, lse = _attend_blocks(
+        out, lse = attend_blocks(
             q, k, v, routed, None, block_size, scale, impl, kernel_options, is_causal
         )
     if layout is not None:
@@ -265,97 +253,23 @@ def selected_attention(
     if layout is not None:
         selection = layout.spread_selection(selection)
     if block_size >= k.shape[2]:  # one block: all of it, or nothing
-        out, lse = _attend_fully(q, k, v, scale, impl, kernel_options, is_causal)
+        out, lse = attend_fully(q, k, v, scale, impl, kernel_options, is_causal)
         chosen = (selection == 0).any(-1)
         out = torch.where(chosen[..., None], out, 0.0)
         lse = torch.where(chosen, lse, float("-inf"))
-    elif impl == "masked":
-        out, lse = attend_masked(q, k, v, selection, block_size, scale, kernel_options, is_causal)
     else:
         own, routed = None, selection
         if is_causal:
             here = own_block(q.shape[2], k.shape[2], block_size, q.device)[:, None]
             own = (selection == here).any(-1)
             routed = torch.where(selection < here, selection, -1)
-        out, lse = _attend_blocks(
+        out, lse = attend_blocks(
             q, k, v, routed, own, block_size, scale, impl, kernel_options, is_causal
         )
     if layout is not None:
         out, lse = layout.collect(out), layout.collect(lse[..., None])[..., 0]
         lse = lse.masked_fill(layout.is_padding(), float("-inf"))
     return _output(out, lse, return_aux)
-
-
-def _attend_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routed: Tensor,
-    own: Tensor | None,
-    block_size: int,
-    scale: float,
-    impl: str,
-    kernel_options: Mapping[str, Any] | None,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
-    """Attention over routed blocks and, if causal, the own one (of all queries if it is None)."""
-    if impl == "fused":
-        return attend_fused(q, k, v, routed, own, block_size, scale, is_causal)
-    if impl == "routed":
-        return attend_routed(q, k, v, routed, own, block_size, scale, kernel_options, is_causal)
-    kv_heads, kv_len = k.shape[1:3]
-    tiles = route(
-        routed, own, kv_heads, kv_len, block_size, block_size, is_causal=is_causal, fuse=False
-    )
-    return attend_portable(q, k, v, tiles, block_size, scale)
-
-
-def _attend_fully(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    impl: str,
-    kernel_options: Mapping[str, Any] | None,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
-    if impl == "portable":  # one block of everything
-        routed = torch.zeros((*q.shape[:3], int(not is_causal)), dtype=torch.int32, device=q.device)
-        return _attend_blocks(q, k, v, routed, None, k.shape[2], scale, impl, None, is_causal)
-    return attend_masked(q, k, v, None, 0, scale, kernel_options, is_causal)
-
-
-def why_not(
-    impl: str, q: Tensor, k: Tensor, v: Tensor, kernel_options: Mapping[str, Any] | None = None
-) -> str | None:
-    """Why an implementation cannot serve these inputs; None if it can."""
-    if impl == "portable":
-        return None
-    if impl == "masked" and q.device.type == "cpu":
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            return "has no gradients on CPU, FlexAttention offers none there"
-        return "runs on CPU only outside torch.compile" if torch.compiler.is_compiling() else None
-    reason = why_not_compiled(q, v)
-    if reason is None and impl == "fused":
-        reason = why_not_fused(q, v, kernel_options)
-    return reason
-
-
-def resolve(
-    impl: str, q: Tensor, k: Tensor, v: Tensor, kernel_options: Mapping[str, Any] | None = None
-) -> str:
-    """The implementation that serves these inputs; never another than the one named."""
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
-    if impl == "auto":
-        for better in ("fused", "routed"):
-            if why_not(better, q, k, v, kernel_options) is None:
-                return better
-        return "portable"
-    reason = why_not(impl, q, k, v, kernel_options)
-    if reason:
-        raise NotImplementedError(f'impl="{impl}" {reason}; use impl="auto" or "portable"')
-    return impl
 
 
 def _empty(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from flexmoba import __version__
-from flexmoba.attention import IMPLS, resolve, why_not
 from flexmoba.checks import DTYPES
+from flexmoba.impls import IMPLS, resolve, why_not
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
