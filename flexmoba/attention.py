@@ -17,6 +17,7 @@ from flexmoba.checks import (
     check_block_size,
     check_cache,
     check_documents,
+    check_gate,
     check_options,
     check_queries_and_keys,
     check_selected_blocks,
@@ -24,7 +25,7 @@ from flexmoba.checks import (
     check_topk,
     check_values,
 )
-from flexmoba.gate import own_block, select_candidates
+from flexmoba.gate import Gate, own_block, select_candidates
 from flexmoba.impls import attend_blocks, attend_fully, resolve
 from flexmoba.sequence import layout_of
 
@@ -41,6 +42,9 @@ def flex_moba(
     *,
     is_causal: bool = True,
     scale: float | None = None,
+    gate: str = "token",
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
     impl: str = "auto",
     kernel_options: Mapping[str, Any] | None = None,
     return_aux: AuxRequest | None = None,
@@ -73,6 +77,11 @@ def flex_moba(
         is_causal: Whether a query sees only keys at or before its position. If not, every block
             is a candidate and the own block is not forced.
         scale: Factor on the attention scores, ``1 / sqrt(D)`` by default. The gate is unscaled.
+        gate: Whose scores choose: ``"token"``, each query's and head's own, as in the paper;
+            ``"group"``, the sums over the query heads of a KV head; ``"tile"``, those of the first
+            of 128 queries. See `moba_select`.
+        sink_blocks: First blocks that every query attends to, counted in ``topk``.
+        local_blocks: Blocks right before the own one that every query attends to, likewise.
         impl: ``"routed"``: queries sorted by block into tiles, one FlexAttention call, parts
             merged by log-sum-exp; CUDA. ``"fused"``: the same by Triton kernels of our own,
             faster and smaller; CUDA, half precision, head dims from 16 to 128. ``"masked"``: one
@@ -123,10 +132,13 @@ def flex_moba(
     check_values(k, v)
     check_block_size(block_size)
     check_topk(topk, none_allowed=True)
+    offset = None if cache is not None else k.shape[2] - q.shape[2]
+    check_gate(gate, sink_blocks, local_blocks, offset, block_size, topk, is_causal=is_causal)
     check_options(scale, kernel_options, return_aux)
     check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, is_causal=is_causal)
     chosen, impl = impl, resolve(impl, q, k, v, kernel_options)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    options = Gate(gate, sink_blocks, local_blocks)
     if cache is not None:
         for name, given in (
             ("cu_seqlens", cu_seqlens),
@@ -137,8 +149,17 @@ def flex_moba(
                 raise ValueError(
                     f"{name} and cache do not go together; a padded chunk is added by cache.append"
                 )
-        check_cache(cache, q, k, block_size, is_causal, chosen, kernel_options)
-        return _output(*cache.attend(q, cache.append(k, v), topk, scale=scale), return_aux)
+        check_cache(cache, q, k, block_size, is_causal, gate, chosen, kernel_options)
+        out, lse = cache.attend(
+            q,
+            cache.append(k, v),
+            topk,
+            scale=scale,
+            gate=gate,
+            sink_blocks=sink_blocks,
+            local_blocks=local_blocks,
+        )
+        return _output(out, lse, return_aux)
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)
 
@@ -157,7 +178,7 @@ def flex_moba(
     else:
         wanted = topk - 1 if is_causal else topk
         routed = select_candidates(
-            q, k, block_size, wanted, is_causal=is_causal, first_block=first_block
+            q, k, block_size, wanted, options, is_causal=is_causal, first_block=first_block
         )
         out, lse = attend_blocks(
             q, k, v, routed, None, block_size, scale, impl, kernel_options, is_causal

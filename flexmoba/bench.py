@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flexmoba.attention import flex_moba
-from flexmoba.gate import moba_select, select_candidates
+from flexmoba.gate import Gate, moba_select, select_candidates
 
 SAMPLED_QUERIES = 32
 # Allowed errors, of the largest sampled output: half precision is rounded once per part, while in
@@ -214,7 +214,7 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
         return flex_moba(q, k, v, config.block_size, config.topk)  # type: ignore[return-value]
 
     def gate() -> Tensor:
-        return select_candidates(q, k, config.block_size, config.topk - 1, is_causal=True)
+        return select_candidates(q, k, config.block_size, config.topk - 1, Gate(), is_causal=True)
 
     result: dict[str, Any] = {}
     with torch.no_grad():

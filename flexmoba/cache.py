@@ -10,9 +10,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexmoba.attention import selected_attention
-from flexmoba.checks import check_block_size
+from flexmoba.checks import check_block_size, check_gate
 from flexmoba.decode import FEW, NO_ROOM, attend_few, has_kernels
-from flexmoba.gate import own_block, select_by_means
+from flexmoba.gate import (
+    GATE_TILE,
+    Gate,
+    gate_queries,
+    own_block,
+    select_by_means,
+    shared_out,
+)
 from flexmoba.precision import without_autocast
 
 
@@ -91,6 +98,8 @@ class MobaCache:
         )
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._most = 0  # tokens of the longest row, or more; known without asking the device
+        # Under gate="tile", the first query of every tile: it chooses for those still to come.
+        self._tile_queries: Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -120,7 +129,15 @@ class MobaCache:
         return positions
 
     def attend(
-        self, q: Tensor, positions: Tensor, topk: int | None, *, scale: float | None = None
+        self,
+        q: Tensor,
+        positions: Tensor,
+        topk: int | None,
+        *,
+        scale: float | None = None,
+        gate: str = "token",
+        sink_blocks: int = 0,
+        local_blocks: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Attention of new queries to their own and their best past blocks (Eq. 2 to 6).
 
@@ -129,6 +146,10 @@ class MobaCache:
             positions: What `append` returned for the same tokens, ``(B, n)`` int32.
             topk: Blocks that each query attends to, its own included; None for all of them.
             scale: Factor on the attention scores, ``1 / sqrt(D)`` by default.
+            gate: As in `moba_select`. With ``"tile"``, every token must come through `attend`, as
+                the first query of a tile chooses for all of it.
+            sink_blocks: As in `moba_select`.
+            local_blocks: As in `moba_select`.
 
         Returns:
             The output ``(B, Hq, n, Dv)`` and the log-sum-exp ``(B, Hq, n)``. Queries of padding
@@ -136,7 +157,8 @@ class MobaCache:
             gets NaN.
 
         Raises:
-            ValueError: Shapes do not fit.
+            ValueError: Shapes or the gate's options do not fit, or tokens were added before
+                ``gate="tile"`` could keep their tile's query.
             NotImplementedError: q requires gradients.
         """
         batch, heads, n, dim = q.shape
@@ -155,10 +177,16 @@ class MobaCache:
                 "attention to a cache has no gradients; call it under torch.no_grad(), or call "
                 "flex_moba without a cache to train"
             )
+        check_gate(gate, sink_blocks, local_blocks, None, self.block_size, topk, is_causal=True)
         n_blocks = self.means.shape[2]
         topk = n_blocks if topk is None else min(topk, n_blocks)  # no fewer are full attention
+        topk = max(topk, 1 + sink_blocks + local_blocks)
         scale = dim**-0.5 if scale is None else float(scale)
-        out, lse = _attend(q, self.k, self.v, self.means, positions, self.block_size, topk, scale)
+        tile_queries = self._keep_tile_queries(q, positions) if gate == "tile" else None
+        out, lse = _attend(
+            *(q, self.k, self.v, self.means, positions, tile_queries),
+            *(self.block_size, topk, scale, gate, sink_blocks, local_blocks),
+        )
         return out, lse
 
     def reset(self) -> None:
@@ -178,8 +206,18 @@ class MobaCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Makes row ``i`` what row ``rows[i]`` was, ``(B,)`` ints: for beam search."""
-        for x in (self.k, self.v, self.means, self.lengths):
-            x.copy_(x.index_select(0, rows))
+        for x in (self.k, self.v, self.means, self.lengths, self._tile_queries):
+            if x is not None:
+                x.copy_(x.index_select(0, rows))
+
+    def check_tiles(self, before: int | None = None) -> None:
+        """Raises ValueError if ``before`` tokens, all by default, came without a gate of tiles."""
+        before = self._most if before is None else before
+        if self._tile_queries is None and before > 0:
+            raise ValueError(
+                f'gate="tile" needs the queries of all tokens, but {before} came without it; use '
+                "it from the first token on"
+            )
 
     def _make_room(self, n: int) -> None:
         # Inside a compiled graph lengths are not known: there, room is made by `max_len`.
@@ -196,12 +234,31 @@ class MobaCache:
                     f"taken, so {n} more do not fit; make it with a larger max_len"
                 )
             blocks = -(-max(2 * self.capacity, self._most + n) // self.block_size) + 1
-            for name, size in (("k", self.block_size), ("v", self.block_size), ("means", 1)):
+            n_blocks = self.means.shape[2]
+            for name in ("k", "v", "means", "_tile_queries"):
                 x = getattr(self, name)
-                grown = x.new_zeros((*x.shape[:2], blocks * size, x.shape[3]))
-                grown[:, :, : x.shape[2]] = x
-                setattr(self, name, grown)
+                if x is not None:
+                    size = blocks * (x.shape[2] // n_blocks)
+                    grown = x.new_zeros((*x.shape[:2], size, x.shape[3]))
+                    grown[:, :, : x.shape[2]] = x
+                    setattr(self, name, grown)
         self._most += n
+
+    def _keep_tile_queries(self, q: Tensor, positions: Tensor) -> Tensor:
+        batch, heads, n, dim = q.shape
+        self.check_tiles(before=self._most - n)
+        if self._tile_queries is None:
+            tiles = self.k.shape[2] // GATE_TILE
+            self._tile_queries = q.new_zeros(batch, heads, tiles, dim)
+        elif self._tile_queries.shape[1] != heads:
+            raise ValueError(
+                f"q must have the {self._tile_queries.shape[1]} heads of the tokens before, got "
+                f"{heads}"
+            )
+        starts = (positions >= 0) & (positions < self.capacity) & (positions % GATE_TILE == 0)
+        tile = torch.where(starts, positions // GATE_TILE, self.capacity // GATE_TILE)
+        self._tile_queries.scatter_(2, tile.long()[:, None, :, None].expand_as(q), q)
+        return self._tile_queries
 
     def _check(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         for name, new, old in (("k", k, self.k), ("v", v, self.v)):
@@ -299,13 +356,23 @@ def _attend(
     v: Tensor,
     means: Tensor,
     positions: Tensor,
+    tile_queries: Tensor | None,
     block_size: int,
     topk: int,
     scale: float,
+    per: str,
+    sink_blocks: int,
+    local_blocks: int,
 ) -> tuple[Tensor, Tensor]:
+    gate = Gate(per, sink_blocks, local_blocks)
     # Longer chunks are sorted by block, like any other call, a row of the batch at a time.
     if q.shape[2] <= FEW:
-        return attend_few(q, k, v, means, positions, block_size, topk, scale)
+        if tile_queries is None:
+            choosing = gate_queries(q, k.shape[1], gate)
+        else:
+            tile = positions.clamp(0, k.shape[2] - 1).long() // GATE_TILE
+            choosing = tile_queries.gather(2, tile[:, None, :, None].expand_as(q))
+        return attend_few(q, k, v, means, positions, choosing, block_size, topk, scale, gate)
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = torch.full_like(
         out[..., 0], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32)
@@ -325,9 +392,16 @@ def _attend(
                 "make it with a larger max_len"
             )
         blocks = -(-kv_len // block_size)
+        first = kv_len - queries.shape[2]
+        place = first % gate.stride  # of the first query in its tile
+        if tile_queries is None:
+            choosing = gate_queries(queries, k.shape[1], gate)
+        else:
+            choosing = tile_queries[row, :, first // GATE_TILE : -(-kv_len // GATE_TILE)]
         past = select_by_means(
-            queries, means[row, :, :blocks], kv_len, block_size, topk - 1, is_causal=True
+            choosing, means[row, :, :blocks], first - place, block_size, topk - 1, gate, True
         )
+        past = shared_out(past, q.shape[1], queries.shape[2], gate, first_query=place)
         own = own_block(queries.shape[2], kv_len, block_size, q.device)[:, None]
         selection = torch.cat([own.expand(*past.shape[:3], 1), past], -1)
         result: Any = selected_attention(

@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import AuxRequest
 if TYPE_CHECKING:
     from flexmoba.cache import MobaCache
 
+GATES = ("token", "group", "tile")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -71,6 +72,51 @@ def check_topk(topk: int | None, *, none_allowed: bool = False) -> None:
     if none_allowed:
         remedy += ", or None for full attention"
     _check_positive("topk", topk, remedy)
+
+
+def check_gate(
+    gate: str,
+    sink_blocks: int,
+    local_blocks: int,
+    offset: int | None,
+    block_size: int,
+    topk: int | None,
+    *,
+    is_causal: bool,
+) -> None:
+    """That a gate exists, and that tiles, sinks and local blocks fit the rest.
+
+    ``offset`` is the position of the first query; None where a cache knows those before.
+    """
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(map(repr, GATES))}, got {gate!r}")
+    for name, value in (("sink_blocks", sink_blocks), ("local_blocks", local_blocks)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    if local_blocks and not is_causal:
+        raise ValueError(
+            f"local_blocks={local_blocks} and is_causal=False do not go together: without an own "
+            "block there is none before it; use local_blocks=0"
+        )
+    always = sink_blocks + local_blocks + int(is_causal)
+    if topk is not None and topk < always:
+        raise ValueError(
+            f"topk={topk} is too few for sink_blocks={sink_blocks} and local_blocks={local_blocks}"
+            f"{' and the own block' if is_causal else ''}; use at least {always}"
+        )
+    if gate == "tile":
+        if block_size % 128 != 0:
+            raise NotImplementedError(
+                f'gate="tile" needs a block_size of whole tiles of 128 queries, got '
+                f'block_size={block_size}; use a multiple of 128, or gate="token"'
+            )
+        if offset is not None and offset % 128 != 0:
+            raise NotImplementedError(
+                f'gate="tile" needs the first query of every tile of 128, got queries from '
+                f"position {offset} on; begin at a multiple of 128, or pass a cache, which keeps it"
+            )
 
 
 def check_selection(selection: Tensor, q: Tensor) -> None:
@@ -260,6 +306,7 @@ def check_cache(
     k: Tensor,
     block_size: int,
     is_causal: bool,
+    gate: str,
     impl: str,
     kernel_options: Mapping[str, Any] | None,
 ) -> None:
@@ -279,3 +326,5 @@ def check_cache(
         raise NotImplementedError(f'impl="{impl}" does not go with cache; use impl="auto"')
     if kernel_options:
         raise NotImplementedError("kernel_options do not go with cache; leave them out")
+    if gate == "tile":
+        cache.check_tiles()

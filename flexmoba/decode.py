@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flexmoba.gate import highest
+from flexmoba.gate import Gate, always_selected, highest
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MAX_DIM = 256
@@ -31,9 +31,11 @@ def attend_few(
     v: Tensor,
     means: Tensor,
     positions: Tensor,
+    gate_rows: Tensor,
     block_size: int,
     topk: int,
     scale: float,
+    gate: Gate,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query to its own block and its ``topk - 1`` best past ones.
 
@@ -43,9 +45,12 @@ def attend_few(
         v: ``(B, Hkv, N * block_size, Dv)``.
         means: ``(B, Hkv, N, D)``, mean keys; those of blocks that are not full are not read.
         positions: ``(B, Lq)`` int32, where each query stands; below 0 for none, which gets zeros.
+        gate_rows: ``(B, Hq or Hkv, Lq, D)``, what chooses for each query, as the gate wants it.
         block_size: Keys in a block.
-        topk: Blocks that each query attends to, its own included.
+        topk: Blocks that each query attends to, its own included; at least those that the gate
+            always selects.
         scale: Factor on the scores.
+        gate: What chooses, and what is always chosen.
 
     Returns:
         The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``, float32 or float64.
@@ -57,7 +62,7 @@ def attend_few(
 
         if topk <= MAX_TOPK:
             attend = attend_few_on_cuda
-    return attend(q, k, v, means, positions, block_size, topk, scale)
+    return attend(q, k, v, means, positions, gate_rows, block_size, topk, scale, gate)
 
 
 def _attend_gathered(
@@ -66,16 +71,25 @@ def _attend_gathered(
     v: Tensor,
     means: Tensor,
     positions: Tensor,
+    gate_rows: Tensor,
     block_size: int,
     topk: int,
     scale: float,
+    gate: Gate,
 ) -> tuple[Tensor, Tensor]:
     batch, kv_heads, n_blocks, _ = means.shape
     precise = torch.promote_types(q.dtype, torch.float32)
     queries = rearrange(q.to(precise), "b (h g) l d -> b h g l d", h=kv_heads)
     own = (positions.clamp(0, n_blocks * block_size - 1) // block_size)[:, None, None]
-    past = highest(queries @ means.to(precise)[:, :, None].mT, own, None, topk - 1)
-    chosen = torch.cat([own[..., None].expand(*past.shape[:-1], 1), past], -1)
+    rows = rearrange(gate_rows.to(precise), "b (h g) l d -> b h g l d", h=kv_heads)
+    scored = topk - 1 - gate.sink_blocks - gate.local_blocks
+    first, end = torch.full_like(own, gate.sink_blocks), own - gate.local_blocks
+    parts = [own[..., None], highest(rows @ means.to(precise)[:, :, None].mT, first, end, scored)]
+    always = always_selected(torch.zeros_like(own[:, 0, 0]), own[:, 0, 0], gate)
+    if always is not None:
+        parts.append(always[:, None])
+    group = queries.shape[2]
+    chosen = torch.cat([x.expand(batch, kv_heads, group, *x.shape[3:]) for x in parts], -1)
 
     batch_index = torch.arange(batch, device=q.device).view(-1, 1, 1, 1, 1)
     head_index = torch.arange(kv_heads, device=q.device).view(-1, 1, 1, 1)

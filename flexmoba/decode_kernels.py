@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexmoba.decode import NO_ROOM
+from flexmoba.gate import Gate
 from flexmoba.gate_kernel import NOTHING, keep_best, nothing_yet, score_keys
 from flexmoba.launch import kernel, launch, packed
 
@@ -31,15 +32,20 @@ def attend_few_on_cuda(
     v: Tensor,
     means: Tensor,
     positions: Tensor,
+    gate_rows: Tensor,
     block_size: int,
     topk: int,
     scale: float,
+    gate: Gate,
 ) -> tuple[Tensor, Tensor]:
     """What `decode.attend_few` describes."""
     batch, heads, q_len, dim = q.shape
     kv_heads, n_blocks, value_dim = k.shape[1], means.shape[2], v.shape[3]
     q, k, v, means, positions = (packed(x) for x in (q, k, v, means, positions))
+    gate_rows = packed(gate_rows)
     rows, group = batch * heads * q_len, heads // kv_heads
+    n_gate_rows, gate_group = gate_rows.shape[:3].numel(), gate_rows.shape[1] // kv_heads
+    scored = topk - 1 - gate.sink_blocks - gate.local_blocks
     split = max(_LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(n_blocks, _MOST_SPLITS)))
     splits = triton.cdiv(n_blocks, split)
     chunks = triton.cdiv(block_size, _CHUNK)
@@ -47,12 +53,15 @@ def attend_few_on_cuda(
     constants = {
         "GROUP": group,
         "Q_LEN": q_len,
-        "COUNT": topk - 1,
-        "SLOTS": triton.next_power_of_2(max(1, topk - 1)),
+        "GATE_GROUP": gate_group,
+        "SINKS": gate.sink_blocks,
+        "LOCALS": gate.local_blocks,
+        "COUNT": scored,
+        "SLOTS": triton.next_power_of_2(max(1, scored)),
         "SPLIT": split,
         "SPLITS": splits,
         "ALL_SPLITS": triton.next_power_of_2(splits),
-        "TILE_Q": min(64, max(16, triton.next_power_of_2(group * q_len))),
+        "TILE_Q": min(64, max(16, triton.next_power_of_2(gate_group * q_len))),
         "TILE_N": 32,
         "BLOCK_SIZE": block_size,
         "CHUNK": _CHUNK,
@@ -67,20 +76,22 @@ def attend_few_on_cuda(
         "TILE_VALUE_D": max(16, triton.next_power_of_2(value_dim)),
         "num_warps": 4,
     }
-    dtypes = (q.dtype,)
-    best = torch.empty(rows * splits * constants["SLOTS"], dtype=torch.int64, device=q.device)
+    dtypes = (q.dtype, gate_rows.dtype)
+    best = torch.empty(
+        n_gate_rows * splits * constants["SLOTS"], dtype=torch.int64, device=q.device
+    )
     part = torch.empty(rows, parts, value_dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(rows, parts, dtype=torch.float32, device=q.device)
     out = q.new_empty(batch, heads, q_len, value_dim)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     factor = scale / math.log(2)
     with torch.cuda.device_of(q):
-        if topk > 1:
-            tiles = triton.cdiv(group * q_len, constants["TILE_Q"])
+        if scored > 0:
+            tiles = triton.cdiv(gate_group * q_len, constants["TILE_Q"])
             launch(
                 _score_kernel,
                 batch * kv_heads * tiles * splits,
-                (q, means, positions, best, kv_heads, n_blocks),
+                (gate_rows, means, positions, best, kv_heads, n_blocks),
                 constants,
                 dtypes,
             )
@@ -170,21 +181,23 @@ def _append_kernel(
 @kernel
 def _score_kernel(
     q_ptr, means_ptr, positions_ptr, best_ptr, kv_heads: tl.int32, n_blocks: tl.int32,
-    GROUP: tl.constexpr, Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
+    GATE_GROUP: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr,
+    Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
     SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILE_Q: tl.constexpr, TILE_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """The best blocks of one split for the queries of one KV head."""
-    tiles: tl.constexpr = (GROUP * Q_LEN + TILE_Q - 1) // TILE_Q
+    tiles: tl.constexpr = (GATE_GROUP * Q_LEN + TILE_Q - 1) // TILE_Q
     split = tl.program_id(0) % SPLITS
     tile = tl.program_id(0) // SPLITS % tiles
     kv_head = tl.program_id(0) // (SPLITS * tiles)  # counted over the batch
     query = tile * TILE_Q + tl.arange(0, TILE_Q)
-    there = query < GROUP * Q_LEN
-    query = tl.minimum(query, GROUP * Q_LEN - 1)
+    there = query < GATE_GROUP * Q_LEN
+    query = tl.minimum(query, GATE_GROUP * Q_LEN - 1)
     position = tl.load(positions_ptr + kv_head // kv_heads * Q_LEN + query % Q_LEN)
-    candidates = tl.minimum(tl.maximum(position, 0) // BLOCK_SIZE, n_blocks)
-    row = kv_head.to(tl.int64) * (GROUP * Q_LEN) + query
+    first = tl.full([TILE_Q], SINKS, tl.int32)
+    candidates = tl.minimum(tl.maximum(position, 0) // BLOCK_SIZE, n_blocks) - LOCALS
+    row = kv_head.to(tl.int64) * (GATE_GROUP * Q_LEN) + query
     dim = tl.arange(0, TILE_D)
     in_dim = (dim < DIM)[None, :]
     q = tl.load(q_ptr + row[:, None] * DIM + dim[None, :], mask=in_dim, other=0.0)
@@ -198,7 +211,7 @@ def _score_kernel(
             mask=(block < n_blocks)[:, None] & in_dim,
             other=0.0,
         )
-        best = keep_best(best, score_keys(q, mean, block, candidates))
+        best = keep_best(best, score_keys(q, mean.to(q.dtype), block, first, candidates))
     best = tl.where(slot < COUNT, best, NOTHING)
     at = (row * SPLITS + split) * SLOTS
     tl.store(best_ptr + at[:, None] + slot, best, mask=there[:, None])
@@ -208,7 +221,8 @@ def _score_kernel(
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, best_ptr, part_ptr, part_lse_ptr,
     kv_heads: tl.int32, n_blocks: tl.int32, factor: tl.float32,
-    GROUP: tl.constexpr, Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
+    GROUP: tl.constexpr, GATE_GROUP: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr,
+    Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
     SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
     DIM: tl.constexpr, TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
@@ -221,17 +235,27 @@ def _attend_kernel(
     position = tl.load(positions_ptr + head // (GROUP * kv_heads) * Q_LEN + row % Q_LEN)
     block = tl.where(position < n_blocks * BLOCK_SIZE, position // BLOCK_SIZE, -1)
     block = tl.where(position >= 0, block, -1)
+    own, chosen = block, place - (1 + LOCALS + SINKS)
+    if place > 0:
+        block = own - place
+        if block < SINKS:  # a sink already
+            block = -1
+        if place > LOCALS:
+            block = place - (1 + LOCALS)
+            if block >= own:
+                block = -1
     if COUNT > 0:  # known when compiling  # noqa: SIM102
-        if place > 0:
+        if chosen >= 0:
+            gate_row = head // (GROUP // GATE_GROUP) * Q_LEN + row % Q_LEN
             index = tl.arange(0, ALL_SPLITS * SLOTS)
             keys = tl.load(
-                best_ptr + row * (SPLITS * SLOTS) + index,
+                best_ptr + gate_row * (SPLITS * SLOTS) + index,
                 mask=index < SPLITS * SLOTS,
                 other=NOTHING,
             )
             keys = tl.sort(keys, descending=True)
-            wanted = tl.max(tl.where(index == place - 1, keys, NOTHING), 0)
-            exists = (block >= 0) & (wanted >= NOTHING + SLOTS)
+            wanted = tl.max(tl.where(index == chosen, keys, NOTHING), 0)
+            exists = (own >= 0) & (wanted >= NOTHING + SLOTS)
             block = tl.where(exists, (wanted & 0xFFFFFFFF).to(tl.int32), -1)
     part = row * PARTS + tl.program_id(0) % PARTS
     first = block * BLOCK_SIZE + chunk * CHUNK

@@ -6,12 +6,19 @@ of the block's keys. The choice is exact and deterministic: means and scores acc
 """
 
 import importlib.util
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from flexmoba.checks import check_block_size, check_documents, check_queries_and_keys, check_topk
+from flexmoba.checks import (
+    check_block_size,
+    check_documents,
+    check_gate,
+    check_queries_and_keys,
+    check_topk,
+)
 from flexmoba.precision import without_autocast
 from flexmoba.sequence import layout_of
 
@@ -19,6 +26,21 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # The plain gate works through queries in pieces, so that its scores stay this small.
 _SCORES_AT_ONCE = 2**22
+
+GATE_TILE = 128  # queries that share a choice under gate="tile"
+
+
+class Gate(NamedTuple):
+    """Whose scores choose, and what is chosen without a score; as `moba_select` describes it."""
+
+    per: str = "token"
+    sink_blocks: int = 0
+    local_blocks: int = 0
+
+    @property
+    def stride(self) -> int:
+        """Queries that one choice is for."""
+        return GATE_TILE if self.per == "tile" else 1
 
 
 def moba_select(
@@ -28,6 +50,9 @@ def moba_select(
     topk: int,
     *,
     is_causal: bool = True,
+    gate: str = "token",
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
     cu_seqlens: Tensor | None = None,
     document_ids: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
@@ -50,19 +75,27 @@ def moba_select(
         topk: Blocks to select, the own block included, at least 1.
         is_causal: Whether only the own block and those before it may be selected. If not, every
             block is a candidate and the own block is not forced.
+        gate: Whose scores choose. ``"token"``: those of each query and head, as in the paper.
+            ``"group"``: the query heads of a KV head share a choice, by the sum of their scores.
+            ``"tile"``: 128 queries in a row share, in each head, the choice of their first one;
+            tiles begin at multiples of 128, which must divide ``block_size`` and ``Lk - Lq``.
+        sink_blocks: First blocks that every query selects, counted in ``topk``.
+        local_blocks: Blocks right before the own one that every query selects, likewise.
         cu_seqlens: Boundaries of packed documents, as in `flex_moba`. Indices then count the
             blocks of a row in order, over all its documents.
         document_ids: As in `flex_moba`; indices as with ``cu_seqlens``.
         key_padding_mask: As in `flex_moba`. Block 0 begins at the first real token.
 
     Returns:
-        Block indices, int32 ``(B, Hq, Lq, topk)``: the own block first (if causal), the others by
-        descending score, then -1 where there are no more candidates. Padding has -1 alone.
+        Block indices, int32 ``(B, Hq, Lq, topk)``: the own block first (if causal), then local
+        blocks from the nearest on, sinks, and the others by descending score; -1 where there is no
+        such block. Padding has -1 alone.
 
     Raises:
         TypeError: An argument is of the wrong type.
         ValueError: Shapes, dtypes or devices do not fit, or a size is not positive.
-        NotImplementedError: Documents or padding, not causal or with fewer queries than keys.
+        NotImplementedError: Documents or padding, not causal or with fewer queries than keys;
+            ``gate="tile"`` where tiles do not divide the blocks or begin before the queries.
 
     Examples:
         >>> import torch
@@ -76,36 +109,40 @@ def moba_select(
     check_queries_and_keys(q, k)
     check_block_size(block_size)
     check_topk(topk)
+    offset = k.shape[2] - q.shape[2]
+    check_gate(gate, sink_blocks, local_blocks, offset, block_size, topk, is_causal=is_causal)
     check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, is_causal=is_causal)
+    options = Gate(gate, sink_blocks, local_blocks)
     layout = None
     if q.numel() > 0:
         layout = layout_of(k.shape[2], block_size, cu_seqlens, document_ids, key_padding_mask)
     if layout is None:
-        return select_blocks(q, k, block_size, topk, is_causal=is_causal)
+        return _select_blocks(q, k, block_size, topk, options, is_causal=is_causal)
     block_size, q, k = layout.block_size, layout.spread(q.detach()), layout.spread(k.detach())
-    selection = select_blocks(
-        q, k, block_size, topk, is_causal=True, first_block=layout.first_block
+    selection = _select_blocks(
+        q, k, block_size, topk, options, is_causal=True, first_block=layout.first_block
     )
     return layout.collect_selection(selection)
 
 
-def select_blocks(
+def _select_blocks(
     q: Tensor,
     k: Tensor,
     block_size: int,
     topk: int,
+    gate: Gate,
     *,
     is_causal: bool,
     first_block: Tensor | None = None,
 ) -> Tensor:
     """`moba_select` of checked arguments; ``first_block`` as in `select_candidates`."""
     if not is_causal:
-        return select_candidates(q, k, block_size, topk, is_causal=False)
-    q_len, kv_len = q.shape[2], k.shape[2]
-    own = own_block(q_len, kv_len, block_size, q.device).view(1, 1, q_len, 1)
-    own = own.expand(*q.shape[:2], -1, -1)
-    past = select_candidates(q, k, block_size, topk - 1, is_causal=True, first_block=first_block)
-    return torch.cat([own, past], dim=-1)
+        return select_candidates(q, k, block_size, topk, gate, is_causal=False)
+    own = own_block(q.shape[2], k.shape[2], block_size, q.device)
+    past = select_candidates(
+        q, k, block_size, topk - 1, gate, is_causal=True, first_block=first_block
+    )
+    return torch.cat([own.expand(q.shape[:3])[..., None], past], dim=-1)
 
 
 def own_block(q_len: int, kv_len: int, block_size: int, device: torch.device) -> Tensor:
@@ -118,17 +155,46 @@ def select_candidates(
     k: Tensor,
     block_size: int,
     count: int,
+    gate: Gate,
     *,
     is_causal: bool,
     first_block: Tensor | None = None,
 ) -> Tensor:
-    """The ``count`` highest-scoring candidates of each query, ``(B, Hq, Lq, count)`` int32.
+    """``count`` candidates of each query, ``(B, Hq, Lq, count)`` int32; see `moba_select`.
 
     If causal, the candidates are the blocks before the own one, from ``first_block (B, Lq)`` on.
-    See `moba_select` for the rest.
+    There may be more columns than ``count`` where sinks and local blocks alone are more.
     """
-    selection: Tensor = _select(q.detach(), k.detach(), first_block, block_size, count, is_causal)
-    return selection
+    rows = gate_queries(q, k.shape[1], gate)
+    if first_block is not None:
+        first_block = first_block[:, :: gate.stride].contiguous()
+    offset = k.shape[2] - q.shape[2]
+    chosen: Tensor = _select(
+        rows, k.detach(), first_block, offset, block_size, count, *gate, is_causal
+    )
+    return shared_out(chosen, q.shape[1], q.shape[2], gate)
+
+
+def gate_queries(q: Tensor, kv_heads: int, gate: Gate) -> Tensor:
+    """The rows that choose: of every query, of a KV head's sum, or of every tile's first."""
+    q = q.detach()
+    if gate.per == "group":  # a sum of scores is the score of the sum
+        precise = torch.promote_types(q.dtype, torch.float32)
+        q = rearrange(q, "b (h g) l d -> b h g l d", h=kv_heads).sum(2, dtype=precise)
+    return q[:, :, :: gate.stride]
+
+
+def shared_out(
+    chosen: Tensor, heads: int, q_len: int, gate: Gate, *, first_query: int = 0
+) -> Tensor:
+    """The choice of `gate_queries` for every query; the first one's place may be in a tile."""
+    if gate.per == "group":
+        chosen = chosen.repeat_interleave(heads // chosen.shape[1], 1, output_size=heads)
+    if gate.per == "tile":
+        tiles = chosen.shape[2]
+        chosen = chosen.repeat_interleave(GATE_TILE, 2, output_size=tiles * GATE_TILE)
+        chosen = chosen[:, :, first_query : first_query + q_len]
+    return chosen
 
 
 # Opaque to compilers: one implementation each for CUDA and the rest, the same inside
@@ -136,47 +202,93 @@ def select_candidates(
 @torch.library.custom_op("flexmoba::select", mutates_args=())
 @without_autocast
 def _select(
-    q: Tensor,
+    rows: Tensor,
     k: Tensor,
     first_block: Tensor | None,
+    offset: int,
     block_size: int,
     count: int,
+    per: str,
+    sink_blocks: int,
+    local_blocks: int,
     is_causal: bool,
 ) -> Tensor:
+    gate = Gate(per, sink_blocks, local_blocks)
     means = block_means(k, block_size)
-    return select_by_means(q, means, k.shape[2], block_size, count, is_causal, first_block)
-
-
-def select_by_means(
-    q: Tensor,
-    means: Tensor,
-    kv_len: int,
-    block_size: int,
-    count: int,
-    is_causal: bool,
-    first_block: Tensor | None = None,
-) -> Tensor:
-    """`select_candidates` given the mean keys, ``(B, Hkv, blocks, D)``."""
-    if count == 0 or q.numel() == 0 or means.shape[2] == 0:
-        return q.new_full((*q.shape[:3], count), -1, dtype=torch.int32)
-    if q.is_cuda and q.dtype != torch.float64 and _HAS_TRITON and first_block is None:
-        from flexmoba.gate_kernel import MAX_COUNT, MAX_HEAD_DIM, select_on_cuda
-
-        if count <= MAX_COUNT and q.shape[-1] <= MAX_HEAD_DIM:
-            return select_on_cuda(q, means, kv_len, block_size, count, is_causal)
-    return _select_in_pieces(q, means, kv_len, block_size, count, is_causal, first_block)
+    return select_by_means(rows, means, offset, block_size, count, gate, is_causal, first_block)
 
 
 @_select.register_fake
 def _(
-    q: Tensor,
+    rows: Tensor,
     k: Tensor,
     first_block: Tensor | None,
+    offset: int,
     block_size: int,
     count: int,
+    per: str,
+    sink_blocks: int,
+    local_blocks: int,
     is_causal: bool,
 ) -> Tensor:
-    return q.new_empty((*q.shape[:3], count), dtype=torch.int32)
+    width = max(count, sink_blocks + local_blocks)
+    return rows.new_empty((*rows.shape[:3], width), dtype=torch.int32)
+
+
+def select_by_means(
+    rows: Tensor,
+    means: Tensor,
+    offset: int,
+    block_size: int,
+    count: int,
+    gate: Gate,
+    is_causal: bool,
+    first_block: Tensor | None = None,
+) -> Tensor:
+    """The choice of `gate_queries` given the mean keys, ``(B, Hkv, blocks, D)``.
+
+    Row ``i`` stands at position ``offset + i * gate.stride``.
+    """
+    n_blocks, n_rows = means.shape[2], rows.shape[2]
+    position = offset + torch.arange(n_rows, device=rows.device) * gate.stride
+    end = position // block_size if is_causal else torch.full_like(position, n_blocks)
+    first = position.new_zeros(1, 1) if first_block is None else first_block
+    forced = always_selected(first, end, gate)
+    scored = max(0, count - gate.sink_blocks - gate.local_blocks)
+    if scored == 0 or rows.numel() == 0 or n_blocks == 0:
+        best = rows.new_full((*rows.shape[:3], scored), -1, dtype=torch.int32)
+    elif _has_kernel(rows, scored):
+        from flexmoba.gate_kernel import select_on_cuda
+
+        means = means.to(rows.dtype)
+        best = select_on_cuda(rows, means, first_block, offset, block_size, scored, gate, is_causal)
+    else:
+        first, end = first + gate.sink_blocks, end - gate.local_blocks
+        best = _select_in_pieces(rows, means, first, end, scored)
+    if forced is None:
+        return best
+    return torch.cat([forced.expand(best.shape[0], best.shape[1], -1, -1), best], dim=-1)
+
+
+def _has_kernel(rows: Tensor, count: int) -> bool:
+    if not rows.is_cuda or rows.dtype == torch.float64 or not _HAS_TRITON:
+        return False
+    from flexmoba.gate_kernel import MAX_COUNT, MAX_HEAD_DIM
+
+    return count <= MAX_COUNT and rows.shape[-1] <= MAX_HEAD_DIM
+
+
+def always_selected(first: Tensor, end: Tensor, gate: Gate) -> Tensor | None:
+    """Local blocks and sinks among blocks ``first`` to ``end``, ``(B, 1, rows, them)`` int32.
+
+    A block that is both counts as a sink.
+    """
+    columns = []
+    for i in range(1, gate.local_blocks + 1):
+        columns.append(torch.where(end - i >= first + gate.sink_blocks, end - i, -1))
+    for i in range(gate.sink_blocks):
+        columns.append(torch.where(first + i < end, first + i, -1))
+    return torch.stack(columns, dim=-1).int()[:, None] if columns else None
 
 
 def block_means(k: Tensor, block_size: int) -> Tensor:
@@ -193,59 +305,47 @@ def block_means(k: Tensor, block_size: int) -> Tensor:
 
 
 def _select_in_pieces(
-    q: Tensor,
-    means: Tensor,
-    kv_len: int,
-    block_size: int,
-    count: int,
-    is_causal: bool,
-    first_block: Tensor | None = None,
+    rows: Tensor, means: Tensor, first: Tensor, end: Tensor, count: int
 ) -> Tensor:
-    batch, heads, q_len, _ = q.shape
+    """The best blocks from ``first`` to before ``end``, which are ``(B or 1, rows or 1)``."""
+    batch, heads, n_rows, _ = rows.shape
     kv_heads, n_blocks = means.shape[1:3]
-    precise = torch.promote_types(q.dtype, torch.float32)
-    grouped = rearrange(q, "b (h g) l d -> b h g l d", h=kv_heads)
+    precise = torch.promote_types(rows.dtype, torch.float32)
+    grouped = rearrange(rows, "b (h g) l d -> b h g l d", h=kv_heads)
     keys = means.to(precise)[:, :, None].mT
-    own = own_block(q_len, kv_len, block_size, q.device)
+    first, end = (x.expand(x.shape[0], n_rows)[:, None, None] for x in (first, end.view(1, -1)))
     piece = max(1, _SCORES_AT_ONCE // (batch * heads * n_blocks))
     chosen = [
         highest(
             grouped[..., start : start + piece, :].to(precise) @ keys,
-            own[start : start + piece] if is_causal else None,
-            None if first_block is None else first_block[:, None, None, start : start + piece],
+            first[..., start : start + piece],
+            end[..., start : start + piece],
             count,
         )
-        for start in range(0, q_len, piece)
+        for start in range(0, n_rows, piece)
     ]
     selected: Tensor = rearrange(torch.cat(chosen, dim=-2), "b h g l t -> b (h g) l t")
     return selected
 
 
-def highest(scores: Tensor, own: Tensor | None, first: Tensor | None, count: int) -> Tensor:
+def highest(scores: Tensor, first: Tensor, end: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` highest scores of each row, the later of equals first.
 
-    Candidates stand before block ``own`` and from block ``first`` on, where given; both have the
-    shape of the rows or expand to it.
+    Candidates are the blocks from ``first`` to before ``end``, which expand to the rows.
     """
     n_blocks = scores.shape[-1]
     # A candidate that scores -inf still comes before a block that is none.
     scores = scores.clamp(min=torch.finfo(scores.dtype).min)
-    candidates = torch.full_like(scores[..., 0], n_blocks, dtype=torch.int32)
-    if own is not None:
-        future = torch.arange(n_blocks, device=scores.device) >= own[..., None]
-        scores = scores.masked_fill(future, float("-inf"))
-        candidates = own.expand_as(candidates)
-        if first is not None:
-            foreign = torch.arange(n_blocks, device=scores.device) < first[..., None]
-            scores = scores.masked_fill(foreign, float("-inf"))
-            candidates = candidates - first
+    block = torch.arange(n_blocks, device=scores.device)
+    foreign = (block < first[..., None]) | (block >= end[..., None])
+    scores = scores.masked_fill(foreign, float("-inf"))
+    candidates = end - first
     # `max` returns the first of equals: turned around, that is the later block. For the few
     # blocks that are wanted, rounds of it are many times faster than `sort` or `topk`.
     scores = scores.flip(-1)
     chosen = scores.new_full((*scores.shape[:-1], count), -1, dtype=torch.int32)
     for i in range(min(count, n_blocks)):
-        first = scores.argmax(dim=-1, keepdim=True)
-        scores.scatter_(-1, first, float("-inf"))
-        block = (n_blocks - 1 - first[..., 0]).int()
-        chosen[..., i] = torch.where(i < candidates, block, -1)
+        best = scores.argmax(dim=-1, keepdim=True)
+        scores.scatter_(-1, best, float("-inf"))
+        chosen[..., i] = torch.where(i < candidates, (n_blocks - 1 - best[..., 0]).int(), -1)
     return chosen

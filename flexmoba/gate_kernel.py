@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexmoba.gate import Gate
 from flexmoba.launch import kernel, launch, packed
 
 MAX_COUNT = 64  # kept per row in registers
@@ -20,18 +21,30 @@ _EVERYTHING = tl.constexpr(2**63 - 1)
 
 
 def select_on_cuda(
-    q: Tensor, means: Tensor, kv_len: int, block_size: int, count: int, is_causal: bool
+    q: Tensor,
+    means: Tensor,
+    first_block: Tensor | None,
+    offset: int,
+    block_size: int,
+    count: int,
+    gate: Gate,
+    is_causal: bool,
 ) -> Tensor:
-    """The ``count`` best candidates of each query, as `gate.select_candidates` defines them."""
+    """The ``count`` best candidates of each row, as `gate.select_by_means` defines them."""
     batch, heads, q_len, dim = q.shape
     kv_heads, n_blocks = means.shape[1:3]
     q, means = packed(q), packed(means)
+    first = q if first_block is None else packed(first_block)
     chosen = torch.empty(batch, heads, q_len, count, dtype=torch.int32, device=q.device)
     tile_q, tile_n = 64, 32
-    numbers = (batch * heads, heads // kv_heads, q_len, n_blocks, kv_len - q_len, block_size)
+    numbers = (batch * heads, heads, heads // kv_heads, q_len, n_blocks, offset, block_size)
     constants = {
         "DIM": dim,
         "COUNT": count,
+        "HAS_FIRST": first_block is not None,
+        "SINKS": gate.sink_blocks,
+        "LOCALS": gate.local_blocks,
+        "STRIDE": gate.stride,
         "IS_CAUSAL": is_causal,
         "TILE_Q": tile_q,
         "TILE_N": tile_n,
@@ -41,7 +54,9 @@ def select_on_cuda(
     }
     with torch.cuda.device_of(q):
         n_programs = triton.cdiv(q_len, tile_q) * batch * heads
-        launch(_select_kernel, n_programs, (q, means, chosen, *numbers), constants, (q.dtype,))
+        launch(
+            _select_kernel, n_programs, (q, means, first, chosen, *numbers), constants, (q.dtype,)
+        )
     return chosen
 
 
@@ -53,15 +68,16 @@ def nothing_yet(ROWS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def score_keys(q, mean, block, candidates):
-    """The keys ``(rows, blocks)`` of a tile of blocks, of which each row has some candidates."""
+def score_keys(q, mean, block, first, end):
+    """The keys ``(rows, blocks)`` of a tile of blocks; candidates are from ``first`` to ``end``."""
     score = tl.dot(q, tl.trans(mean), input_precision="ieee")
     score = tl.where(score == 0.0, 0.0, score)  # -0.0 ties with 0.0
     bits = score.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # now ordered like the scores
     bits = tl.where(score != score, 0x7FFFFFFF, bits)
     key = (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
-    return tl.where(block[None, :] < candidates[:, None], key, NOTHING)
+    candidate = (block[None, :] >= first[:, None]) & (block[None, :] < end[:, None])
+    return tl.where(candidate, key, NOTHING)
 
 
 @triton.jit
@@ -82,8 +98,10 @@ def keep_best(best, key):
 def _select_kernel(
     q_ptr,
     means_ptr,
+    first_ptr,
     chosen_ptr,
     all_heads: tl.int32,
+    heads: tl.int32,
     group: tl.int32,
     q_len: tl.int32,
     n_blocks: tl.int32,
@@ -91,6 +109,10 @@ def _select_kernel(
     block_size: tl.int32,
     DIM: tl.constexpr,
     COUNT: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    SINKS: tl.constexpr,
+    LOCALS: tl.constexpr,
+    STRIDE: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -107,22 +129,23 @@ def _select_kernel(
     q = tl.load(
         q_ptr + q_row[:, None] * DIM + dim, mask=there[:, None] & (dim < DIM)[None, :], other=0.0
     )
-    end = n_blocks
-    candidates = tl.full([TILE_Q], 0, tl.int32) + n_blocks
+    end = tl.full([TILE_Q], 0, tl.int32) + n_blocks
     if IS_CAUSAL:
-        candidates = (row + offset) // block_size
-        end = (tl.minimum(tile * TILE_Q + TILE_Q, q_len) - 1 + offset) // block_size
+        end = (tl.minimum(row, q_len - 1) * STRIDE + offset) // block_size - LOCALS
+    first = tl.full([TILE_Q], SINKS, tl.int32)
+    if HAS_FIRST:
+        first += tl.load(first_ptr + head // heads * q_len + row, mask=there, other=n_blocks)
 
     slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
     means_ptr += (head // group).to(tl.int64) * n_blocks * DIM
-    for start in range(0, end, TILE_N):
+    for start in range(tl.min(first, 0) // TILE_N * TILE_N, tl.max(end, 0), TILE_N):
         block = start + tl.arange(0, TILE_N)
         mean = tl.load(
             means_ptr + block[:, None] * DIM + dim,
             mask=(block < n_blocks)[:, None] & (dim < DIM)[None, :],
             other=0.0,
         )
-        best = keep_best(best, score_keys(q, mean, block, candidates))
+        best = keep_best(best, score_keys(q, mean, block, first, end))
 
     best = tl.sort(best, descending=True)  # unused slots come first
     chosen = tl.where(best < NOTHING + SLOTS, -1, (best & 0xFFFFFFFF).to(tl.int32))

@@ -18,6 +18,9 @@ def moba_reference(
     *,
     is_causal: bool = True,
     scale: float | None = None,
+    gate: str = "token",
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
     cu_seqlens: Tensor | None = None,
     document_ids: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
@@ -40,6 +43,11 @@ def moba_reference(
         is_causal: Whether a query sees only keys at or before its position. If not, every block
             is a candidate and the own block is not forced.
         scale: Factor on the attention scores, ``1 / sqrt(D)`` by default. The gate is unscaled.
+        gate: ``"token"``, every query head chooses for every token; ``"group"``, the query heads
+            of a KV head choose together, by the sum of their scores; ``"tile"``, the queries at
+            positions ``128 * i`` to ``128 * i + 127`` take the choice of the first of them.
+        sink_blocks: First blocks that are always chosen, counted in ``topk``.
+        local_blocks: Blocks right before the own one that are always chosen, likewise.
         cu_seqlens: Where packed documents begin and end, int ``(n + 1,)``, from 0 to ``Lk``; the
             batch size is 1 and ``Lq == Lk``. Each document is attended to alone.
         document_ids: Or the document of each token, int ``(B, Lk)``: a new one begins wherever
@@ -71,7 +79,16 @@ def moba_reference(
             k[b : b + 1, :, start:end],
             v[b : b + 1, :, start:end],
         )
-        selected = reference_selection(q_alone, k_alone, block_size, topk, is_causal=is_causal)
+        selected = reference_selection(
+            q_alone,
+            k_alone,
+            block_size,
+            topk,
+            is_causal=is_causal,
+            gate=gate,
+            sink_blocks=sink_blocks,
+            local_blocks=local_blocks,
+        )
         mask = reference_mask(selected, block_size, end - start, is_causal=is_causal)
         out[b, :, queries] = reference_attention(
             q_alone.double(), k_alone.double(), v_alone.double(), mask, scale=scale
@@ -118,31 +135,53 @@ def reference_documents(
 
 
 def reference_selection(
-    q: Tensor, k: Tensor, block_size: int, topk: int | None, *, is_causal: bool
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    topk: int | None,
+    *,
+    is_causal: bool,
+    gate: str = "token",
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
 ) -> Tensor:
     """The gate: which blocks each query selects, as bools ``(B, Hq, Lq, number of blocks)``."""
     batch, heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
-    n_blocks = -(-kv_len // block_size)
-    own = (torch.arange(q_len) + kv_len - q_len) // block_size
+    n_blocks, group = -(-kv_len // block_size), heads // kv_heads
     if topk is None:
         return torch.ones(batch, heads, q_len, n_blocks, dtype=torch.bool, device=q.device)
 
     precise = torch.float64 if q.dtype == torch.float64 else torch.float32
     selected = torch.zeros(batch, heads, q_len, n_blocks, dtype=torch.bool, device=q.device)
     for b in range(batch):
+        scores_of_head = []
         for h in range(heads):
-            keys = k[b, h // (heads // kv_heads)].detach()
-            blocks = keys.split(block_size)
+            blocks = k[b, h // group].detach().split(block_size)
             means = torch.stack([block.to(precise).mean(0).to(k.dtype) for block in blocks])
-            scores = q[b, h].detach().to(precise) @ means.to(precise).T
+            scores_of_head.append(q[b, h].detach().to(precise) @ means.to(precise).T)
+        for h in range(heads):
+            scores = scores_of_head[h]
+            if gate == "group":
+                first_head = h // group * group
+                scores = torch.stack(scores_of_head[first_head : first_head + group]).sum(0)
             scores = scores.nan_to_num(
                 nan=float("inf")
             )  # NaN is highest, then inf, as in torch.sort
-            for i, row in enumerate(scores.tolist()):
-                candidates = range(int(own[i])) if is_causal else range(n_blocks)
-                best_first = sorted(candidates, key=lambda j: (row[j], j), reverse=True)
-                chosen = [int(own[i]), *best_first[: topk - 1]] if is_causal else best_first[:topk]
+            rows = scores.tolist()
+            for i in range(q_len):
+                position = i + kv_len - q_len
+                chooser = i - position % 128 if gate == "tile" else i
+                own, row = position // block_size, rows[chooser]
+                past = range(own if is_causal else n_blocks)
+                always = [j for j in past if j < sink_blocks or j >= own - local_blocks]
+                if not is_causal:
+                    always = [j for j in past if j < sink_blocks]
+                best_first = sorted(
+                    (j for j in past if j not in always), key=lambda j: (row[j], j), reverse=True
+                )
+                left = topk - int(is_causal) - sink_blocks - local_blocks
+                chosen = [*always, *best_first[: max(left, 0)], *([own] if is_causal else [])]
                 selected[b, h, i, chosen] = True
     return selected
 

@@ -101,26 +101,48 @@ def test_a_block_that_all_chose_is_shared_out(monkeypatch):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize(("block_size", "count"), [(16, 3), (7, 20)])
-def test_the_gate_kernel_selects_as_the_plain_gate(block_size, count, is_causal):
-    problem = variant(block_size=block_size)
+@pytest.mark.parametrize(
+    ("block_size", "count", "options"),
+    [
+        (16, 3, gate.Gate()),
+        (7, 20, gate.Gate(sink_blocks=2, local_blocks=3)),
+        (128, 1, gate.Gate("tile", sink_blocks=1)),
+        (16, 3, gate.Gate("group")),
+    ],
+)
+def test_the_gate_kernel_selects_as_the_plain_gate(block_size, count, options, is_causal):
+    problem = variant(block_size=block_size, kv_len=328)
     q, k, _ = problem.tied_tensors()
-    rest = (problem.kv_len, block_size, count, is_causal)
-    means = gate.block_means(k, block_size)
-    plain = gate._select_in_pieces(q, means, *rest)
-    assert_bitwise_equal(select_on_cuda(q, means, *rest), plain)
+    means, rows = gate.block_means(k, block_size), gate.gate_queries(q, 2, options)
+    if not is_causal:
+        options = options._replace(local_blocks=0)
+    firsts = [None]
+    if is_causal:
+        firsts.append((torch.arange(rows.shape[2]) // 50)[None].int())
+    for first_block in firsts:
+        expected = gate.select_by_means(
+            rows, means, 128, block_size, count + 5, options, is_causal, first_block
+        )
+        scored = count + 5 - options.sink_blocks - options.local_blocks
+        best = select_on_cuda(
+            rows, means.to(rows.dtype), first_block, 128, block_size, scored, options, is_causal
+        )
+        assert_bitwise_equal(best, expected[..., -scored:])
 
 
 @pytest.mark.parametrize(
-    ("block_size", "topk", "q_len", "n_blocks", "dims"),
+    ("block_size", "topk", "q_len", "n_blocks", "dims", "options"),
     [
-        (8, 3, 1, 40, (16, 16)),
-        (70, 6, 3, 5, (24, 40)),
-        (200, 1, 2, 3, (16, 16)),
-        (4, 9, 1, 300, (16, 16)),
+        (8, 3, 1, 40, (16, 16), gate.Gate()),
+        (70, 6, 3, 5, (24, 40), gate.Gate("group", 1, 1)),
+        (200, 1, 2, 3, (16, 16), gate.Gate()),
+        (4, 9, 1, 300, (16, 16), gate.Gate(sink_blocks=3, local_blocks=2)),
+        (8, 6, 2, 40, (16, 16), gate.Gate("group", 2, 3)),  # nothing is left to score
     ],
 )
-def test_the_decoding_kernels_attend_as_plain_operations(block_size, topk, q_len, n_blocks, dims):
+def test_the_decoding_kernels_attend_as_plain_operations(
+    block_size, topk, q_len, n_blocks, dims, options
+):
     length = n_blocks * block_size
     problem = variant(
         batch=3, q_len=q_len, kv_len=length, block_size=block_size, head_dim=dims[0],
@@ -130,7 +152,8 @@ def test_the_decoding_kernels_attend_as_plain_operations(block_size, topk, q_len
     means = gate.block_means(k, block_size)
     positions = torch.tensor([[length - q_len], [block_size], [0]]) + torch.arange(q_len)
     positions[1, 0], positions[2, -1] = -1, 2**30  # padding, and no room
-    rest = (k, v, means, positions.int(), block_size, topk, 0.3)
+    rows = gate.gate_queries(q, 2, options)
+    rest = (k, v, means, positions.int(), rows, block_size, topk, 0.3, options)
     plain, plain_lse = decode._attend_gathered(q, *rest)
     assert not plain[1, :, 0].any()
     assert plain[2, :, -1].isnan().all()

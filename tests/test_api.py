@@ -14,17 +14,17 @@ MODULES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py
 
 SIGNATURES = {
     "flex_moba": (
-        "(q, k, v, block_size, topk, *, is_causal=True, scale=None, impl='auto', "
-        "kernel_options=None, return_aux=None, cache=None, cu_seqlens=None, document_ids=None, "
-        "key_padding_mask=None)"
+        "(q, k, v, block_size, topk, *, is_causal=True, scale=None, gate='token', "
+        "sink_blocks=0, local_blocks=0, impl='auto', kernel_options=None, return_aux=None, "
+        "cache=None, cu_seqlens=None, document_ids=None, key_padding_mask=None)"
     ),
     "MobaCache": (
         "(batch, kv_heads, head_dim, *, block_size, value_dim=None, max_len=None, "
         "dtype=torch.float32, device=None)"
     ),
     "moba_select": (
-        "(q, k, block_size, topk, *, is_causal=True, cu_seqlens=None, document_ids=None, "
-        "key_padding_mask=None)"
+        "(q, k, block_size, topk, *, is_causal=True, gate='token', sink_blocks=0, "
+        "local_blocks=0, cu_seqlens=None, document_ids=None, key_padding_mask=None)"
     ),
     "selected_attention": (
         "(q, k, v, selection, block_size, *, is_causal=True, scale=None, impl='auto', "
@@ -33,8 +33,8 @@ SIGNATURES = {
     ),
     "moba_block_mask": "(q, k, block_size, topk, *, is_causal=True)",
     "moba_reference": (
-        "(q, k, v, block_size, topk, *, is_causal=True, scale=None, cu_seqlens=None, "
-        "document_ids=None, key_padding_mask=None)"
+        "(q, k, v, block_size, topk, *, is_causal=True, scale=None, gate='token', "
+        "sink_blocks=0, local_blocks=0, cu_seqlens=None, document_ids=None, key_padding_mask=None)"
     ),
 }
 
