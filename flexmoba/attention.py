@@ -27,6 +27,7 @@ from flexmoba.checks import (
 )
 from flexmoba.gate import Gate, own_block, select_candidates
 from flexmoba.impls import attend_blocks, attend_fully, resolve
+from flexmoba.score_mod import ScoreMod, modifier_of
 from flexmoba.sequence import layout_of
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def flex_moba(
     *,
     is_causal: bool = True,
     scale: float | None = None,
+    score_mod: ScoreMod | None = None,
     gate: str = "token",
     sink_blocks: int = 0,
     local_blocks: int = 0,
@@ -77,6 +79,11 @@ def flex_moba(
         is_causal: Whether a query sees only keys at or before its position. If not, every block
             is a candidate and the own block is not forced.
         scale: Factor on the attention scores, ``1 / sqrt(D)`` by default. The gate is unscaled.
+        score_mod: ``score_mod(score, b, h, q_idx, kv_idx)``, FlexAttention's: what becomes of every
+            scaled score, such as a softcap or a bias. It sees the batch row, the query head and
+            positions in k, wherever the query is computed. What it captures gets gradients. The
+            gate does not know of it. Outside ``torch.compile`` every new function is compiled on
+            CUDA, so define it once.
         gate: Whose scores choose: ``"token"``, each query's and head's own, as in the paper;
             ``"group"``, the sums over the query heads of a KV head; ``"tile"``, those of the first
             of 128 queries. See `moba_select`.
@@ -134,9 +141,9 @@ def flex_moba(
     check_topk(topk, none_allowed=True)
     offset = None if cache is not None else k.shape[2] - q.shape[2]
     check_gate(gate, sink_blocks, local_blocks, offset, block_size, topk, is_causal=is_causal)
-    check_options(scale, kernel_options, return_aux)
+    check_options(scale, score_mod, kernel_options, return_aux)
     check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, is_causal=is_causal)
-    chosen, impl = impl, resolve(impl, q, k, v, kernel_options)
+    chosen, impl = impl, resolve(impl, q, k, v, kernel_options, score_mod)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = Gate(gate, sink_blocks, local_blocks)
     if cache is not None:
@@ -149,7 +156,7 @@ def flex_moba(
                 raise ValueError(
                     f"{name} and cache do not go together; a padded chunk is added by cache.append"
                 )
-        check_cache(cache, q, k, block_size, is_causal, gate, chosen, kernel_options)
+        check_cache(cache, q, k, block_size, is_causal, gate, chosen, kernel_options, score_mod)
         out, lse = cache.attend(
             q,
             cache.append(k, v),
@@ -172,16 +179,17 @@ def flex_moba(
         first_block = layout.first_block
         block_size = layout.block_size
         q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
+    modifier = modifier_of(score_mod, q, k, None if layout is None else layout.token_of_slot)
 
     if first_block is None and topk >= n_blocks:
-        out, lse = attend_fully(q, k, v, scale, impl, kernel_options, is_causal)
+        out, lse = attend_fully(q, k, v, scale, impl, kernel_options, is_causal, modifier)
     else:
         wanted = topk - 1 if is_causal else topk
         routed = select_candidates(
             q, k, block_size, wanted, options, is_causal=is_causal, first_block=first_block
         )
         out, lse = attend_blocks(
-            q, k, v, routed, None, block_size, scale, impl, kernel_options, is_causal
+            q, k, v, routed, None, block_size, scale, impl, kernel_options, is_causal, modifier
         )
     if layout is not None:
         out, lse = layout.collect(out), layout.collect(lse[..., None])[..., 0]
@@ -198,6 +206,7 @@ def selected_attention(
     *,
     is_causal: bool = True,
     scale: float | None = None,
+    score_mod: ScoreMod | None = None,
     impl: str = "auto",
     kernel_options: Mapping[str, Any] | None = None,
     return_aux: AuxRequest | None = None,
@@ -223,6 +232,7 @@ def selected_attention(
         block_size: Keys in a block, at least 1.
         is_causal: Whether a query sees only keys at or before its position ``i + Lk - Lq``.
         scale: Factor on the attention scores, ``1 / sqrt(D)`` by default.
+        score_mod: As in `flex_moba`.
         impl: As in `flex_moba`.
         kernel_options: As in `flex_moba`.
         return_aux: As in `flex_moba`.
@@ -255,9 +265,9 @@ def selected_attention(
     check_values(k, v)
     check_block_size(block_size)
     check_selection(selection, q)
-    check_options(scale, kernel_options, return_aux)
+    check_options(scale, score_mod, kernel_options, return_aux)
     check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, is_causal=is_causal)
-    impl = resolve(impl, q, k, v, kernel_options)
+    impl = resolve(impl, q, k, v, kernel_options, score_mod)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)
@@ -265,6 +275,7 @@ def selected_attention(
     if layout is not None:
         block_size = layout.block_size
         q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
+    modifier = modifier_of(score_mod, q, k, None if layout is None else layout.token_of_slot)
     n_blocks = -(-k.shape[2] // block_size)
     if selection.device.type == "cpu" and not torch.compiler.is_compiling():
         check_selected_blocks(selection, n_blocks)
@@ -274,7 +285,7 @@ def selected_attention(
     if layout is not None:
         selection = layout.spread_selection(selection)
     if block_size >= k.shape[2]:  # one block: all of it, or nothing
-        out, lse = attend_fully(q, k, v, scale, impl, kernel_options, is_causal)
+        out, lse = attend_fully(q, k, v, scale, impl, kernel_options, is_causal, modifier)
         chosen = (selection == 0).any(-1)
         out = torch.where(chosen[..., None], out, 0.0)
         lse = torch.where(chosen, lse, float("-inf"))
@@ -285,7 +296,7 @@ def selected_attention(
             own = (selection == here).any(-1)
             routed = torch.where(selection < here, selection, -1)
         out, lse = attend_blocks(
-            q, k, v, routed, own, block_size, scale, impl, kernel_options, is_causal
+            q, k, v, routed, own, block_size, scale, impl, kernel_options, is_causal, modifier
         )
     if layout is not None:
         out, lse = layout.collect(out), layout.collect(lse[..., None])[..., 0]

@@ -4,7 +4,7 @@ Every message names the offending values and the remedy.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -238,7 +238,10 @@ def _check_stretches(real: Tensor) -> None:
 
 
 def check_options(
-    scale: float | None, kernel_options: Mapping[str, Any] | None, return_aux: AuxRequest | None
+    scale: float | None,
+    score_mod: Callable[..., Tensor] | None,
+    kernel_options: Mapping[str, Any] | None,
+    return_aux: AuxRequest | None,
 ) -> None:
     """The keyword arguments that every attention call shares."""
     if scale is not None:
@@ -249,6 +252,11 @@ def check_options(
             )
         if not math.isfinite(scale):
             raise ValueError(f"scale must be finite, got {scale}; None means 1 / sqrt(head dim)")
+    if score_mod is not None and not callable(score_mod):
+        raise TypeError(
+            f"score_mod must be a function (score, b, h, q_idx, kv_idx) -> score or None, got "
+            f"{type(score_mod).__name__}"
+        )
     if kernel_options is not None and not isinstance(kernel_options, Mapping):
         raise TypeError(
             f"kernel_options must be a dict of FlexAttention kernel options or None, got "
@@ -309,6 +317,7 @@ def check_cache(
     gate: str,
     impl: str,
     kernel_options: Mapping[str, Any] | None,
+    score_mod: Callable[..., Tensor] | None,
 ) -> None:
     """That a call may go through a cache, before anything is added to it."""
     if cache.block_size != block_size:
@@ -326,5 +335,7 @@ def check_cache(
         raise NotImplementedError(f'impl="{impl}" does not go with cache; use impl="auto"')
     if kernel_options:
         raise NotImplementedError("kernel_options do not go with cache; leave them out")
+    if score_mod is not None:
+        raise NotImplementedError("score_mod does not go with cache yet; leave one out")
     if gate == "tile":
         cache.check_tiles()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from flexmoba.score_mod import ScoreMod
+
 MIN_HEAD_DIM = 16
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INT32_OFFSETS = tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 14)
@@ -36,6 +38,7 @@ def call_flex(
     block_mask: BlockMask,
     scale: float,
     kernel_options: Mapping[str, Any] | None,
+    score_mod: ScoreMod | None = None,
     *,
     divisible: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -48,6 +51,7 @@ def call_flex(
         block_mask: What to visit, of ``seq_lengths`` ``(Lq, Lk)``.
         scale: Factor on the scores.
         kernel_options: The user's, which win over ours.
+        score_mod: What to do with every score; its places are those of this call.
         divisible: Promises that both lengths are multiples of the mask's block sizes, which the
             compiler cannot see when lengths are symbolic.
     """
@@ -65,6 +69,7 @@ def call_flex(
         q,
         k,
         v,
+        score_mod,
         block_mask=block_mask,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],

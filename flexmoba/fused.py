@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexmoba.pieces import QUERY_TILE, Call, Shape, cut
+from flexmoba.score_mod import ScoreMod
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
@@ -23,7 +24,12 @@ MAX_HEAD_DIM = 128
 _ITEM_FACTOR, _LEAST_ITEM = 4, 1024
 
 
-def why_not_fused(q: Tensor, v: Tensor, kernel_options: Mapping[str, Any] | None) -> str | None:
+def why_not_fused(
+    q: Tensor,
+    v: Tensor,
+    kernel_options: Mapping[str, Any] | None,
+    score_mod: ScoreMod | None = None,
+) -> str | None:
     """Why the fused kernels cannot take inputs that compiled ones can; None if they can."""
     if torch.version.hip:
         return "has tiles for NVIDIA GPUs alone"
@@ -33,7 +39,7 @@ def why_not_fused(q: Tensor, v: Tensor, kernel_options: Mapping[str, Any] | None
         return f"needs head dims of at most {MAX_HEAD_DIM}, got {q.shape[-1]} and {v.shape[-1]}"
     if kernel_options:
         return f"does not call FlexAttention, to which kernel_options={dict(kernel_options)} belong"
-    return None
+    return None if score_mod is None else "takes no score_mod"
 
 
 def attend_fused(

@@ -10,15 +10,22 @@ from flexmoba.flex import why_not_compiled
 from flexmoba.fused import attend_fused, why_not_fused
 from flexmoba.gate import own_block
 from flexmoba.masked import attend_masked
+from flexmoba.modified import attend_modified
 from flexmoba.portable import attend_portable
 from flexmoba.routed import attend_routed
 from flexmoba.routing import route
+from flexmoba.score_mod import Modifier, ScoreMod
 
 IMPLS = ("auto", "fused", "routed", "masked", "portable")
 
 
 def why_not(
-    impl: str, q: Tensor, k: Tensor, v: Tensor, kernel_options: Mapping[str, Any] | None = None
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_options: Mapping[str, Any] | None = None,
+    score_mod: ScoreMod | None = None,
 ) -> str | None:
     """Why an implementation cannot serve these inputs; None if it can."""
     if impl == "portable":
@@ -29,22 +36,27 @@ def why_not(
         return "runs on CPU only outside torch.compile" if torch.compiler.is_compiling() else None
     reason = why_not_compiled(q, v)
     if reason is None and impl == "fused":
-        reason = why_not_fused(q, v, kernel_options)
+        reason = why_not_fused(q, v, kernel_options, score_mod)
     return reason
 
 
 def resolve(
-    impl: str, q: Tensor, k: Tensor, v: Tensor, kernel_options: Mapping[str, Any] | None = None
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_options: Mapping[str, Any] | None = None,
+    score_mod: ScoreMod | None = None,
 ) -> str:
     """The implementation that serves these inputs; never another than the one named."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "auto":
         for better in ("fused", "routed"):
-            if why_not(better, q, k, v, kernel_options) is None:
+            if why_not(better, q, k, v, kernel_options, score_mod) is None:
                 return better
         return "portable"
-    reason = why_not(impl, q, k, v, kernel_options)
+    reason = why_not(impl, q, k, v, kernel_options, score_mod)
     if reason:
         raise NotImplementedError(f'impl="{impl}" {reason}; use impl="auto" or "portable"')
     return impl
@@ -61,6 +73,7 @@ def attend_blocks(
     impl: str,
     kernel_options: Mapping[str, Any] | None,
     is_causal: bool,
+    modifier: Modifier | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query over its routed blocks and, if causal, its own.
 
@@ -76,6 +89,7 @@ def attend_blocks(
         impl: The implementation, which must be able to serve.
         kernel_options: FlexAttention's kernel options.
         is_causal: Whether queries attend to their own blocks, causally, beside the routed ones.
+        modifier: What becomes of the scores; None for nothing.
 
     Returns:
         The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``.
@@ -86,15 +100,21 @@ def attend_blocks(
             here = own_block(q.shape[2], k.shape[2], block_size, q.device)
             here = here.expand(q.shape[:3]) if own is None else torch.where(own, here, -1)
             selection = torch.cat([here[..., None], routed], dim=-1)
-        return attend_masked(q, k, v, selection, block_size, scale, kernel_options, is_causal)
+        return attend_masked(
+            q, k, v, selection, block_size, scale, kernel_options, is_causal, modifier
+        )
     if impl == "fused":
         return attend_fused(q, k, v, routed, own, block_size, scale, is_causal)
     if impl == "routed":
-        return attend_routed(q, k, v, routed, own, block_size, scale, kernel_options, is_causal)
+        return attend_routed(
+            q, k, v, routed, own, block_size, scale, kernel_options, is_causal, modifier
+        )
     kv_heads, kv_len = k.shape[1:3]
     tiles = route(
         routed, own, kv_heads, kv_len, block_size, block_size, is_causal=is_causal, fuse=False
     )
+    if modifier is not None:
+        return attend_modified(q, k, v, tiles, block_size, scale, modifier)
     return attend_portable(q, k, v, tiles, block_size, scale)
 
 
@@ -106,9 +126,12 @@ def attend_fully(
     impl: str,
     kernel_options: Mapping[str, Any] | None,
     is_causal: bool,
+    modifier: Modifier | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Full attention, by what serves it best among the named implementation's means."""
     if impl == "portable":  # one block of everything
         routed = torch.zeros((*q.shape[:3], int(not is_causal)), dtype=torch.int32, device=q.device)
-        return attend_blocks(q, k, v, routed, None, k.shape[2], scale, impl, None, is_causal)
-    return attend_masked(q, k, v, None, 0, scale, kernel_options, is_causal)
+        return attend_blocks(
+            q, k, v, routed, None, k.shape[2], scale, impl, None, is_causal, modifier
+        )
+    return attend_masked(q, k, v, None, 0, scale, kernel_options, is_causal, modifier)

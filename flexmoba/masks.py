@@ -97,7 +97,7 @@ def selection_mask(
 
     # What a mask_mod captures must be a real buffer: computed in the same graph, it would be
     # compiled into the kernel, or even replaced by its initial value.
-    table, last_key = _realize(selection), _last_key(q_len, kv_len, device)
+    table, last_key = realize(selection), _last_key(q_len, kv_len, device)
 
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         first = table[b, h, query, query * 0] * block_size
@@ -235,7 +235,7 @@ def tile_mask(
         )
         full_transposed = transposed(is_whole, stretch < past_whole[:, None])
 
-    last_key_of_row = _realize(tiles.last_key_of_row)  # see `selection_mask`
+    last_key_of_row = realize(tiles.last_key_of_row)  # see `selection_mask`
 
     def mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         seen: Tensor = key <= last_key_of_row[row]
@@ -255,7 +255,7 @@ def tile_mask(
 def _last_key(q_len: int, kv_len: int, device: torch.device) -> Tensor:
     """The last key of each query, as a buffer: a symbolic length in a mask_mod does not compile."""
     last_key = torch.arange(q_len, dtype=torch.int32, device=device) + (kv_len - q_len)
-    buffer: Tensor = _realize(last_key)
+    buffer: Tensor = realize(last_key)
     return buffer
 
 
@@ -308,11 +308,12 @@ def _list_tensors(lists: Lists | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 @torch.library.custom_op("flexmoba::realize", mutates_args=())
-def _realize(x: Tensor) -> Tensor:
+def realize(x: Tensor) -> Tensor:
+    """A buffer of its own, not to be computed inside the kernel that reads it."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
-@_realize.register_fake
+@realize.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

@@ -62,12 +62,13 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, None, None]:
         out, lse, out_rows, lse_rows, query_of_row = ctx.saved_tensors
-        delta = (grad_out.float() * out.float()).sum(-1) - grad_lse
+        precise = torch.promote_types(out_rows.dtype, torch.float32)
+        delta = (grad_out.to(precise) * out.to(precise)).sum(-1) - grad_lse
         query = query_of_row.clamp(min=0).long()
         weight = torch.exp(lse_rows - lse[query])
         weight = torch.where((query_of_row >= 0) & (lse_rows > float("-inf")), weight, 0.0)
-        grad = grad_out[query].float()
-        d_lse = weight * ((grad * out_rows.float()).sum(-1) - delta[query])
+        grad = grad_out[query].to(precise)
+        d_lse = weight * ((grad * out_rows.to(precise)).sum(-1) - delta[query])
         # Padding computes with zero queries, but its sums may hold what its block's keys hold.
         d_lse = torch.where(query_of_row >= 0, d_lse, 0.0)
         return (grad * weight[:, None]).to(out_rows.dtype), d_lse, None, None

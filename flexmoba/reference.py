@@ -4,6 +4,7 @@ Every implementation is compared with this file, so it shares no code with any o
 """
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ def moba_reference(
     *,
     is_causal: bool = True,
     scale: float | None = None,
+    score_mod: Callable[..., Tensor] | None = None,
     gate: str = "token",
     sink_blocks: int = 0,
     local_blocks: int = 0,
@@ -43,6 +45,9 @@ def moba_reference(
         is_causal: Whether a query sees only keys at or before its position. If not, every block
             is a candidate and the own block is not forced.
         scale: Factor on the attention scores, ``1 / sqrt(D)`` by default. The gate is unscaled.
+        score_mod: ``score_mod(score, b, h, q_idx, kv_idx)``: what becomes of the scaled scores.
+            It is called once for all of them, with indices that broadcast; positions are those in
+            ``k``.
         gate: ``"token"``, every query head chooses for every token; ``"group"``, the query heads
             of a KV head choose together, by the sum of their scores; ``"tile"``, the queries at
             positions ``128 * i`` to ``128 * i + 127`` take the choice of the first of them.
@@ -90,8 +95,13 @@ def moba_reference(
             local_blocks=local_blocks,
         )
         mask = reference_mask(selected, block_size, end - start, is_causal=is_causal)
+        q_alone, k_alone, v_alone = q_alone.double(), k_alone.double(), v_alone.double()
+        first_position = end - q_alone.shape[2]
         out[b, :, queries] = reference_attention(
-            q_alone.double(), k_alone.double(), v_alone.double(), mask, scale=scale
+            *(q_alone, k_alone, v_alone, mask),
+            scale=scale,
+            score_mod=score_mod,
+            origin=(b, first_position, start),
         )[0][0]
     return out.to(q.dtype)
 
@@ -197,13 +207,33 @@ def reference_mask(selected: Tensor, block_size: int, kv_len: int, *, is_causal:
 
 
 def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    scale: float | None = None,
+    score_mod: Callable[..., Tensor] | None = None,
+    origin: tuple[int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Dense masked attention in the dtype of its inputs: the output and its log-sum-exp."""
+    """Dense masked attention in the dtype of its inputs: the output and its log-sum-exp.
+
+    ``origin`` says which batch row, query and key the first of each is to a ``score_mod``.
+    """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = (q @ k.mT * scale).masked_fill(~mask, float("-inf"))
+    scores = q @ k.mT * scale
+    if score_mod is not None:
+        first_row, first_query, first_key = origin or (0, k.shape[2] - q.shape[2], 0)
+        scores = score_mod(
+            scores,
+            torch.arange(q.shape[0], device=q.device)[:, None, None, None] + first_row,
+            torch.arange(q.shape[1], device=q.device)[:, None, None],
+            torch.arange(q.shape[2], device=q.device)[:, None] + first_query,
+            torch.arange(k.shape[2], device=q.device) + first_key,
+        )
+    scores = scores.masked_fill(~mask, float("-inf"))
     blind = ~mask.any(-1, keepdim=True)  # softmax over nothing is NaN; defined here as zeros
     weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     lse = scores.masked_fill(blind, 0.0).logsumexp(-1)  # filled, or its gradient would be NaN

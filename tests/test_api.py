@@ -14,7 +14,7 @@ MODULES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py
 
 SIGNATURES = {
     "flex_moba": (
-        "(q, k, v, block_size, topk, *, is_causal=True, scale=None, gate='token', "
+        "(q, k, v, block_size, topk, *, is_causal=True, scale=None, score_mod=None, gate='token', "
         "sink_blocks=0, local_blocks=0, impl='auto', kernel_options=None, return_aux=None, "
         "cache=None, cu_seqlens=None, document_ids=None, key_padding_mask=None)"
     ),
@@ -27,25 +27,29 @@ SIGNATURES = {
         "local_blocks=0, cu_seqlens=None, document_ids=None, key_padding_mask=None)"
     ),
     "selected_attention": (
-        "(q, k, v, selection, block_size, *, is_causal=True, scale=None, impl='auto', "
-        "kernel_options=None, return_aux=None, cu_seqlens=None, document_ids=None, "
+        "(q, k, v, selection, block_size, *, is_causal=True, scale=None, score_mod=None, "
+        "impl='auto', kernel_options=None, return_aux=None, cu_seqlens=None, document_ids=None, "
         "key_padding_mask=None)"
     ),
     "moba_block_mask": "(q, k, block_size, topk, *, is_causal=True)",
     "moba_reference": (
-        "(q, k, v, block_size, topk, *, is_causal=True, scale=None, gate='token', "
+        "(q, k, v, block_size, topk, *, is_causal=True, scale=None, score_mod=None, gate='token', "
         "sink_blocks=0, local_blocks=0, cu_seqlens=None, document_ids=None, key_padding_mask=None)"
     ),
 }
 
 # A leaf does one step, and imports no other except for what is named here.
-LEAVES = {"gate", "routing", "masks", "flex", "portable", "merge", "fused", "decode"}
+LEAVES = {
+    "gate", "routing", "masks", "flex", "portable", "modified", "merge", "fused", "decode",
+}  # fmt: skip
 ALLOWED = {
     ("masks", "routing"),  # the tiles that it reads
     ("portable", "routing"),  # likewise
     ("masks", "gate"),  # `moba_block_mask` is given no selection
     ("decode", "gate"),  # its queries choose where they attend
     ("portable", "merge"),  # merging is a part of its operator, outside autograd
+    ("modified", "merge"),  # likewise
+    ("modified", "routing"),  # likewise
 }
 
 

@@ -41,7 +41,7 @@ def stretches(mask: BlockMask) -> tuple[Tensor, Tensor]:
     return partial, listed(mask.full_kv_num_blocks, mask.full_kv_indices, columns)
 
 
-def dense_flex(q, k, v, mask: BlockMask, scale, kernel_options, *, divisible):
+def dense_flex(q, k, v, mask: BlockMask, scale, kernel_options, score_mod=None, *, divisible):
     """What FlexAttention computes, and a check that the transposed lists say the same."""
     rows, keys = mask.seq_lengths
     tile, stretch = mask.BLOCK_SIZE
@@ -58,7 +58,8 @@ def dense_flex(q, k, v, mask: BlockMask, scale, kernel_options, *, divisible):
     partial, full = (
         x.repeat_interleave(tile, 0).repeat_interleave(stretch, 1) for x in (partial, full)
     )
-    return reference_attention(q, k, v, full | (partial & wanted), scale=scale)
+    wanted = full | (partial & wanted)
+    return reference_attention(q, k, v, wanted, scale=scale, score_mod=score_mod, origin=(0, 0, 0))
 
 
 @pytest.fixture(autouse=True)

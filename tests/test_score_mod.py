@@ -1,0 +1,195 @@
+"""`score_mod`: every implementation shows it the same places, wherever the query is computed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest
+
+from flexmoba import flex_moba, moba_reference, moba_select, selected_attention
+from flexmoba.reference import reference_attention
+from flexmoba.routed import attend_routed
+from flexmoba.score_mod import modifier_of
+from tests.conftest import assert_bitwise_equal
+from tests.problems import Problem, problems
+from tests.test_errors import assert_raises
+from tests.test_tiles import dense_flex
+
+few = settings(max_examples=15)
+doubles = problems(dtype=st.just(torch.float64))
+
+
+def softcap(score, b, h, q_idx, kv_idx):
+    return 2 * torch.tanh(score / 2)
+
+
+def by_place(score, b, h, q_idx, kv_idx):
+    """Another value for every place, and a bounded one."""
+    return score + torch.sin(5 * b + 3 * h + 0.7 * q_idx - 0.3 * kv_idx)
+
+
+def biased(bias: Tensor, offset: int = 500):
+    """Adds a learnt bias ``(heads, 2 * offset)`` by head and distance."""
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return score + bias[h, q_idx - kv_idx + offset]
+
+    return score_mod
+
+
+MODS = pytest.mark.parametrize("score_mod", [softcap, by_place], ids=lambda f: f.__name__)
+
+
+@MODS
+@few
+@given(doubles)
+def test_output_and_gradients_are_the_oracles(score_mod, problem):
+    inputs = problem.tensors(requires_grad=True)
+    options = {"is_causal": problem.is_causal, "score_mod": score_mod}
+    args = (problem.block_size, problem.topk)
+    out = flex_moba(*inputs, *args, **options)
+    expected = moba_reference(*inputs, *args, **options)
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn(out.shape, generator=problem.generator(), dtype=out.dtype)
+    grads = torch.autograd.grad(out, inputs, upstream)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, inputs, upstream))
+
+
+@few
+@given(doubles)
+def test_any_selection_and_the_log_sum_exp(problem):
+    q, k, v = problem.tensors()
+    selection = problem.selection()
+    options = {"is_causal": problem.is_causal, "score_mod": by_place}
+    args = (q, k, v, selection, problem.block_size)
+    out, aux = selected_attention(*args, **options, return_aux=AuxRequest(lse=True))
+    mask = problem.mask_of(selection)
+    expected, lse = reference_attention(q, k, v, mask, score_mod=by_place)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(aux.lse, lse)
+
+
+@few
+@given(doubles)
+def test_what_it_captures_has_gradients(problem):
+    q, k, v = problem.tensors()
+    bias = torch.randn(problem.heads, 1000, generator=problem.generator(), dtype=torch.float64)
+    bias.requires_grad_()
+    args, causal = (problem.block_size, problem.topk), {"is_causal": problem.is_causal}
+    out = flex_moba(q, k, v, *args, **causal, score_mod=biased(bias))
+    expected = moba_reference(q, k, v, *args, **causal, score_mod=biased(bias))
+    torch.testing.assert_close(out, expected)
+    grads = (torch.autograd.grad(x.square().sum(), bias) for x in (out, expected))
+    torch.testing.assert_close(*grads)
+
+
+def test_many_tiles_are_attended_in_pieces(monkeypatch):
+    problem = Problem(group=2, q_len=700, kv_len=700, block_size=32, topk=4)
+    inputs = problem.tensors(requires_grad=True)
+    results = []
+    for scores in (24 * 128 * 512, 128 * 32 * 3):
+        monkeypatch.setattr("flexmoba.modified._SCORES_AT_ONCE", scores)
+        out = flex_moba(*inputs, 32, 4, score_mod=by_place)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("topk", [2, None])
+@pytest.mark.parametrize("q_len", [300, 190])
+def test_masked(topk, q_len):
+    problem = Problem(
+        batch=2, kv_heads=2, group=2, q_len=q_len, kv_len=300, block_size=130,
+        head_dim=16, value_dim=16, dtype=torch.float32,
+    )  # fmt: skip
+    q, k, v = problem.tensors()
+    expected = moba_reference(q, k, v, 130, topk, score_mod=by_place)
+    out = flex_moba(q, k, v, 130, topk, score_mod=by_place, impl="masked")
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("q_len", [300, 190])
+def test_routed(pieces, q_len, monkeypatch):
+    problem = Problem(
+        batch=2, kv_heads=2, group=2, q_len=q_len, kv_len=300, block_size=130, head_dim=16,
+        value_dim=16, dtype=torch.float32,
+    )  # fmt: skip
+    monkeypatch.setattr("flexmoba.routed.call_flex", dense_flex)
+    monkeypatch.setattr("flexmoba.routed.run_compiled", lambda f, *x, **static: f(*x, **static))
+    if pieces:
+        monkeypatch.setattr("flexmoba.routed._MAX_ELEMENTS", 128 * 16 * 5)
+    inputs = problem.tensors(requires_grad=True)
+    past = moba_select(*inputs[:2], 130, 2)[..., 1:]
+    modifier = modifier_of(by_place, *inputs[:2], None)
+    out, _ = attend_routed(*inputs, past, None, 130, 0.25, None, True, modifier)
+    expected = moba_reference(*inputs, 130, 2, score_mod=by_place)
+    torch.testing.assert_close(out, expected)
+    grads = (torch.autograd.grad(x.square().sum(), inputs) for x in (out, expected))
+    torch.testing.assert_close(*grads)
+
+
+@few
+@given(doubles, st.integers(1, 5))
+def test_documents_show_it_the_positions_of_the_row(problem, count):
+    problem = replace(problem, batch=1, q_len=problem.kv_len, is_causal=True)
+    inputs = problem.tensors(requires_grad=True)
+    inner = torch.randint(problem.kv_len + 1, (count - 1,), generator=problem.generator())
+    bounds = torch.tensor([0, *inner.sort().values.tolist(), problem.kv_len])
+    options = {"cu_seqlens": bounds, "score_mod": by_place}
+    args = (problem.block_size, problem.topk)
+    out = flex_moba(*inputs, *args, **options)
+    expected = moba_reference(*inputs, *args, **options)
+    torch.testing.assert_close(out, expected)
+    grads = (torch.autograd.grad(x.square().sum(), inputs) for x in (out, expected))
+    torch.testing.assert_close(*grads)
+
+
+def test_one_that_hides_everything():
+    def nothing(score, b, h, q_idx, kv_idx):
+        return torch.where(q_idx < 10, float("-inf"), score)
+
+    problem = Problem(q_len=40, kv_len=40)
+    inputs = problem.tensors(requires_grad=True)
+    out, aux = flex_moba(*inputs, 8, 2, score_mod=nothing, return_aux=AuxRequest(lse=True))
+    assert not out[:, :, :10].any()
+    assert (aux.lse[:, :, :10] == float("-inf")).all()
+    grads = torch.autograd.grad(out.square().sum(), inputs)
+    assert all(x.isfinite().all() for x in grads)
+    assert not grads[0][:, :, :10].any()
+
+
+def test_hidden_values_do_not_matter():
+    problem = Problem(q_len=40, kv_len=40)
+    q, k, v = problem.tensors()
+    out = flex_moba(q, k, v, 8, 2, score_mod=softcap)
+    v[:, :, 30] = float("nan")
+    assert_bitwise_equal(flex_moba(q, k, v, 8, 2, score_mod=softcap)[:, :, :30], out[:, :, :30])
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+def test_inside_torch_compile():
+    torch._dynamo.reset()
+    problem = Problem(group=2, q_len=100, kv_len=100, block_size=16)
+    inputs = problem.tensors(requires_grad=True)
+    bias = torch.randn(2, 1000, dtype=torch.float64, requires_grad=True)
+
+    def attend(q, k, v):
+        return flex_moba(q, k, v, 16, 2, score_mod=biased(bias))
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (attend, compiled):
+        out = function(*inputs)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (*inputs, bias))))
+    torch.testing.assert_close(*results)
+    torch._dynamo.reset()
+
+
+def test_errors():
+    q, k, v = Problem().tensors()
+    assert_raises(
+        TypeError, ("score_mod", "kv_idx", "int"), lambda: flex_moba(q, k, v, 4, 2, score_mod=3)
+    )
