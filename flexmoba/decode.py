@@ -79,7 +79,7 @@ def _attend_gathered(
     topk: int,
     scale: float,
     gate: Gate,
-    score_mod: ScoreMod | None,
+    score_mod: ScoreMod | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, kv_heads, n_blocks, _ = means.shape
     precise = torch.promote_types(q.dtype, torch.float32)

@@ -54,6 +54,7 @@ def attend_few_on_cuda(
         "GROUP": group,
         "Q_LEN": q_len,
         "GATE_GROUP": gate_group,
+        "BY_PARTS": gate_rows.dtype == torch.float32 and means.dtype != torch.float32,
         "SINKS": gate.sink_blocks,
         "LOCALS": gate.local_blocks,
         "COUNT": scored,
@@ -181,7 +182,7 @@ def _append_kernel(
 @kernel
 def _score_kernel(
     q_ptr, means_ptr, positions_ptr, best_ptr, kv_heads: tl.int32, n_blocks: tl.int32,
-    GATE_GROUP: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr,
+    GATE_GROUP: tl.constexpr, BY_PARTS: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr,
     Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
     SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILE_Q: tl.constexpr, TILE_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
@@ -211,7 +212,7 @@ def _score_kernel(
             mask=(block < n_blocks)[:, None] & in_dim,
             other=0.0,
         )
-        best = keep_best(best, score_keys(q, mean.to(q.dtype), block, first, candidates))
+        best = keep_best(best, score_keys(q, mean.to(q.dtype), block, first, candidates, BY_PARTS))
     best = tl.where(slot < COUNT, best, NOTHING)
     at = (row * SPLITS + split) * SLOTS
     tl.store(best_ptr + at[:, None] + slot, best, mask=there[:, None])

@@ -275,7 +275,6 @@ def select_by_means(
     elif _has_kernel(rows, scored):
         from flexmoba.gate_kernel import select_on_cuda
 
-        means = means.to(rows.dtype)
         best = select_on_cuda(rows, means, first_block, offset, block_size, scored, gate, is_causal)
     else:
         first, end = first + gate.sink_blocks, end - gate.local_blocks

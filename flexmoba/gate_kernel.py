@@ -33,6 +33,7 @@ def select_on_cuda(
     """The ``count`` best candidates of each row, as `gate.select_by_means` defines them."""
     batch, heads, q_len, dim = q.shape
     kv_heads, n_blocks = means.shape[1:3]
+    by_parts = q.dtype == torch.float32 and means.dtype != torch.float32
     q, means = packed(q), packed(means)
     first = q if first_block is None else packed(first_block)
     chosen = torch.empty(batch, heads, q_len, count, dtype=torch.int32, device=q.device)
@@ -46,17 +47,17 @@ def select_on_cuda(
         "LOCALS": gate.local_blocks,
         "STRIDE": gate.stride,
         "IS_CAUSAL": is_causal,
+        "BY_PARTS": by_parts,
         "TILE_Q": tile_q,
         "TILE_N": tile_n,
         "TILE_D": max(16, triton.next_power_of_2(dim)),
         "SLOTS": triton.next_power_of_2(count),
         "num_warps": 2 if dim <= 128 and q.element_size() == 2 else 4,
     }
+    dtypes = (q.dtype, means.dtype)
     with torch.cuda.device_of(q):
         n_programs = triton.cdiv(q_len, tile_q) * batch * heads
-        launch(
-            _select_kernel, n_programs, (q, means, first, chosen, *numbers), constants, (q.dtype,)
-        )
+        launch(_select_kernel, n_programs, (q, means, first, chosen, *numbers), constants, dtypes)
     return chosen
 
 
@@ -68,9 +69,16 @@ def nothing_yet(ROWS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def score_keys(q, mean, block, first, end):
-    """The keys ``(rows, blocks)`` of a tile of blocks; candidates are from ``first`` to ``end``."""
-    score = tl.dot(q, tl.trans(mean), input_precision="ieee")
+def score_keys(q, mean, block, first, end, BY_PARTS: tl.constexpr):
+    """The keys ``(rows, blocks)`` of a tile of blocks; candidates are from ``first`` to ``end``.
+
+    ``BY_PARTS`` is for float32 queries and mean keys that have but the bits of half precision:
+    three products on the matrix units then drop no more than the last two bits of a float32 one.
+    """
+    if BY_PARTS:
+        score = tl.dot(q, tl.trans(mean), input_precision="tf32x3")
+    else:
+        score = tl.dot(q, tl.trans(mean), input_precision="ieee")
     score = tl.where(score == 0.0, 0.0, score)  # -0.0 ties with 0.0
     bits = score.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # now ordered like the scores
@@ -114,6 +122,7 @@ def _select_kernel(
     LOCALS: tl.constexpr,
     STRIDE: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    BY_PARTS: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_D: tl.constexpr,
@@ -145,7 +154,7 @@ def _select_kernel(
             mask=(block < n_blocks)[:, None] & (dim < DIM)[None, :],
             other=0.0,
         )
-        best = keep_best(best, score_keys(q, mean, block, first, end))
+        best = keep_best(best, score_keys(q, mean.to(q.dtype), block, first, end, BY_PARTS))
 
     best = tl.sort(best, descending=True)  # unused slots come first
     chosen = tl.where(best < NOTHING + SLOTS, -1, (best & 0xFFFFFFFF).to(tl.int32))

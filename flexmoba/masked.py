@@ -11,7 +11,7 @@ from flexmoba.flex import call_flex, run_compiled
 from flexmoba.masks import full_mask, realize, selection_mask
 from flexmoba.routing import TILE
 from flexmoba.score_mod import Modifier, ScoreMod, at_places
-from flexmoba.shared_mask import shared_mask
+from flexmoba.shared_mask import shared_mask, stretch_of
 
 
 def attend_masked(
@@ -63,6 +63,7 @@ def attend_shared(
         block_size=block_size,
         scale=scale,
         kernel_options=kernel_options,
+        divisible=bool(k.shape[2] % stretch_of(block_size) == 0),
     )
     length = q.shape[2] - missing
     return out[:, :, :length], lse[:, :, :length]
@@ -121,6 +122,7 @@ def _attend_over_shared_mask(
     block_size: int,
     scale: float,
     kernel_options: Mapping[str, Any],
+    divisible: bool,
 ) -> tuple[Tensor, Tensor]:
     # A score_mod may capture what is to be differentiated.
     backward = torch.is_grad_enabled() and (
@@ -128,7 +130,6 @@ def _attend_over_shared_mask(
     )
     mask = shared_mask(chosen, q.shape[2], k.shape[2], block_size, backward=backward)
     score_mod = _placed(score_mod, q, k, place, key_position)
-    divisible = k.shape[2] % mask.BLOCK_SIZE[1] == 0
     return call_flex(q, k, v, mask, scale, kernel_options, score_mod, divisible=divisible)
 
 
@@ -142,4 +143,4 @@ def _placed(
     if score_mod is None or place is None or key_position is None:
         return score_mod
     key_position = key_position.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    return at_places(score_mod, realize(place), realize(key_position))
+    return at_places(score_mod, *(realize(x) for x in (*place.unbind(-1), key_position)))

@@ -143,7 +143,8 @@ def _attend_routed_tiles(
     if score_mod is not None and place is not None and key_position is not None:
         of_rows = place.reshape(-1, 3)[tiles.query_of_row.clamp(min=0)]
         of_keys = _blocks_in_a_row(key_position[..., None], block_size, block_stride)
-        score_mod = at_places(score_mod, realize(of_rows)[None, None], realize(of_keys)[..., 0])
+        places = (x[None, None] for x in of_rows.unbind(-1))
+        score_mod = at_places(score_mod, *(realize(x) for x in (*places, of_keys[..., 0])))
     rows = rows.view(1, 1, -1, q.shape[-1])
     out_rows, lse_rows = call_flex(
         rows, keys, values, mask, scale, kernel_options, score_mod, divisible=True

@@ -56,19 +56,23 @@ def modifier_of(
     )
 
 
-def at_places(score_mod: ScoreMod, place: Tensor, key_position: Tensor) -> ScoreMod:
-    """A ``score_mod`` for a call of queries that stand at ``place`` and keys at ``key_position``.
+def at_places(
+    score_mod: ScoreMod, row: Tensor, head: Tensor, position: Tensor, key_position: Tensor
+) -> ScoreMod:
+    """A ``score_mod`` for a call of queries and keys that stand elsewhere in the user's tensors.
 
-    Both must be buffers, not computed in the graph of the call; they have the call's own batch
-    and heads, those of queries.
+    The tensors tell where, for the call's own batch, query heads and positions. They must be
+    buffers, not computed in the graph of the call, and no two of them one: before torch 2.13 a
+    constant in an index, to tell one from another, does not compile with gradients of what a
+    ``score_mod`` captures.
     """
 
     def moved(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score_mod(
             score,
-            place[b, h, query, query * 0],
-            place[b, h, query, query * 0 + 1],
-            place[b, h, query, query * 0 + 2],
+            row[b, h, query],
+            head[b, h, query],
+            position[b, h, query],
             key_position[b, h, key],
         )
 

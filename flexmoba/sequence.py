@@ -5,12 +5,15 @@ row of such slots is then a sequence like any other, but for which blocks a quer
 Only integers are made here, and where shapes follow from shapes nothing waits for the device.
 """
 
-from typing import NamedTuple
+import importlib.util
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexmoba.merge import dispatch
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Layout(NamedTuple):
@@ -122,6 +125,9 @@ def _move_selection(selection: Tensor, source: Tensor) -> Tensor:
 
 def _move(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """``x (B, H, N, D)`` by the source ``(B, M)`` of each place; ``target (B, N)`` inverts it."""
+    if x.is_cuda and _HAS_TRITON:
+        moved: Tensor = _move_rows(x, source, target)
+        return moved
     batch, heads, length, dim = x.shape
     row = torch.arange(batch * heads, dtype=torch.int32, device=x.device).view(batch, heads, 1)
 
@@ -131,3 +137,27 @@ def _move(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
     there, back = flat(source, length), flat(target, source.shape[1])
     moved = dispatch(x.reshape(-1, dim), there, back[:, None])
     return moved.view(batch, heads, source.shape[1], dim)
+
+
+@torch.library.custom_op("flexmoba::move_rows", mutates_args=())
+def _move_rows(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    from flexmoba.move_kernel import move_on_cuda
+
+    return move_on_cuda(x, source)
+
+
+@_move_rows.register_fake
+def _(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], source.shape[1], x.shape[3])
+
+
+def _keep_indices(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _move_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    source, target = ctx.saved_tensors
+    return _move_rows(grad, target, source), None, None
+
+
+_move_rows.register_autograd(_move_back, setup_context=_keep_indices)

@@ -32,7 +32,7 @@ def shared_mask(
     """
     tiles, count = chosen.shape[2:]
     offset = -(-kv_len // TILE) * TILE - q_len
-    size = stretch_size(block_size, _MAX_STRETCHES)
+    size = stretch_of(block_size)
     per_block = block_size // size
     start = offset + torch.arange(tiles, device=chosen.device) * TILE  # position of a tile
     own_first = start // block_size * per_block  # in stretches
@@ -77,6 +77,11 @@ def shared_mask(
         full_transposed,
         block_size=(TILE, size),
     )
+
+
+def stretch_of(block_size: int) -> int:
+    """Keys in one entry of the lists."""
+    return stretch_size(block_size, _MAX_STRETCHES)
 
 
 def _tiles_of_stretches(

@@ -9,6 +9,7 @@ import torch
 from flexmoba import MobaCache, cache, decode, fused, gate, moba_select, pieces
 from flexmoba.decode_kernels import append_few_on_cuda, attend_few_on_cuda
 from flexmoba.gate_kernel import select_on_cuda
+from flexmoba.move_kernel import move_on_cuda
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal
 from tests.problems import Problem
 
@@ -182,3 +183,14 @@ def test_the_kernel_appends_as_plain_operations(block_size, n):
     for x, y in ((kernel.k, plain.k), (kernel.v, plain.v)):
         assert_bitwise_equal(x[:, :, :room], y[:, :, :room])
     torch.testing.assert_close(kernel.means[:, :, :-1], plain.means[:, :, :-1])
+
+
+@pytest.mark.parametrize("dim", [1, 16, 33])
+@pytest.mark.parametrize("tokens_first", [True, False])
+def test_rows_move(dim, tokens_first):
+    x = torch.randn(2, 300, 3, dim).transpose(1, 2)
+    x = x if tokens_first else x.contiguous()
+    source = torch.randint(-1, 300, (2, 500), dtype=torch.int32)
+    expected = x.gather(2, source.clamp(min=0).long()[:, None, :, None].expand(2, 3, 500, dim))
+    expected = expected.masked_fill((source < 0)[:, None, :, None], 0.0)
+    assert_bitwise_equal(move_on_cuda(x, source), expected)

@@ -22,6 +22,7 @@ from flexmoba import (
     pieces,
     routed,
     selected_attention,
+    sequence,
 )
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal, with_lse
 from tests.problems import DTYPES, Problem
@@ -225,16 +226,32 @@ def test_gate_kernel_selects_as_the_plain_gate(dtype, block_size, count, is_caus
     problem = variant(
         dtype=dtype, block_size=block_size, q_len=777, kv_len=1300, head_dim=96, topk=count
     )
-    rest = (problem.kv_len, block_size, count, is_causal)
+    position = torch.arange(777, device="cuda") + 1300 - 777
+    n_blocks = -(-1300 // block_size)
+    end = position // block_size if is_causal else torch.full_like(position, n_blocks)
+
+    def plain(q, k):
+        means = gate.block_means(k, block_size)
+        return gate._select_in_pieces(q, means, position.new_zeros(1, 1), end, count)
+
+    def fast(q, k):
+        return gate.select_candidates(q, k, block_size, count, gate.Gate(), is_causal=is_causal)
+
     q, k, _ = problem.tied_tensors("cuda")
     q[0, 0, 5], k[0, 0, 9] = torch.nan, torch.inf
-    plain = gate._select_in_pieces(q, gate.block_means(k, block_size), *rest)
-    assert_bitwise_equal(gate.select_candidates(q, k, *rest[1:3], is_causal=is_causal), plain)
+    assert_bitwise_equal(fast(q, k), plain(q, k))
     # Sums in another order may swap near ties, and nothing else.
     q, k, _ = problem.tensors("cuda")
-    plain = gate._select_in_pieces(q, gate.block_means(k, block_size), *rest)
-    fast = gate.select_candidates(q, k, *rest[1:3], is_causal=is_causal)
-    assert (fast != plain).any(-1).float().mean() < 1e-3
+    assert (fast(q, k) != plain(q, k)).any(-1).float().mean() < 1e-3
+
+
+def test_a_group_chooses_as_the_plain_gate():
+    """By products that drop bits of the sum of the group's queries."""
+    problem = variant(q_len=8192, kv_len=8192, group=4, batch=1)
+    q, k, _ = problem.tensors("cuda")
+    chosen = moba_select(q, k, 128, 8, gate="group")
+    expected = moba_select(q.cpu(), k.cpu(), 128, 8, gate="group")
+    assert (chosen.cpu() != expected).any(-1).float().mean() < 1e-3
 
 
 def run(problem: Problem, q, k, v, **options) -> tuple[torch.Tensor, ...]:
@@ -511,6 +528,27 @@ def test_gates_with_a_cache(name):
 
     selection = moba_select(q, k, 128, 5, **GATES[name])
     assert_as_exact_as_dense(in_chunks, q, k, v, problem.mask_of(selection))
+
+
+@pytest.mark.parametrize("strides", ["tokens first", "heads first", "odd"])
+@pytest.mark.parametrize("dim", [1, 64, 96])
+def test_rows_move_as_by_plain_operations(strides, dim):
+    x = torch.randn(2, 300, 3, dim + 1, device="cuda", dtype=torch.bfloat16)
+    x = x[..., 1:] if strides == "odd" else x[..., :dim].contiguous()
+    x = x.transpose(1, 2)
+    if strides == "heads first":
+        x = x.contiguous()
+    x.requires_grad_()
+    mask = torch.arange(300, device="cuda") >= torch.tensor([[0], [70]], device="cuda")
+    layout = sequence.layout_of(300, 64, None, None, mask)
+    out = layout.spread(x)
+    expected = torch.zeros_like(out)
+    expected[0], expected[1, :, :230] = x[0], x[1, :, 70:]
+    assert_bitwise_equal(out, expected)
+    assert_bitwise_equal(layout.collect(out), x * mask[:, None, :, None])
+    upstream = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(out, x, upstream)
+    assert_bitwise_equal(grad, layout.collect(upstream))
 
 
 def test_packed_documents_with_tiles():
