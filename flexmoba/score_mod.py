@@ -62,18 +62,19 @@ def at_places(
     """A ``score_mod`` for a call of queries and keys that stand elsewhere in the user's tensors.
 
     The tensors tell where, for the call's own batch, query heads and positions. They must be
-    buffers, not computed in the graph of the call, and no two of them one: before torch 2.13 a
-    constant in an index, to tell one from another, does not compile with gradients of what a
-    ``score_mod`` captures.
+    buffers, not computed in the graph of the call.
     """
 
     def moved(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        # Before torch 2.13 the compiler takes what is looked up for a scalar, which fails where
+        # gradients reach what is captured at such places: these zeros tell it the shape.
+        of_query, of_key = query - query, key - key
         return score_mod(
             score,
-            row[b, h, query],
-            head[b, h, query],
-            position[b, h, query],
-            key_position[b, h, key],
+            row[b, h, query] + of_query,
+            head[b, h, query] + of_query,
+            position[b, h, query] + of_query,
+            key_position[b, h, key] + of_key,
         )
 
     return moved
