@@ -41,9 +41,9 @@ def capture(
 
     Seen are calls of ``scaled_dot_product_attention`` and ``flex_attention``, also inside
     ``torch.compile``, and of `flexmoba.nn.FlexMoba` modules; not those of other kernels, of
-    ``torch.nn.MultiheadAttention``, or of `flex_moba` called as a function. Kept are those of causal self-attention: as many queries as
-    keys, more than one, and ``is_causal`` or a mask. The mask is taken for a causal one: batches
-    should have no padding and no packed documents.
+    ``torch.nn.MultiheadAttention``, or of `flex_moba` called as a function. Kept are those of
+    causal self-attention: as many queries as keys, more than one, and ``is_causal`` or a mask. The
+    mask is taken for a causal one: batches should have no padding and no packed documents.
 
     Args:
         model: Any module. Call it inside the ``with`` block, with gradients or without.
@@ -96,8 +96,9 @@ def sample_positions(length: int, queries: int) -> Tensor:
     """
     if queries >= length:
         return torch.arange(length)
-    i = torch.arange(queries, dtype=torch.float64)
-    return ((i + i * 0.6180339887498949 % 1) * (length / queries)).long()
+    ends = torch.arange(queries + 1) * length // queries
+    share = torch.arange(queries, dtype=torch.float64) * 0.6180339887498949 % 1
+    return ends[:-1] + (share * ends.diff()).long()
 
 
 class _Seen(TorchFunctionMode):
