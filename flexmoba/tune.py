@@ -65,7 +65,7 @@ def tune(
         >>> [(x.block_size, x.topk, round(x.sparsity, 2)) for x in report.choices]
         [(50, 2, 0.65), (50, 3, 0.47), (100, 2, 0.37), (100, 3, 0.12)]
     """
-    samples = [x if isinstance(x, Call) else _sampled(*x, queries) for x in calls]
+    samples = [x if isinstance(x, Call) else sampled(*x, queries) for x in calls]
     if not samples:
         raise ValueError("nothing to measure: calls is empty; `capture` catches a model's")
     longest = max(samples, key=lambda x: x.k.shape[2])
@@ -134,11 +134,12 @@ def tune(
     )
 
 
-def _sampled(q: Tensor, k: Tensor, queries: int) -> Call:
+def sampled(q: Tensor, k: Tensor, queries: int, name: str = "") -> Call:
+    """A call of causal self-attention, with a sample of its queries."""
     check_queries_and_keys(q, k)
     index = sample_positions(q.shape[2], queries)
     sample = q[:, :, index.to(q.device)]
-    return Call("", sample, k, index + k.shape[2] - q.shape[2], q.shape[-1] ** -0.5)
+    return Call(name, sample, k, index + k.shape[2] - q.shape[2], q.shape[-1] ** -0.5)
 
 
 def _inputs(call: Call) -> str:
