@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tune",
         "choose block size and topk for a model's own queries and keys",
         "flexmoba tune --example --sparsity 0.9 --plot frontier.png\n"
-        "  flexmoba tune --model ./my-model --text book.txt --latency-ms 5 --json tune.json",
+        "         flexmoba tune --model ./my-model --text book.txt --latency-ms 5 --json tune.json",
     )
     _add(
         commands,
@@ -83,7 +83,7 @@ def _add(commands: Any, module: Any, name: str, summary: str, example: str) -> N
         help=summary,
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
+        epilog=f"example: {example}\n\n{EXIT_CODES}",
     )
     module.add_arguments(parser)
     parser.set_defaults(run=module.run)

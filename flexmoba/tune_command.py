@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             show_progress=True,
         )
-    except (ValueError, TypeError, ImportError) as error:
+    except ValueError as error:
         raise UsageError(str(error)) from error
     budget, recommended = _recommend(report, arguments)
     if arguments.plot:
@@ -211,11 +211,13 @@ def _from_model(arguments: argparse.Namespace) -> list[Call]:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, attn_implementation="sdpa", dtype="auto"
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--model {folder}: transformers cannot load it: {reason}") from error
     model = model.to(arguments.device).eval()
-    tokens = tokenizer(file.read_text(errors="replace"), return_tensors="pt").input_ids
+    tokens = tokenizer(
+        file.read_text(encoding="utf-8", errors="replace"), return_tensors="pt"
+    ).input_ids
     tokens = tokens[:, : arguments.length].to(arguments.device)
     with torch.no_grad(), capture(model, queries=arguments.queries, device="cpu") as calls:
         model.base_model(tokens, use_cache=False)
