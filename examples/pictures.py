@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/choosing.md, from made-up queries and keys: python examples/pictures.py"""
+"""Draw the pictures of docs/choosing.md, from made-up queries and keys."""
 
 import argparse
 from pathlib import Path

@@ -258,7 +258,7 @@ def plot_report(report: Report, recommended: Choice | None = None) -> "Figure":
         recommended: The choice to ring, and to show the heads of; the best of the frontier's
             middle if None.
     """
-    timed = report.dense_forward_ms is not None
+    timed = report.timed
     figure = _figure((5.4 * (2 + timed), 4.6))
     panels = figure.subplots(1, 2 + timed, squeeze=False)[0]
     plot_frontier(report, recommended=recommended, axes=panels[0])

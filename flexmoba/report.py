@@ -58,7 +58,7 @@ class Report:
         inputs: Shape and dtype of the longest call, which the times and the sparsity are of.
         layers: Names of the layers.
         dense_forward_ms: Median milliseconds of ``scaled_dot_product_attention``; None if not
-            timed.
+            timed, or if it failed.
         dense_both_ms: The same of forward and backward.
         choices: What was measured of each block size and topk.
     """
@@ -70,6 +70,11 @@ class Report:
     dense_forward_ms: float | None
     dense_both_ms: float | None
     choices: list[Choice]
+
+    @property
+    def timed(self) -> bool:
+        """Whether the choices were timed."""
+        return all(x.forward_ms is not None for x in self.choices)
 
     def frontier(self, cost: Cost = "sparsity") -> list[Choice]:
         """The choices that none equals in mass at less cost, or beats in mass at no more.
@@ -114,7 +119,7 @@ class Report:
                 f"sparsity={sparsity}, latency_ms={latency_ms}"
             )
         if mass is not None:
-            cost: Cost = "sparsity" if self.dense_forward_ms is None else "forward_ms"
+            cost: Cost = "forward_ms" if self.timed else "sparsity"
             enough = [x for x in self.choices if x.mass >= mass]
             return min(enough, key=_price(cost, enough), default=None)
         if sparsity is not None:
@@ -127,10 +132,10 @@ class Report:
 
     def table(self, recommended: Choice | None = None) -> str:
         """All choices as a Markdown table; ``*`` marks the frontier, ``<-`` the recommended one."""
-        timed, backward = self.dense_forward_ms is not None, self.dense_both_ms is not None
-        frontier = self.frontier("forward_ms" if timed else "sparsity")
+        backward = any(x.both_ms is not None for x in self.choices)
+        frontier = self.frontier("forward_ms" if self.timed else "sparsity")
         heads = ["", "block", "topk", "sparsity", "mass", "best mass", "worst head", "found"]
-        heads += ["SNR", "needed"] + ["forward ms"] * timed + ["both ms"] * backward
+        heads += ["SNR", "needed"] + ["forward ms"] * self.timed + ["both ms"] * backward
         rows = []
         for x in self.choices:
             mark = "*" * (x in frontier) + " <-" * (x == recommended)
@@ -142,13 +147,13 @@ class Report:
                 (x.forward_ms, self.dense_forward_ms),
                 (x.both_ms, self.dense_both_ms),
             ):
-                if ms is not None and dense is not None:
-                    row.append(f"{ms:.2f} ({dense / ms:.1f}x)")
+                if ms is not None:
+                    row.append(f"{ms:.2f}" + (f" ({dense / ms:.1f}x)" if dense else ""))
             rows.append(row)
         return table(heads, rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """Everything, as JSON holds it."""
         return asdict(self)
 
 

@@ -1,6 +1,7 @@
 """Choosing block size and topk for a model's own queries and keys, on this device."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -93,7 +94,13 @@ def tune(
         measured.setdefault(call.name, []).append(quality)
 
     timer = _Timer(longest, device, backward=backward) if timed else None
-    dense = timer(_dense) if timer else (None, None)
+    dense: tuple[float | None, float | None] = (None, None)
+    if timer:
+        try:
+            dense = timer(_dense)
+        except RuntimeError as error:  # memory, mostly, which costs no other result
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"dense attention was not timed, it failed: {reason}", stacklevel=2)
     choices = []
     for block_size, topk in steps([(x, topk) for x in grid for topk in grid[x]], "times"):
         row = topks.index(topk)

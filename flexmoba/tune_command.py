@@ -15,6 +15,7 @@ Queries and keys come from one of
 
 import argparse
 import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,7 @@ def _from_model(arguments: argparse.Namespace) -> list[Call]:
         file.read_text(encoding="utf-8", errors="replace"), return_tensors="pt"
     ).input_ids
     tokens = tokens[:, : arguments.length].to(arguments.device)
+    print(f"the model reads {tokens.shape[1]:,} tokens", file=sys.stderr)
     with torch.no_grad(), capture(model, queries=arguments.queries, device="cpu") as calls:
         model.base_model(tokens, use_cache=False)
     return calls

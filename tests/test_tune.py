@@ -328,6 +328,20 @@ def test_layers_are_told_apart_and_batches_of_one_averaged():
     assert report.dense_forward_ms is None
 
 
+def test_dense_attention_that_fails_costs_no_other_result(monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("no memory\nand more lines")
+
+    monkeypatch.setattr("flexmoba.tune._dense", fails)
+    with pytest.warns(UserWarning, match="dense attention was not timed, it failed: no memory$"):
+        report = tune([tuple(torch.randn(2, 1, 2, 64, 8))], (16,), (2,), backward=True)
+    assert report.dense_forward_ms is None
+    assert report.timed
+    assert report.recommend(latency_ms=1e9) == report.choices[0]
+    assert "both ms" in report.table()
+    assert f"{report.choices[0].both_ms:.2f} |" in report.table()
+
+
 def report_of(*choices):
     """A report of choices given as (sparsity, mass, ms)."""
     empty = Choice(8, 1, 0.0, 0.0, 0.0, None, None, None, None, None, [[0.0]])
