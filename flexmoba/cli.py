@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from flexmoba import __version__, bench, demo, info, tune_command
+from flexmoba import __version__, bench, demo, info
 from flexmoba.console import UsageError
+from flexmoba.tune import command as tune
 
 EXIT_CODES = """exit codes:
   0  done
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     _add(
         commands,
-        tune_command,
+        tune,
         "tune",
         "choose block size and topk for a model's own queries and keys",
         "flexmoba tune --example --sparsity 0.9 --plot frontier.png\n"

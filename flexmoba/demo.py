@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexmoba import flex_moba, moba_reference, moba_select
-from flexmoba.capture import sample_positions
 from flexmoba.console import (
     UsageError,
     add_json,
@@ -35,8 +34,8 @@ from flexmoba.console import (
     write_json,
 )
 from flexmoba.nn import FlexMoba
-from flexmoba.quality import gate_quality
 from flexmoba.timing import median_ms
+from flexmoba.tune import gate_quality, sample_positions
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 64, 2
 BLOCK, TOPK = 64, 4  # while training, on sequences of LENGTH

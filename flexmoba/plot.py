@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexmoba.report import Choice, Cost, Report
+from flexmoba.tune.report import Choice, Cost, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

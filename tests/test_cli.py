@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from flexmoba import cli, demo
-from flexmoba.capture import sample_positions
 from flexmoba.cli import main
 from flexmoba.console import progress, table
 from flexmoba.example import synthetic
-from flexmoba.tune import tune
+from flexmoba.tune import sample_positions, tune
 
 COMMANDS = ("demo", "bench", "tune", "info")
 SMALL = ["--block-sizes", "16", "32", "--topks", "2", "4", "--device", "cpu"]

@@ -13,12 +13,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from flexmoba import quality
-from flexmoba.capture import sample_positions
 from flexmoba.nn import FlexMoba
-from flexmoba.quality import gate_quality, required_snr
 from flexmoba.reference import reference_mask, reference_selection
-from flexmoba.tune import Call, Choice, Report, capture, tune
+from flexmoba.tune import (
+    Call,
+    Choice,
+    Report,
+    capture,
+    gate_quality,
+    required_snr,
+    sample_positions,
+    tune,
+)
 from tests.conftest import assert_bitwise_equal
 from tests.problems import problems
 
@@ -80,7 +86,7 @@ def test_a_sample_and_pieces_give_the_same(monkeypatch):
     whole = gate_quality(q[:, :, index], k, (16, 40), (2, 3), positions=index + 30)
     each = [gate_quality(q[:, :, [i]], k[:, :, : i + 31], 40, 3)[40].mass for i in index]
     torch.testing.assert_close(whole[40].mass[1:], sum(each) / 4)
-    monkeypatch.setattr(quality, "_SCORES_AT_ONCE", 130 * 3)
+    monkeypatch.setattr("flexmoba.tune.quality._SCORES_AT_ONCE", 130 * 3)
     pieces = gate_quality(q[:, :, index], k, (16, 40), (2, 3), positions=index + 30)
     for size in (16, 40):
         for a, b in zip(whole[size], pieces[size], strict=True):
@@ -332,7 +338,7 @@ def test_dense_attention_that_fails_costs_no_other_result(monkeypatch):
     def fails(*_):
         raise torch.OutOfMemoryError("no memory\nand more lines")
 
-    monkeypatch.setattr("flexmoba.tune._dense", fails)
+    monkeypatch.setattr("flexmoba.tune.measure._dense", fails)
     with pytest.warns(UserWarning, match="dense attention was not timed, it failed: no memory$"):
         report = tune([tuple(torch.randn(2, 1, 2, 64, 8))], (16,), (2,), backward=True)
     assert report.dense_forward_ms is None

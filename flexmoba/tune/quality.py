@@ -88,7 +88,7 @@ def gate_quality(
 
     Examples:
         >>> import torch
-        >>> from flexmoba.quality import gate_quality
+        >>> from flexmoba.tune import gate_quality
         >>> q, k = torch.randn(2, 1, 2, 512, 16)
         >>> quality = gate_quality(q, k, block_size=64, topk=(1, 3, 8))[64]
         >>> quality.mass.shape

@@ -58,7 +58,7 @@ def capture(
 
     Examples:
         >>> import torch
-        >>> from flexmoba.capture import capture
+        >>> from flexmoba.tune import capture
         >>> from flexmoba.nn import FlexMoba
         >>> model = FlexMoba(block_size=64, topk=3)
         >>> with capture(model, queries=32) as calls:

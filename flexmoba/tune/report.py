@@ -19,12 +19,12 @@ class Choice:
         sparsity: Share of the pairs of a query and a key of full causal attention that are left
             out, at the longest sequence.
         mass: Share of full attention that selected blocks capture, mean over layers and heads;
-            see `flexmoba.quality.Quality`.
+            see `flexmoba.tune.Quality`.
         best_mass: The same of the best selection of as many blocks.
         found: How often the block of the strongest past key is selected; None if never asked.
         snr: The gate's signal-to-noise ratio, mean over layers and heads; None if there are too
             few blocks to tell.
-        required_snr: What `flexmoba.quality.required_snr` asks for.
+        required_snr: What `flexmoba.tune.required_snr` asks for.
         forward_ms: Median milliseconds of a forward call of `flex_moba`; None if not timed.
         both_ms: The same of forward and backward.
         heads: ``mass`` of each layer's heads.

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexmoba.capture import Call, capture
 from flexmoba.console import UsageError, add_json, check_writable, positive, write_json
 from flexmoba.example import synthetic
-from flexmoba.report import Choice, Report
-from flexmoba.tune import sampled, tune
+from flexmoba.tune.calls import Call, capture
+from flexmoba.tune.measure import sampled, tune
+from flexmoba.tune.report import Choice, Report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

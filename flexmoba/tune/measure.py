@@ -1,4 +1,4 @@
-"""Choosing block size and topk for a model's own queries and keys, on this device."""
+"""Measure a grid of block sizes and topks on given queries and keys."""
 
 import math
 import warnings
@@ -10,14 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexmoba.attention import flex_moba
-from flexmoba.capture import Call, capture, sample_positions
 from flexmoba.checks import check_queries_and_keys
 from flexmoba.console import progress
-from flexmoba.quality import Quality, gate_quality, required_snr
-from flexmoba.report import Choice, Report
 from flexmoba.timing import median_ms
-
-__all__ = ["Call", "Choice", "Report", "capture", "tune"]
+from flexmoba.tune.calls import Call, sample_positions
+from flexmoba.tune.quality import Quality, gate_quality, required_snr
+from flexmoba.tune.report import Choice, Report
 
 
 def tune(
@@ -35,7 +33,7 @@ def tune(
 
     Of each call: the share of full attention that the blocks selected by the gate of
     arXiv 2502.13189, Sec. 2.2, capture, beside the best possible, and the gate's signal-to-noise
-    ratio of arXiv 2511.11571, Sec. 3, as defined by `flexmoba.quality.gate_quality`. Of the
+    ratio of arXiv 2511.11571, Sec. 3, as defined by `flexmoba.tune.gate_quality`. Of the
     longest call's shape: the time of `flex_moba` beside ``scaled_dot_product_attention``, of
     random values, since the time does not depend on them. Captured mass says what an operator
     swapped into the model loses at first; a model trained with it loses less.
