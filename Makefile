@@ -16,7 +16,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.plot ## Train a small model, check and time its attention, draw what it chose
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m flexmoba demo
 
 test: $(VENV)/.dev ## Run the tests, examples in documents and docstrings included
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

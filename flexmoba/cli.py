@@ -6,34 +6,76 @@ from typing import Any
 
 import torch
 
-from flexmoba import bench, info
+from flexmoba import __version__, bench, demo, info
+from flexmoba.console import UsageError
+from flexmoba.tune import command as tune
+
+EXIT_CODES = """exit codes:
+  0  done
+  1  done, and what was measured is not as it should be: a result differs from exact attention,
+     or (tune) nothing keeps to the budget
+  2  not done: wrong options, or something is missing; the message says what to do"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="flexmoba", description="Mixture of Block Attention on this machine."
+        prog="flexmoba",
+        description="Mixture of Block Attention on this machine.",
+        epilog=f"flexmoba COMMAND --help explains a command\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"flexmoba {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
+    _add(
+        commands,
+        demo,
+        "demo",
+        "train a small model with flex_moba, check, time and draw its attention",
+        "flexmoba demo --seconds 20 --max-length 4096",
+    )
     _add(
         commands,
         bench,
         "bench",
         "check and time flex_moba beside dense attention",
-        "example: flexmoba bench --preset flashmoba --json results.json --plot results.png",
+        "flexmoba bench --preset flashmoba --json results.json --plot results.png",
+    )
+    _add(
+        commands,
+        tune,
+        "tune",
+        "choose block size and topk for a model's own queries and keys",
+        "flexmoba tune --example --sparsity 0.9 --plot frontier.png\n"
+        "         flexmoba tune --model ./my-model --text book.txt --latency-ms 5 --json tune.json",
     )
     _add(
         commands,
         info,
         "info",
         'print versions, the device and what impl="auto" chooses',
-        "example: flexmoba info --dtype float32 --head-dim 64",
+        "flexmoba info --dtype float32 --head-dim 64",
     )
     chosen = parser.parse_args(arguments)
-    if chosen.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {chosen.device}: there is no CUDA device here; try --device cpu")
-    code: int = chosen.run(chosen)
+    try:
+        _check_device(chosen.device)
+        code: int = chosen.run(chosen)
+    except UsageError as error:
+        parser.exit(2, f"flexmoba: error: {error}\n")
     return code
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: no such kind of device; try cuda or cpu") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: commands measure on cuda and cpu alone; try cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: there is no CUDA device here; try --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()}; try cuda:0")
 
 
 def _add(commands: Any, module: Any, name: str, summary: str, example: str) -> None:
@@ -42,7 +84,7 @@ def _add(commands: Any, module: Any, name: str, summary: str, example: str) -> N
         help=summary,
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=example,
+        epilog=f"example: {example}\n\n{EXIT_CODES}",
     )
     module.add_arguments(parser)
     parser.set_defaults(run=module.run)

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.metadata
-import json
 import platform
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from flexmoba import __version__
 from flexmoba.checks import DTYPES
+from flexmoba.console import add_json, check_writable, positive, write_json
 from flexmoba.impls import IMPLS, resolve, why_not
 
 
@@ -21,17 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES],
         default="bfloat16" if on_gpu else "float32",
+        help="of the inputs that a call would have (default: %(default)s)",
     )
-    parser.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--head-dim", type=positive, default=128, help="default: %(default)s")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints it."""
+    check_writable(json=arguments.json)
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     report = describe(device, dtype, arguments.head_dim)
-    if arguments.json:
-        print(json.dumps(report, indent=1))
+    if not write_json(report, arguments.json):
         return 0
     implementations = report.pop("implementations")
     for name, value in report.items():

@@ -132,7 +132,7 @@ def test_only_flex_calls_flex_attention():
     for module, names in users.items():
         if module != "flex":
             assert names <= types, module
-        if module not in {"flex", "masks", "shared_mask"}:
+        if module not in {"flex", "masks", "plot", "shared_mask"}:
             assert "BlockMask" not in names, module
 
 
@@ -145,8 +145,15 @@ def test_block_masks_are_not_made_by_evaluating_them():
 
 def test_runtime_dependencies():
     allowed = {"torch", "einops", "triton", "flexmoba"}  # triton: part of torch, where it is
-    extras = {"bench": {"tqdm", "matplotlib"}}  # of the command line, where they are installed
-    for module in MODULES:
+    extras = {  # imported where they are used, if they are installed
+        "bench": {"tqdm", "matplotlib"},
+        "console": {"tqdm"},
+        "demo": {"tqdm"},
+        "plot": {"matplotlib"},
+    }
+    for module, tree in MODULES.items():
         roots = {name.split(".")[0] for name in imports_of(module)}
         of_module = extras.get(module.split(".")[0], set())
         assert roots - sys.stdlib_module_names <= allowed | of_module, module
+        at_once = ast.unparse([x for x in tree.body if isinstance(x, (ast.Import, ast.ImportFrom))])
+        assert not any(name in at_once for name in ("tqdm", "matplotlib")), module

@@ -1,0 +1,82 @@
+"""What the commands of `flexmoba.cli` share: options, tables, progress bars, errors of usage."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class UsageError(Exception):
+    """What the user must do otherwise: printed without a traceback, with exit code 2."""
+
+
+def positive(text: str) -> int:
+    """The type of an option that is a count."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """``--json [FILE]``: None without it, ``"-"`` without FILE."""
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="print JSON instead of tables; with FILE, print the tables and write JSON to FILE",
+    )
+
+
+def write_json(report: dict[str, Any], to: str | None) -> bool:
+    """Does what ``--json`` asks for; whether tables are still to be printed."""
+    text = json.dumps(report, indent=1, allow_nan=False)
+    if to == "-":
+        print(text)
+    elif to is not None:
+        Path(to).write_text(text + "\n")
+    return to != "-"
+
+
+def check_writable(**options: str | Path | None) -> None:
+    """Finds out before the work, not after it, that a result could not be written.
+
+    Args:
+        options: Files to write by the name of their option; ``"-"`` and None for none. What is
+            given for ``plot`` needs matplotlib.
+    """
+    for option, path in options.items():
+        if path is None or path == "-":
+            continue
+        folder = Path(path).parent
+        if not folder.is_dir():
+            raise UsageError(f"--{option} {path}: there is no folder {folder}; make it first")
+        if Path(path).is_dir():
+            raise UsageError(f"--{option} {path}: that is a folder; name a file in it")
+    if options.get("plot") is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib; pip install 'flexmoba[plot]'")
+
+
+def progress(items: Sequence[T], label: str) -> Iterator[T]:
+    """The items, beside a bar on a terminal if tqdm is there to draw it."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield from items
+        return
+    yield from tqdm(items, desc=label, file=sys.stderr, leave=False, disable=None)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose columns are aligned, numbers to the right."""
+    lines = [list(heads), *(list(row) for row in rows)]
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(heads))]
+    cells = [[x.rjust(width) for x, width in zip(line, widths, strict=True)] for line in lines]
+    cells.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

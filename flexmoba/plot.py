@@ -1,0 +1,379 @@
+"""Pictures of what was selected, how often, what it captures, and of the tiles of a BlockMask.
+
+Every function draws into matplotlib axes, of a figure of its own by default, and returns them:
+``axes.figure.savefig("picture.png")`` writes it. They need ``pip install 'flexmoba[plot]'``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexmoba.tune.report import Choice, Cost, Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Told apart by the colour-blind, and in grey (Okabe and Ito).
+BLUE, ORANGE, FUTURE = "#0072B2", "#E69F00", "#E6E6E6"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP*"
+MAX_ROWS = 1024  # of a picture; more queries than that share rows
+
+
+def plot_selection(
+    selection: Tensor,
+    block_size: int,
+    *,
+    kv_len: int | None = None,
+    batch: int = 0,
+    head: int = 0,
+    axes: "Axes | None" = None,
+) -> "Axes":
+    """Draws which blocks each query of a head selected: queries downwards, blocks to the right.
+
+    Past blocks are blue, the own block is orange, and what lies after it grey. Where more queries
+    share a row than can be told apart, the colour is as strong as the share of them that selected.
+
+    Args:
+        selection: Block indices, ``(B, Hq, Lq, topk)``, as `flexmoba.moba_select` gives them.
+        block_size: Keys in a block.
+        kv_len: Keys; as many as queries by default.
+        batch: Which row of the batch.
+        head: Which query head.
+        axes: Where to draw.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: The selection does not fit ``block_size`` and ``kv_len``.
+
+    Examples:
+        >>> import torch
+        >>> from flexmoba import moba_select
+        >>> from flexmoba.plot import plot_selection
+        >>> q, k = torch.randn(2, 1, 2, 512, 16)
+        >>> axes = plot_selection(moba_select(q, k, 64, 3), 64, head=1)
+        >>> axes.get_title()
+        'head 1'
+    """
+    chosen, own, n_blocks = _chosen(selection, block_size, kv_len)
+    chosen, q_len = chosen[batch, head], selection.shape[2]
+    kv_len = q_len if kv_len is None else kv_len
+    block = torch.arange(n_blocks)
+    is_own = block == own[:, None]
+    kinds = torch.stack([chosen & ~is_own, chosen & is_own, block > own[:, None]])
+    rows = min(q_len, MAX_ROWS)
+    row = torch.arange(q_len) * rows // q_len
+    share = torch.zeros(3, rows, n_blocks).index_add_(1, row, kinds.float())
+    share = share / row.bincount(minlength=rows)[:, None]
+    ink = torch.tensor([_rgb(colour) for colour in (BLUE, ORANGE, FUTURE)]) - 1
+    picture = (1 + torch.einsum("krb,kc->rbc", share, ink)).clamp(0, 1)
+
+    axes = _axes(axes, (4.2, 4.2))
+    extent = (0, n_blocks, kv_len, kv_len - q_len)
+    axes.imshow(picture.numpy(), extent=extent, aspect="auto", interpolation="none")
+    axes.set(title=f"head {head}", xlabel=f"block of {block_size} keys", ylabel="query position")
+    return axes
+
+
+def plot_heads(
+    selection: Tensor, block_size: int, *, kv_len: int | None = None, batch: int = 0
+) -> "Figure":
+    """Draws `plot_selection` of every head, up to eight, in one figure with a legend.
+
+    Args:
+        selection: ``(B, Hq, Lq, topk)``, as in `plot_selection`.
+        block_size: Keys in a block.
+        kv_len: As in `plot_selection`.
+        batch: Which row of the batch.
+    """
+    heads = min(selection.shape[1], 8)
+    columns = min(heads, 4)
+    lines = -(-heads // columns)
+    figure = _figure((3.2 * columns + 0.6, 3.4 * lines + 0.7))
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    for head, axes in enumerate(panels.flat):
+        if head < heads:
+            plot_selection(selection, block_size, kv_len=kv_len, batch=batch, head=head, axes=axes)
+            axes.label_outer()
+        else:
+            axes.set_visible(False)
+    kinds = {
+        "selected past block": BLUE,
+        "own block": ORANGE,
+        "not selected": "white",
+        "not past": FUTURE,
+    }
+    figure.legend(handles=_patches(kinds), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def plot_choices(
+    selection: Tensor,
+    block_size: int,
+    *,
+    kv_len: int | None = None,
+    batch: int = 0,
+    by: str = "distance",
+    axes: "Axes | None" = None,
+) -> "Axes":
+    """Draws how often a past block is selected, out of the queries that could select it.
+
+    Args:
+        selection: ``(B, Hq, Lq, topk)``, as in `plot_selection`.
+        block_size: Keys in a block.
+        kv_len: As in `plot_selection`.
+        batch: Which row of the batch.
+        by: ``"distance"``: how many blocks before the own one; ``"block"``: which block.
+        axes: Where to draw.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: The selection does not fit, ``by`` is unknown, or there is no past block.
+    """
+    if by not in ("distance", "block"):
+        raise ValueError(f'by must be "distance" or "block", got {by!r}')
+    chosen, own, n_blocks = _chosen(selection, block_size, kv_len)
+    past = torch.arange(n_blocks) < own[:, None]
+    index = torch.arange(n_blocks).expand_as(past)
+    if by == "distance":
+        index = own[:, None] - index
+    queries = index[past].bincount(minlength=n_blocks)
+    if not queries.any():
+        raise ValueError(f"no query has a past block: there is one block of {block_size} keys")
+    heads = [index[past & x].bincount(minlength=n_blocks) for x in chosen[batch]]
+    seen = queries > 0
+    share = torch.stack(heads)[:, seen] / queries[seen]
+    x = seen.nonzero()[:, 0].numpy()
+
+    axes = _axes(axes, (6, 3.4))
+    least, most = share.amin(0).numpy(), share.amax(0).numpy()
+    if len(heads) > 1:
+        axes.fill_between(x, least, most, color=BLUE, alpha=0.25, lw=0, label="range of heads")
+    mark = "o" if len(x) < 40 else ""
+    axes.plot(x, share.mean(0).numpy(), color=BLUE, marker=mark, ms=4, label="mean of heads")
+    where = "blocks before the own one" if by == "distance" else f"block of {block_size} keys"
+    axes.set(xlabel=where, ylabel="share of queries that select it", ylim=(0, None))
+    _whole_numbers(axes)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return axes
+
+
+def plot_mass(report: Report, choice: Choice, *, axes: "Axes | None" = None) -> "Axes":
+    """Draws the attention mass that a choice captures, layers downwards, heads to the right.
+
+    Args:
+        report: What `flexmoba.tune.tune` returned.
+        choice: One of its choices.
+        axes: Where to draw.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    width = max(len(layer) for layer in choice.heads)
+    cells = torch.full((len(choice.heads), width), float("nan"))
+    for layer, heads in enumerate(choice.heads):
+        cells[layer, : len(heads)] = torch.tensor(heads)
+    axes = _axes(axes, (1.5 + 0.5 * width, 1.5 + 0.4 * len(cells)))
+    image = axes.imshow(cells.numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    axes.figure.colorbar(image, ax=axes, label="captured attention mass")
+    if cells.numel() <= 64:
+        for (layer, head), value in zip(_cells(cells), cells.flatten().tolist(), strict=True):
+            if value == value:
+                colour = "black" if value > 0.5 else "white"
+                text = f"{value:.0%}"
+                axes.text(head, layer, text, ha="center", va="center", color=colour, fontsize=8)
+    if len(report.layers) <= 40:
+        axes.set_yticks(range(len(report.layers)), [_short(name) for name in report.layers])
+    _whole_numbers(axes)
+    axes.set(title=f"block {choice.block_size}, topk {choice.topk}", xlabel="head", ylabel="layer")
+    return axes
+
+
+def plot_frontier(
+    report: Report,
+    *,
+    cost: Cost = "sparsity",
+    recommended: Choice | None = None,
+    axes: "Axes | None" = None,
+) -> "Axes":
+    """Draws captured mass over what it costs, a mark for each choice, labelled with its topk.
+
+    The line joins the choices that are worth their cost. Above each mark a tick shows the best
+    mass that as many blocks could capture: what lies between, the gate loses.
+
+    Args:
+        report: What `flexmoba.tune.tune` returned.
+        cost: ``"sparsity"``, drawn as the share of keys read, or ``"forward_ms"``.
+        recommended: The choice to ring.
+        axes: Where to draw.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: The cost is unknown or was not measured.
+    """
+    frontier = report.frontier(cost)
+
+    def price(x: Choice) -> float:
+        return 1 - x.sparsity if cost == "sparsity" else float(x.forward_ms or 0)
+
+    axes = _axes(axes, (6, 4.2))
+    joined = [price(x) for x in frontier], [x.mass for x in frontier]
+    axes.plot(*joined, color="0.6", lw=4, alpha=0.6, zorder=1, label="frontier")
+    sizes = sorted({x.block_size for x in report.choices})
+    for i, size in enumerate(sizes):
+        choices = [x for x in report.choices if x.block_size == size]
+        costs, masses = [price(x) for x in choices], [x.mass for x in choices]
+        colour, mark = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        axes.vlines(costs, masses, [x.best_mass for x in choices], color=colour, lw=1, alpha=0.7)
+        axes.plot(costs, [x.best_mass for x in choices], "_", color=colour, ms=9)
+        axes.plot(costs, masses, mark, color=colour, ms=7, label=f"block {size}", zorder=3)
+        for x, y, choice in zip(costs, masses, choices, strict=True):
+            axes.annotate(str(choice.topk), (x, y), (6, -9), textcoords="offset points", fontsize=8)
+    if recommended is not None:
+        at = price(recommended), recommended.mass
+        axes.plot(*at, "o", ms=17, mfc="none", mec="black", mew=1.5, label="recommended")
+    _log_scale(axes, "{:.3g}%" if cost == "sparsity" else "{:g}", 100 if cost == "sparsity" else 1)
+    if cost == "sparsity":
+        axes.set_xlabel("share of keys read")
+    else:
+        axes.set_xlabel("milliseconds forward")
+        if report.dense_forward_ms:
+            axes.axvline(report.dense_forward_ms, color="black", ls=":", label="dense attention")
+    axes.set_ylabel("captured attention mass")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    return axes
+
+
+def plot_report(report: Report, recommended: Choice | None = None) -> "Figure":
+    """Draws a whole report: the frontier by keys read and by time, and the mass of each head.
+
+    Args:
+        report: What `flexmoba.tune.tune` returned.
+        recommended: The choice to ring, and to show the heads of; the best of the frontier's
+            middle if None.
+    """
+    timed = report.timed
+    figure = _figure((5.4 * (2 + timed), 4.6))
+    panels = figure.subplots(1, 2 + timed, squeeze=False)[0]
+    plot_frontier(report, recommended=recommended, axes=panels[0])
+    if timed:
+        plot_frontier(report, cost="forward_ms", recommended=recommended, axes=panels[1])
+    frontier = report.frontier()
+    plot_mass(report, recommended or frontier[len(frontier) // 2], axes=panels[-1])
+    # One legend for both frontiers, where it hides nothing.
+    handles, names = panels[int(timed)].get_legend_handles_labels()
+    for axes in panels[:-1]:
+        axes.get_legend().remove()
+    figure.legend(handles, names, loc="outside lower left", ncols=len(names), fontsize=9)
+    figure.suptitle(f"{report.inputs}; {report.device}, torch {report.torch}", fontsize=10)
+    return figure
+
+
+def plot_block_mask(
+    mask: BlockMask, *, batch: int = 0, head: int = 0, axes: "Axes | None" = None
+) -> "Axes":
+    """Draws the tiles of a BlockMask: those visited whole, those masked within, and the rest.
+
+    Args:
+        mask: Such as `flexmoba.moba_block_mask` gives.
+        batch: Which row of its batch.
+        head: Which of its heads.
+        axes: Where to draw.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    kinds = {"skipped": "white", "masked within": ORANGE, "visited whole": BLUE}
+    rows, columns = mask.kv_indices.shape[-2:]
+    tiles = torch.zeros(rows, columns + 1, dtype=torch.int64)  # the last column: no tile
+    lists = [(mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)]
+    for kind, (counts, indices) in enumerate(lists, start=1):
+        if counts is not None and indices is not None:
+            listed = torch.arange(columns) < counts[batch, head].cpu()[:, None]
+            tiles.scatter_(1, indices[batch, head].cpu().long().where(listed, columns), kind)
+    tiles = tiles[:, :-1]
+    picture = torch.tensor([_rgb(colour) for colour in kinds.values()])[tiles]
+    axes = _axes(axes, (4.6, 4.6))
+    axes.imshow(picture.numpy(), interpolation="none")
+    q_size, kv_size = mask.BLOCK_SIZE
+    visited = float((tiles > 0).float().mean())
+    axes.set(
+        title=f"head {head}: {visited:.0%} of the tiles visited",
+        xlabel=f"tile of {kv_size} keys",
+        ylabel=f"tile of {q_size} queries",
+    )
+    axes.legend(handles=_patches(kinds), fontsize=8, loc="upper right")
+    return axes
+
+
+def _chosen(selection: Tensor, block_size: int, kv_len: int | None) -> tuple[Tensor, Tensor, int]:
+    """Bools ``(B, Hq, Lq, blocks)``, each query's own block ``(Lq,)``, and how many blocks."""
+    q_len = selection.shape[2]
+    kv_len = q_len if kv_len is None else kv_len
+    n_blocks = -(-kv_len // block_size)
+    if kv_len < q_len or int(selection.max()) >= n_blocks:
+        raise ValueError(
+            f"selection holds {q_len} queries and blocks up to {int(selection.max())}, but "
+            f"{kv_len} keys have {n_blocks} blocks of {block_size}; give the block_size and "
+            "kv_len that it was made with"
+        )
+    index = selection.cpu().long()
+    chosen = torch.zeros(*index.shape[:3], n_blocks + 1, dtype=torch.bool)
+    chosen.scatter_(3, index.where(index >= 0, n_blocks), value=True)
+    own = (torch.arange(q_len) + kv_len - q_len) // block_size
+    return chosen[..., :-1], own, n_blocks
+
+
+def _axes(axes: "Axes | None", size: tuple[float, float]) -> "Axes":
+    return _figure(size).subplots() if axes is None else axes
+
+
+def _figure(size: tuple[float, float]) -> "Figure":
+    """A figure that belongs to no window, so that pictures are drawn the same everywhere."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib; pip install 'flexmoba[plot]'") from error
+    return Figure(figsize=size, dpi=120, layout="constrained", facecolor="white")
+
+
+def _whole_numbers(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _log_scale(axes: "Axes", text: str, factor: float) -> None:
+    """A logarithmic x axis with numbers at 1, 2 and 5, that one can read."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: text.format(x * factor)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _patches(kinds: dict[str, str]) -> list[Any]:
+    from matplotlib.patches import Patch
+
+    return [Patch(facecolor=colour, edgecolor="0.5", label=name) for name, colour in kinds.items()]
+
+
+def _rgb(colour: str) -> tuple[float, float, float]:
+    from matplotlib.colors import to_rgb
+
+    return to_rgb(colour)
+
+
+def _cells(cells: Tensor) -> list[tuple[int, int]]:
+    return [(row, column) for row in range(cells.shape[0]) for column in range(cells.shape[1])]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else f"...{name[-21:]}"

@@ -1,0 +1,233 @@
+"""Which block size and topk suit given queries and keys, on this device.
+
+For every block size and topk it prints how much of full attention the selected blocks capture
+(mass), what the best selection of as many blocks would (best mass), the head that gets least
+(worst head), how often the block of the strongest past key is selected (found), the gate's
+signal-to-noise ratio (SNR) beside the one that is needed, and the time beside dense attention.
+A star marks the choices that are worth their cost; an arrow the one recommended for your budget.
+
+Queries and keys come from one of
+  --model FOLDER --text FILE   a Hugging Face model on this disk that reads a text
+  --tensors FILE               tensors "q" (B, Hq, L, D) and "k" (B, Hkv, L, D), or several pairs
+                               "NAME.q" and "NAME.k", in a .pt or .safetensors file
+  --example                    made-up ones: they show how to read the table, no more
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexmoba.console import UsageError, add_json, check_writable, positive, write_json
+from flexmoba.example import synthetic
+from flexmoba.tune.calls import Call, capture
+from flexmoba.tune.measure import sampled, tune
+from flexmoba.tune.report import Choice, Report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``flexmoba tune``."""
+    on_gpu = torch.cuda.is_available()
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, metavar="FOLDER", help="needs --text")
+    source.add_argument("--tensors", type=Path, metavar="FILE")
+    source.add_argument("--example", action="store_true")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="what the model reads")
+    parser.add_argument(
+        "--length",
+        type=positive,
+        default=8192,
+        help="tokens, at most, of the text or the example (default: %(default)s)",
+    )
+    for name, default in (("block-sizes", [64, 128, 256, 512]), ("topks", [2, 3, 4, 8])):
+        parser.add_argument(
+            f"--{name}",
+            type=positive,
+            nargs="+",
+            default=default,
+            metavar="N",
+            help=f"default: {' '.join(map(str, default))}",
+        )
+    parser.add_argument(
+        "--queries",
+        type=positive,
+        default=256,
+        help="how many queries to sample of each layer (default: %(default)s)",
+    )
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--mass",
+        type=_share,
+        default=0.95,
+        help="recommend the cheapest that captures this share (default: %(default)s)",
+    )
+    budget.add_argument(
+        "--sparsity", type=_share, help="recommend what captures most at this sparsity at least"
+    )
+    budget.add_argument(
+        "--latency-ms", type=float, help="recommend what captures most in this time at most"
+    )
+    parser.add_argument("--backward", action="store_true", help="time the backward pass, too")
+    parser.add_argument("--no-times", action="store_true", help="time nothing")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cuda or cpu")
+    add_json(parser)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (needs matplotlib)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures and prints; 1 if nothing that was measured keeps to the budget."""
+    check_writable(json=arguments.json, plot=arguments.plot)
+    if arguments.no_times and (arguments.latency_ms is not None or arguments.backward):
+        raise UsageError("--latency-ms and --backward need times; leave --no-times out")
+    if (arguments.model is None) != (arguments.text is None):
+        raise UsageError("--model and --text go together: a model reads a text")
+    try:
+        report = tune(
+            _calls(arguments),
+            arguments.block_sizes,
+            arguments.topks,
+            queries=arguments.queries,
+            timed=not arguments.no_times,
+            backward=arguments.backward,
+            device=arguments.device,
+            show_progress=True,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    budget, recommended = _recommend(report, arguments)
+    if arguments.plot:
+        from flexmoba.plot import plot_report
+
+        plot_report(report, recommended).savefig(arguments.plot)
+    example = "synthetic, no model's" if arguments.example else None
+    asked = {"budget": budget, "recommended": recommended, "example": example}
+    if write_json(_json(report, asked), arguments.json):
+        print(_heading(report, example), report.table(recommended), sep="\n\n", end="\n\n")
+        print(_advice(report, budget, recommended))
+    return int(recommended is None)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must lie above 0 and be at most 1, got {text}")
+    return value
+
+
+def _json(report: Report, asked: dict[str, Any]) -> dict[str, Any]:
+    chosen = asked["recommended"]
+    index = None if chosen is None else report.choices.index(chosen)
+    return report.to_dict() | asked | {"recommended": index}
+
+
+def _recommend(report: Report, arguments: argparse.Namespace) -> tuple[str, Choice | None]:
+    if arguments.sparsity is not None:
+        return f"sparsity {arguments.sparsity:g}", report.recommend(sparsity=arguments.sparsity)
+    if arguments.latency_ms is not None:
+        found = report.recommend(latency_ms=arguments.latency_ms)
+        return f"latency {arguments.latency_ms:g} ms", found
+    return f"mass {arguments.mass:g}", report.recommend(mass=arguments.mass)
+
+
+def _heading(report: Report, example: str | None) -> str:
+    layers = f"{len(report.layers)} layers, " if len(report.layers) > 1 else ""
+    lines = [f"{report.device}, torch {report.torch}", f"{layers}{report.inputs}"]
+    if example:
+        lines.append(f"queries and keys: {example}")
+    if report.dense_forward_ms is not None:
+        dense = f"dense attention: {report.dense_forward_ms:.2f} ms forward"
+        if report.dense_both_ms is not None:
+            dense += f", {report.dense_both_ms:.2f} ms forward and backward"
+        lines.append(dense)
+    return "\n".join(lines)
+
+
+def _advice(report: Report, budget: str, choice: Choice | None) -> str:
+    if choice is None:
+        best = max(report.choices, key=lambda x: x.mass)
+        return (
+            f"For {budget}: nothing measured keeps to it. The most mass, {best.mass:.1%}, has "
+            f"block {best.block_size}, topk {best.topk}, at sparsity {best.sparsity:.1%}. Try "
+            "other --block-sizes and --topks, or another budget."
+        )
+    return (
+        f"For {budget}: block_size={choice.block_size}, topk={choice.topk}. It captures "
+        f"{choice.mass:.1%} of full attention, {choice.worst_mass:.1%} in the worst head, and "
+        f"reads {1 - choice.sparsity:.1%} of the keys."
+    )
+
+
+# ---- Where queries and keys come from -----------------------------------------------------------
+
+
+def _calls(arguments: argparse.Namespace) -> Sequence[Call | tuple[Tensor, Tensor]]:
+    if arguments.example:
+        dtype = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
+        return [synthetic(arguments.length, device=arguments.device, dtype=dtype)]
+    if arguments.tensors is not None:
+        return _from_file(arguments.tensors, arguments.queries)
+    return _from_model(arguments)
+
+
+def _from_file(file: Path, queries: int) -> list[Call]:
+    if not file.is_file():
+        raise UsageError(f"--tensors {file}: there is no such file")
+    if file.suffix == ".safetensors":
+        tensors = _module("safetensors.torch", "safetensors").load_file(file)
+    else:
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UsageError(
+                f"--tensors {file}: torch.load cannot read it as tensors; write it by "
+                'torch.save({"q": q, "k": k}, FILE)'
+            ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+        raise UsageError(f"--tensors {file}: it must hold a dict of tensors")
+    names = [name for name in tensors if name == "q" or str(name).endswith(".q")]
+    pairs = {name[:-1].rstrip("."): (name, f"{name[:-1]}k") for name in names}
+    missing = [k for _, k in pairs.values() if k not in tensors]
+    if missing or not pairs:
+        raise UsageError(
+            f'--tensors {file}: needs "q" and "k", or pairs "NAME.q" and "NAME.k"; it has '
+            f"{', '.join(map(str, tensors)) or 'nothing'}"
+        )
+    return [sampled(tensors[q], tensors[k], queries, name) for name, (q, k) in pairs.items()]
+
+
+def _from_model(arguments: argparse.Namespace) -> list[Call]:
+    folder, file = arguments.model, arguments.text
+    if not folder.is_dir():
+        raise UsageError(f"--model {folder}: there is no such folder; nothing is downloaded")
+    if not file.is_file():
+        raise UsageError(f"--text {file}: there is no such file")
+    transformers = _module("transformers", "transformers")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, attn_implementation="sdpa", dtype="auto"
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--model {folder}: transformers cannot load it: {reason}") from error
+    model = model.to(arguments.device).eval()
+    tokens = tokenizer(
+        file.read_text(encoding="utf-8", errors="replace"), return_tensors="pt"
+    ).input_ids
+    tokens = tokens[:, : arguments.length].to(arguments.device)
+    print(f"the model reads {tokens.shape[1]:,} tokens", file=sys.stderr)
+    with torch.no_grad(), capture(model, queries=arguments.queries, device="cpu") as calls:
+        model.base_model(tokens, use_cache=False)
+    return calls
+
+
+def _module(name: str, package: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"this needs {package}; pip install {package}") from error

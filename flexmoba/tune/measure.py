@@ -1,0 +1,199 @@
+"""Measure a grid of block sizes and topks on given queries and keys."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexmoba.attention import flex_moba
+from flexmoba.checks import check_queries_and_keys
+from flexmoba.console import progress
+from flexmoba.timing import median_ms
+from flexmoba.tune.calls import Call, sample_positions
+from flexmoba.tune.quality import Quality, gate_quality, required_snr
+from flexmoba.tune.report import Choice, Report
+
+
+def tune(
+    calls: Sequence[Call | tuple[Tensor, Tensor]],
+    block_sizes: Sequence[int] = (64, 128, 256, 512),
+    topks: Sequence[int] = (2, 3, 4, 8),
+    *,
+    queries: int = 256,
+    timed: bool = True,
+    backward: bool = False,
+    device: torch.device | str | None = None,
+    show_progress: bool = False,
+) -> Report:
+    """Measures every block size and topk on given queries and keys, and on this device.
+
+    Of each call: the share of full attention that the blocks selected by the gate of
+    arXiv 2502.13189, Sec. 2.2, capture, beside the best possible, and the gate's signal-to-noise
+    ratio of arXiv 2511.11571, Sec. 3, as defined by `flexmoba.tune.gate_quality`. Of the
+    longest call's shape: the time of `flex_moba` beside ``scaled_dot_product_attention``, of
+    random values, since the time does not depend on them. Captured mass says what an operator
+    swapped into the model loses at first; a model trained with it loses less.
+
+    Args:
+        calls: What `capture` caught, or pairs of q ``(B, Hq, L, D)`` and k ``(B, Hkv, L, D)``.
+        block_sizes: Keys in a block, each at least 1.
+        topks: Blocks that a query attends to, its own included. Of a block size, those are left
+            out that select every block of the longest call: that is full attention.
+        queries: How many queries to sample of each pair; a `Call` holds its sample.
+        timed: Whether to time.
+        backward: Whether to time forward and backward, too.
+        device: Where to measure; where the first call's tensors are, by default.
+        show_progress: Whether to draw a bar, if tqdm is there.
+
+    Returns:
+        A `Report`.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: There is nothing to measure, or shapes, dtypes or sizes do not fit.
+
+    Examples:
+        >>> import torch
+        >>> from flexmoba.tune import tune
+        >>> q, k = torch.randn(2, 1, 2, 400, 16)
+        >>> report = tune([(q, k)], block_sizes=(50, 100), topks=(2, 3), timed=False)
+        >>> [(x.block_size, x.topk, round(x.sparsity, 2)) for x in report.choices]
+        [(50, 2, 0.65), (50, 3, 0.47), (100, 2, 0.37), (100, 3, 0.12)]
+    """
+    samples = [x if isinstance(x, Call) else sampled(*x, queries) for x in calls]
+    if not samples:
+        raise ValueError("nothing to measure: calls is empty; `capture` catches a model's")
+    longest = max(samples, key=lambda x: x.k.shape[2])
+    length = longest.k.shape[2]
+    device = torch.device(device or longest.q.device)
+    grid = {
+        size: kept
+        for size in sorted(set(block_sizes))
+        if (kept := [topk for topk in sorted(set(topks)) if topk < -(-length // max(1, size))])
+    }
+    if not grid:
+        raise ValueError(
+            f"block_sizes {tuple(block_sizes)} with topks {tuple(topks)} select all of {length} "
+            "keys; take smaller blocks, a smaller topk or a longer sequence"
+        )
+
+    def steps(items: Sequence[Any], label: str) -> Iterator[Any]:
+        return progress(items, label) if show_progress else iter(items)
+
+    topks = sorted({topk for kept in grid.values() for topk in kept})
+    measured: dict[str, list[dict[int, Quality]]] = {}
+    for call in steps(samples, "captured mass"):
+        q, k = call.q.to(device), call.k.to(device)
+        quality = gate_quality(q, k, tuple(grid), topks, positions=call.positions, scale=call.scale)
+        measured.setdefault(call.name, []).append(quality)
+
+    timer = _Timer(longest, device, backward=backward) if timed else None
+    dense: tuple[float | None, float | None] = (None, None)
+    if timer:
+        try:
+            dense = timer(_dense)
+        except RuntimeError as error:  # memory, mostly, which costs no other result
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"dense attention was not timed, it failed: {reason}", stacklevel=2)
+    choices = []
+    for block_size, topk in steps([(x, topk) for x in grid for topk in grid[x]], "times"):
+        row = topks.index(topk)
+        layers = [[x[block_size] for x in several] for several in measured.values()]
+        of_all = [x for several in layers for x in several]
+
+        def moba(q: Tensor, k: Tensor, v: Tensor, size: int = block_size, topk: int = topk) -> Any:
+            return flex_moba(q, k, v, size, topk)
+
+        forward_ms, both_ms = timer(moba) if timer else (None, None)
+        choices.append(
+            Choice(
+                block_size=block_size,
+                topk=topk,
+                sparsity=_sparsity(length, block_size, topk),
+                mass=float(torch.cat([x.mass[row] for x in of_all]).mean()),
+                best_mass=float(torch.cat([x.best_mass[row] for x in of_all]).mean()),
+                found=_mean([x.found[row] for x in of_all]),
+                snr=_mean([x.snr for x in of_all]),
+                required_snr=required_snr(-(-length // block_size), topk),
+                forward_ms=forward_ms,
+                both_ms=both_ms,
+                heads=[
+                    torch.stack([x.mass[row] for x in several]).mean(0).tolist()
+                    for several in layers
+                ],
+            )
+        )
+    on_gpu = device.type == "cuda"
+    return Report(
+        device=torch.cuda.get_device_name(device) if on_gpu else device.type,
+        torch=torch.__version__,
+        inputs=_inputs(longest),
+        layers=list(measured),
+        dense_forward_ms=dense[0],
+        dense_both_ms=dense[1],
+        choices=choices,
+    )
+
+
+def sampled(q: Tensor, k: Tensor, queries: int, name: str = "") -> Call:
+    """A call of causal self-attention, with a sample of its queries."""
+    check_queries_and_keys(q, k)
+    index = sample_positions(q.shape[2], queries)
+    sample = q[:, :, index.to(q.device)]
+    return Call(name, sample, k, index + k.shape[2] - q.shape[2], q.shape[-1] ** -0.5)
+
+
+def _inputs(call: Call) -> str:
+    batch, kv_heads, length, head_dim = call.k.shape
+    dtype = str(call.k.dtype).removeprefix("torch.")
+    heads = f"{call.q.shape[1]}/{kv_heads}"
+    return f"batch {batch}, heads {heads}, length {length}, head dim {head_dim}, {dtype}"
+
+
+def _sparsity(length: int, block_size: int, topk: int) -> float:
+    """Share of the pairs of causal attention that are left out."""
+    position = torch.arange(length)
+    own = position // block_size
+    read = position % block_size + 1 + own.clamp(max=topk - 1) * block_size
+    return 1 - int(read.sum()) / (length * (length + 1) // 2)
+
+
+def _mean(values: list[Tensor]) -> float | None:
+    mean = float(torch.cat(values).nanmean())
+    return mean if math.isfinite(mean) else None
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+
+
+class _Timer:
+    """Times attention of one shape, forward and, if asked for, both ways."""
+
+    def __init__(self, call: Call, device: torch.device, *, backward: bool) -> None:
+        k, heads = call.k, call.q.shape[1]
+        shape = (k.shape[0], heads, *k.shape[2:])
+        generator = torch.Generator(device).manual_seed(0)
+        self.q, self.k, self.v, self.grad = (
+            torch.randn(x, generator=generator, device=device, dtype=k.dtype)
+            for x in (shape, k.shape, k.shape, shape)
+        )
+        self.device, self.backward = device, backward
+
+    def __call__(self, attend: Callable[..., Any]) -> tuple[float, float | None]:
+        with torch.no_grad():
+            forward = median_ms(lambda: attend(self.q, self.k, self.v), self.device)
+        if not self.backward:
+            return forward, None
+        inputs = [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
+
+        def both() -> None:
+            torch.autograd.grad(attend(*inputs), inputs, self.grad)
+
+        with torch.enable_grad():
+            return forward, median_ms(both, self.device)

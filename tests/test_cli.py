@@ -1,0 +1,295 @@
+"""The command line: help that teaches, JSON, exit codes, and errors that name the remedy."""
+
+import json
+
+import pytest
+import torch
+
+from flexmoba import cli, demo
+from flexmoba.cli import main
+from flexmoba.console import progress, table
+from flexmoba.example import synthetic
+from flexmoba.tune import sample_positions, tune
+
+COMMANDS = ("demo", "bench", "tune", "info")
+SMALL = ["--block-sizes", "16", "32", "--topks", "2", "4", "--device", "cpu"]
+EXAMPLE = ["tune", "--example", "--length", "200", *SMALL]
+
+
+def fails(arguments, capsys):
+    """What is said about wrong usage, which has exit code 2 and prints nothing else."""
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err
+
+
+# ---- All commands -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([command, "--help"])
+    assert error.value.code == 0
+    text = capsys.readouterr().out
+    assert f"example: flexmoba {command}" in text
+    assert cli.EXIT_CODES in text
+    assert "--json" in text
+
+
+def test_help_of_all_names_every_command_and_exit_code(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n    {command} " in text for command in COMMANDS)
+    assert cli.EXIT_CODES in text
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("flexmoba 0.")
+
+
+@pytest.mark.parametrize("command", [["demo"], ["bench"], ["tune", "--example"], ["info"]])
+@pytest.mark.parametrize(
+    ("device", "text"),
+    [("nothing", "no such kind of device; try cuda or cpu"), ("meta", "try cpu")],
+)
+def test_an_unknown_device_is_named(command, device, text, capsys):
+    error = fails([*command, "--device", device], capsys)
+    assert f"--device {device}: " in error
+    assert text in error
+
+
+@pytest.mark.parametrize("command", [["demo"], ["tune", "--example"], ["info"]])
+def test_what_cannot_be_written_is_known_at_once(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "standard_library", None)
+    gone = str(tmp_path / "nowhere" / "x.json")
+    assert "there is no folder" in fails([*command, "--json", gone], capsys)
+    assert "that is a folder" in fails([*command, "--json", str(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["info", "--head-dim", "0"], "--head-dim: must be at least 1, got 0"),
+        (["demo", "--seconds", "0"], "--seconds: must be at least 1, got 0"),
+        (["tune", "--example", "--mass", "1.5"], "--mass: must lie above 0 and be at most 1"),
+        (["tune"], "one of the arguments --model --tensors --example is required"),
+        ([*EXAMPLE, "--mass", "0.9", "--sparsity", "0.9"], "not allowed with argument"),
+        ([*EXAMPLE, "--no-times", "--latency-ms", "3"], "need times; leave --no-times out"),
+        ([*EXAMPLE, "--no-times", "--backward"], "need times; leave --no-times out"),
+        ([*EXAMPLE, "--text", "README.md"], "--model and --text go together"),
+        (["tune", "--model", "nowhere"], "--model and --text go together"),
+        (["tune", "--model", "nowhere", "--text", "x"], "no such folder; nothing is downloaded"),
+        (["tune", "--tensors", "nowhere.pt"], "--tensors nowhere.pt: there is no such file"),
+        (["tune", "--example", "--length", "30"], "select all of 30 keys; take smaller blocks"),
+    ],
+)
+def test_wrong_usage_is_told_with_its_remedy(arguments, text, capsys):
+    assert text in fails(arguments, capsys)
+
+
+# ---- tune ---------------------------------------------------------------------------------------
+
+
+def test_tune_prints_a_table_and_advice(capsys):
+    assert main([*EXAMPLE, "--mass", "0.01", "--backward"]) == 0
+    out = capsys.readouterr().out
+    assert "queries and keys: synthetic, no model's" in out
+    assert "batch 1, heads 4/2, length 200, head dim 64, float32" in out
+    assert out.count("\n|") == 2 + 4
+    assert out.count("<-") == 1
+    assert "ms forward and backward" in out
+    advice = out.splitlines()[-1]
+    row = next(line for line in out.splitlines() if "<-" in line).split("|")
+    assert f"block_size={row[2].strip()}, topk={row[3].strip()}." in advice
+    assert f"captures {row[5].strip()} of full attention, {row[7].strip()} in the worst" in advice
+
+
+def test_tune_prints_json_alone_or_writes_it(tmp_path, capsys):
+    options = [*EXAMPLE, "--no-times", "--sparsity", "0.5"]
+    assert main([*options, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    file = tmp_path / "tune.json"
+    assert main([*options, "--json", str(file)]) == 0
+    assert "| block |" in capsys.readouterr().out
+    assert json.loads(file.read_text()) == report
+    expected = tune([synthetic(200)], (16, 32), (2, 4), timed=False)
+    assert report["choices"] == expected.to_dict()["choices"]
+    best = expected.recommend(sparsity=0.5)
+    assert report["recommended"] == expected.choices.index(best)
+    assert report["budget"] == "sparsity 0.5"
+
+
+def test_tune_fails_if_nothing_keeps_to_the_budget(capsys):
+    assert main([*EXAMPLE, "--no-times", "--sparsity", "0.999"]) == 1
+    assert "nothing measured keeps to it. The most mass, " in capsys.readouterr().out
+    assert main([*EXAMPLE, "--latency-ms", "1e-9", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["recommended"] is None
+
+
+def test_tune_draws(tmp_path):
+    file = tmp_path / "tune.png"
+    assert main([*EXAMPLE, "--no-times", "--mass", "0.1", "--plot", str(file)]) == 0
+    assert file.stat().st_size > 10_000
+
+
+def test_tune_says_that_a_picture_needs_matplotlib(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    error = fails([*EXAMPLE, "--plot", "x.png"], capsys)
+    assert "--plot needs matplotlib; pip install 'flexmoba[plot]'" in error
+
+
+def from_tensors(file, capsys):
+    arguments = ["tune", "--tensors", str(file), *SMALL, "--no-times", "--queries", "50", "--json"]
+    main(arguments)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_tune_reads_tensors(tmp_path, capsys):
+    q, k = synthetic(200, seed=1)
+    expected = tune([(q, k)], (16, 32), (2, 4), queries=50, timed=False).to_dict()
+    torch.save({"q": q, "k": k}, tmp_path / "one.pt")
+    one = from_tensors(tmp_path / "one.pt", capsys)
+    assert one["choices"] == expected["choices"]
+    torch.save({"0.q": q, "0.k": k, "1.q": k, "1.k": k, "v": q}, tmp_path / "two.pt")
+    two = from_tensors(tmp_path / "two.pt", capsys)
+    assert two["layers"] == ["0", "1"]
+    assert two["choices"][0]["heads"][0] == expected["choices"][0]["heads"][0]
+    assert len(two["choices"][0]["heads"][1]) == 2
+
+
+def test_tune_reads_safetensors(tmp_path, capsys):
+    safetensors = pytest.importorskip("safetensors.torch")
+    q, k = synthetic(200, seed=1)
+    safetensors.save_file({"q": q, "k": k}, tmp_path / "one.safetensors")
+    torch.save({"q": q, "k": k}, tmp_path / "one.pt")
+    one, other = (from_tensors(tmp_path / f"one.{x}", capsys) for x in ("safetensors", "pt"))
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"q": torch.zeros(1, 1, 4, 2)}, 'needs "q" and "k", or pairs'),
+        ({"keys": torch.zeros(1, 1, 4, 2)}, "it has keys"),
+        ([torch.zeros(1, 1, 4, 2)], "it must hold a dict of tensors"),
+        ({"q": torch.zeros(4, 2), "k": torch.zeros(4, 2)}, "q"),
+    ],
+)
+def test_tune_refuses_tensors(content, text, tmp_path, capsys):
+    torch.save(content, tmp_path / "x.pt")
+    assert text in fails(["tune", "--tensors", str(tmp_path / "x.pt")], capsys)
+
+
+def test_tune_refuses_what_holds_no_tensors(tmp_path, capsys):
+    (tmp_path / "x.pt").write_text("no tensors")
+    error = fails(["tune", "--tensors", str(tmp_path / "x.pt")], capsys)
+    assert 'torch.save({"q": q, "k": k}, FILE)' in error
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """The folder of a small random Llama with a tokenizer of one token per word."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("model")
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=3,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_tune_reads_a_model(language_model, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("a b b a c " * 50)
+    source = ["tune", "--model", str(language_model), "--text", str(text), "--length", "200"]
+    assert main([*source, *SMALL, "--no-times", "--mass", "0.01", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["layers"] == [f"model.layers.{i}.self_attn" for i in range(2)]
+    assert report["inputs"] == "batch 1, heads 4/2, length 200, head dim 8, float32"
+    assert report["example"] is None
+
+
+def test_tune_refuses_a_folder_without_a_model(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    (tmp_path / "text.txt").write_text("a b")
+    source = ["tune", "--model", str(tmp_path), "--text", str(tmp_path / "text.txt")]
+    assert "transformers cannot load it" in fails([*source, "--device", "cpu"], capsys)
+
+
+# ---- demo and info ------------------------------------------------------------------------------
+
+DEMO = ["demo", "--device", "cpu", "--seconds", "1", "--max-length", "1024"]
+
+
+def test_demo_trains_checks_times_and_draws(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "LENGTH", 128)
+    assert main([*DEMO, "--output", str(tmp_path / "made"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["bits_per_byte"]) == {"full", "moba"}
+    assert report["oracle"]["error"] <= report["oracle"]["allowed"]
+    assert 0 < report["captured"]["mass"] <= report["captured"]["best_mass"] < 1
+    assert [row["length"] for row in report["times"]] == [1024]
+    for name in ("selection.png", "choices.png"):
+        assert str(tmp_path / "made" / name) in report["pictures"]
+        assert (tmp_path / "made" / name).stat().st_size > 5_000
+
+
+def test_demo_fails_if_the_oracle_disagrees(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "LENGTH", 128)
+    monkeypatch.setattr(demo, "moba_reference", lambda q, *_: torch.ones_like(q))
+    assert main([*DEMO, "--output", str(tmp_path)]) == 1
+    assert "flex_moba disagrees with the oracle" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_info_writes_json_beside_its_table(tmp_path, capsys):
+    file = tmp_path / "info.json"
+    assert main(["info", "--device", "cpu", "--json", str(file)]) == 0
+    assert "<- auto" in capsys.readouterr().out
+    assert json.loads(file.read_text())["auto"] == "portable"
+
+
+# ---- What they share ----------------------------------------------------------------------------
+
+
+def test_a_table_is_aligned():
+    text = table(["a", "name"], [["1", "x"], ["22222", "y"]])
+    assert text.splitlines() == [
+        "|     a | name |",
+        "| ----: | ---: |",
+        "|     1 |    x |",
+        "| 22222 |    y |",
+    ]
+
+
+def test_progress_needs_no_tqdm(monkeypatch):
+    assert list(progress([1, 2], "x")) == [1, 2]
+    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
+    assert list(progress([1, 2], "x")) == [1, 2]
+
+
+def test_the_example_has_a_structure_that_is_kept():
+    q, k = synthetic(2000)
+    again = synthetic(2000)
+    assert torch.equal(q, again[0])
+    assert torch.equal(k, again[1])
+    choice = tune([(q, k)], (128,), (4,), timed=False).choices[0]
+    noise = tune([(torch.randn_like(q), torch.randn_like(k))], (128,), (4,), timed=False).choices[0]
+    assert choice.snr > 2 * noise.snr
+    assert choice.found > noise.found
+    assert sample_positions(2000, 256).diff().min() > 0
