@@ -328,7 +328,11 @@ def cache() -> None:
     drawing.save("cache")
 
 
-if __name__ == "__main__":
-    HERE.mkdir(exist_ok=True)
+def main() -> None:
+    """Draws them all."""
     for draw in (pattern, blocks, scores, routing, pipeline, union, sequences, cache):
         draw()
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 import ast
 import html
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
 # Pages that the site makes of files at the root.
 FROM_ROOT = {"changelog.md": ROOT / "CHANGELOG.md", "contributing.md": ROOT / "CONTRIBUTING.md"}
 
@@ -35,7 +37,7 @@ def anchors(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     "path",
-    [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))],
+    TEXTS,
     ids=lambda path: path.name,
 )
 def test_links_and_pictures_resolve(path):
@@ -60,6 +62,24 @@ def test_every_picture_is_shown():
     shown = {link for path in PAGES for link in LINK.findall(prose(path))}
     for picture in (DOCS / "pictures").iterdir():
         assert f"pictures/{picture.name}" in shown, picture.name
+
+
+def test_pictures_are_as_drawn(tmp_path, monkeypatch):
+    drawn = runpy.run_path(str(DOCS / "pictures.py"))
+    monkeypatch.setitem(drawn["main"].__globals__, "HERE", tmp_path)
+    drawn["main"]()
+    committed = {path.name: path.read_text() for path in (DOCS / "pictures").iterdir()}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == committed
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_code_is_in_a_language_that_is_tested(path):
+    # Python runs; of shell commands, the Makefile's targets are looked up.
+    languages = re.findall(r"^ *```(.*)$", path.read_text(), re.M)[::2]
+    drawings = {""} if path.name == "CONTRIBUTING.md" else set()
+    assert set(languages) <= {"python", "bash"} | drawings
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", path.read_text(), re.M)) <= set(targets)
 
 
 def literal(node: ast.expr) -> str:
