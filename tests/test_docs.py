@@ -109,10 +109,9 @@ def messages_of(path: Path) -> Iterator[str]:
                 )
 
 
-def is_command(path: Path) -> bool:
-    """Whether it is the command line, which explains itself."""
-    names = [x.name for x in ast.parse(path.read_text()).body if isinstance(x, ast.FunctionDef)]
-    return "add_arguments" in names or path.stem in {"cli", "__main__"}
+def part(path: Path) -> str:
+    """The module or package of flexmoba that a file belongs to."""
+    return path.relative_to(ROOT / "flexmoba").parts[0].removesuffix(".py")
 
 
 SOURCES = sorted((ROOT / "flexmoba").rglob("*.py"))
@@ -121,7 +120,14 @@ MESSAGES = {
     for path in SOURCES
     for message in messages_of(path)
 }
-NOT_COMMANDS = {path.relative_to(ROOT).as_posix() for path in SOURCES if not is_command(path)}
+# The command line explains itself.
+COMMANDS = {"cli", "__main__"} | {
+    part(path)
+    for path in SOURCES
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.name == "add_arguments"
+}
+NOT_COMMANDS = {path.relative_to(ROOT).as_posix() for path in SOURCES if part(path) not in COMMANDS}
 
 
 def explained() -> set[str]:
