@@ -92,10 +92,10 @@ def literal(node: ast.expr) -> str:
 def messages_of(path: Path) -> Iterator[str]:
     """What a file raises or warns of, and its reasons why an implementation cannot serve."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            yield literal(node.exc.args[0])
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
-            yield literal(node.args[0])
+        if isinstance(node, ast.Call) and node.args:
+            name = ast.unparse(node.func)
+            if name.endswith(("Error", "Warning")) or name == "warnings.warn":
+                yield literal(node.args[0])
         if isinstance(node, ast.FunctionDef) and node.name.startswith("why_not"):
             for result in (x.value for x in ast.walk(node) if isinstance(x, ast.Return)):
                 branches = (
