@@ -10,10 +10,10 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test slow lint format docs clean
+.PHONY: help demo test slow lint format docs check-site clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.plot ## Train a small model, check and time its attention, draw what it chose
 	$(BIN)/python -m flexmoba demo
@@ -36,8 +36,11 @@ format: $(VENV)/.dev ## Format, and mend what can be mended
 docs: $(VENV)/.docs ## Build the site into site/
 	$(BIN)/python -m mkdocs build --strict
 
+check-site: docs $(VENV)/.browser ## Look at every page of the site in Chromium
+	$(BIN)/python docs/check_site.py
+
 clean: ## Remove what the other targets made, the virtual environment included
-	rm -rf $(VENV) site dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site site-screens dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # pip comes last into a new environment, so where it is, the environment is whole.
 $(BIN)/pip:

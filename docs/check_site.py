@@ -1,0 +1,146 @@
+"""Opens every page of the built site in Chromium: `make check-site`.
+
+At desktop and phone width, light and dark: nothing may be wider than the window, fail to load or
+ask another host; pictures, equations and letters must be there and legible. The screenshots, in
+`site-screens/`, are for eyes.
+"""
+
+import functools
+import http.server
+import itertools
+import os
+import sys
+import threading
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+ROOT = Path(__file__).parent.parent
+SITE, SCREENS = ROOT / "site", ROOT / "site-screens"
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+WIDTHS = {"desktop": 1280, "phone": 390}
+SCHEMES = ("light", "dark")
+
+# What a page has to say of itself; each item is a complaint.
+LOOK = """() => {
+  const said = [];
+  const width = document.documentElement.clientWidth;
+  if (document.documentElement.scrollWidth > width)
+    said.push(`is ${document.documentElement.scrollWidth} wide in a window of ${width}`);
+  const clips = e => ["auto", "scroll", "hidden"].includes(getComputedStyle(e).overflowX);
+  const scrolls = e => e && e !== document.body && (clips(e) || scrolls(e.parentElement));
+  const start = e => e.textContent.trim().slice(0, 40);
+  for (const e of document.querySelectorAll("article *")) {
+    const box = e.getBoundingClientRect();
+    if (box.width && box.right > width + 1 && !scrolls(e))
+      said.push(`<${e.tagName}> ${start(e)} ends at ${Math.round(box.right)}`);
+  }
+  for (const e of document.querySelectorAll("article img"))
+    if (!e.complete || !e.naturalWidth) said.push(`does not show ${e.src}`);
+  for (const e of document.querySelectorAll("article math, article svg.drawing")) {
+    const box = e.getBoundingClientRect();
+    if (box.width < 4 || box.height < 4) said.push(`shows nothing for ${start(e)}`);
+  }
+  const light = color => {
+    const [r, g, b, a = 1] = color.match(/[\\d.]+/g).map(Number);
+    return a === 0 ? null : (0.299 * r + 0.587 * g + 0.114 * b) / 255;
+  };
+  const ground = light(getComputedStyle(document.body).backgroundColor);
+  const inked = "article p, article td, article math, svg.drawing text";
+  for (const e of document.querySelectorAll(inked)) {
+    const style = getComputedStyle(e);
+    const ink = light(e.tagName === "text" ? style.fill : style.color);
+    if (Math.abs(ink - ground) < 0.4) said.push(`hardly shows ${start(e)}`);
+  }
+  if (document.querySelector(".arithmatex")) said.push("has an equation that was not drawn");
+  return said;
+}"""
+
+
+def main() -> int:
+    """Prints complaints, and returns how many pages have some."""
+    handler = functools.partial(QuietHandler, directory=str(SITE))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    home = f"http://127.0.0.1:{server.server_port}/"
+    pages = sorted(x.relative_to(SITE).as_posix() for x in SITE.rglob("index.html"))
+    SCREENS.mkdir(exist_ok=True)
+    bad = 0
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        for (name, width), scheme in itertools.product(WIDTHS.items(), SCHEMES):
+            view = {"width": width, "height": 900}
+            page = browser.new_page(viewport=view, color_scheme=scheme)  # type: ignore[arg-type]
+            failed: list[str] = []
+            page.on("requestfailed", lambda request, to=failed: to.append(request.url))
+            page.on(
+                "response",
+                lambda got, to=failed: (
+                    to.append(f"{got.status} {got.url}") if got.status >= 400 else 0
+                ),
+            )
+            page.on("request", lambda sent, to=failed: foreign(sent.url, home, to))
+            for path in pages:
+                failed.clear()
+                said = look(page, home + path.removesuffix("index.html"))
+                said += [f"could not load {url}" for url in failed]
+                slug = path.removesuffix("/index.html").replace("/", "-").removesuffix(".html")
+                page.screenshot(path=SCREENS / f"{slug}-{name}-{scheme}.png", full_page=True)
+                bad += bool(said)
+                for complaint in dict.fromkeys(said):
+                    print(f"{path}, {name}, {scheme}: {complaint}")
+            page.close()
+        links = broken_links(browser.new_page(), home, pages)
+        browser.close()
+    print("\n".join(links))
+    print(f"{len(pages)} pages, {bad} views with complaints, {len(links)} broken links")
+    return int(bool(bad or links))
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files without a word."""
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+def foreign(url: str, home: str, to: list[str]) -> None:
+    """Notes a request to another host."""
+    if not url.startswith((home, "data:", "blob:")):
+        to.append(f"{url}, of another host")
+
+
+def look(page: Page, url: str) -> list[str]:
+    """What a page complains of."""
+    page.goto(url, wait_until="load")
+    page.wait_for_timeout(150)
+    complaints: list[str] = page.evaluate(LOOK)
+    return complaints
+
+
+def broken_links(page: Page, home: str, pages: list[str]) -> list[str]:
+    """Links to pages or anchors that are not there, as the browser resolves them."""
+    ids, links = {}, []
+    for path in pages:
+        url = home + path.removesuffix("index.html")
+        page.goto(url)
+        ids[url] = set(page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)"))
+        links += [
+            (url, link)
+            for link in page.evaluate("[...document.querySelectorAll('a[href]')].map(e => e.href)")
+        ]
+    broken = []
+    for url, link in dict.fromkeys(links):
+        target, _, anchor = link.partition("#")
+        if target in ids:
+            found = not anchor or anchor in ids[target]
+        else:
+            found = not target.startswith(home) or (SITE / target.removeprefix(home)).is_file()
+        if not found:
+            broken.append(f"{url} links to {link}, which is not there")
+    return broken
+
+
+if __name__ == "__main__":
+    sys.exit(main())

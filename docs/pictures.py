@@ -1,0 +1,338 @@
+"""Draws the pictures of the site: `python docs/pictures.py`. What they show, flexmoba computed.
+
+A drawing is 480 units wide, so that a phone shows its letters; its ink is `currentColor`, which
+the site sets. Elsewhere, as on a code host, its own style follows the reader's colour scheme.
+"""
+
+import html
+import itertools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flexmoba import moba_block_mask, moba_select
+
+WIDTH = 480
+OWN, PAST = "#e8853b", "#4a90d9"
+OF_BLOCK = ("#4a90d9", "#e8853b", "#4fa866", "#b667c4")
+HERE = Path(__file__).parent / "pictures"
+STYLE = "svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#ddd}}"
+
+Cell = tuple[float, float, float, float]  # x, y, width, height
+
+
+class Drawing:
+    """Shapes in the order in which they are drawn."""
+
+    def __init__(self, height: float) -> None:
+        """Nothing yet."""
+        self.height, self.shapes = height, []
+
+    def cells(self, cells: list[Cell], fill: str, opacity: float = 1.0) -> None:
+        """Rectangles of one colour."""
+        path = "".join(f"M{x:g} {y:g}h{w:g}v{h:g}h{-w:g}z" for x, y, w, h in cells)
+        self.shapes.append(f'<path d="{path}" fill="{fill}" fill-opacity="{opacity:g}"/>')
+
+    def box(self, cell: Cell, fill: str = "none", opacity: float = 0.15, dash: str = "") -> None:
+        """A rounded rectangle with an outline."""
+        x, y, w, h = cell
+        dashed = f' stroke-dasharray="{dash}"' if dash else ""
+        stroke = "currentColor" if fill == "none" else fill
+        self.shapes.append(
+            f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="4" fill="{fill}" '
+            f'fill-opacity="{opacity:g}" stroke="{stroke}" stroke-width="1.3"{dashed}/>'
+        )
+
+    def text(
+        self, x: float, y: float, text: str, anchor: str = "middle", size: int = 14, weight: int = 0
+    ) -> None:
+        """One line of it, on the base line ``y``."""
+        bold = f' font-weight="{weight}"' if weight else ""
+        self.shapes.append(
+            f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}"{bold}>'
+            f"{html.escape(text)}</text>"
+        )
+
+    def arrow(self, x0: float, y0: float, x1: float, y1: float) -> None:
+        """A line with a head, straight down or to the side."""
+        self.line(x0, y0, x1, y1)
+        ux, uy = ((x1 > x0) - (x1 < x0), (y1 > y0) - (y1 < y0))
+        left, right = (
+            (x1 - 6 * ux + 4 * uy, y1 - 6 * uy + 4 * ux),
+            (
+                x1 - 6 * ux - 4 * uy,
+                y1 - 6 * uy - 4 * ux,
+            ),
+        )
+        self.shapes.append(
+            f'<path d="M{x1:g} {y1:g}L{left[0]:g} {left[1]:g}L{right[0]:g} {right[1]:g}z" '
+            'fill="currentColor"/>'
+        )
+
+    def line(self, x0: float, y0: float, x1: float, y1: float, opacity: float = 1.0) -> None:
+        """A thin line."""
+        self.shapes.append(
+            f'<path d="M{x0:g} {y0:g}L{x1:g} {y1:g}" stroke="currentColor" '
+            f'stroke-opacity="{opacity:g}" fill="none"/>'
+        )
+
+    def save(self, name: str) -> None:
+        """Writes ``pictures/NAME.svg``."""
+        head = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height:g}" '
+            f'width="{WIDTH}" height="{self.height:g}" font-family="system-ui, sans-serif" '
+            'fill="currentColor">'
+        )
+        text = "\n".join([head, f"<style>{STYLE}</style>", *self.shapes, "</svg>", ""])
+        (HERE / f"{name}.svg").write_text(text)
+
+
+def random_inputs(length: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Queries and keys of one head."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, 1, 1, length, dim, generator=generator)
+    return q, k
+
+
+def pattern() -> None:
+    """Which keys each of 48 queries sees: all before it, or those of three blocks of eight."""
+    length, block, size = 48, 8, 4.75
+    q, k = random_inputs(length, 16, seed=3)
+    selection = moba_select(q, k, block, topk=3)[0, 0].tolist()
+    drawing = Drawing(290)
+    for panel, title in enumerate(("Full attention", "MoBA: block 8, topk 3")):
+        x0, y0 = panel * (WIDTH - length * size), 28
+        seen: dict[str, list[Cell]] = {OWN: [], PAST: [], "currentColor": []}
+        for i, j in itertools.product(range(length), repeat=2):
+            if j <= i:
+                own = j // block == i // block
+                colour = OWN if own else PAST if j // block in selection[i] else "currentColor"
+                if panel == 0:
+                    colour = PAST
+                seen[colour].append((x0 + j * size, y0 + i * size, size - 0.75, size - 0.75))
+        for colour, cells in seen.items():
+            drawing.cells(cells, colour, 0.13 if colour == "currentColor" else 1)
+        drawing.text(x0 + length * size / 2, 16, title, weight=600)
+        drawing.text(x0 + length * size / 2, y0 + length * size + 18, "keys →", size=13)
+    drawing.text(length * size - 6, 60, "a row is a query", "end", size=13)
+    middle = WIDTH - length * size
+    for x, colour, name in ((middle + 92, OWN, "own block"), (middle + 92, PAST, "selected")):
+        y = 50 if colour == OWN else 68
+        drawing.cells([(x + 30, y - 10, 11, 11)], colour)
+        drawing.text(x + 47, y, name, "start", size=13)
+    drawing.save("pattern")
+
+
+def blocks() -> None:
+    """Step 1: sixteen keys in blocks of four, and the mean of each."""
+    drawing = Drawing(150)
+    drawing.text(0, 46, "keys", "start")
+    drawing.text(0, 118, "means", "start")
+    for block, colour in enumerate(OF_BLOCK):
+        x = 62 + block * 106
+        keys = [(x + 25 * i, 28.0, 22.0, 28.0) for i in range(4)]
+        drawing.cells(keys, colour, 0.8)
+        drawing.text(x + 48, 18, f"block {block}", size=13)
+        drawing.arrow(x + 48, 62, x + 48, 94)
+        drawing.box((x + 24, 98, 48, 30), colour, 0.5)
+        drawing.text(x + 48, 118, f"k̄{'₀₁₂₃'[block]}")
+    drawing.save("blocks")
+
+
+def scores() -> None:
+    """Step 2: how one query scores the blocks before its own, and which it takes."""
+    length, block, position = 96, 8, 90
+    q, k = random_inputs(length, 16, seed=5)
+    chosen = moba_select(q, k, block, topk=4)[0, 0, position].tolist()
+    mean = k[0, 0].unflatten(0, (-1, block)).mean(1)
+    score = (mean @ q[0, 0, position]).tolist()
+    own, unit = position // block, 55 / max(map(abs, score[: position // block]))
+    drawing = Drawing(190)
+    base = 88
+    for j in range(length // block):
+        x = 8 + j * 39.5
+        colour = OWN if j == own else PAST if j in chosen else "currentColor"
+        if j == own:
+            drawing.box((x, base - 60, 30, 120), OWN, 0.2, "4 3")
+        else:
+            top = base - max(score[j] * unit, 0)
+            opacity = 1 if j in chosen else 0.25
+            drawing.cells([(x, top, 30, abs(score[j] * unit))], colour, opacity)
+        drawing.text(x + 15, base + 74, str(j), size=13)
+    drawing.line(0, base, WIDTH, base, 0.6)
+    drawing.text(0, 14, "score of each block", "start", size=13)
+    drawing.text(WIDTH, 14, "own: always", "end", size=13)
+    drawing.text(0, 185, f"block; the query is at position {position}, in block {own}", "start", 13)
+    drawing.save("scores")
+
+
+def routing() -> None:
+    """Step 3: pairs of twelve queries and their two blocks, sorted by block into tiles of four."""
+    length, block, tile = 12, 3, 4
+    q, k = random_inputs(length, 16, seed=1)
+    selection = moba_select(q, k, block, topk=2)[0, 0].tolist()
+    drawing = Drawing(300)
+    drawing.text(0, 14, "queries, and the blocks they chose", "start", weight=600)
+    cell = 36
+    for i, row in enumerate(selection):
+        x = 24 + i * cell
+        drawing.text(x + 15, 36, str(i), size=13)
+        for slot, j in enumerate(row):
+            if j >= 0:
+                drawing.cells([(x, 44 + slot * 26, 30, 22)], OF_BLOCK[j], 0.75)
+                drawing.text(x + 15, 60 + slot * 26, str(j), size=13)
+            else:
+                drawing.box((x, 44 + slot * 26, 30, 22), dash="3 3", opacity=0)
+    drawing.arrow(WIDTH / 2, 102, WIDTH / 2, 130)
+    drawing.text(WIDTH / 2 + 12, 120, "sort by block", "start", size=13)
+    drawing.text(0, 150, "tiles: each wants one block", "start", weight=600)
+    x, y = 24.0, 166.0
+    for past in (False, True):
+        for j in range(length // block):
+            rows = [i for i, row in enumerate(selection) if j in row and (j != row[0]) == past]
+            for start in range(0, len(rows), tile):
+                if x + tile * 24 > WIDTH:
+                    x, y = 24.0, y + 66
+                drawing.text(x + tile * 12, y + 44, f"block {j}", size=13)
+                for slot in range(tile):
+                    at = (x + slot * 24, y, 22, 26)
+                    if start + slot < len(rows):
+                        drawing.cells([at], OF_BLOCK[j], 0.75)
+                        number = str(rows[start + slot])
+                        drawing.text(at[0] + 11, y + 18, number, size=13)
+                    else:
+                        drawing.box(at, dash="3 3", opacity=0)
+                x += tile * 24 + 16
+        if not past:
+            x, y = 24.0, y + 66
+    drawing.height = y + 60
+    drawing.save("routing")
+
+
+def pipeline() -> None:
+    """From q, k and v to the output."""
+    drawing = Drawing(560)
+    left, width, middle = 60, 250, 185
+    steps = [
+        ("gate", "scores mean keys, picks blocks", "gate.py", PAST),
+        ("route", "sorts (query, block) pairs into tiles", "routing.py", PAST),
+        ("BlockMask", "each tile: its one block", "masks.py", PAST),
+        ("FlexAttention", "one call over all tiles", "flex.py", OWN),
+        ("merge", "joins parts by log-sum-exp", "merge.py", PAST),
+    ]
+    between = [
+        "q, k",
+        "selection (B, Hq, Lq, topk)",
+        "tiles of 128 rows",
+        "tiles, their mask, k, v",
+        "rows: output and log-sum-exp",
+        "out (B, Hq, Lq, Dv), lse",
+    ]
+    y = 20.0
+    drawing.text(middle, y, between[0])
+    for (name, what, file, colour), after in zip(steps, between[1:], strict=True):
+        drawing.arrow(middle, y + 6, middle, y + 26)
+        drawing.box((left, y + 28, width, 44), colour)
+        drawing.text(middle, y + 46, name, weight=600)
+        drawing.text(middle, y + 63, what, size=12)
+        drawing.text(left - 6, y + 54, file, "end", size=10)
+        drawing.arrow(middle, y + 73, middle, y + 87)
+        y += 101
+        drawing.text(middle, y, after, size=13)
+    top = 20 + 101
+    for x, name, what, start, end in (
+        (341, "portable", "plain tensors", top + 101, top + 4 * 101),
+        (417, "fused", "Triton kernels", top, top + 4 * 101),
+    ):
+        drawing.line(middle + 115, start - 4, x + 30, start - 4, 0.7)
+        drawing.arrow(x + 30, start - 4, x + 30, start + 60)
+        drawing.box((x, start + 62, 62, 44), OF_BLOCK[2])
+        drawing.text(x + 31, start + 80, name, size=12, weight=600)
+        for line, word in enumerate(what.split()):
+            drawing.text(x + 31, start + 92 + 11 * line, word, size=10)
+        drawing.line(x + 30, start + 107, x + 30, end - 4, 0.7)
+        drawing.arrow(x + 30, end - 4, middle + 105, end - 4)
+    drawing.height = y + 12
+    drawing.save("pipeline")
+
+
+def union() -> None:
+    """What the last 128 of 8,192 random queries choose, each and together."""
+    length, block, topk = 8192, 128, 8
+    q, k = random_inputs(length, 64, seed=0)
+    selection = moba_select(q, k, block, topk)[0, 0, -128:]
+    n_blocks = length // block
+    together = sorted(set(selection.flatten().tolist()))
+    w, h, x0, y0 = 7.2, 2.0, 8.0, 26.0
+    drawing = Drawing(y0 + 128 * h + 66)
+    drawing.text(0, 14, f"128 queries of one head, each with {topk} of {n_blocks} blocks", "start")
+    own = [(x0 + (n_blocks - 1) * w, y0 + i * h, w - 0.8, h) for i in range(128)]
+    past = [
+        (x0 + j * w, y0 + i * h, w - 0.8, h) for i in range(128) for j in selection[i, 1:].tolist()
+    ]
+    drawing.cells([(x0, y0, n_blocks * w, 128 * h)], "currentColor", 0.06)
+    drawing.cells(past, PAST)
+    drawing.cells(own, OWN)
+    y = y0 + 128 * h + 10
+    drawing.cells([(x0 + j * w, y, w - 0.8, 16) for j in together], OF_BLOCK[3])
+    drawing.text(0, y + 38, f"together they choose {len(together)} of the {n_blocks}", "start")
+    drawing.save("union")
+    # The text beside the picture says so; it is no accident of this tile.
+    sparsity = moba_block_mask(q, k, block, topk).sparsity()
+    print(f"union: {len(together)} of {n_blocks}; sparsity of the whole mask {sparsity:.1f} %")
+
+
+def sequences() -> None:
+    """Three packed documents, laid out in whole blocks of four."""
+    drawing = Drawing(190)
+    lengths, block, cell = (5, 2, 7), 4, 24
+    drawing.text(0, 14, "a row: documents of 5, 2 and 7 tokens", "start", size=13)
+    drawing.text(0, 104, "laid out: blocks begin with every document", "start", size=13)
+    x, slot = 0.0, 0
+    for document, length in enumerate(lengths):
+        colour = OF_BLOCK[document]
+        drawing.cells([(x + i * cell, 24, cell - 2, 28) for i in range(length)], colour, 0.8)
+        x += length * cell
+        slots = -(-length // block) * block
+        for i in range(slots):
+            at = ((slot + i) * cell, 114, cell - 2, 28)
+            if i < length:
+                drawing.cells([at], colour, 0.8)
+            else:
+                drawing.box(at, dash="3 3", opacity=0)
+        slot += slots
+    for b in range(slot // block):
+        drawing.line(b * block * cell, 148, (b + 1) * block * cell - 4, 148)
+        drawing.text((b + 0.5) * block * cell - 2, 166, f"block {b}", size=13)
+    drawing.arrow(170, 58, 170, 84)
+    drawing.save("sequences")
+
+
+def cache() -> None:
+    """What one decoding step reads of a cache of ten blocks."""
+    drawing = Drawing(170)
+    chosen, own = (2, 6), 9
+    drawing.text(0, 14, "mean keys: the gate reads them all", "start", size=13)
+    drawing.text(0, 92, "keys and values: the attention reads topk = 3 blocks", "start", size=13)
+    for j in range(10):
+        x = j * 48
+        if j != own:
+            drawing.cells([(x, 24, 42, 14)], PAST, 0.9)
+        colour = OWN if j == own else PAST if j in chosen else "currentColor"
+        for i in range(4 if j != own else 2):
+            drawing.cells([(x + 10.6 * i, 102, 9.6, 30)], colour, 0.15 if colour[0] == "c" else 0.9)
+        drawing.text(x + 21, 152, str(j), size=13)
+    for j in chosen:
+        drawing.arrow(j * 48 + 21, 42, j * 48 + 21, 76)
+    drawing.save("cache")
+
+
+def main() -> None:
+    """Draws them all."""
+    for draw in (pattern, blocks, scores, routing, pipeline, union, sequences, cache):
+        draw()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The site: no dead link, no page that cannot be found, no error without an explanation."""
+
+import ast
+import html
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+# Pages that the site makes of files at the root.
+FROM_ROOT = {"changelog.md": ROOT / "CHANGELOG.md", "contributing.md": ROOT / "CONTRIBUTING.md"}
+
+# Messages that no call of a user can lead to, as (file, text): nothing to explain.
+INTERNAL: set[tuple[str, str]] = set()
+
+FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+REMEDY = re.compile(r", got |; |: ")  # where a message stops saying what is wrong
+
+
+def prose(path: Path) -> str:
+    return FENCE.sub("", path.read_text())
+
+
+def anchors(path: Path) -> set[str]:
+    """The headings of a page as the site names them."""
+    headings = re.findall(r"^#+ (.+)$", prose(path), re.M)
+    plain = (re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip() for heading in headings)
+    return {re.sub(r"[-\s]+", "-", heading.lower()) for heading in plain}
+
+
+@pytest.mark.parametrize(
+    "path",
+    TEXTS,
+    ids=lambda path: path.name,
+)
+def test_links_and_pictures_resolve(path):
+    for link in LINK.findall(prose(path)):
+        target, _, anchor = link.partition("#")
+        if "://" in target:
+            continue
+        found = path if not target else path.parent / target
+        if path.parent == DOCS:
+            found = FROM_ROOT.get(target, found)
+        assert found.is_file(), link
+        if anchor and found.suffix == ".md":
+            assert anchor in anchors(found), link
+
+
+def test_every_page_is_in_the_navigation():
+    named = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+    assert named == {path.name for path in PAGES} | set(FROM_ROOT)
+
+
+def test_every_picture_is_shown():
+    shown = {link for path in PAGES for link in LINK.findall(prose(path))}
+    for picture in (DOCS / "pictures").iterdir():
+        assert f"pictures/{picture.name}" in shown, picture.name
+
+
+def test_pictures_are_as_drawn(tmp_path, monkeypatch):
+    drawn = runpy.run_path(str(DOCS / "pictures.py"))
+    monkeypatch.setitem(drawn["main"].__globals__, "HERE", tmp_path)
+    drawn["main"]()
+    # Of those by `plots.py` the bytes depend on matplotlib's version.
+    committed = {path.name: path.read_text() for path in (DOCS / "pictures").glob("*.svg")}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == committed
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_code_is_in_a_language_that_is_tested(path):
+    # Python runs; of shell commands, the Makefile's targets are looked up. Text is what they print.
+    languages = re.findall(r"^ *```(.*)$", path.read_text(), re.M)[::2]
+    drawings = {""} if path.name == "CONTRIBUTING.md" else set()
+    assert set(languages) <= {"python", "bash", "text"} | drawings
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", path.read_text(), re.M)) <= set(targets)
+
+
+def literal(node: ast.expr) -> str:
+    """A message with "…" for what is known only when it is raised."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(literal(part) for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+
+def messages_of(path: Path) -> Iterator[str]:
+    """What a file raises or warns of, and its reasons why an implementation cannot serve."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and node.args:
+            name = ast.unparse(node.func)
+            if name.endswith(("Error", "Warning")) or name == "warnings.warn":
+                yield literal(node.args[0])
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("why_not"):
+            for result in (x.value for x in ast.walk(node) if isinstance(x, ast.Return)):
+                branches = (
+                    [result.body, result.orelse] if isinstance(result, ast.IfExp) else [result]
+                )
+                yield from (
+                    literal(x)
+                    for x in branches
+                    if isinstance(x, (ast.Constant, ast.JoinedStr))
+                    if literal(x) != "…"
+                )
+
+
+def part(path: Path) -> str:
+    """The module or package of flexmoba that a file belongs to."""
+    return path.relative_to(ROOT / "flexmoba").parts[0].removesuffix(".py")
+
+
+SOURCES = sorted((ROOT / "flexmoba").rglob("*.py"))
+MESSAGES = {
+    (path.relative_to(ROOT).as_posix(), REMEDY.split(message)[0].strip())
+    for path in SOURCES
+    for message in messages_of(path)
+}
+# The command line explains itself.
+COMMANDS = {"cli", "__main__", "console"} | {
+    part(path)
+    for path in SOURCES
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.name == "add_arguments"
+}
+NOT_COMMANDS = {path.relative_to(ROOT).as_posix() for path in SOURCES if part(path) not in COMMANDS}
+
+
+def explained() -> set[str]:
+    """The messages in the first column of the tables of errors."""
+    errors = (DOCS / "faq.md").read_text().split("\n## Errors\n")[1]
+    return {html.unescape(text) for text in re.findall(r"^\| `(.+?)` \|", errors, re.M)}
+
+
+def test_every_error_is_explained():
+    missing = {
+        f"{file}: add a row `{text}` to the tables of docs/faq.md"
+        for file, text in MESSAGES - INTERNAL
+        if file in NOT_COMMANDS and text not in explained()
+    }
+    assert not missing
+
+
+def test_no_error_is_explained_that_is_not_raised():
+    assert explained() <= {text for _, text in MESSAGES}
