@@ -308,6 +308,15 @@ def _check_positive(name: str, value: Any, remedy: str) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}; {remedy}")
 
 
+def check_no_gradients(q: Tensor) -> None:
+    """That nothing would be differentiated."""
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise NotImplementedError(
+            "attention to a cache has no gradients; call it under torch.no_grad(), or without a "
+            "cache to train"
+        )
+
+
 def check_cache(
     cache: "MobaCache",
     q: Tensor,
@@ -337,5 +346,6 @@ def check_cache(
         raise NotImplementedError("kernel_options do not go with cache; leave them out")
     if score_mod is not None:
         raise NotImplementedError("score_mod does not go with cache yet; leave one out")
+    check_no_gradients(q)
     if gate == "tile":
         cache.check_tiles()
