@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexmoba.attention import selected_attention
-from flexmoba.checks import check_block_size, check_gate, check_no_gradients
+from flexmoba.checks import check_block_size, check_gate, check_new, check_no_gradients
 from flexmoba.decode import FEW, NO_ROOM, attend_few, has_kernels
 from flexmoba.gate import (
     GATE_TILE,
@@ -270,15 +270,8 @@ class MobaCache:
         return self._tile_queries
 
     def _check(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        for name, new, old in (("k", k, self.k), ("v", v, self.v)):
-            want = (*old.shape[:2], k.shape[2] if k.ndim == 4 else "n", old.shape[3])
-            if tuple(new.shape) != want:
-                raise ValueError(f"{name} must be {want} for this cache, got {tuple(new.shape)}")
-            if (new.dtype, new.device) != (old.dtype, old.device):
-                raise ValueError(
-                    f"{name} must be {old.dtype} on {old.device} like the cache, got {new.dtype} "
-                    f"on {new.device}"
-                )
+        check_new("k", k, self.k)
+        check_new("v", v, self.v)
         if mask is not None and (mask.shape != k.shape[::2] or mask.dtype != torch.bool):
             raise ValueError(
                 f"key_padding_mask must be bool of shape {tuple(k.shape[::2])}, got {mask.dtype} "

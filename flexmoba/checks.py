@@ -308,6 +308,18 @@ def _check_positive(name: str, value: Any, remedy: str) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}; {remedy}")
 
 
+def check_new(name: str, new: Tensor, old: Tensor) -> None:
+    """That new tokens ``(B, Hkv, n, D)`` fit to those of a cache ``(B, Hkv, capacity, D)``."""
+    want = (*old.shape[:2], new.shape[2] if new.ndim == 4 else "n", old.shape[3])
+    if tuple(new.shape) != want:
+        raise ValueError(f"{name} must be {want} for this cache, got {tuple(new.shape)}")
+    if (new.dtype, new.device) != (old.dtype, old.device):
+        raise ValueError(
+            f"{name} must be {old.dtype} on {old.device} like the cache, got {new.dtype} on "
+            f"{new.device}"
+        )
+
+
 def check_no_gradients(q: Tensor) -> None:
     """That nothing would be differentiated."""
     if torch.is_grad_enabled() and q.requires_grad:

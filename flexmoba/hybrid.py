@@ -111,6 +111,8 @@ class HybridSchedule:
         total: int | None = None,
     ) -> None:
         """Checks every phase, and sets the first."""
+        if total is not None:
+            _check_count("total", total)
         self.starts = [_count_of(start, total) for start, _ in phases]
         rises = all(a < b for a, b in itertools.pairwise(self.starts))
         if not rises or self.starts[:1] != [0]:
@@ -135,10 +137,7 @@ class HybridSchedule:
 
     def step(self, n: int = 1) -> bool:
         """Counts ``n`` more steps or tokens; whether that began another phase, which is now set."""
-        if isinstance(n, bool) or not isinstance(n, int):
-            raise TypeError(f"n must be an int, got {n!r} ({type(n).__name__})")
-        if n < 0:
-            raise ValueError(f"n must be at least 0, got {n}; load_state_dict goes back")
+        _check_count("n", n)
         before = self.phase
         self.count += n
         if self.phase == before:
@@ -151,7 +150,8 @@ class HybridSchedule:
         return {"count": self.count}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes to the count of a state, and sets what its phase says."""
+        """Goes to the count of a state, forth or back, and sets what its phase says."""
+        _check_count("count", state["count"])
         self.count = state["count"]
         _apply(self._modules, self._settings[self.phase])
 
@@ -206,6 +206,13 @@ def _indices(layers: Layers, n: int) -> Iterable[int]:
 def _apply(modules: list[FlexMoba], settings: list[_Setting]) -> None:
     for module, setting in zip(modules, settings, strict=True):
         module.block_size, module.topk, module.eval_topk = setting
+
+
+def _check_count(name: str, count: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{name} must be an int, got {count!r} ({type(count).__name__})")
+    if count < 0:
+        raise ValueError(f"{name} must be at least 0, got {count}")
 
 
 def _count_of(start: float, total: int | None) -> int:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexmoba.cache import MobaCache
-from flexmoba.checks import check_no_gradients
+from flexmoba.checks import check_new, check_no_gradients
 
 
 class KeyConv(nn.Module):
@@ -130,6 +130,7 @@ class KeyConvCache(MobaCache):
 
     def keep(self, k: Tensor, positions: Tensor) -> Tensor:
         """Remembers new keys ``(B, Hkv, n, D)`` at ``positions (B, n)``, and returns all."""
+        check_new("k", k, self.k)
         check_no_gradients(k)
         self._make_room(k.shape[2])
         fits = (positions >= 0) & (positions < self.capacity)

@@ -288,6 +288,11 @@ class MobaAttention(nn.Module):
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         positions = None
         if cache is not None:
+            if cache.lengths.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"x and the cache must have the same batch size, got {x.shape[0]} and "
+                    f"{cache.lengths.shape[0]}"
+                )
             positions = cache.next_positions(x.shape[1], key_padding_mask)
         elif x.numel() > 0 and any(given is not None for given in where.values()):
             token = torch.arange(x.shape[1], device=x.device)

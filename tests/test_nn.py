@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from flexmoba import MobaCache, flex_moba, moba_reference
 from flexmoba.nn import FlexMoba, KeyConv, MobaAttention
 from tests.conftest import assert_bitwise_equal
 
-few = settings(max_examples=20)
+few = settings(max_examples=15)
 
 
 @pytest.fixture
@@ -197,6 +197,26 @@ def test_padding_does_not_matter(sizes, data):
     assert_bitwise_equal(out[~real], nothing.expand_as(out)[~real])
 
 
+def test_positions_begin_anew_with_every_sequence():
+    # Attention knows only differences of positions, but for roundings. So that these tell, let a
+    # rotation be so fast that no two positions but the same give the same angles.
+    layer = replace(EXAMPLE, rope_base=1e-20, key_conv=None).layer()
+    x = EXAMPLE.x()[:1]
+    first, second = layer(x[:, :20]), layer(x[:, 20:])
+    real = torch.arange(50)[None] >= 20
+    for out in (
+        layer(x, cu_seqlens=torch.tensor([0, 20, 50])),
+        layer(x, document_ids=real.int()),
+    ):
+        torch.testing.assert_close(out, torch.cat([first, second], 1))
+    padded = layer(x, key_padding_mask=real)
+    torch.testing.assert_close(padded[:, 20:], second)
+    with torch.no_grad():
+        cache = layer.make_cache(1)
+        out = layer(x, cache=cache, key_padding_mask=real)
+    torch.testing.assert_close(out[:, 20:], second)
+
+
 @few
 @given(sizes(), st.data())
 @torch.no_grad()
@@ -301,7 +321,7 @@ def test_compiles_to_one_graph_that_serves_all_lengths():
     layer = EXAMPLE.layer()
     counter = CompileCounter()
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
-    for length in (50, 34, 61, 40, 80):
+    for length in (50, 34, 61):
         x = torch.randn(2, length, 12, dtype=torch.float64)
         out, expected = compiled(x), layer(x)
         assert_bitwise_equal(out, expected)
@@ -401,6 +421,9 @@ def test_the_layer_refuses(options, error, text):
     ("call", "error", "text"),
     [
         (lambda m: m(X, cache=m.make_cache(2)), NotImplementedError, "no_grad"),
+        (lambda m: m(X, cache=m.make_cache(1)), ValueError, "batch size, got 2 and 1"),
+        (lambda m: m(X, cache=m.make_cache(2, dtype=torch.half)), ValueError, "float16 on cpu"),
+        (lambda m: m(X, cache=m.make_cache(2, kv_heads=2)), ValueError, "k must be"),
         (lambda m: m(X, cache=MobaCache(2, 4, 4, block_size=8)), TypeError, "make_cache"),
         (lambda m: m(X, key_padding_mask=torch.ones(2, 9).bool()), ValueError, r"\(2, 10\)"),
         (lambda m: m(X, key_padding_mask=torch.ones(2, 10)), TypeError, "float32"),
