@@ -25,8 +25,9 @@ from flexmoba.checks import (
     check_topk,
     check_values,
 )
-from flexmoba.gate import Gate, own_block, select_candidates
+from flexmoba.gate import GATE_TILE, Gate, choose, own_block, shared_out
 from flexmoba.impls import attend_blocks, attend_fully, resolve
+from flexmoba.masked import attend_shared
 from flexmoba.score_mod import ScoreMod, modifier_of
 from flexmoba.sequence import layout_of
 
@@ -94,8 +95,9 @@ def flex_moba(
             faster and smaller; CUDA, half precision, head dims from 16 to 128. ``"masked"``: one
             FlexAttention call over `moba_block_mask`; CUDA, or CPU without gradients.
             ``"portable"``: the same tiles by plain tensor operations; any device and dtype.
-            ``"auto"``: fused where it can serve the inputs, else routed, else portable. Full
-            attention needs no routing: there fused, routed and masked are the same.
+            ``"auto"``: fused where it can serve the inputs, else routed, else portable; masked
+            first for ``gate="tile"`` on CUDA. Full attention needs no routing: there fused, routed
+            and masked are the same.
         kernel_options: FlexAttention's kernel options, for the impls that call it; given any,
             ``"auto"`` does not choose fused.
         return_aux: ``AuxRequest(lse=True)`` to get the log-sum-exp of the scores, too.
@@ -144,7 +146,9 @@ def flex_moba(
     check_gate(gate, sink_blocks, local_blocks, offset, block_size, topk, is_causal=is_causal)
     check_options(scale, score_mod, kernel_options, return_aux)
     check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, is_causal=is_causal)
-    chosen, impl = impl, resolve(impl, q, k, v, kernel_options, score_mod)
+    named = impl
+    tiles_choose = gate == "tile" and is_causal and q.is_cuda and cache is None
+    impl = resolve(impl, q, k, v, kernel_options, score_mod, tiles_choose=tiles_choose)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = Gate(gate, sink_blocks, local_blocks)
     if cache is not None:
@@ -153,12 +157,13 @@ def flex_moba(
                 raise ValueError(
                     f"{name} and cache do not go together; give every document a row of the cache"
                 )
-        check_cache(cache, q, k, block_size, is_causal, gate, chosen, kernel_options, score_mod)
+        check_cache(cache, q, k, block_size, is_causal, gate, named, kernel_options)
         out, lse = cache.attend(
             q,
             cache.append(k, v, key_padding_mask),
             topk,
             scale=scale,
+            score_mod=score_mod,
             gate=gate,
             sink_blocks=sink_blocks,
             local_blocks=local_blocks,
@@ -182,12 +187,16 @@ def flex_moba(
         out, lse = attend_fully(q, k, v, scale, impl, kernel_options, is_causal, modifier)
     else:
         wanted = topk - 1 if is_causal else topk
-        routed = select_candidates(
+        chosen = choose(
             q, k, block_size, wanted, options, is_causal=is_causal, first_block=first_block
         )
-        out, lse = attend_blocks(
-            q, k, v, routed, None, block_size, scale, impl, kernel_options, is_causal, modifier
-        )
+        if tiles_choose and impl == "masked" and block_size % GATE_TILE == 0:
+            out, lse = attend_shared(q, k, v, chosen, block_size, scale, kernel_options, modifier)
+        else:
+            routed = shared_out(chosen, q.shape[1], q.shape[2], options)
+            out, lse = attend_blocks(
+                q, k, v, routed, None, block_size, scale, impl, kernel_options, is_causal, modifier
+            )
     if layout is not None:
         out, lse = layout.collect(out), layout.collect(lse[..., None])[..., 0]
         lse = lse.masked_fill(layout.is_padding(), float("-inf"))

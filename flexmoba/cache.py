@@ -3,6 +3,7 @@
 Inference only; nothing here is differentiable.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from flexmoba.gate import (
     shared_out,
 )
 from flexmoba.precision import without_autocast
+from flexmoba.score_mod import ScoreMod
 
 
 class MobaCache:
@@ -149,6 +151,7 @@ class MobaCache:
         topk: int | None,
         *,
         scale: float | None = None,
+        score_mod: ScoreMod | None = None,
         gate: str = "token",
         sink_blocks: int = 0,
         local_blocks: int = 0,
@@ -160,6 +163,9 @@ class MobaCache:
             positions: What `append` returned for the same tokens, ``(B, n)`` int32.
             topk: Blocks that each query attends to, its own included; None for all of them.
             scale: Factor on the attention scores, ``1 / sqrt(D)`` by default.
+            score_mod: As in `flex_moba`; it sees the positions in each row of the cache, which
+                counts no padding. Without one, steps on a GPU run kernels that cannot call it:
+                with one, they are plain tensor operations, which read the same blocks.
             gate: As in `moba_select`. With ``"tile"``, every token must come through `attend`, as
                 the first query of a tile chooses for all of it.
             sink_blocks: As in `moba_select`.
@@ -173,7 +179,8 @@ class MobaCache:
         Raises:
             ValueError: Shapes or the gate's options do not fit, or tokens were added before
                 ``gate="tile"`` could keep their tile's query.
-            NotImplementedError: q requires gradients.
+            NotImplementedError: q requires gradients, or a chunk of more than 16 tokens has a
+                ``score_mod`` inside ``torch.compile``.
         """
         batch, heads, n, dim = q.shape
         if (batch, dim, n) != (self.k.shape[0], self.k.shape[3], positions.shape[1]):
@@ -193,11 +200,17 @@ class MobaCache:
         topk = max(topk, 1 + sink_blocks + local_blocks)
         scale = dim**-0.5 if scale is None else float(scale)
         tile_queries = self._keep_tile_queries(q, positions) if gate == "tile" else None
-        out, lse = _attend(
-            *(q, self.k, self.v, self.means, positions, tile_queries),
-            *(self.block_size, topk, scale, gate, sink_blocks, local_blocks),
-        )
-        return out, lse
+        tensors = q, self.k, self.v, self.means, positions, tile_queries
+        options = self.block_size, topk, scale, gate, sink_blocks, local_blocks
+        if score_mod is None:
+            out, lse = _attend(*tensors, *options)
+            return out, lse
+        if torch.compiler.is_compiling() and n > FEW:
+            raise NotImplementedError(
+                f"a chunk of {n} tokens with score_mod reads lengths back to the host, which "
+                f"torch.compile does not take; compile steps of at most {FEW} tokens alone"
+            )
+        return _attend_cached(*tensors, *options, score_mod)
 
     def reset(self) -> None:
         """Forgets all tokens."""
@@ -350,10 +363,8 @@ def _(
     return lengths.new_empty(k.shape[0], k.shape[2])
 
 
-# Opaque to compilers: what it launches depends on lengths, where there are many queries.
-@torch.library.custom_op("flexmoba::attend_cached", mutates_args=())
 @without_autocast
-def _attend(
+def _attend_cached(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -366,6 +377,7 @@ def _attend(
     per: str,
     sink_blocks: int,
     local_blocks: int,
+    score_mod: ScoreMod | None = None,
 ) -> tuple[Tensor, Tensor]:
     gate = Gate(per, sink_blocks, local_blocks)
     # Longer chunks are sorted by block, like any other call, a row of the batch at a time.
@@ -375,7 +387,9 @@ def _attend(
         else:
             tile = positions.clamp(0, k.shape[2] - 1).long() // GATE_TILE
             choosing = tile_queries.gather(2, tile[:, None, :, None].expand_as(q))
-        return attend_few(q, k, v, means, positions, choosing, block_size, topk, scale, gate)
+        return attend_few(
+            q, k, v, means, positions, choosing, block_size, topk, scale, gate, score_mod
+        )
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = torch.full_like(
         out[..., 0], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32)
@@ -414,6 +428,7 @@ def _attend(
             selection,
             block_size,
             scale=scale,
+            score_mod=score_mod if same else _of_row(score_mod, row.start),
             return_aux=AuxRequest(lse=True),
         )
         part, part_lse = result[0], result[1].lse
@@ -421,6 +436,36 @@ def _attend(
             return part, part_lse
         out[row, :, real], lse[row, :, real] = part, part_lse
     return out, lse
+
+
+@functools.lru_cache(maxsize=256)  # the same function again is not compiled again
+def _of_row(score_mod: ScoreMod | None, row: int) -> ScoreMod | None:
+    """A ``score_mod`` for a call with this row of the batch alone."""
+    if score_mod is None:
+        return None
+    return lambda score, b, h, query, key: score_mod(score, b + row, h, query, key)
+
+
+# Opaque to compilers: what it launches depends on lengths, where there are many queries.
+@torch.library.custom_op("flexmoba::attend_cached", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    positions: Tensor,
+    tile_queries: Tensor | None,
+    block_size: int,
+    topk: int,
+    scale: float,
+    per: str,
+    sink_blocks: int,
+    local_blocks: int,
+) -> tuple[Tensor, Tensor]:
+    return _attend_cached(
+        *(q, k, v, means, positions, tile_queries),
+        *(block_size, topk, scale, per, sink_blocks, local_blocks),
+    )
 
 
 @_attend.register_fake

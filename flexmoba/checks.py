@@ -338,7 +338,6 @@ def check_cache(
     gate: str,
     impl: str,
     kernel_options: Mapping[str, Any] | None,
-    score_mod: Callable[..., Tensor] | None,
 ) -> None:
     """That a call may go through a cache, before anything is added to it."""
     if cache.block_size != block_size:
@@ -356,8 +355,6 @@ def check_cache(
         raise NotImplementedError(f'impl="{impl}" does not go with cache; use impl="auto"')
     if kernel_options:
         raise NotImplementedError("kernel_options do not go with cache; leave them out")
-    if score_mod is not None:
-        raise NotImplementedError("score_mod does not go with cache yet; leave one out")
     check_no_gradients(q)
     if gate == "tile":
         cache.check_tiles()

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flexmoba.gate import Gate, always_selected, highest
+from flexmoba.score_mod import ScoreMod, modify
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MAX_DIM = 256
@@ -36,6 +37,7 @@ def attend_few(
     topk: int,
     scale: float,
     gate: Gate,
+    score_mod: ScoreMod | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query to its own block and its ``topk - 1`` best past ones.
 
@@ -51,18 +53,19 @@ def attend_few(
             always selects.
         scale: Factor on the scores.
         gate: What chooses, and what is always chosen.
+        score_mod: What becomes of the scores; None for nothing.
 
     Returns:
         The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``, float32 or float64.
         Both are NaN for a query that stands beyond the last block.
     """
-    attend = _attend_gathered
-    if has_kernels(q, v):
+    args = q, k, v, means, positions, gate_rows, block_size, topk, scale, gate
+    if has_kernels(q, v) and score_mod is None:
         from flexmoba.decode_kernels import MAX_TOPK, attend_few_on_cuda
 
         if topk <= MAX_TOPK:
-            attend = attend_few_on_cuda
-    return attend(q, k, v, means, positions, gate_rows, block_size, topk, scale, gate)
+            return attend_few_on_cuda(*args)
+    return _attend_gathered(*args, score_mod)
 
 
 def _attend_gathered(
@@ -76,6 +79,7 @@ def _attend_gathered(
     topk: int,
     scale: float,
     gate: Gate,
+    score_mod: ScoreMod | None,
 ) -> tuple[Tensor, Tensor]:
     batch, kv_heads, n_blocks, _ = means.shape
     precise = torch.promote_types(q.dtype, torch.float32)
@@ -98,6 +102,12 @@ def _attend_gathered(
     scores = torch.einsum("bhgld,bhgltkd->bhgltk", queries, keys) * scale
     position = chosen[..., None] * block_size + torch.arange(block_size, device=q.device)
     limit = positions[:, None, None, :, None, None]
+    if score_mod is not None:
+        head = head_index * group + torch.arange(group, device=q.device)[:, None, None]
+        # It may look places up: those that are none, or hidden, must not lead out of its tables.
+        query = limit.clamp(0, n_blocks * block_size - 1)
+        key = torch.minimum(position.clamp(min=0), query)
+        scores = modify(score_mod, scores, batch_index[..., None], head[..., None], query, key)
     seen = (position <= limit) & (chosen >= 0)[..., None]
     scores = scores.masked_fill(~seen, float("-inf")).flatten(-2)
 

@@ -40,7 +40,7 @@ def call_flex(
     kernel_options: Mapping[str, Any] | None,
     score_mod: ScoreMod | None = None,
     *,
-    divisible: bool = False,
+    divisible: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """FlexAttention of ``q (B, Hq, Lq, D)`` over ``k, v (B, Hkv, Lk, D)``: output and log-sum-exp.
 
@@ -52,8 +52,9 @@ def call_flex(
         scale: Factor on the scores.
         kernel_options: The user's, which win over ours.
         score_mod: What to do with every score; its places are those of this call.
-        divisible: Promises that both lengths are multiples of the mask's block sizes, which the
-            compiler cannot see when lengths are symbolic.
+        divisible: Whether both lengths are multiples of the mask's block sizes; None to leave it to
+            the compiler, which cannot see it when lengths are symbolic, and before torch 2.14 looks
+            at multiples of 128 alone.
     """
     if _INT32_OFFSETS and max(x.shape[2] * x.stride(2) for x in (k, v)) >= 2**31:
         raise NotImplementedError(
@@ -62,8 +63,8 @@ def call_flex(
         )
     # The automatic choice of a decoding kernel refuses some of our shapes.
     options: dict[str, Any] = {"BACKEND": "TRITON"}
-    if divisible:
-        options["IS_DIVISIBLE"] = True
+    if divisible is not None:
+        options["IS_DIVISIBLE"] = divisible
     options |= kernel_options or {}
     out, aux = flex_attention(  # type: ignore[call-overload]
         q,

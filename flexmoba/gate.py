@@ -165,6 +165,21 @@ def select_candidates(
     If causal, the candidates are the blocks before the own one, from ``first_block (B, Lq)`` on.
     There may be more columns than ``count`` where sinks and local blocks alone are more.
     """
+    chosen = choose(q, k, block_size, count, gate, is_causal=is_causal, first_block=first_block)
+    return shared_out(chosen, q.shape[1], q.shape[2], gate)
+
+
+def choose(
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    count: int,
+    gate: Gate,
+    *,
+    is_causal: bool,
+    first_block: Tensor | None = None,
+) -> Tensor:
+    """`select_candidates` of what chooses alone: ``(B, Hq or Hkv, queries or tiles, count)``."""
     rows = gate_queries(q, k.shape[1], gate)
     if first_block is not None:
         first_block = first_block[:, :: gate.stride].contiguous()
@@ -172,7 +187,7 @@ def select_candidates(
     chosen: Tensor = _select(
         rows, k.detach(), first_block, offset, block_size, count, *gate, is_causal
     )
-    return shared_out(chosen, q.shape[1], q.shape[2], gate)
+    return chosen
 
 
 def gate_queries(q: Tensor, kv_heads: int, gate: Gate) -> Tensor:

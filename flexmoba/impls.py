@@ -47,12 +47,17 @@ def resolve(
     v: Tensor,
     kernel_options: Mapping[str, Any] | None = None,
     score_mod: ScoreMod | None = None,
+    *,
+    tiles_choose: bool = False,
 ) -> str:
-    """The implementation that serves these inputs; never another than the one named."""
+    """The implementation that serves these inputs; never another than the one named.
+
+    ``tiles_choose`` says that `masked.attend_shared` may serve, the fastest where it can.
+    """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "auto":
-        for better in ("fused", "routed"):
+        for better in ("masked", "fused", "routed") if tiles_choose else ("fused", "routed"):
             if why_not(better, q, k, v, kernel_options, score_mod) is None:
                 return better
         return "portable"

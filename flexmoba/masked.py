@@ -3,11 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexmoba.flex import call_flex, run_compiled
 from flexmoba.masks import full_mask, realize, selection_mask
+from flexmoba.routing import TILE
 from flexmoba.score_mod import Modifier, ScoreMod, at_places
+from flexmoba.shared_mask import shared_mask
 
 
 def attend_masked(
@@ -22,19 +26,64 @@ def attend_masked(
     modifier: Modifier | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over a selection; full attention, whatever the block size, if it is None."""
+    return _run(
+        _attend_over_mask,
+        *(q, k, v, selection, modifier),
+        block_size=block_size,
+        scale=scale,
+        kernel_options=kernel_options,
+        is_causal=is_causal,
+    )
+
+
+def attend_shared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    block_size: int,
+    scale: float,
+    kernel_options: Mapping[str, Any] | None,
+    modifier: Modifier | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of tiles of 128 queries, each with its own block and those that it chose.
+
+    ``chosen`` and ``block_size`` are those of `shared_mask.shared_mask`; CUDA only.
+    """
+    missing = -q.shape[2] % TILE
+    if missing:  # a short last tile could not be full of anything
+        q = F.pad(q, (0, 0, 0, missing))
+        if modifier is not None:
+            # Rows that are none stand at 0: a score_mod may look its places up.
+            place = F.pad(modifier.place, (0, 0, 0, missing))
+            modifier = modifier._replace(place=place, moved=True)
+    out, lse = _run(
+        _attend_over_shared_mask,
+        *(q, k, v, chosen, modifier),
+        block_size=block_size,
+        scale=scale,
+        kernel_options=kernel_options,
+    )
+    length = q.shape[2] - missing
+    return out[:, :, :length], lse[:, :, :length]
+
+
+def _run(
+    attend: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Tensor | None,
+    modifier: Modifier | None,
+    **static: Any,
+) -> tuple[Tensor, Tensor]:
     places = score_mod = None
     if modifier is not None:
         score_mod = modifier.score_mod
         if modifier.moved:
             places = modifier.place, modifier.key_position
     return run_compiled(
-        _attend_over_mask,
-        *(q, k, v, selection, *(places or (None, None))),
-        score_mod=score_mod,
-        block_size=block_size,
-        scale=scale,
-        kernel_options=kernel_options,
-        is_causal=is_causal,
+        attend, *(q, k, v, selection, *(places or (None, None))), score_mod=score_mod, **static
     )
 
 
@@ -56,7 +105,41 @@ def _attend_over_mask(
         mask = full_mask(q.shape[2], k.shape[2], q.device, is_causal=is_causal)
     else:
         mask = selection_mask(selection, k.shape[2], block_size, is_causal=is_causal)
-    if score_mod is not None and place is not None and key_position is not None:
-        key_position = key_position.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        score_mod = at_places(score_mod, realize(place), realize(key_position))
+    score_mod = _placed(score_mod, q, k, place, key_position)
     return call_flex(q, k, v, mask, scale, kernel_options, score_mod)
+
+
+def _attend_over_shared_mask(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    place: Tensor | None,
+    key_position: Tensor | None,
+    *,
+    score_mod: ScoreMod | None,
+    block_size: int,
+    scale: float,
+    kernel_options: Mapping[str, Any],
+) -> tuple[Tensor, Tensor]:
+    # A score_mod may capture what is to be differentiated.
+    backward = torch.is_grad_enabled() and (
+        score_mod is not None or any(x.requires_grad for x in (q, k, v))
+    )
+    mask = shared_mask(chosen, q.shape[2], k.shape[2], block_size, backward=backward)
+    score_mod = _placed(score_mod, q, k, place, key_position)
+    divisible = k.shape[2] % mask.BLOCK_SIZE[1] == 0
+    return call_flex(q, k, v, mask, scale, kernel_options, score_mod, divisible=divisible)
+
+
+def _placed(
+    score_mod: ScoreMod | None,
+    q: Tensor,
+    k: Tensor,
+    place: Tensor | None,
+    key_position: Tensor | None,
+) -> ScoreMod | None:
+    if score_mod is None or place is None or key_position is None:
+        return score_mod
+    key_position = key_position.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return at_places(score_mod, realize(place), realize(key_position))

@@ -19,7 +19,7 @@ from flexmoba.routing import TILE, Tiles
 
 # Sparse sizes on CUDA must be multiples of 128 before torch 2.14, so shorter blocks are padded.
 GRAIN = 128
-_MAX_STRETCHES = 16  # of a block in `tile_mask`; more would make the lists long for nothing
+_MAX_STRETCHES = 16  # of a block; more would make the lists long for nothing
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -97,7 +97,7 @@ def selection_mask(
 
     # What a mask_mod captures must be a real buffer: computed in the same graph, it would be
     # compiled into the kernel, or even replaced by its initial value.
-    table, last_key = realize(selection), _last_key(q_len, kv_len, device)
+    table, last_key = realize(selection), last_key_of_query(q_len, kv_len, device)
 
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         first = table[b, h, query, query * 0] * block_size
@@ -109,7 +109,7 @@ def selection_mask(
             seen = seen & (key <= last_key[query])
         return seen
 
-    return _block_mask((q_len, kv_len), mask_mod, _lists(visited), None, _lists(visited.mT), None)
+    return block_mask_of((q_len, kv_len), mask_mod, _lists(visited), None, _lists(visited.mT), None)
 
 
 def full_mask(q_len: int, kv_len: int, device: torch.device, *, is_causal: bool) -> BlockMask:
@@ -127,14 +127,14 @@ def full_mask(q_len: int, kv_len: int, device: torch.device, *, is_causal: bool)
         visited = first_key <= last_query + offset
         whole = whole & (last_key <= first_query + offset)
 
-    last_seen = _last_key(q_len, kv_len, device)
+    last_seen = last_key_of_query(q_len, kv_len, device)
 
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen: Tensor = key <= last_seen[query] if is_causal else key >= 0
         return seen
 
     partial, full = (visited & ~whole)[None, None], whole[None, None]
-    return _block_mask(
+    return block_mask_of(
         (q_len, kv_len),
         mask_mod,
         _lists(partial),
@@ -144,13 +144,11 @@ def full_mask(q_len: int, kv_len: int, device: torch.device, *, is_causal: bool)
     )
 
 
-def stretch_size(block_stride: int) -> int:
-    """Keys in one entry of `tile_mask`'s lists: divides the block, in a moderate number."""
+def stretch_size(block_stride: int, most: int = _MAX_STRETCHES) -> int:
+    """Keys in one entry of a mask's lists: divides the block, into so many at most."""
     grains = block_stride // GRAIN
     return GRAIN * next(
-        size
-        for size in range(1, grains + 1)
-        if grains % size == 0 and grains // size <= _MAX_STRETCHES
+        size for size in range(1, grains + 1) if grains % size == 0 and grains // size <= most
     )
 
 
@@ -241,7 +239,7 @@ def tile_mask(
         seen: Tensor = key <= last_key_of_row[row]
         return seen
 
-    return _block_mask(
+    return block_mask_of(
         (n_tiles * TILE, n_blocks * block_stride),
         mask_mod,
         partial_lists,
@@ -252,7 +250,7 @@ def tile_mask(
     )
 
 
-def _last_key(q_len: int, kv_len: int, device: torch.device) -> Tensor:
+def last_key_of_query(q_len: int, kv_len: int, device: torch.device) -> Tensor:
     """The last key of each query, as a buffer: a symbolic length in a mask_mod does not compile."""
     last_key = torch.arange(q_len, dtype=torch.int32, device=device) + (kv_len - q_len)
     buffer: Tensor = realize(last_key)
@@ -267,7 +265,7 @@ def _lists(visited: Tensor) -> Lists:
     return visited.sum(-1), visited.int().argsort(dim=-1, descending=True, stable=True)
 
 
-def _block_mask(
+def block_mask_of(
     seq_lengths: tuple[int, int],
     mask_mod: MaskMod,
     partial: Lists,
@@ -277,6 +275,7 @@ def _block_mask(
     *,
     block_size: tuple[int, int] = (GRAIN, GRAIN),
 ) -> BlockMask:
+    """A BlockMask of these lists, those of keys for every tile of queries first."""
     kv_num_blocks, kv_indices = _list_tensors(partial)
     assert kv_num_blocks is not None
     assert kv_indices is not None

@@ -73,3 +73,13 @@ def at_places(score_mod: ScoreMod, place: Tensor, key_position: Tensor) -> Score
         )
 
     return moved
+
+
+def modify(score_mod: ScoreMod, scores: Tensor, *places: Tensor) -> Tensor:
+    """A ``score_mod`` of many scores, whose places ``b, h, q_idx, kv_idx`` expand to them.
+
+    Each is shown alone, as FlexAttention does.
+    """
+    flat = [x.expand(scores.shape).flatten() for x in (scores, *places)]
+    modified: Tensor = torch.vmap(score_mod)(*flat)
+    return modified.view(scores.shape)

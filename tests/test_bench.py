@@ -2,13 +2,16 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from flexmoba import bench
+from flexmoba.bench import calls, steps
 from flexmoba.cli import main
+from flexmoba.gate import moba_select
 from flexmoba.reference import reference_mask, reference_selection
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -32,6 +35,47 @@ def test_counts_the_products_that_the_oracle_makes(block_size, topk):
     assert config.dense_pairs == int(reference_mask(everything, 300, 300, is_causal=True).sum())
 
 
+def test_counts_documents_apart():
+    config = bench.Config(1, 1, 1, 1000, 50, 3, documents=7)
+    assert len(config.lengths) == 7
+    assert min(config.lengths) > 0
+    assert sum(config.lengths) == 1000
+    alone = [bench.Config(1, 1, 1, n, 50, 3) for n in config.lengths]
+    assert config.pairs == sum(one.pairs for one in alone)
+    assert config.dense_pairs == sum(one.dense_pairs for one in alone)
+
+
+def test_measures_gates_documents_and_steps(monkeypatch, tmp_path, capsys):
+    configs = [
+        replace(SMALL, gate="group"),
+        replace(SMALL, block_size=128, gate="tile"),
+        replace(SMALL, documents=5),
+        replace(SMALL, batch=2, gate="group", decode=True, backward=False),
+    ]
+    monkeypatch.setitem(bench.PRESETS, "cpu", configs)
+    picture = tmp_path / "results.png"
+    options = ["--device", "cpu", "--dtype", "float32", "--plot", str(picture)]
+    assert main(["bench", "--preset", "cpu", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "| 1 x 2/1 x 300, 64, 3, by group |" in printed
+    assert "| 1 x 2/1 x 300, 64, 3, 5 documents |" in printed
+    assert "| one sequence |" in printed
+    assert printed.count("| 2 x 2/1 x 300, 64, 3, by group |") == 1
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("changes", [{"documents": 5}, {"decode": True, "backward": False}])
+def test_a_wrong_choice_is_found_out(changes, monkeypatch, capsys):
+    def worst(q, k, *args, **options):  # what the exact result is made of
+        return moba_select(-q, k, *args, **options)
+
+    monkeypatch.setitem(bench.PRESETS, "cpu", [replace(SMALL, length=400, topk=2, **changes)])
+    monkeypatch.setattr(calls, "moba_select", worst)
+    monkeypatch.setattr(steps, "moba_select", worst)
+    assert main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"]) == 1
+    assert "WRONG: error" in capsys.readouterr().out
+
+
 def test_measures_reports_and_shows_again(tmp_path, capsys):
     file, picture = tmp_path / "results.json", tmp_path / "results.png"
     options = ["--device", "cpu", "--dtype", "float32"]
@@ -49,7 +93,7 @@ def test_measures_reports_and_shows_again(tmp_path, capsys):
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "flex_moba", lambda q, *_: torch.zeros_like(q))
+    monkeypatch.setattr(calls, "flex_moba", lambda q, *_, **__: torch.zeros_like(q))
     assert main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"]) == 1
     assert "WRONG: error" in capsys.readouterr().out
 
@@ -66,7 +110,7 @@ def test_a_missing_baseline_costs_no_result(monkeypatch, capsys):
     def missing(*_, **__):
         raise RuntimeError("no such backend\nand many more lines")
 
-    monkeypatch.setattr(bench.F, "scaled_dot_product_attention", missing)
+    monkeypatch.setattr(calls.F, "scaled_dot_product_attention", missing)
     assert main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"]) == 0
     printed = capsys.readouterr()
     assert "SDPA failed: no such backend\n" in printed.err

@@ -17,6 +17,7 @@ from flexmoba import (
     fused,
     gate,
     moba_block_mask,
+    moba_reference,
     moba_select,
     pieces,
     routed,
@@ -471,3 +472,106 @@ def test_padding_on_the_left_and_on_the_right(impl):
         alone = [x[row : row + 1, :, mask[row]] for x in tensors]
         expected = flex_moba(*alone, 128, 3, impl=impl)[0]
         torch.testing.assert_close(out[row][:, mask[row]], expected, rtol=0.02, atol=0.02)
+
+
+GATES = {
+    "group": {"gate": "group"},
+    "always": {"sink_blocks": 1, "local_blocks": 1},
+    "group, always": {"gate": "group", "sink_blocks": 2, "local_blocks": 1},
+    "tile": {"gate": "tile", "sink_blocks": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "impl"), [*((name, "fused") for name in GATES), ("tile", "auto"), ("group", "routed")]
+)
+def test_gates(name, impl):
+    problem = variant(topk=5, q_len=2000, kv_len=2000)
+    q, k, v = problem.tensors("cuda")
+    selection = moba_select(q, k, 128, 5, **GATES[name])
+    attend = with_lse(flex_moba, 128, 5, impl=impl, **GATES[name])
+    assert_as_exact_as_dense(attend, q, k, v, problem.mask_of(selection), gradients=True)
+    tied = problem.tied_tensors("cuda")[:2]
+    expected = moba_select(*(x.cpu() for x in tied), 128, 5, **GATES[name])
+    assert_bitwise_equal(moba_select(*tied, 128, 5, **GATES[name]).cpu(), expected)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gates_with_a_cache(name):
+    problem = variant(topk=5, q_len=1500, kv_len=1500)
+    q, k, v = problem.tensors("cuda")
+    cache = MobaCache(2, 2, 128, block_size=128, max_len=1500, dtype=q.dtype, device="cuda")
+    attend = with_lse(flex_moba, 128, 5, cache=cache, **GATES[name])
+
+    def in_chunks(q, k, v):
+        cache.reset()
+        edges = [0, 500, 507, 1000, *range(1400, 1501, 4)]
+        parts = [attend(*(x[:, :, i:j] for x in (q, k, v))) for i, j in itertools.pairwise(edges)]
+        return tuple(torch.cat(part, 2) for part in zip(*parts, strict=True))
+
+    selection = moba_select(q, k, 128, 5, **GATES[name])
+    assert_as_exact_as_dense(in_chunks, q, k, v, problem.mask_of(selection))
+
+
+def test_packed_documents_with_tiles():
+    problem = variant(batch=1, q_len=1500, kv_len=1500)
+    tensors = problem.tensors("cuda")
+    edges = [0, 700, 700, 701, 1100, 1500]
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32, device="cuda")
+    out = flex_moba(*tensors, 128, 3, gate="tile", cu_seqlens=cu_seqlens)
+    for i, j in itertools.pairwise(edges):
+        if i < j:
+            alone = flex_moba(*(x[:, :, i:j] for x in tensors), 128, 3, gate="tile")
+            torch.testing.assert_close(out[:, :, i:j], alone, rtol=0.02, atol=0.02)
+
+
+SCORE_MODS = {
+    "routed": {"block_size": 128},
+    "masked": {"impl": "masked", "block_size": 128},
+    "tile": {"gate": "tile", "block_size": 256},
+    "documents": {"block_size": 128},
+    "full": {"topk": None, "block_size": 128},
+}
+
+
+@pytest.mark.parametrize("name", SCORE_MODS)
+@pytest.mark.parametrize("q_len", [900, 644])
+def test_score_mod(name, q_len):
+    """A softcap and a learnt bias by head and distance, whose gradient is compared, too."""
+    problem = variant(q_len=q_len, kv_len=900, dtype=torch.float32, head_dim=64, value_dim=64)
+    inputs = problem.tensors("cuda", requires_grad=True)
+    bias = torch.randn(4, 900, device="cuda", requires_grad=True)
+    options = {"topk": 3} | SCORE_MODS[name]
+    if name == "documents":
+        inputs = [x[:1, :, -q_len:] for x in inputs]
+        edges = torch.tensor([0, 300, 301, q_len], device="cuda")
+        options["cu_seqlens"] = edges
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        # Hidden keys, after the query, are shown to it as well.
+        distance = (q_idx - kv_idx).clamp(min=0)
+        return 10 * torch.tanh(score / 10) + bias[h, distance] + 0.1 * b
+
+    out = flex_moba(*inputs, **options, score_mod=score_mod)
+    expected = moba_reference(*inputs, **{x: options[x] for x in options if x != "impl"},
+                              score_mod=score_mod)  # fmt: skip
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+    upstream = torch.randn_like(out)
+    grads, exact = (torch.autograd.grad(x, (*inputs, bias), upstream) for x in (out, expected))
+    for x, y in zip(grads, exact, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3 * y.abs().max().item())
+
+
+def test_score_mod_with_a_cache():
+    problem = variant(q_len=700, kv_len=700, dtype=torch.float32, block_size=64)
+    tensors = problem.tensors("cuda")
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return 10 * torch.tanh(score / 10) - 0.01 * (h + 1) * (q_idx - kv_idx) + b
+
+    expected = flex_moba(*tensors, 64, 4, score_mod=score_mod)
+    cache = MobaCache(2, 2, 128, block_size=64, max_len=700, dtype=torch.float32, device="cuda")
+    for i, j in itertools.pairwise([0, 600, 603, 620, 621, 700]):
+        chunk = [x[:, :, i:j] for x in tensors]
+        out = flex_moba(*chunk, 64, 4, cache=cache, score_mod=score_mod)
+        torch.testing.assert_close(out, expected[:, :, i:j], rtol=1e-3, atol=1e-3)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
-from flexmoba import flex_moba, moba_reference, moba_select, selected_attention
+from flexmoba import MobaCache, flex_moba, moba_reference, moba_select, selected_attention
 from flexmoba.reference import reference_attention
 from flexmoba.routed import attend_routed
 from flexmoba.score_mod import modifier_of
@@ -38,6 +38,13 @@ def biased(bias: Tensor, offset: int = 500):
         return score + bias[h, q_idx - kv_idx + offset]
 
     return score_mod
+
+
+def looked_up(problem: Problem):
+    """Adds what a table of just the size holds for each place: one beyond it would raise."""
+    shape = (problem.batch, problem.heads, problem.kv_len, problem.kv_len)
+    table = torch.randn(shape, generator=problem.generator(), dtype=torch.float64)
+    return lambda score, b, h, q_idx, kv_idx: score + table[b, h, q_idx, kv_idx]
 
 
 MODS = pytest.mark.parametrize("score_mod", [softcap, by_place], ids=lambda f: f.__name__)
@@ -193,3 +200,63 @@ def test_errors():
     assert_raises(
         TypeError, ("score_mod", "kv_idx", "int"), lambda: flex_moba(q, k, v, 4, 2, score_mod=3)
     )
+
+
+@few
+@given(problems(dtype=st.just(torch.float64), is_causal=st.just(True)), st.data())
+def test_a_cache_shows_it_the_same(problem, data):
+    problem = replace(problem, q_len=problem.kv_len)
+    tensors = problem.tensors()
+    args = (problem.block_size, problem.topk)
+    cache = MobaCache(
+        *(problem.batch, problem.kv_heads, problem.head_dim),
+        value_dim=problem.value_dim, block_size=problem.block_size, dtype=problem.dtype,
+    )  # fmt: skip
+    score_mod = looked_up(problem)
+    expected = moba_reference(*tensors, *args, score_mod=score_mod)
+    at = 0
+    while at < problem.kv_len:
+        size = data.draw(st.sampled_from([1, 3, 17, 40]))
+        chunk = [x[:, :, at : at + size] for x in tensors]
+        out = flex_moba(*chunk, *args, cache=cache, score_mod=score_mod)
+        torch.testing.assert_close(out, expected[:, :, at : at + size])
+        at += size
+
+
+@pytest.mark.parametrize("n", [2, 20])
+def test_rows_of_a_cache_are_told_apart(n):
+    problem = Problem(batch=2, group=2, q_len=60, kv_len=60)
+    q, k, v = problem.tensors()
+    cache = MobaCache(2, 1, 8, block_size=4, dtype=torch.float64)
+    real = torch.arange(60 - n) >= torch.tensor([[0], [7]])
+    cache.append(k[:, :, :-n], v[:, :, :-n], real)
+    positions = cache.append(k[:, :, -n:], v[:, :, -n:])
+    out, lse = cache.attend(q[:, :, -n:], positions, 3, score_mod=by_place)
+    for row, start in enumerate((0, 7)):
+        alone = (x[row : row + 1, :, start:] for x in (q, k, v))
+
+        def of_row(score, b, h, q_idx, kv_idx, row=row):
+            return by_place(score, b + row, h, q_idx, kv_idx)
+
+        expected = moba_reference(*alone, 4, 3, score_mod=of_row)
+        torch.testing.assert_close(out[row : row + 1], expected[:, :, -n:])
+    assert lse.isfinite().all()
+
+
+def test_a_step_with_a_cache_compiles():
+    torch._dynamo.reset()
+    q, k, v = Problem(q_len=40, kv_len=40).tensors()
+    expected = flex_moba(q, k, v, 4, 3, score_mod=softcap)
+    cache = MobaCache(1, 1, 8, block_size=4, max_len=60, dtype=torch.float64)
+
+    def step(q, k, v):
+        return flex_moba(q, k, v, 4, 3, cache=cache, score_mod=softcap)
+
+    step(*(x[:, :, :38] for x in (q, k, v)))
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for i in (38, 39):
+        out = compiled(*(x[:, :, i : i + 1] for x in (q, k, v)))
+        torch.testing.assert_close(out, expected[:, :, i : i + 1])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="reads lengths back"):
+        compiled(q[:, :, :20], k[:, :, :20], v[:, :, :20])
+    torch._dynamo.reset()

@@ -1,0 +1,284 @@
+"""Measures one configuration: its error, its milliseconds and its memory, and those of others."""
+
+import functools
+import itertools
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flexmoba.attention import flex_moba
+from flexmoba.bench.configs import Config
+from flexmoba.gate import Gate, choose, moba_select
+
+SAMPLED_QUERIES = 32
+# Allowed errors, of the largest sampled output: half precision is rounded once per part, while in
+# float32 many small errors add up.
+ROUNDINGS = {torch.float16: 4, torch.bfloat16: 4, torch.float32: 64, torch.float64: 64}
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """What the numbers depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    name = name or platform.machine()
+    if device.type == "cpu":
+        name += f", {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of one large matrix product: what this device can do at best."""
+    size = 8192 if device.type == "cuda" else 2048
+    x = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / median_ms(lambda: x @ x, device) / 1e9
+
+
+def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Error, milliseconds and peak memory of one configuration."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(heads: int) -> Tensor:
+        shape = (config.batch, heads, config.length, config.head_dim)
+        return torch.randn(shape, device=device, dtype=dtype, generator=generator)
+
+    q, k, v = normal(config.heads), normal(config.kv_heads), normal(config.kv_heads)
+    grad = normal(config.heads) if config.backward else None
+
+    options: dict[str, Any] = {"gate": config.gate}
+    if config.documents > 1:
+        options["cu_seqlens"] = _edges(config, device)
+
+    def moba() -> Tensor:
+        return flex_moba(  # type: ignore[return-value]
+            q, k, v, config.block_size, config.topk, **options
+        )
+
+    def gate() -> Tensor:
+        if config.documents > 1:
+            return moba_select(q, k, config.block_size, config.topk, **options)
+        wanted = config.topk - 1
+        return choose(q, k, config.block_size, wanted, Gate(config.gate), is_causal=True)
+
+    result: dict[str, Any] = {}
+    with torch.no_grad():
+        error, allowed = _error(moba(), q, k, v, config, options)
+        result |= {"error": error, "allowed": allowed}
+        if not error <= allowed:
+            return result
+        result["forward_MiB"] = _peak(moba, device)
+        result["split_ms"] = _split(moba, gate, device)
+        result["forward_ms"] = {"flex_moba": median_ms(moba, device)}
+        for name, dense in _baselines(config, device).items():
+            forward = functools.partial(median_ms, functools.partial(dense, q, k, v), device)
+            result["forward_ms"] |= try_to_time(name, forward)
+    if grad is None:
+        return result
+
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def both_ways(attention: Callable[[], Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(attention(), inputs, grad)
+
+    result["both_MiB"] = _peak(both_ways(moba), device)
+    result["both_ms"] = {"flex_moba": median_ms(both_ways(moba), device)}
+    for name, dense in _baselines(config, device).items():
+        call = both_ways(functools.partial(dense, q, k, v))
+        result["both_ms"] |= try_to_time(name, functools.partial(median_ms, call, device))
+    return result
+
+
+def try_to_time(name: str, measured: Callable[[], float]) -> dict[str, float]:
+    """What is measured, by its name; nothing if it fails, which costs no other result."""
+    try:
+        return {name: measured()}
+    except (RuntimeError, TypeError) as error:  # another version of torch, say
+        print(f"{name} failed: {str(error).splitlines()[0]}", file=sys.stderr)
+        return {}
+
+
+def _edges(config: Config, device: torch.device) -> Tensor:
+    edges = [0, *itertools.accumulate(config.lengths)]
+    return torch.tensor(edges, dtype=torch.int32, device=device)
+
+
+def _baselines(config: Config, device: torch.device) -> dict[str, Callable[..., Tensor]]:
+    if config.dense == "nothing":
+        return {}
+    if config.documents > 1:
+        return _of_documents(config, device)
+    baselines = dense_attention(device, is_causal=True)
+    if config.dense == "all" and device.type == "cuda":
+        baselines["FlexAttention"] = _dense_flex_attention
+    return baselines
+
+
+def dense_attention(device: torch.device, *, is_causal: bool) -> dict[str, Callable[..., Tensor]]:
+    """What `scaled_dot_product_attention` offers on this device."""
+    backends: dict[str, Any] = {"SDPA": None}
+    if device.type == "cuda":
+        backends = {
+            "SDPA flash": SDPBackend.FLASH_ATTENTION,
+            "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+        }
+
+    def dense(backend: Any) -> Callable[..., Tensor]:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            gqa = q.shape[1] != k.shape[1]
+            if backend is None:
+                return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=gqa)
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=gqa)
+
+        return attend
+
+    return {name: dense(backend) for name, backend in backends.items()}
+
+
+def _of_documents(config: Config, device: torch.device) -> dict[str, Callable[..., Tensor]]:
+    """The same tokens as one sequence, and dense attention within each document."""
+
+    def unpacked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_moba(q, k, v, config.block_size, config.topk)  # type: ignore[return-value]
+
+    baselines: dict[str, Callable[..., Tensor]] = {"one sequence": unpacked}
+    if device.type == "cuda":
+        from torch.nn.attention.varlen import varlen_attn
+
+        bounds = 2 * (_edges(config, device),) + 2 * (max(config.lengths),)
+
+        def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            out: Any = varlen_attn(q, k, v, *bounds, window_size=(-1, 0))  # causal
+            return out.transpose(0, 1)[None]  # type: ignore[no-any-return]
+
+        baselines["varlen flash"] = varlen
+    return baselines
+
+
+def _dense_flex_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flex_moba(q, k, v, q.shape[2], None, impl="masked")  # type: ignore[return-value]
+
+
+def _split(
+    moba: Callable[[], Any], gate: Callable[[], Any], device: torch.device
+) -> dict[str, float] | None:
+    """Milliseconds on the GPU of the stages of a forward call; None where there are no kernels.
+
+    Own blocks are attended where the parts are merged, so they are counted there.
+    """
+    if device.type != "cuda":
+        return None
+    kernels, of_gate = _kernel_ms(moba), sum(_kernel_ms(gate).values())
+    attention = sum(ms for name, ms in kernels.items() if name == "attend_kernel")
+    merge = sum(ms for name, ms in kernels.items() if name == "finish_kernel")
+    if not merge:  # another implementation
+        return {"gate": of_gate, "rest": sum(kernels.values()) - of_gate}
+    routing = sum(kernels.values()) - of_gate - attention - merge
+    return {"gate": of_gate, "routing": routing, "attention": attention, "own and merge": merge}
+
+
+def _kernel_ms(function: Callable[[], Any], calls: int = 3) -> dict[str, float]:
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+    return {
+        event.key: event.self_device_time_total / 1e3 / calls
+        for event in profile.key_averages()
+        if event.self_device_time_total
+    }
+
+
+def _error(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, config: Config, options: dict[str, Any]
+) -> tuple[float, float]:
+    """The largest error of sampled queries, and what is allowed."""
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randint(config.length, (SAMPLED_QUERIES,), generator=generator).to(q.device)
+    selection = moba_select(q, k, config.block_size, config.topk, **options)[:, :, sample]
+    exact = exact_rows(q[:, :, sample], k, v, selection, sample, config)
+    largest = float(exact.abs().max())
+    error = float((out[:, :, sample] - exact).abs().max())
+    return error, ROUNDINGS[q.dtype] * torch.finfo(q.dtype).eps * largest
+
+
+def exact_rows(
+    q: Tensor, k: Tensor, v: Tensor, selection: Tensor, position: Tensor, config: Config
+) -> Tensor:
+    """Attention of some queries in float64, a head at a time: ``(B, Hq, queries, D)``.
+
+    Args:
+        q: ``(B, Hq, queries, D)``.
+        k: ``(B, Hkv, L, D)``.
+        v: ``(B, Hkv, L, D)``.
+        selection: ``(B, Hq, queries, topk)``, the blocks that each attends to.
+        position: ``(queries,)``, where each stands.
+        config: What is measured.
+    """
+    key = torch.arange(k.shape[2], device=q.device)
+    first, blocks_before = torch.zeros_like(key), torch.zeros_like(key)
+    if config.documents > 1:  # blocks are counted in order over all documents
+        lengths = torch.tensor(config.lengths, device=q.device)
+        blocks = -(-lengths // config.block_size)
+        first = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        blocks_before = (blocks.cumsum(0) - blocks).repeat_interleave(lengths)
+    block_of_key = blocks_before + (key - first) // config.block_size
+    visible = (key <= position[:, None]) & (first == first[position][:, None])
+    exact = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    for b in range(config.batch):
+        for h in range(config.heads):
+            kv = h // (config.heads // config.kv_heads)
+            chosen = torch.zeros_like(visible)
+            for slot in selection[b, h].unbind(-1):
+                chosen |= block_of_key == slot[:, None]
+            scores = q[b, h].double() @ k[b, kv].double().T * config.head_dim**-0.5
+            weights = scores.masked_fill(~(chosen & visible), float("-inf")).softmax(-1)
+            exact[b, h] = weights @ v[b, kv].double()
+    return exact
+
+
+def median_ms(function: Callable[[], Any], device: torch.device) -> float:
+    """Median milliseconds of a call, over about a second; of three calls if slow, or one."""
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    function()
+    # Of calls that take seconds, one must do.
+    least = 1 if time.perf_counter() - began > 2 else 3
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < least or (time.perf_counter() - began < 1 and len(times) < 100):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            start_time = time.perf_counter()
+            function()
+            times.append((time.perf_counter() - start_time) * 1e3)
+    return statistics.median(times)
+
+
+def _peak(function: Callable[[], Any], device: torch.device) -> float | None:
+    """MiB allocated by a call beyond what was there before, its results included."""
+    if device.type != "cuda":
+        return None
+    function()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -1,0 +1,85 @@
+"""How long one decoding step against a cache takes, beside dense attention over all keys.
+
+The step writes the new keys and values down, chooses and attends; the dense ones only attend. On a
+GPU both are replayed as CUDA graphs, as servers run them.
+"""
+
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexmoba.attention import flex_moba
+from flexmoba.bench.calls import ROUNDINGS, dense_attention, exact_rows, median_ms, try_to_time
+from flexmoba.bench.configs import Config
+from flexmoba.cache import MobaCache
+from flexmoba.gate import moba_select
+
+_STEPS = 256  # room for those that are timed
+
+
+def measure_step(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Error and milliseconds of one step at the end of the context."""
+    generator = torch.Generator(device).manual_seed(0)
+    batch, length, dim = config.batch, config.length, config.head_dim
+
+    def normal(heads: int, n: int) -> Tensor:
+        shape = batch, heads, n, dim
+        return torch.randn(shape, device=device, dtype=dtype, generator=generator)
+
+    q, k, v = (
+        normal(config.heads, 1),
+        normal(config.kv_heads, length),
+        normal(config.kv_heads, length),
+    )
+    cache = MobaCache(
+        *(batch, config.kv_heads, dim),
+        block_size=config.block_size,
+        max_len=length + _STEPS,
+        dtype=dtype,
+        device=device,
+    )
+    new_k, new_v = k[:, :, -1:], v[:, :, -1:]
+
+    def step() -> Tensor:
+        return flex_moba(  # type: ignore[return-value]
+            q, new_k, new_v, config.block_size, config.topk, cache=cache, gate=config.gate
+        )
+
+    with torch.no_grad():
+        cache.append(k[:, :, :-1], v[:, :, :-1])
+        out, last = step(), torch.tensor([length - 1], device=device)
+        selection = moba_select(q, k, config.block_size, config.topk, gate=config.gate)
+        exact = exact_rows(q, k, v, selection, last, config)
+        error, largest = float((out - exact).abs().max()), float(exact.abs().max())
+        allowed = ROUNDINGS[dtype] * torch.finfo(dtype).eps * largest
+        result: dict[str, Any] = {"error": error, "allowed": allowed}
+        if not error <= allowed:
+            return result
+        result["step_ms"] = {"flex_moba": _replayed_ms(step, device)}
+        for name, dense in dense_attention(device, is_causal=False).items():
+            call = functools.partial(dense, q, k, v)
+            result["step_ms"] |= try_to_time(name, functools.partial(_replayed_ms, call, device))
+    return result
+
+
+def _replayed_ms(step: Callable[[], Tensor], device: torch.device) -> float:
+    if device.type != "cuda":
+        return median_ms(step, device)
+    step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    times = []
+    for _ in range(55):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return float(statistics.median(times[5:]))

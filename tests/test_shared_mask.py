@@ -1,0 +1,166 @@
+"""``gate="tile"`` as one FlexAttention call: its lists put through dense attention.
+
+As in `test_tiles`, dense attention over the mask that the `BlockMask` describes stands for the
+kernels, which run on CUDA alone.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
+
+from flexmoba import flex_moba, masked, moba_reference, moba_select
+from flexmoba.masked import attend_shared
+from flexmoba.reference import reference_attention
+from flexmoba.score_mod import modifier_of
+from flexmoba.shared_mask import shared_mask
+from tests.conftest import assert_as_exact_as_dense
+from tests.problems import Problem
+from tests.test_score_mod import looked_up
+from tests.test_tiles import listed
+
+
+def stretches(mask: BlockMask) -> dict[str, Tensor]:
+    """Each list as bools ``(B, H, rows, columns)``, those of the backward pass transposed."""
+    rows, keys = mask.seq_lengths
+    tiles, columns = rows // mask.BLOCK_SIZE[0], -(-keys // mask.BLOCK_SIZE[1])
+
+    def bools(num: Tensor, indices: Tensor, columns: int) -> Tensor:
+        assert num.shape == indices.shape[:3]  # one kernel reads both by the strides of one
+        assert (num.dtype, indices.dtype) == (torch.int32, torch.int32)
+        assert ((indices >= 0) & (indices < columns)).all()
+        lists = zip(num.flatten(0, 1), indices.flatten(0, 1), strict=True)
+        some = [listed(n[None, None], x[None, None], columns) for n, x in lists]
+        return torch.stack(some).unflatten(0, num.shape[:2])
+
+    def ascending(num: Tensor, indices: Tensor) -> bool:
+        used = torch.arange(indices.shape[-1] - 1) < num[..., None] - 1
+        return bool((indices.diff(dim=-1) > 0)[used].all())
+
+    lists = {
+        "partial": (mask.kv_num_blocks, mask.kv_indices),
+        "full": (mask.full_kv_num_blocks, mask.full_kv_indices),
+    }
+    found = {name: bools(*some, columns) for name, some in lists.items()}
+    if mask.q_indices is not None:
+        lists |= {
+            "partial back": (mask.q_num_blocks, mask.q_indices),
+            "full back": (mask.full_q_num_blocks, mask.full_q_indices),
+        }
+        for name in ("partial back", "full back"):
+            found[name] = bools(*lists[name], tiles).mT
+    assert all(ascending(*some) for some in lists.values())
+    return found
+
+
+def dense_flex(q, k, v, mask: BlockMask, scale, kernel_options, score_mod=None, *, divisible):
+    """What FlexAttention computes, and a check that the transposed lists say the same."""
+    rows, keys = mask.seq_lengths
+    assert (q.shape[2], k.shape[2], rows % mask.BLOCK_SIZE[0]) == (rows, keys, 0)
+    assert divisible == (keys % mask.BLOCK_SIZE[1] == 0)
+    found = stretches(mask)
+    assert not (found["partial"] & found["full"]).any()
+    for name in ("partial", "full"):
+        assert torch.equal(found.get(f"{name} back", found[name]), found[name])
+    partial, full = (
+        found[x].repeat_interleave(128, -2).repeat_interleave(mask.BLOCK_SIZE[1], -1)[..., :keys]
+        for x in ("partial", "full")
+    )
+    wanted = mask.mask_mod(None, None, torch.arange(rows)[:, None], torch.arange(keys))
+    wanted = full | (partial & wanted)
+    return reference_attention(q, k, v, wanted, scale=scale, score_mod=score_mod, origin=(0, 0, 0))
+
+
+@pytest.fixture(autouse=True)
+def _dense(monkeypatch):
+    monkeypatch.setattr(masked, "call_flex", dense_flex)
+    monkeypatch.setattr(masked, "run_compiled", lambda f, *tensors, **static: f(*tensors, **static))
+
+
+@st.composite
+def tiled(draw) -> Problem:
+    q_len, offset = draw(st.integers(1, 600)), 128 * draw(st.integers(0, 4))
+    return Problem(
+        batch=draw(st.integers(1, 2)),
+        kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.integers(1, 2)),
+        q_len=q_len,
+        kv_len=q_len + offset,
+        block_size=128 * draw(st.sampled_from([1, 2, 3, 5])),
+        topk=draw(st.integers(1, 4)),
+        dtype=torch.float32,
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+@given(tiled())
+@settings(max_examples=25)
+def test_attends_to_what_each_tile_chose(problem):
+    q, k, v = problem.tensors()
+    selection = moba_select(q, k, problem.block_size, problem.topk, gate="tile")
+    chosen = selection[:, :, ::128, 1:]
+
+    def attend(q, k, v):
+        return attend_shared(q, k, v, chosen, problem.block_size, 0.3, None)
+
+    mask = problem.mask_of(selection)
+    assert_as_exact_as_dense(attend, q, k, v, mask, scale=0.3, gradients=True)
+
+
+@given(tiled())
+@settings(max_examples=10)
+def test_a_score_mod_sees_the_places_of_the_user(problem):
+    problem = Problem(**(vars(problem) | {"dtype": torch.float64}))
+    q, k, v = problem.tensors()
+    options = {"gate": "tile", "block_size": problem.block_size, "topk": problem.topk}
+    chosen = moba_select(q, k, **options)[:, :, ::128, 1:]
+    score_mod = looked_up(problem)
+    modifier = modifier_of(score_mod, q, k, None)
+    out, _ = attend_shared(q, k, v, chosen, problem.block_size, 8**-0.5, None, modifier)
+    torch.testing.assert_close(out, moba_reference(q, k, v, **options, score_mod=score_mod))
+
+
+def test_only_the_diagonal_is_masked_in_few_stretches():
+    problem = Problem(q_len=4096, kv_len=8192, block_size=4096)
+    q, k, _ = problem.tensors()
+    chosen = moba_select(q, k, 4096, 2, gate="tile")[:, :, ::128, 1:]
+    mask = shared_mask(chosen, 4096, 8192, 4096, backward=False)
+    assert mask.BLOCK_SIZE == (128, 1024)
+    assert mask.q_indices is None
+    found = stretches(mask)
+    assert (found["partial"].sum(-1) == 1).all()
+    assert torch.equal(found["full"].sum(-1)[0, 0], 4 + torch.arange(32) // 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"q_len": 600, "kv_len": 984},
+        {"block_size": 512, "q_len": 640, "kv_len": 640},
+        {"block_size": 1024, "kv_len": 4000, "q_len": 4000, "topk": 2},
+        {"topk": 1},
+        {"dtype": torch.float32},
+    ],
+)
+def test_on_a_gpu(changes, monkeypatch):
+    monkeypatch.undo()
+    sizes = {"batch": 2, "kv_heads": 2, "group": 2, "head_dim": 128, "value_dim": 64, "topk": 3}
+    sizes |= {"q_len": 2048, "kv_len": 2048, "block_size": 128, "dtype": torch.bfloat16}
+    problem = Problem(**(sizes | changes))
+    q, k, v = problem.tensors("cuda")
+    selection = moba_select(q, k, problem.block_size, problem.topk, gate="tile")
+    mask = problem.mask_of(selection)
+
+    def attend(q, k, v):
+        out, aux = flex_moba(
+            *(q, k, v, problem.block_size, problem.topk),
+            gate="tile",
+            return_aux=AuxRequest(lse=True),
+        )
+        return out, aux.lse
+
+    assert_as_exact_as_dense(attend, q, k, v, mask, gradients=True)
