@@ -118,7 +118,8 @@ class MobaCache:
         Returns:
             ``(B, n)`` int32; -1 for padding.
         """
-        return _next_positions(self.lengths, n, key_padding_mask)
+        positions: Tensor = _next_positions(self.lengths, n, key_padding_mask)
+        return positions
 
     def append(self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Adds new tokens to every row, and the means of the blocks that they fill.
@@ -292,10 +293,18 @@ class MobaCache:
             )
 
 
+# An operator of its own, as inductor computes an expression of lengths anew wherever it is used:
+# also after `_append` has changed them.
+@torch.library.custom_op("flexmoba::next_positions", mutates_args=())
 def _next_positions(lengths: Tensor, n: int, mask: Tensor | None) -> Tensor:
     if mask is None:
         return lengths[:, None] + torch.arange(n, device=lengths.device, dtype=torch.int32)
     return torch.where(mask, lengths[:, None] + mask.cumsum(1, dtype=torch.int32) - 1, -1)
+
+
+@_next_positions.register_fake
+def _(lengths: Tensor, n: int, mask: Tensor | None) -> Tensor:
+    return lengths.new_empty(lengths.shape[0], n)
 
 
 @torch.library.custom_op(

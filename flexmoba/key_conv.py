@@ -78,8 +78,12 @@ class KeyConv(nn.Module):
         Raises:
             ValueError: The heads' channels are not the weight's.
         """
-        # Of tensor parallelism: the channels of this device's heads.
-        weight = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight
+        weight: Tensor = self.weight
+        if type(weight) not in (Tensor, nn.Parameter):  # tensor parallelism?
+            from torch.distributed.tensor import DTensor  # slow to import, so not without need
+
+            if isinstance(weight, DTensor):
+                weight = weight.to_local()  # the channels of this device's heads
         if k.shape[1] * k.shape[3] != weight.shape[0]:
             raise ValueError(
                 f"k must have {weight.shape[0]} channels, got {k.shape[1]} heads of {k.shape[3]}; "

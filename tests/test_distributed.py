@@ -98,17 +98,25 @@ def compare(rank: int, store: str, device: str, backend: str) -> None:
                 for (name, p), q in zip(alone.named_parameters(), model.parameters(), strict=True):
                     actual = q.grad.full_tensor() if hasattr(q.grad, "full_tensor") else q.grad
                     torch.testing.assert_close(actual, p.grad, **close, msg=f"{name}, topk={topk}")
-        decode(model, alone, x, close)  # whose heads are split
+        for inference in (decode, compiled):  # of the model whose heads are split
+            inference(model.layers[0], alone.layers[0], x, close)
     finally:
         dist.destroy_process_group()
 
 
 @torch.no_grad()
-def decode(model: Model, alone: Model, x: Tensor, close: dict[str, float]) -> None:
-    layer = model.layers[0]
+def decode(layer: MobaAttention, alone: MobaAttention, x: Tensor, close: dict[str, float]) -> None:
     cache = layer.make_cache(RANKS, kv_heads=layer.kv_heads // RANKS, dtype=x.dtype)
     outs = [layer(part, cache=cache) for part in x.split(25, dim=1)]
-    torch.testing.assert_close(torch.cat(outs, 1), alone.layers[0](x), **close)
+    torch.testing.assert_close(torch.cat(outs, 1), alone(x), **close)
+
+
+@torch.no_grad()
+def compiled(
+    layer: MobaAttention, alone: MobaAttention, x: Tensor, close: dict[str, float]
+) -> None:
+    layer = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(layer(x), alone(x), **close)
 
 
 def spawn(tmp_path: Path, device: str, backend: str) -> None:

@@ -344,6 +344,17 @@ def test_a_compiled_step_compiles_once():
     assert counter.frame_count == 1
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch's own import
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_inductor_does_not_take_positions_from_lengths_that_were_changed_since():
+    layer, x = EXAMPLE.layer(), EXAMPLE.x()[:, :20]
+    step = torch.compile(layer, fullgraph=True)
+    cache = layer.make_cache(2, 20)
+    out = torch.cat([step(part, cache=cache) for part in x.split(1, dim=1)], 1)
+    torch.testing.assert_close(out, layer(x))
+
+
 # Warnings of torch.export's own code.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @torch.no_grad()
