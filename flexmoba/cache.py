@@ -111,6 +111,9 @@ class MobaCache:
     def next_positions(self, n: int, key_padding_mask: Tensor | None = None) -> Tensor:
         """Where `append` would put ``n`` new tokens: for what depends on that, such as rotation.
 
+        In a compiled step take it from here, not from `lengths`: inductor may read these again
+        when they have changed.
+
         Args:
             n: New tokens of every row.
             key_padding_mask: As in `append`.

@@ -150,7 +150,7 @@ def written_out(layer: MobaAttention, x: Tensor) -> Tensor:
 
 
 def gradients(layer: nn.Module, out: Tensor) -> tuple[Tensor, ...]:
-    upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    upstream = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).to(out).view_as(out)
     return torch.autograd.grad(out, list(layer.parameters()), upstream)
 
 
@@ -401,6 +401,33 @@ def test_activation_checkpointing_changes_no_bit(use_reentrant):
         results.append([out.detach(), *(p.grad for p in layer.parameters())])
     for actual, expected in zip(*results, strict=True):
         assert_bitwise_equal(actual, expected)
+
+
+@pytest.mark.gpu
+def test_the_layer_on_cuda_and_a_step_in_a_cuda_graph():
+    # Float32, so that hardly a gate chooses differently than in float64.
+    sizes = replace(EXAMPLE, length=300, head_dim=64, block_size=64)
+    exact, x = sizes.layer(), sizes.x()
+    layer, x32 = sizes.layer(torch.float32).cuda(), x.float().cuda()
+    layer.load_state_dict(exact.state_dict())
+    out, expected = layer(x32), written_out(exact, x)
+    close = {"rtol": 1e-3, "atol": 1e-4, "check_dtype": False, "check_device": False}
+    torch.testing.assert_close(out, expected, **close)
+    torch.testing.assert_close(gradients(layer, out), gradients(exact, expected), **close)
+
+    with torch.no_grad():
+        cache = layer.make_cache(2, max_len=300)
+        layer(x32[:, :299], cache=cache)
+        token = x32[:, 299:].clone()
+        layer(token, cache=cache)  # compiles what it launches
+        cache.crop(299)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step = layer(token, cache=cache)
+        for _ in range(2):
+            cache.crop(299)
+            graph.replay()
+            torch.testing.assert_close(step, expected[:, 299:], **close)
 
 
 X = torch.zeros(2, 10, 16)
