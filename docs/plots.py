@@ -10,6 +10,7 @@ from flexmoba.tune import tune
 
 
 def main() -> None:
+    """Draws them into a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("docs/pictures"))
     folder = parser.parse_args().folder

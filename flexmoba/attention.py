@@ -104,7 +104,8 @@ def flex_moba(
         cache: A `MobaCache` of the same block size, to decode or to prefill in chunks: q, k and v
             are of new tokens only, ``Lq == Lk``. The keys and values are added to the cache, and
             the queries attend to all that it holds up to their positions. Causal only, without
-            gradients, and ``impl`` must be ``"auto"``.
+            gradients, and ``impl`` must be ``"auto"``; of the arguments below, only
+            ``key_padding_mask``, whose padding is not added.
         cu_seqlens: Where packed documents begin and end, int32 or int64 ``(n + 1,)``, rising from
             0 to ``Lk``; for a batch of 1. Blocks begin anew with every document, and queries see
             nothing of other documents. Each document may take up to ``block_size - 1`` tokens'
@@ -151,19 +152,15 @@ def flex_moba(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = Gate(gate, sink_blocks, local_blocks)
     if cache is not None:
-        for name, given in (
-            ("cu_seqlens", cu_seqlens),
-            ("document_ids", document_ids),
-            ("key_padding_mask", key_padding_mask),
-        ):
+        for name, given in (("cu_seqlens", cu_seqlens), ("document_ids", document_ids)):
             if given is not None:
                 raise ValueError(
-                    f"{name} and cache do not go together; a padded chunk is added by cache.append"
+                    f"{name} and cache do not go together; give every document a row of the cache"
                 )
         check_cache(cache, q, k, block_size, is_causal, gate, named, kernel_options)
         out, lse = cache.attend(
             q,
-            cache.append(k, v),
+            cache.append(k, v, key_padding_mask),
             topk,
             scale=scale,
             score_mod=score_mod,

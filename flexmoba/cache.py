@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexmoba.attention import selected_attention
-from flexmoba.checks import check_block_size, check_gate
+from flexmoba.checks import check_block_size, check_gate, check_new, check_no_gradients
 from flexmoba.decode import FEW, NO_ROOM, attend_few, has_kernels
 from flexmoba.gate import (
     GATE_TILE,
@@ -108,6 +108,22 @@ class MobaCache:
         """Tokens that each row has room for; a multiple of the block size."""
         return self.k.shape[2] - self.block_size
 
+    def next_positions(self, n: int, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Where `append` would put ``n`` new tokens: for what depends on that, such as rotation.
+
+        In a compiled step take it from here, not from `lengths`: inductor may read these again
+        when they have changed.
+
+        Args:
+            n: New tokens of every row.
+            key_padding_mask: As in `append`.
+
+        Returns:
+            ``(B, n)`` int32; -1 for padding.
+        """
+        positions: Tensor = _next_positions(self.lengths, n, key_padding_mask)
+        return positions
+
     def append(self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Adds new tokens to every row, and the means of the blocks that they fill.
 
@@ -125,6 +141,8 @@ class MobaCache:
         """
         self._check(k, v, key_padding_mask)
         self._make_room(k.shape[2])
+        if not torch.compiler.is_compiling():
+            self._most += k.shape[2]
         positions: Tensor = _append(
             self.k, self.v, self.means, self.lengths, k, v, key_padding_mask
         )
@@ -179,11 +197,7 @@ class MobaCache:
                 f"the number of query heads must be a positive multiple of the cache's "
                 f"{self.k.shape[1]} KV heads, got {heads}"
             )
-        if torch.is_grad_enabled() and q.requires_grad:
-            raise NotImplementedError(
-                "attention to a cache has no gradients; call it under torch.no_grad(), or call "
-                "flex_moba without a cache to train"
-            )
+        check_no_gradients(q)
         check_gate(gate, sink_blocks, local_blocks, None, self.block_size, topk, is_causal=True)
         n_blocks = self.means.shape[2]
         topk = n_blocks if topk is None else min(topk, n_blocks)  # no fewer are full attention
@@ -255,7 +269,6 @@ class MobaCache:
                     grown = x.new_zeros((*x.shape[:2], size, x.shape[3]))
                     grown[:, :, : x.shape[2]] = x
                     setattr(self, name, grown)
-        self._most += n
 
     def _keep_tile_queries(self, q: Tensor, positions: Tensor) -> Tensor:
         batch, heads, n, dim = q.shape
@@ -274,20 +287,27 @@ class MobaCache:
         return self._tile_queries
 
     def _check(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        for name, new, old in (("k", k, self.k), ("v", v, self.v)):
-            want = (*old.shape[:2], k.shape[2] if k.ndim == 4 else "n", old.shape[3])
-            if tuple(new.shape) != want:
-                raise ValueError(f"{name} must be {want} for this cache, got {tuple(new.shape)}")
-            if (new.dtype, new.device) != (old.dtype, old.device):
-                raise ValueError(
-                    f"{name} must be {old.dtype} on {old.device} like the cache, got {new.dtype} "
-                    f"on {new.device}"
-                )
+        check_new("k", k, self.k)
+        check_new("v", v, self.v)
         if mask is not None and (mask.shape != k.shape[::2] or mask.dtype != torch.bool):
             raise ValueError(
                 f"key_padding_mask must be bool of shape {tuple(k.shape[::2])}, got {mask.dtype} "
                 f"of shape {tuple(mask.shape)}"
             )
+
+
+# An operator of its own, as inductor computes an expression of lengths anew wherever it is used:
+# also after `_append` has changed them.
+@torch.library.custom_op("flexmoba::next_positions", mutates_args=())
+def _next_positions(lengths: Tensor, n: int, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return lengths[:, None] + torch.arange(n, device=lengths.device, dtype=torch.int32)
+    return torch.where(mask, lengths[:, None] + mask.cumsum(1, dtype=torch.int32) - 1, -1)
+
+
+@_next_positions.register_fake
+def _(lengths: Tensor, n: int, mask: Tensor | None) -> Tensor:
+    return lengths.new_empty(lengths.shape[0], n)
 
 
 @torch.library.custom_op(
@@ -323,13 +343,8 @@ def _append_scattered(
     block_size = k_cache.shape[2] // n_blocks
     spare = (n_blocks - 1) * block_size
     before = lengths.clone()
-    if mask is None:
-        positions = before[:, None] + torch.arange(n, device=k.device, dtype=torch.int32)
-        lengths += n
-    else:
-        rank = mask.cumsum(1, dtype=torch.int32)
-        positions = torch.where(mask, before[:, None] + rank - 1, -1)
-        lengths += mask.sum(1, dtype=torch.int32)
+    positions = _next_positions(before, n, mask)
+    lengths += n if mask is None else mask.sum(1, dtype=torch.int32)
     fits = (positions >= 0) & (positions < spare)
     at = torch.where(fits, positions, spare).long()[:, None, :, None]
     k_cache.scatter_(2, at.expand_as(k), k)

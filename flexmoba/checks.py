@@ -308,6 +308,27 @@ def _check_positive(name: str, value: Any, remedy: str) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}; {remedy}")
 
 
+def check_new(name: str, new: Tensor, old: Tensor) -> None:
+    """That new tokens ``(B, Hkv, n, D)`` fit to those of a cache ``(B, Hkv, capacity, D)``."""
+    want = (*old.shape[:2], new.shape[2] if new.ndim == 4 else "n", old.shape[3])
+    if tuple(new.shape) != want:
+        raise ValueError(f"{name} must be {want} for this cache, got {tuple(new.shape)}")
+    if (new.dtype, new.device) != (old.dtype, old.device):
+        raise ValueError(
+            f"{name} must be {old.dtype} on {old.device} like the cache, got {new.dtype} on "
+            f"{new.device}"
+        )
+
+
+def check_no_gradients(q: Tensor) -> None:
+    """That nothing would be differentiated."""
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise NotImplementedError(
+            "attention to a cache has no gradients; call it under torch.no_grad(), or without a "
+            "cache to train"
+        )
+
+
 def check_cache(
     cache: "MobaCache",
     q: Tensor,
@@ -334,5 +355,6 @@ def check_cache(
         raise NotImplementedError(f'impl="{impl}" does not go with cache; use impl="auto"')
     if kernel_options:
         raise NotImplementedError("kernel_options do not go with cache; leave them out")
+    check_no_gradients(q)
     if gate == "tile":
         cache.check_tiles()

@@ -1,19 +1,35 @@
 """Modules: Mixture of Block Attention as a part of a model."""
 
+import inspect
 from typing import Any, Literal
 
+import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from flexmoba.attention import flex_moba
-from flexmoba.checks import check_block_size, check_topk
+from flexmoba.cache import MobaCache
+from flexmoba.checks import check_block_size, check_documents, check_gate, check_topk
+from flexmoba.key_conv import KeyConv, KeyConvCache
+from flexmoba.rotary import rotate
+from flexmoba.sequence import first_tokens
+
+__all__ = ["FlexMoba", "KeyConv", "KeyConvCache", "MobaAttention"]
+
+_OPTIONS = [
+    name
+    for name, parameter in inspect.signature(flex_moba).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+]
 
 
 class FlexMoba(nn.Module):
     """`flex_moba` as a module: how many blocks of what size, and no parameters.
 
     Computes Eq. 2 to 6 of arXiv 2502.13189, Sec. 2.2. Its options may change at any time, between
-    two steps of training, say: the paper's Sec. 2.3 switches between MoBA and full attention. A
-    compiled model compiles anew for each combination of options that it meets.
+    two steps of training, say: the paper's Sec. 2.3 switches between MoBA and full attention; see
+    `flexmoba.hybrid.set_attention`. A compiled model compiles anew for each combination of options
+    that it meets, once.
 
     Args:
         block_size: Keys in a block, at least 1.
@@ -23,8 +39,9 @@ class FlexMoba(nn.Module):
             ``sink_blocks=1``.
 
     Raises:
-        TypeError: ``block_size`` or a ``topk`` is no integer.
-        ValueError: One of them is not positive.
+        TypeError: ``block_size`` or a ``topk`` is no integer, or `flex_moba` has no such option.
+        ValueError: One of them is not positive, or does not fit the gate.
+        NotImplementedError: The gate does not serve this block size.
 
     Examples:
         >>> import torch
@@ -47,16 +64,35 @@ class FlexMoba(nn.Module):
     ) -> None:
         """Checks and keeps the options."""
         super().__init__()
-        check_block_size(block_size)
-        for k in (topk, None if eval_topk == "same" else eval_topk):
-            check_topk(k, none_allowed=True)
-        self.block_size, self.topk, self.eval_topk = block_size, topk, eval_topk
+        for name in options:
+            if name not in _OPTIONS:
+                raise TypeError(f"flex_moba has no option {name!r}; it has {', '.join(_OPTIONS)}")
         self.options = options
+        self.check(block_size, topk, eval_topk)
+        self.block_size, self.topk, self.eval_topk = block_size, topk, eval_topk
 
     @property
     def current_topk(self) -> int | None:
         """The one of training or of evaluation, whichever the module is in."""
         return self.topk if self.training or self.eval_topk == "same" else self.eval_topk
+
+    def check(
+        self, block_size: int, topk: int | None, eval_topk: int | Literal["same"] | None
+    ) -> None:
+        """Raises what the constructor would for these, given the module's options."""
+        check_block_size(block_size)
+        option = self.options.get
+        for k in (topk, topk if eval_topk == "same" else eval_topk):
+            check_topk(k, none_allowed=True)
+            check_gate(
+                option("gate", "token"),
+                option("sink_blocks", 0),
+                option("local_blocks", 0),
+                None,
+                block_size,
+                k,
+                is_causal=option("is_causal", True),
+            )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         """`flex_moba` of q ``(B, Hq, Lq, D)``, k ``(B, Hkv, Lk, D)`` and v ``(B, Hkv, Lk, Dv)``.
@@ -71,3 +107,216 @@ class FlexMoba(nn.Module):
         if self.eval_topk != "same":
             shown["eval_topk"] = self.eval_topk
         return ", ".join(f"{name}={value!r}" for name, value in (shown | self.options).items())
+
+
+class MobaAttention(nn.Module):
+    """Self-attention with projections, by Mixture of Block Attention (arXiv 2502.13189, Sec. 2.2).
+
+    ``q_proj``, ``k_proj`` and ``v_proj``, then the key convolution and the rotary embedding where
+    asked for, `flex_moba`, and ``o_proj``. The heads of a forward pass are counted from what the
+    projections give, so these may be split over devices by heads (tensor parallelism).
+
+    Args:
+        dim: Features of a token.
+        heads: Query heads ``Hq``.
+        kv_heads: Key-value heads, dividing ``heads`` (grouped-query attention); ``heads`` by
+            default.
+        block_size: As in `FlexMoba`.
+        topk: As in `FlexMoba`.
+        head_dim: Head dim ``D`` of queries, keys and values; ``dim / heads`` by default.
+        rope_base: Base of a rotary position embedding, such as 10000; None for none. It turns the
+            first half of the dims against the second, and begins anew with every document, at a
+            row's first real token, and where a cache ends.
+        bias: Whether the projections have one.
+        key_conv: Width of a `KeyConv` on the keys before their rotation, 3 or 5; None for none.
+        eval_topk: As in `FlexMoba`.
+        dropout: Must be 0, there is none.
+        device: Where the parameters are.
+        dtype: Of the parameters.
+        options: As in `FlexMoba`.
+
+    Attributes:
+        moba: The `FlexMoba` between the projections.
+
+    Raises:
+        TypeError: A size is no integer, or `flex_moba` has no such option.
+        ValueError: A size is not positive, or sizes do not fit each other.
+        NotImplementedError: ``dropout`` is not 0, or an option cannot serve.
+
+    Examples:
+        >>> import torch
+        >>> from flexmoba.nn import MobaAttention
+        >>> _ = torch.manual_seed(0)
+        >>> layer = MobaAttention(64, 4, 2, block_size=16, topk=3, rope_base=10000, key_conv=3)
+        >>> x = torch.randn(2, 100, 64)
+        >>> out = layer(x)
+        >>> with torch.no_grad():
+        ...     cache = layer.make_cache(batch=2, max_len=100)
+        ...     outs = [layer(part, cache=cache) for part in x.split(75, dim=1)]
+        >>> torch.testing.assert_close(torch.cat(outs, dim=1), out)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int | None = None,
+        *,
+        block_size: int,
+        topk: int | None,
+        head_dim: int | None = None,
+        rope_base: float | None = None,
+        bias: bool = False,
+        key_conv: int | None = None,
+        eval_topk: int | Literal["same"] | None = "same",
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        """Makes the projections."""
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        sizes = {"dim": dim, "heads": heads, "kv_heads": kv_heads}
+        if head_dim is not None:
+            sizes["head_dim"] = head_dim
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if heads % kv_heads != 0:
+            raise ValueError(
+                f"heads must be a multiple of kv_heads, got heads={heads} and kv_heads={kv_heads}"
+            )
+        if head_dim is None and dim % heads != 0:
+            raise ValueError(
+                f"dim must be a multiple of heads, got dim={dim} and heads={heads}; or give a "
+                "head_dim"
+            )
+        head_dim = dim // heads if head_dim is None else head_dim
+        if rope_base is not None and (head_dim % 2 != 0 or rope_base <= 0):
+            raise ValueError(
+                f"a rotary embedding needs an even head_dim and a positive rope_base, got "
+                f"head_dim={head_dim} and rope_base={rope_base}"
+            )
+        if dropout != 0.0:
+            raise NotImplementedError(
+                f"dropout of attention weights is not available, got dropout={dropout}; use 0, and "
+                "nn.Dropout on what the layer returns"
+            )
+        if "return_aux" in options:
+            raise TypeError("MobaAttention has no option 'return_aux'; use FlexMoba")
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.head_dim, self.kv_heads, self.rope_base = head_dim, kv_heads, rope_base
+        self.q_proj = nn.Linear(dim, heads * head_dim, bias, **at)
+        self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias, **at)
+        self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias, **at)
+        self.o_proj = nn.Linear(heads * head_dim, dim, bias, **at)
+        self.key_conv = None if key_conv is None else KeyConv(kv_heads * head_dim, key_conv, **at)
+        self.moba = FlexMoba(block_size, topk, eval_topk=eval_topk, **options)
+
+    def make_cache(
+        self,
+        batch: int,
+        max_len: int | None = None,
+        *,
+        kv_heads: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MobaCache:
+        """An empty cache for `forward`: a `MobaCache`, of the class that this layer needs.
+
+        Args:
+            batch: Rows.
+            max_len: Tokens that each row has room for; None to grow as needed.
+            kv_heads: KV heads of this device, where they are split over several; all by default.
+            dtype: Of keys and values; that of the parameters, or of autocast, by default.
+        """
+        weight = self.k_proj.weight
+        device = weight.device.type
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        return (MobaCache if self.key_conv is None else KeyConvCache)(
+            batch,
+            self.kv_heads if kv_heads is None else kv_heads,
+            self.head_dim,
+            block_size=self.moba.block_size,
+            max_len=max_len,
+            dtype=dtype,
+            device=weight.device,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cache: MobaCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of every token to itself and those before it.
+
+        Args:
+            x: ``(B, L, dim)``.
+            cache: What `make_cache` made, to prefill in chunks and to decode: x is of new tokens
+                only, which are added to it. Without gradients.
+            cu_seqlens: Boundaries of packed documents, as in `flex_moba`.
+            document_ids: Each token's document, ``(B, L)``, as in `flex_moba`.
+            key_padding_mask: Which tokens are real, bool ``(B, L)``, in one stretch per row, also
+                with a cache, which adds no padding. What padding holds does not matter, also not
+                to gradients; attention gives zeros there.
+
+        Returns:
+            ``(B, L, dim)``.
+
+        Raises:
+            TypeError: An argument is of the wrong type.
+            ValueError: Shapes, dtypes or devices do not fit, or values do not.
+            NotImplementedError: A cache, and gradients are asked for.
+        """
+        if x.ndim != 3:
+            raise ValueError(f"x must be (B, L, dim), got {tuple(x.shape)}")
+        where = {
+            "cu_seqlens": cu_seqlens,
+            "document_ids": document_ids,
+            "key_padding_mask": key_padding_mask,
+        }
+        is_causal = self.moba.options.get("is_causal", True)
+        check_documents(x[:, None], x[:, None], **where, is_causal=is_causal)
+        if key_padding_mask is not None:
+            x = x.masked_fill(~key_padding_mask[..., None], 0.0)
+        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        positions = None
+        if cache is not None:
+            if cache.lengths.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"x and the cache must have the same batch size, got {x.shape[0]} and "
+                    f"{cache.lengths.shape[0]}"
+                )
+            positions = cache.next_positions(x.shape[1], key_padding_mask)
+        elif x.numel() > 0 and any(given is not None for given in where.values()):
+            token = torch.arange(x.shape[1], device=x.device)
+            positions = token - first_tokens(x.shape[1], **where)
+        if self.key_conv is not None:
+            if cache is not None and not isinstance(cache, KeyConvCache):
+                raise TypeError("a layer with a key convolution needs the cache of its make_cache")
+            k = self.key_conv(k, positions, cache)
+        if self.rope_base is not None:
+            if positions is None:
+                positions = torch.arange(x.shape[1], device=x.device)[None]
+            q, k = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base)
+        out = self.moba(q, k, v, cache=cache, **where)
+        projected: Tensor = self.o_proj(rearrange(out, "b h l d -> b l (h d)"))
+        return projected
+
+    def _heads(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % self.head_dim != 0:
+            raise ValueError(
+                f"a projection gave {x.shape[-1]} features here, no whole heads of "
+                f"{self.head_dim}; split the model over a number of devices that divides the heads"
+            )
+        return rearrange(x, "b l (h d) -> b h l d", d=self.head_dim)
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"head_dim={self.head_dim}, rope_base={self.rope_base}"

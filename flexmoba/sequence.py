@@ -76,19 +76,38 @@ def layout_of(
         return None
     if block_size > length:  # a longer one is the same, but would take more slots
         block_size = length
+    first_token = first_tokens(length, cu_seqlens, document_ids, key_padding_mask)
+    if key_padding_mask is not None:
+        return _without_padding(key_padding_mask, first_token, block_size)
+    most = None  # no shape tells how many documents there are
+    if cu_seqlens is not None:
+        # Each document opens at most one block more than its share of the tokens.
+        most = (length + (cu_seqlens.shape[0] - 1) * (block_size - 1)) // block_size
+        most = min(most, length)
+    return _by_documents(first_token, block_size, most)
+
+
+def first_tokens(
+    length: int,
+    cu_seqlens: Tensor | None,
+    document_ids: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    """The first token of each token's sequence, ``(B, L)`` ints, one column if alike in a row.
+
+    Of the last three arguments one is given, as in `layout_of`.
+    """
     if cu_seqlens is not None:
         token = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
         document = torch.searchsorted(cu_seqlens, token, right=True) - 1
-        # Each document opens at most one block more than its share of the tokens.
-        most = (length + (cu_seqlens.shape[0] - 1) * (block_size - 1)) // block_size
-        return _by_documents(cu_seqlens[document][None], block_size, min(most, length))
+        return cu_seqlens[document][None]
     if document_ids is not None:
         token = torch.arange(length, device=document_ids.device)
         starts = torch.zeros_like(document_ids, dtype=torch.bool)
         starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        return _by_documents(torch.where(starts, token, 0).cummax(1).values, block_size, None)
+        return torch.where(starts, token, 0).cummax(1).values
     assert key_padding_mask is not None
-    return _without_padding(key_padding_mask, block_size)
+    return key_padding_mask.int().argmax(1, keepdim=True)
 
 
 def _by_documents(first_token: Tensor, block_size: int, n_blocks: int | None) -> Layout:
@@ -108,10 +127,10 @@ def _by_documents(first_token: Tensor, block_size: int, n_blocks: int | None) ->
     return Layout(slot, token_of_slot, first_block, block_size)
 
 
-def _without_padding(real: Tensor, block_size: int) -> Layout:
-    """Every row from its first real token on."""
+def _without_padding(real: Tensor, first_token: Tensor, block_size: int) -> Layout:
+    """Every row from its first real token on, ``(B, 1)``."""
     token = torch.arange(real.shape[1], dtype=torch.int32, device=real.device)
-    start = real.int().argmax(1, keepdim=True).int()
+    start = first_token.int()
     slot_of_token = torch.where(real, token - start, -1)
     count = real.sum(1, keepdim=True)
     return Layout(slot_of_token, torch.where(token < count, token + start, -1), None, block_size)

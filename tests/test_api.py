@@ -121,6 +121,17 @@ def test_nothing_below_the_operator_imports_it():
         assert "attention" not in siblings_of(module), module
 
 
+def test_modules_stand_above_the_operator():
+    above = {"nn": {"key_conv"}, "hybrid": {"nn"}, "key_conv": set(), "rotary": set()}
+    higher = {x for x in MODULES if x.split(".")[0] in {"tune", "integrations"}}
+    for module in MODULES.keys() - above.keys() - higher:
+        assert not siblings_of(module) & (above.keys() - {"rotary"}), module
+    for module, parts in above.items():
+        assert siblings_of(module) & (above.keys() - {"rotary"}) == parts, module
+    assert not siblings_of("rotary")
+    assert siblings_of("hybrid") == {"nn"}
+
+
 def test_only_flex_calls_flex_attention():
     prefix = "torch.nn.attention.flex_attention."
     types = {"AuxOutput", "AuxRequest", "BlockMask", "FlexKernelOptions"}

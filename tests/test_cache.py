@@ -75,8 +75,14 @@ def test_rows_of_different_lengths_are_sequences_of_their_own(seed, rows, side):
         return x.gather(2, index).masked_fill(~real[:, None, :, None], torch.nan)
 
     cache = cache_for(problem, max_len=48)
+    expected = cache.next_positions(n, real)
     positions = cache.append(padded(k), padded(v), real)
+    assert_bitwise_equal(positions, expected)
     out, lse = cache.attend(padded(q), positions, problem.topk)
+    options = {"cache": cache_for(problem, max_len=48), "key_padding_mask": real}
+    attend = with_lse(flex_moba, problem.block_size, problem.topk, **options)
+    for actual, expected in zip(attend(*map(padded, (q, k, v))), (out, lse), strict=True):
+        assert_bitwise_equal(actual, expected)
     assert not out[~real[:, None].expand(-1, 4, -1)].any()
     assert (lse[~real[:, None].expand(-1, 4, -1)] == float("-inf")).all()
     for step in range(steps):
@@ -169,9 +175,18 @@ Q = torch.zeros(1, 2, 1, 8, dtype=torch.float64)
         (lambda c: flex_moba(Q.clone().requires_grad_(), Q, Q, 4, 2, cache=c),
          NotImplementedError, "no_grad"),
         (lambda c: MobaCache(0, 1, 1, block_size=1), ValueError, "batch must be"),
+        (lambda c: flex_moba(Q, Q, Q, 4, 2, cache=c, cu_seqlens=torch.tensor([0, 1])),
+         ValueError, "cu_seqlens and cache"),
     ],
 )  # fmt: skip
 def test_errors(call, error, text):
     cache = MobaCache(1, 2, 8, block_size=4, dtype=torch.float64)
     with pytest.raises(error, match=text):
         call(cache)
+
+
+def test_a_refused_call_adds_nothing():
+    cache = MobaCache(1, 2, 8, block_size=4, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="no_grad"):
+        flex_moba(Q.clone().requires_grad_(), Q, Q, 4, 2, cache=cache)
+    assert cache.lengths.tolist() == [0]
