@@ -144,8 +144,12 @@ class KeyConvCache(MobaCache):
 
     def reorder(self, rows: Tensor) -> None:
         """As `MobaCache.reorder`."""
+        moved = self.projected.index_select(0, rows)
         super().reorder(rows)
-        self.projected.copy_(self.projected.index_select(0, rows))
+        if moved.shape == self.projected.shape:
+            self.projected.copy_(moved)  # in place, for CUDA graphs
+        else:
+            self.projected = moved
 
     def _make_room(self, n: int) -> None:
         super()._make_room(n)
