@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 
 pytest.importorskip("transformers")
 
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from flexmoba.integrations.transformers import FlexMobaCache, convert
 from tests.conftest import assert_bitwise_equal
@@ -178,6 +178,8 @@ def test_what_a_cache_cannot_do_raises():
     cache.reset()
     with pytest.raises(NotImplementedError, match="'llama' was given a static cache of"):
         generate(model, ids, cache_implementation="static")
+    with pytest.raises(NotImplementedError, match="'llama' was given a static cache of"):
+        step(model, StaticCache(model.config, max_cache_len=64), ids)  # the prefill alone
     with (
         pytest.raises(NotImplementedError, match=r"'llama' was given packed documents and a cache"),
         torch.no_grad(),

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from flexmoba.integrations.transformers import attach, convert, register
+from flexmoba.integrations.transformers.masks import padding_mask
 from flexmoba.nn import FlexMoba
 from tests.conftest import assert_bitwise_equal
 from tests.tiny_models import FAMILIES, VOCABULARY, model_of, register_oracle, tokens
@@ -83,15 +84,17 @@ def test_every_layer_and_mode_has_its_own_topk():
 @settings(max_examples=5)
 def test_padding_does_not_matter(lengths, block_size, topk, seed):
     model = convert(model_of("qwen3"), block_size, topk)
-    check_padding(model, lengths, seed)
+    check_padding(model, lengths, seed, positions_from="the row")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_does_not_matter_to_any_family(family):
-    check_padding(convert(model_of(family), BLOCK, TOPK), [45, 30], seed=0)
+    check_padding(
+        convert(model_of(family), BLOCK, TOPK), [45, 30], seed=0, positions_from="the first token"
+    )
 
 
-def check_padding(model, lengths, seed):
+def check_padding(model, lengths, seed, *, positions_from):
     width = max(lengths) + 2
     place = torch.arange(width)
     ids = tokens(len(lengths), width, seed)
@@ -102,9 +105,12 @@ def check_padding(model, lengths, seed):
             inputs[row, real[row]] = ids[row, :length]
         mask = torch.stack(real)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
+        if positions_from == "the row":
+            positions = place.expand_as(mask)
         logits = model(inputs, attention_mask=mask.int(), position_ids=positions).logits
         for row, length in enumerate(lengths):
-            alone = model(ids[row : row + 1, :length]).logits
+            here = positions[row, mask[row]][None]
+            alone = model(ids[row : row + 1, :length], position_ids=here).logits
             torch.testing.assert_close(logits[row, mask[row]], alone[0])
         other = torch.where(mask, inputs, VOCABULARY - inputs)
         again = model(other, attention_mask=mask.int(), position_ids=positions).logits
@@ -133,7 +139,8 @@ def inputs_of(way, lengths):
         del batch["input_ids"], batch["labels"]
         return batch, 1, 0
     if way == "seq_idx":
-        return {"position_ids": positions, "seq_idx": ids.int()}, 1, 0
+        # Positions that count on say nothing.
+        return {"position_ids": torch.arange(ids.shape[1])[None], "seq_idx": ids.int()}, 1, 0
     if way == "two rows":
         return {"position_ids": positions}, 2, 0
     if way == "padding":
@@ -161,7 +168,9 @@ def check_packing(model, lengths, way, use_cache):
     whole = model(ids, use_cache=use_cache, **inputs).logits
     for i, length in enumerate(lengths):
         part = slice(before + sum(lengths[:i]), before + sum(lengths[: i + 1]))
-        torch.testing.assert_close(whole[:, part], model(ids[:, part], use_cache=False).logits)
+        positions = inputs["position_ids"][:, part]
+        alone = model(ids[:, part], position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(whole[:, part], alone)
         other = ids.clone()
         other[:, part] = VOCABULARY - ids[:, part]
         changed = model(other, use_cache=use_cache, **inputs).logits
@@ -252,6 +261,9 @@ def test_the_text_model_of_a_larger_one_is_converted():
     torch.testing.assert_close(model(ids, pixel_values=pixels).logits, dense)
     convert(model, BLOCK, TOPK)
     assert (model(ids, pixel_values=pixels).logits - dense).abs().max() > 0.01
+    model.set_attn_implementation("flexmoba")  # of the vision tower as well
+    with pytest.raises(NotImplementedError, match=r"CLIPAttention.*not causal"):
+        model(ids, pixel_values=pixels)
 
 
 @old_name
@@ -313,6 +325,13 @@ def test_what_is_not_there_raises(family, config, inputs, error, text):
     model = convert(model_of(family, **config), BLOCK, TOPK).train()
     with pytest.raises(error, match=text):
         model(IDS, **inputs)
+
+
+def test_masks_that_are_not_padding_raise():
+    with pytest.raises(NotImplementedError, match="other than causal"):  # images that see ahead
+        padding_mask(q_length=8, kv_length=8, use_vmap=True)
+    with pytest.raises(NotImplementedError, match="shorter than the context of 21"):
+        padding_mask(q_length=1, kv_length=8, q_offset=20, kv_offset=13)  # of a window's cache
 
 
 def test_settings_that_do_not_fit_raise():

@@ -54,8 +54,8 @@ def attention(
         ValueError: The layer has no settings, or the mask is none of padding.
         NotImplementedError: The model asks for what `flex_moba` does not have.
     """
-    block_size, topk, options = settings_of(module)
     _check(module, attention_mask, dropout, is_causal, kwargs)
+    block_size, topk, options = settings_of(module)
     layer = layer_of(key)
     length: Any = key.shape[2]
     if (
@@ -176,10 +176,7 @@ def _check(
             f"{name_of(module)} has attention dropout of {dropout}, which flexmoba does not have; "
             "set it to 0 in the config (attention_dropout, or attn_pdrop)"
         )
-    if is_causal is None:
-        config: Any = getattr(module, "config", None)
-        is_causal = getattr(module, "is_causal", True) and getattr(config, "is_causal", True)
-    if not is_causal:
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotImplementedError(
             f"{name_of(module)} is not causal self-attention, which is all that flexmoba does in "
             'transformers; use attn_implementation="sdpa" for it'

@@ -40,7 +40,7 @@ class FlexMobaCache(Cache):
         ...     num_key_value_heads=2,
         ... )
         >>> model = convert(LlamaForCausalLM(config).eval(), block_size=8, topk=3)
-        >>> prompt = torch.randint(99, (1, 50))
+        >>> prompt = torch.randint(1, 99, (1, 50))  # 0 is padding
         >>> cache = FlexMobaCache()
         >>> tokens = model.generate(
         ...     prompt, past_key_values=cache, max_new_tokens=5, eos_token_id=None, pad_token_id=0
