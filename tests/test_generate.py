@@ -11,7 +11,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from flexmoba.integrations.transformers import FlexMobaCache, convert
 from tests.conftest import assert_bitwise_equal
-from tests.tiny_models import UNCAPPED, model_of, tokens
+from tests.tiny_models import FAMILIES, model_of, tokens
 
 LENGTH, BLOCK, TOPK, STEPS = 40, 8, 3, 5
 CACHES = {
@@ -37,7 +37,7 @@ def assert_whole_passes_choose(model, ids: Tensor, new: Tensor, logits: Tensor) 
     assert_bitwise_equal(new, whole.argmax(-1))
 
 
-@pytest.mark.parametrize("family", UNCAPPED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_decoding_is_what_whole_passes_compute(family):
     model, ids = convert(model_of(family), BLOCK, TOPK), tokens(2, LENGTH)
     for make in CACHES.values():
@@ -50,16 +50,9 @@ def test_greedy_decoding_is_what_whole_passes_compute(family):
     assert (dense - logits.transpose(0, 1)).abs().max() > 0.1  # or the rest says nothing
 
 
-def test_capped_scores_decode_without_a_sparse_cache():
-    model, ids = convert(model_of("gemma2"), BLOCK, TOPK), tokens(2, LENGTH)
-    assert_whole_passes_choose(model, ids, *generate(model, ids))
-    with pytest.raises(NotImplementedError, match=r"'gemma2' caps its scores"):
-        generate(model, ids, past_key_values=FlexMobaCache())
-
-
 @pytest.mark.parametrize("chunk", [None, 7, 33])
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_padded_rows_decode_as_they_do_alone(family, cache, chunk):
     model, ids = convert(model_of(family), BLOCK, TOPK), tokens(3, LENGTH)
     lengths = torch.tensor([LENGTH, LENGTH - 21, LENGTH - 6])

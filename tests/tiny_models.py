@@ -51,7 +51,6 @@ CONFIGS = {
     ),
 }  # fmt: skip
 FAMILIES = list(CONFIGS)
-UNCAPPED = [family for family in FAMILIES if family != "gemma2"]
 
 
 def model_of(family: str, *, dtype: torch.dtype = torch.float64, **config) -> PreTrainedModel:

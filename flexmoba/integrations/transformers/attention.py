@@ -82,11 +82,6 @@ def attention(
         )
 
     if layer is not None or (query.shape[2] != key.shape[2] and attention_mask is not None):
-        if score_mod is not None:
-            raise NotImplementedError(
-                f"{name_of(module)} caps its scores, which a cache with block means cannot do yet; "
-                "generate without a FlexMobaCache, and without padding"
-            )
         for name in ("impl", "kernel_options"):
             if options.get(name, "auto") not in ("auto", None):
                 raise NotImplementedError(
@@ -94,6 +89,7 @@ def attention(
                     "config.flexmoba"
                 )
         gate = {x: y for x, y in options.items() if x not in ("impl", "kernel_options")}
+        gate["score_mod"] = score_mod
         attend = layer.attend if layer is not None else _attend_to_rows
         out = attend(query, key, value, attention_mask, block_size, topk, scaling, gate)
     else:
