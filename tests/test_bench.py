@@ -35,6 +35,14 @@ def test_counts_the_products_that_the_oracle_makes(block_size, topk):
     assert config.dense_pairs == int(reference_mask(everything, 300, 300, is_causal=True).sum())
 
 
+def test_prints_json_alone(capsys):
+    assert (
+        main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32", "--json"]) == 0
+    )
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["results"][0]["both_ms"]) == {"flex_moba", "SDPA"}
+
+
 def test_counts_documents_apart():
     config = bench.Config(1, 1, 1, 1000, 50, 3, documents=7)
     assert len(config.lengths) == 7
@@ -127,7 +135,9 @@ def test_a_missing_baseline_costs_no_result(monkeypatch, capsys):
 )
 def test_what_cannot_be_written_is_known_before_measuring(options, text, monkeypatch, capsys):
     monkeypatch.setattr(bench, "measure", None)
-    assert main(["bench", "--device", "cpu", "--dtype", "float32", *options]) == 2
+    with pytest.raises(SystemExit) as error:
+        main(["bench", "--device", "cpu", "--dtype", "float32", *options])
+    assert error.value.code == 2
     assert text in capsys.readouterr().err
 
 

@@ -3,9 +3,7 @@
 import functools
 import itertools
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flexmoba.attention import flex_moba
 from flexmoba.bench.configs import Config
 from flexmoba.gate import Gate, choose, moba_select
+from flexmoba.timing import median_ms
+
+call_ms = functools.partial(median_ms, seconds=1)
 
 SAMPLED_QUERIES = 32
 # Allowed errors, of the largest sampled output: half precision is rounded once per part, while in
@@ -37,7 +38,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of one large matrix product: what this device can do at best."""
     size = 8192 if device.type == "cuda" else 2048
     x = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / median_ms(lambda: x @ x, device) / 1e9
+    return 2 * size**3 / call_ms(lambda: x @ x, device) / 1e9
 
 
 def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -74,9 +75,9 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
             return result
         result["forward_MiB"] = _peak(moba, device)
         result["split_ms"] = _split(moba, gate, device)
-        result["forward_ms"] = {"flex_moba": median_ms(moba, device)}
+        result["forward_ms"] = {"flex_moba": call_ms(moba, device)}
         for name, dense in _baselines(config, device).items():
-            forward = functools.partial(median_ms, functools.partial(dense, q, k, v), device)
+            forward = functools.partial(call_ms, functools.partial(dense, q, k, v), device)
             result["forward_ms"] |= try_to_time(name, forward)
     if grad is None:
         return result
@@ -87,10 +88,10 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
         return lambda: torch.autograd.grad(attention(), inputs, grad)
 
     result["both_MiB"] = _peak(both_ways(moba), device)
-    result["both_ms"] = {"flex_moba": median_ms(both_ways(moba), device)}
+    result["both_ms"] = {"flex_moba": call_ms(both_ways(moba), device)}
     for name, dense in _baselines(config, device).items():
         call = both_ways(functools.partial(dense, q, k, v))
-        result["both_ms"] |= try_to_time(name, functools.partial(median_ms, call, device))
+        result["both_ms"] |= try_to_time(name, functools.partial(call_ms, call, device))
     return result
 
 
@@ -244,32 +245,6 @@ def exact_rows(
             weights = scores.masked_fill(~(chosen & visible), float("-inf")).softmax(-1)
             exact[b, h] = weights @ v[b, kv].double()
     return exact
-
-
-def median_ms(function: Callable[[], Any], device: torch.device) -> float:
-    """Median milliseconds of a call, over about a second; of three calls if slow, or one."""
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    function()
-    # Of calls that take seconds, one must do.
-    least = 1 if time.perf_counter() - began > 2 else 3
-    times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < least or (time.perf_counter() - began < 1 and len(times) < 100):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            start_time = time.perf_counter()
-            function()
-            times.append((time.perf_counter() - start_time) * 1e3)
-    return statistics.median(times)
 
 
 def _peak(function: Callable[[], Any], device: torch.device) -> float | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexmoba.attention import flex_moba
-from flexmoba.bench.calls import ROUNDINGS, dense_attention, exact_rows, median_ms, try_to_time
+from flexmoba.bench.calls import ROUNDINGS, call_ms, dense_attention, exact_rows, try_to_time
 from flexmoba.bench.configs import Config
 from flexmoba.cache import MobaCache
 from flexmoba.gate import moba_select
@@ -68,7 +68,7 @@ def measure_step(config: Config, device: torch.device, dtype: torch.dtype) -> di
 
 def _replayed_ms(step: Callable[[], Tensor], device: torch.device) -> float:
     if device.type != "cuda":
-        return median_ms(step, device)
+        return call_ms(step, device)
     step()  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
