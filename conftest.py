@@ -11,7 +11,7 @@ from sybil.sybil import SybilCollection
 documents = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"])
 docstrings = Sybil(
     parsers=[DocTestParser()],
-    patterns=["flexmoba/*.py", "flexmoba/*/*.py"],
+    patterns=["flexmoba/*.py", "flexmoba/*/*.py", "flexmoba/integrations/*/*.py"],
     document_types={".py": PythonDocStringDocument},
 )
 pytest_collect_file = SybilCollection([documents, docstrings]).pytest()

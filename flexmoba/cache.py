@@ -232,10 +232,18 @@ class MobaCache:
             self.lengths.copy_(torch.minimum(self.lengths, length.to(self.lengths)))
 
     def reorder(self, rows: Tensor) -> None:
-        """Makes row ``i`` what row ``rows[i]`` was, ``(B,)`` ints: for beam search."""
-        for x in (self.k, self.v, self.means, self.lengths, self._tile_queries):
+        """Makes row ``i`` what row ``rows[i]`` was, ``(B,)`` ints: for beam search.
+
+        With another number of ints the cache has that many rows from then on, in new storage.
+        """
+        for name in ("k", "v", "means", "lengths", "_tile_queries"):
+            x = getattr(self, name)
             if x is not None:
-                x.copy_(x.index_select(0, rows))
+                moved = x.index_select(0, rows)
+                if moved.shape == x.shape:
+                    x.copy_(moved)
+                else:
+                    setattr(self, name, moved)
 
     def check_tiles(self, before: int | None = None) -> None:
         """Raises ValueError if ``before`` tokens, all by default, came without a gate of tiles."""

@@ -121,6 +121,11 @@ def test_crop_reset_and_reorder():
     cache.reorder(rows)
     moved = [x[rows] for x in tensors]
     assert_bitwise_equal(decode(cache, problem, moved, 25, 40), expected[rows, :, 25:])
+    cache.crop(25)
+    fewer = torch.tensor([2, 0])
+    cache.reorder(fewer)
+    kept = [x[fewer] for x in moved]
+    assert_bitwise_equal(decode(cache, problem, kept, 25, 40), expected[rows[fewer], :, 25:])
 
 
 def test_full_attention_and_a_replayed_step_without_room():

@@ -94,29 +94,46 @@ def _table(heads: list[str], rows: list[dict[str, str]]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Draws the times of a report as bars."""
+    """Draws the times of a report as bars: of whole calls, and below of decoding steps."""
     from matplotlib.figure import Figure
 
-    titles = {
-        "forward_ms": "forward",
-        "both_ms": "forward and backward",
-        "step_ms": "a decoding step",
-    }
-    titles = {key: x for key, x in titles.items() if any(r.get(key) for r in report["results"])}
-    figure = Figure(figsize=(11, 1.2 + 0.55 * len(report["results"])), layout="constrained")
-    panels = figure.subplots(1, max(1, len(titles)), squeeze=False)[0]
-    for axes, (key, title) in zip(panels, titles.items(), strict=False):
-        names = ["flex_moba", *DENSE]
-        results = [result for result in report["results"] if result.get(key)]
-        names = [name for name in names if any(name in (r.get(key) or ()) for r in results)]
-        for i, name in enumerate(names):
-            at = [y + (i - (len(names) - 1) / 2) * 0.8 / len(names) for y in range(len(results))]
-            times = [(result.get(key) or {}).get(name, float("nan")) for result in results]
-            axes.barh(at, times, 0.8 / len(names), label=name)
-        axes.set(title=f"{title}, milliseconds", xscale="log")
-        axes.set_yticks(range(len(results)), [str(_config(result)) for result in results])
-        axes.grid(axis="x", alpha=0.3)
-        axes.invert_yaxis()
-    panels[0].legend()
+    kinds = (
+        {"forward_ms": "forward", "both_ms": "forward and backward"},
+        {"step_ms": "a decoding step"},
+    )
+    groups = [
+        (rows, titles)
+        for titles in kinds
+        if (rows := [x for x in report["results"] if x.get(next(iter(titles)))])
+    ]
+    if not groups:
+        raise ValueError("nothing in this report was timed, so there is nothing to draw")
+    counts = [len(rows) for rows, _ in groups]
+    figure = Figure(figsize=(11, 1.4 * len(groups) + 0.55 * sum(counts)), layout="constrained")
+    parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=[n + 2 for n in counts])
+    for (rows, titles), part in zip(groups, parts[:, 0], strict=True):
+        panels = part.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+        for axes, (key, title) in zip(panels, titles.items(), strict=True):
+            _draw_bars(axes, [row.get(key) or {} for row in rows])
+            axes.set(title=f"{title}, milliseconds", xscale="log")
+            axes.grid(axis="x", alpha=0.3)
+        panels[0].set_yticks(range(len(rows)), [str(_config(row)) for row in rows])
+        panels[0].invert_yaxis()
+        part.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     figure.suptitle(f"{report['device']}, torch {report['torch']}, {report['dtype']}")
     figure.savefig(path, dpi=120)
+
+
+def _draw_bars(axes: Any, rows: list[dict[str, float]]) -> None:
+    """The times of each row below each other, in the colour of their name."""
+    names = ("flex_moba", *DENSE)
+    for color, name in enumerate(names):
+        places, times = [], []
+        for y, row in enumerate(rows):
+            here = [x for x in names if x in row]
+            if name in here:
+                places.append(y + (here.index(name) + 0.5) * 0.8 / len(here) - 0.4)
+                times.append(row[name])
+        heights = [0.8 / max(1, sum(x in row for x in names)) for row in rows if name in row]
+        if times:
+            axes.barh(places, times, heights, label=name, color=f"C{color}")

@@ -1,0 +1,1 @@
+"""flexmoba within other libraries, each in a module that imports its library."""

@@ -1,0 +1,17 @@
+"""Hugging Face transformers: ``attn_implementation="flexmoba"``, conversion, and a cache.
+
+arXiv 2502.13189, Sec. 2.2, in every model that dispatches its attention.
+"""
+
+import importlib.util
+
+if importlib.util.find_spec("transformers") is None:
+    raise ImportError(
+        'flexmoba.integrations.transformers needs Hugging Face transformers; install it with "pip '
+        "install 'flexmoba[transformers]'\""
+    )
+
+from flexmoba.integrations.transformers.cache import FlexMobaCache
+from flexmoba.integrations.transformers.convert import attach, convert, register
+
+__all__ = ["FlexMobaCache", "attach", "convert", "register"]

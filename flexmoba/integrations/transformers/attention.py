@@ -1,0 +1,186 @@
+"""The attention function that transformers dispatches to."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexmoba.attention import flex_moba
+from flexmoba.cache import MobaCache
+from flexmoba.integrations.transformers.cache import layer_of
+from flexmoba.integrations.transformers.packing import documents_of
+from flexmoba.integrations.transformers.settings import name_of, settings_of
+from flexmoba.score_mod import ScoreMod
+
+# Arguments of models whose attention is another one; None is no argument.
+UNKNOWN = ("s_aux", "sinks", "position_bias", "indices", "block_indices", "cache")
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Mixture of Block Attention as transformers calls it (arXiv 2502.13189, Sec. 2.2).
+
+    Args:
+        module: The attention module, whose `FlexMoba` or config has block size and topk.
+        query: ``(B, Hq, L, D)``.
+        key: ``(B, Hkv, S, D)``; only new ones if the others are in a `FlexMobaCache`.
+        value: ``(B, Hkv, S, Dv)``.
+        attention_mask: ``(B, S)`` bool, which keys are real, as `padding_mask` makes it.
+        scaling: Factor on the scores.
+        dropout: Must be 0.
+        is_causal: Must be True, if given.
+        softcap: Scores are ``softcap * tanh(score / softcap)``.
+        sliding_window: Must be no less than the context.
+        kwargs: What else the model passes on: ``position_ids``, ``cu_seq_lens_q`` and ``seq_idx``
+            tell packed documents apart.
+
+    Returns:
+        The output, ``(B, L, Hq, Dv)``, and None for weights.
+
+    Raises:
+        ValueError: The layer has no settings, or the mask is none of padding.
+        NotImplementedError: The model asks for what `flex_moba` does not have.
+    """
+    _check(module, attention_mask, dropout, is_causal, kwargs)
+    block_size, topk, options = settings_of(module)
+    layer = layer_of(key)
+    length: Any = key.shape[2]
+    if (
+        layer is not None
+    ):  # of a static cache, what there may be: how many there are is on the device
+        length = layer.columns if layer.max_cache_len is None else layer.max_cache_len
+    if sliding_window is not None and length > sliding_window:
+        raise NotImplementedError(
+            f"{name_of(module)} has a sliding window of {sliding_window} tokens, shorter than the "
+            f"context of {length}, which flexmoba does not have; set config.sliding_window to "
+            "None, or use a shorter context"
+        )
+    score_mod = None if softcap is None else softcap_of(softcap)
+    documents: dict[str, Any] = documents_of(
+        attention_mask,
+        query.shape[0],
+        query.shape[2],
+        **{name: kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "seq_idx")},
+    )
+    if documents and (layer is not None or query.shape[2] != key.shape[2]):
+        raise NotImplementedError(
+            f"{name_of(module)} was given packed documents and a cache of earlier tokens; pack "
+            "without a cache, or generate for each document in a row of its own"
+        )
+
+    if layer is not None or (query.shape[2] != key.shape[2] and attention_mask is not None):
+        for name in ("impl", "kernel_options"):
+            if options.get(name, "auto") not in ("auto", None):
+                raise NotImplementedError(
+                    f"{name}={options[name]!r} does not go with a cache; leave it out of "
+                    "config.flexmoba"
+                )
+        gate = {x: y for x, y in options.items() if x not in ("impl", "kernel_options")}
+        gate["score_mod"] = score_mod
+        attend = layer.attend if layer is not None else _attend_to_rows
+        out = attend(query, key, value, attention_mask, block_size, topk, scaling, gate)
+    else:
+        if not documents and attention_mask is not None:
+            documents = {"key_padding_mask": attention_mask}
+        result: Any = flex_moba(
+            query,
+            key,
+            value,
+            block_size,
+            topk,
+            scale=scaling,
+            score_mod=score_mod,
+            **documents,
+            **options,
+        )
+        out = result
+    return out.transpose(1, 2).contiguous(), None
+
+
+def softcap_of(cap: float) -> ScoreMod:
+    """A ``score_mod`` that bounds scores by ``cap``; one function for each value."""
+    return _softcap(cap) if torch.compiler.is_compiling() else _known_softcap(cap)
+
+
+def _softcap(cap: float) -> ScoreMod:
+    def capped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return capped
+
+
+_known_softcap = functools.cache(_softcap)
+
+
+def _attend_to_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    real: Tensor | None,
+    block_size: int,
+    topk: int | None,
+    scale: float | None,
+    gate: Mapping[str, Any],
+) -> Tensor:
+    """New queries against all keys of padded rows, from another cache: each row on its own."""
+    cache = MobaCache(
+        *(key.shape[0], key.shape[1], key.shape[3]),
+        block_size=block_size,
+        value_dim=value.shape[3],
+        max_len=key.shape[2],
+        dtype=key.dtype,
+        device=key.device,
+    )
+    positions = cache.append(key, value, real)[:, -query.shape[2] :]
+    return cache.attend(query, positions, topk, scale=scale, **gate)[0]
+
+
+def _check(
+    module: nn.Module,
+    attention_mask: Tensor | None,
+    dropout: float,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> None:
+    """Refuses what `flex_moba` does not have."""
+    for name in UNKNOWN:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"{name_of(module)} passes {name} to its attention, which flexmoba does not have; "
+                'use attn_implementation="sdpa" or "eager"'
+            )
+    if kwargs.get("output_attentions"):
+        raise NotImplementedError(
+            f"{name_of(module)} was asked for attention weights, which flexmoba never has in one "
+            'piece; use output_attentions=False, or attn_implementation="eager"'
+        )
+    if dropout > 0 and module.training:
+        raise NotImplementedError(
+            f"{name_of(module)} has attention dropout of {dropout}, which flexmoba does not have; "
+            "set it to 0 in the config (attention_dropout, or attn_pdrop)"
+        )
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise NotImplementedError(
+            f"{name_of(module)} is not causal self-attention, which is all that flexmoba does in "
+            'transformers; use attn_implementation="sdpa" for it'
+        )
+    mask: Any = attention_mask
+    if mask is not None and (getattr(mask, "dtype", None) != torch.bool or len(mask.shape) != 2):
+        raise ValueError(
+            f"{name_of(module)} was given as its mask a {type(mask).__name__} of shape "
+            f"{tuple(mask.shape)}; flexmoba takes a padding mask, (B, S), as the model's "
+            "attention_mask, and packed documents as position_ids or cu_seq_lens_q"
+        )

@@ -1,0 +1,138 @@
+"""Register the attention with transformers, and convert a model to it."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from flexmoba.integrations.transformers.attention import attention
+from flexmoba.integrations.transformers.masks import padding_mask
+from flexmoba.integrations.transformers.settings import CHILD, arguments_for, checked
+from flexmoba.nn import FlexMoba
+
+NAME = "flexmoba"
+Topk = int | None
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def register() -> None:
+    """Makes ``attn_implementation="flexmoba"`` known to transformers; again is no harm.
+
+    A model loaded with it takes its settings from ``config.flexmoba``, which `convert` writes.
+    """
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, padding_mask)
+
+
+def convert(
+    model: Model,
+    block_size: int,
+    topk: Topk | Sequence[Topk],
+    *,
+    eval_topk: Topk | Literal["same"] | Sequence[Topk | Literal["same"]] = "same",
+    **options: Any,
+) -> Model:
+    """Makes a transformers model attend by `flex_moba`, in place; its weights stay as they are.
+
+    Every causal self-attention of its (text) decoder then computes Eq. 2 to 6 of arXiv 2502.13189,
+    Sec. 2.2. The settings go to the model's config, so ``save_pretrained`` saves them; load with
+    ``from_pretrained(..., attn_implementation="flexmoba")`` after `register`. Each attention module
+    gets a `FlexMoba` of its own, without parameters, whose settings hold for this session.
+
+    Args:
+        model: A transformers model that dispatches its attention.
+        block_size: Keys in a block, at least 1.
+        topk: Blocks that each query attends to, its own included; None for full attention. Or one
+            value for each layer: ``[3] * 29 + [None] * 3`` keeps the last three layers full, as in
+            the paper's Sec. 2.3.
+        eval_topk: The same outside training (``model.eval()``); ``"same"`` for no other.
+        options: Of `flex_moba`: ``gate``, ``sink_blocks``, ``local_blocks``, ``impl``,
+            ``kernel_options``.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: A setting is of the wrong type, or no option.
+        ValueError: A setting is out of its range, or the model dispatches no attention.
+
+    Examples:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from flexmoba.integrations.transformers import convert
+        >>> config = LlamaConfig(
+        ...     vocab_size=99,
+        ...     hidden_size=32,
+        ...     intermediate_size=64,
+        ...     num_hidden_layers=2,
+        ...     num_attention_heads=4,
+        ...     num_key_value_heads=2,
+        ... )
+        >>> model = convert(LlamaForCausalLM(config), block_size=8, topk=[3, None])
+        >>> model.model.layers[1].self_attn.flexmoba
+        FlexMoba(block_size=8, topk=None)
+        >>> model.config.flexmoba
+        {'block_size': 8, 'topk': [3, None], 'eval_topk': 'same'}
+        >>> ids = torch.randint(99, (1, 100))
+        >>> model(ids, labels=ids).loss.backward()
+    """
+    config = _text_config(model)
+    entry = checked(config, block_size, topk, eval_topk, options)
+    register()
+    _dispatch(model, config)
+    config.flexmoba = entry
+    return attach(model)
+
+
+def attach(model: Model) -> Model:
+    """Gives each attention module the `FlexMoba` that ``config.flexmoba`` describes.
+
+    `convert` does so. After ``from_pretrained`` it is needed only to change settings by module, as
+    a schedule does in training.
+
+    Args:
+        model: A transformers model whose config has the settings.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: There is no attention module, or there are no settings.
+    """
+    modules = list(_attention_modules(model))
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no causal self-attention to convert")
+    for module in modules:
+        own = FlexMoba(**arguments_for(module))
+        module.add_module(CHILD, own.train(module.training))
+    return model
+
+
+def _text_config(model: Any) -> Any:
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    return model.config.get_text_config(decoder=True)
+
+
+def _attention_modules(model: nn.Module) -> Iterator[nn.Module]:
+    config = _text_config(model)
+    for module in model.modules():
+        if (
+            getattr(module, "config", None) is config
+            and isinstance(getattr(module, "layer_idx", None), int)
+            and getattr(module, "is_causal", False)
+        ):
+            yield module
+
+
+def _dispatch(model: Any, config: Any) -> None:
+    if config is model.config:
+        model.set_attn_implementation(NAME)
+    else:  # the part of a larger model that generates text
+        parts = [name for name in model.config.sub_configs if getattr(model.config, name) is config]
+        model.set_attn_implementation(dict.fromkeys(parts, NAME))
+    if config._attn_implementation != NAME:
+        raise ValueError(
+            f"{type(model).__name__} does not dispatch its attention, so it cannot be converted"
+        )

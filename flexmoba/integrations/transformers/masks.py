@@ -1,0 +1,119 @@
+"""What transformers asks of an attention implementation's mask: here, which keys are padding.
+
+Everything causal is up to the attention. What this mask cannot say is refused.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+from flexmoba.integrations.transformers.packing import may_read
+
+
+def padding_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    config: Any = None,
+    **_: Any,
+) -> Tensor | None:
+    """Which of the keys that the attention is given are real, ``(B, kv_length)``; None for all.
+
+    Called once a forward pass, outside of layers. There it waits for the device, unless traced by a
+    compiler or captured in a CUDA graph.
+
+    Args:
+        q_length: Queries.
+        kv_length: Keys that the attention is given: all of them, or the queries' own if the rest
+            is in a `FlexMobaCache`.
+        q_offset: Column of the first query.
+        kv_offset: Column of the first key.
+        mask_function: What transformers wants masked beside padding.
+        attention_mask: ``(B, q_offset + q_length)`` bool, real columns.
+        local_size: Length of a sliding window or chunk.
+        use_vmap: Whether the model changes the mask by a function of its own.
+        config: The model's.
+
+    Raises:
+        ValueError: The mask does not fit, or has padding between real tokens.
+        NotImplementedError: A mask that is not causal with padding.
+    """
+    model = f"model type {getattr(config, 'model_type', None)!r}"
+    # "and_mask": packed documents, which the attention tells apart, or a window, see below.
+    causal = mask_function is causal_mask_function or mask_function.__name__ == "and_mask"
+    if use_vmap or not causal:
+        raise NotImplementedError(
+            f"{model} asks for a mask other than causal attention, with padding, of packed "
+            'documents, which flexmoba does not have; use attn_implementation="sdpa"'
+        )
+    _check_window(model, local_size, q_length, kv_length, q_offset, kv_offset, config)
+    if kv_length != q_length and isinstance(q_offset, Tensor):
+        raise _static(model)
+    if isinstance(q_offset, int) and isinstance(kv_offset, int):
+        seen = q_offset + q_length
+        if kv_offset + kv_length > seen:
+            raise _static(model)
+        if attention_mask is not None and attention_mask.shape[1] != seen:
+            raise ValueError(
+                f"attention_mask must cover the {q_offset} columns of the cache and the {q_length} "
+                f"new ones, {seen} in all, got {attention_mask.shape[1]} ({model})"
+            )
+    if attention_mask is None:
+        return None
+    real = attention_mask[:, attention_mask.shape[1] - kv_length :]
+    known = may_read(real)
+    if known and bool(real.all()):
+        return None
+    if kv_length == q_length and isinstance(q_offset, int) and q_offset == 0:
+        torn = (real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0] > 1
+        if not known:
+            torch._assert_async(
+                ~torn.any(), "attention_mask must have padding at the ends of a row only"
+            )
+        elif bool(torn.any()):
+            row = int(torn.int().argmax())
+            raise ValueError(
+                f"attention_mask must have padding at the ends of a row only; move it there: it is "
+                f"between real tokens in row {row} ({model})"
+            )
+    return real
+
+
+def _check_window(
+    model: str,
+    local_size: int | None,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int | Tensor,
+    config: Any,
+) -> None:
+    """That no window is shorter than what is seen; of a static cache the attention checks it."""
+    if isinstance(kv_offset, int):
+        cut = kv_offset > 0 and kv_length != q_length  # a cache that forgot keys
+        if cut or (local_size is not None and kv_offset + kv_length > local_size):
+            raise NotImplementedError(
+                f"{model} has a sliding window or chunks of {local_size} tokens, shorter than the "
+                f"context of {kv_offset + kv_length}, which flexmoba does not have; set "
+                "config.sliding_window to None, or use a shorter context"
+            )
+    elif local_size is not None and local_size != getattr(config, "sliding_window", None):
+        raise NotImplementedError(
+            f"{model} attends in chunks of {local_size} tokens, which flexmoba does not have"
+        )
+
+
+def _static(model: str) -> Exception:
+    return NotImplementedError(
+        f"{model} was given a static cache of transformers, whose unwritten keys flexmoba would "
+        "take for keys; pass past_key_values=FlexMobaCache(max_cache_len=...)"
+    )

@@ -1,0 +1,78 @@
+"""What a model's config says of its layers: ``config.flexmoba``, a dictionary saved with it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from flexmoba.checks import check_block_size, check_topk
+from flexmoba.nn import FlexMoba
+
+CHILD = "flexmoba"  # the name of a layer's own module, and of the entry in the config
+OPTIONS = ("gate", "sink_blocks", "local_blocks", "impl", "kernel_options")
+
+
+class Settings(NamedTuple):
+    """How one layer attends: `FlexMoba`'s arguments, for training or evaluation."""
+
+    block_size: int
+    topk: int | None
+    options: Mapping[str, Any]
+
+
+def settings_of(module: nn.Module) -> Settings:
+    """The settings of an attention module: its own `FlexMoba`'s, or else its config's."""
+    own = module._modules.get(CHILD)
+    if isinstance(own, FlexMoba):
+        return Settings(own.block_size, own.current_topk, own.options)
+    given = arguments_for(module)
+    training = module.training or given["eval_topk"] == "same"
+    topk = given["topk"] if training else given["eval_topk"]
+    options = {name: value for name, value in given.items() if name in OPTIONS}
+    return Settings(given["block_size"], topk, options)
+
+
+def arguments_for(module: nn.Module) -> dict[str, Any]:
+    """`FlexMoba`'s arguments for an attention module, from its config."""
+    config: Any = module.config
+    given = getattr(config, CHILD, None)
+    if given is None:
+        raise ValueError(
+            f"{name_of(module)} has no block_size and topk: call flexmoba.integrations."
+            "transformers.convert(model, block_size=..., topk=...), or load the model with a "
+            'config that has flexmoba = {"block_size": ..., "topk": ...}'
+        )
+    layer: Any = module.layer_idx
+    return {"eval_topk": "same"} | {
+        name: value[layer] if isinstance(value, list) else value for name, value in given.items()
+    }
+
+
+def checked(
+    config: Any, block_size: int, topk: Any, eval_topk: Any, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The entry for a config. ``topk`` and ``eval_topk`` may be sequences, a value per layer."""
+    check_block_size(block_size)
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {name}")
+    entry = {"block_size": block_size, "topk": topk, "eval_topk": eval_topk, **options}
+    for name in ("topk", "eval_topk"):
+        value = entry[name]
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            value = entry[name] = list(value)
+            if len(value) != config.num_hidden_layers:
+                raise ValueError(
+                    f"{name} must be one value, or one for each of the "
+                    f"{config.num_hidden_layers} layers, got {len(value)}"
+                )
+        for k in value if isinstance(value, list) else [value]:
+            if name == "topk" or k != "same":
+                check_topk(k, none_allowed=True)
+    return entry
+
+
+def name_of(module: nn.Module) -> str:
+    """What an error calls a module: its class and its model."""
+    config: Any = getattr(module, "config", None)
+    return f"{type(module).__name__} of model type {getattr(config, 'model_type', None)!r}"

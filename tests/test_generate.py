@@ -1,0 +1,211 @@
+"""Generation of transformers models: with a `FlexMobaCache`, and right without one."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+pytest.importorskip("transformers")
+
+from transformers import DynamicCache, GenerationConfig, StaticCache
+
+from flexmoba.integrations.transformers import FlexMobaCache, convert
+from tests.conftest import assert_bitwise_equal
+from tests.tiny_models import FAMILIES, model_of, tokens
+
+LENGTH, BLOCK, TOPK, STEPS = 40, 8, 3, 5
+CACHES = {
+    "dynamic": FlexMobaCache,
+    "static": lambda: FlexMobaCache(max_cache_len=64),
+    "of transformers": DynamicCache,
+}
+
+
+def generate(model, ids: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """New tokens ``(B, n)`` and the logits ``(n, B, vocabulary)`` that each was chosen by."""
+    defaults = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0}
+    result = model.generate(
+        ids, **defaults | options, return_dict_in_generate=True, output_logits=True
+    )
+    return result.sequences[:, ids.shape[1] :], torch.stack(result.logits)
+
+
+def assert_whole_passes_choose(model, ids: Tensor, new: Tensor, logits: Tensor) -> None:
+    """That every new token is the best one of a pass over all before it, by the same logits."""
+    whole = model(torch.cat([ids, new], 1), use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+    torch.testing.assert_close(logits.transpose(0, 1), whole.float())  # as generate keeps them
+    assert_bitwise_equal(new, whole.argmax(-1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_decoding_is_what_whole_passes_compute(family):
+    model, ids = convert(model_of(family), BLOCK, TOPK), tokens(2, LENGTH)
+    for make in CACHES.values():
+        cache = make()
+        new, logits = generate(model, ids, past_key_values=cache)
+        assert cache.get_seq_length() == LENGTH + STEPS - 1
+        assert_whole_passes_choose(model, ids, new, logits)
+    convert(model, BLOCK, None)
+    dense = model(torch.cat([ids, new], 1)).logits[:, LENGTH - 1 : -1]
+    assert (dense - logits.transpose(0, 1)).abs().max() > 0.1  # or the rest says nothing
+
+
+@pytest.mark.parametrize("chunk", [None, 7, 33])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_padded_rows_decode_as_they_do_alone(family, cache, chunk):
+    model, ids = convert(model_of(family), BLOCK, TOPK), tokens(3, LENGTH)
+    lengths = torch.tensor([LENGTH, LENGTH - 21, LENGTH - 6])
+    mask = (torch.arange(LENGTH) >= LENGTH - lengths[:, None]).int()
+    options = {"prefill_chunk_size": chunk, "attention_mask": mask, "max_new_tokens": 3}
+    new, logits = generate(model, ids * mask, past_key_values=CACHES[cache](), **options)
+    for row, length in enumerate(lengths):
+        here = slice(row, row + 1)
+        assert_whole_passes_choose(model, ids[here, -length:], new[here], logits[:, here])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3, "num_return_sequences": 2, "prefill_chunk_size": 9},
+        {"do_sample": True, "top_k": 5, "num_return_sequences": 2},
+    ],
+    ids=str,
+)
+def test_beams_and_samples_are_those_of_whole_passes(options):
+    model, ids = convert(model_of("llama"), BLOCK, TOPK), tokens(2, LENGTH)
+    torch.manual_seed(0)
+    whole = options | {"use_cache": False, "prefill_chunk_size": None}
+    expected = generate(model, ids, **whole)
+    for make in CACHES.values():
+        torch.manual_seed(0)
+        actual = generate(model, ids, past_key_values=make(), **options)
+        assert_bitwise_equal(actual[0], expected[0])
+        torch.testing.assert_close(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "of transformers"])
+@pytest.mark.parametrize("draft", ["assistant", "prompt lookup"])
+def test_assisted_decoding_is_greedy_decoding(draft, cache):
+    model, ids = convert(model_of("llama"), BLOCK, TOPK), tokens(1, LENGTH).repeat(1, 2)
+    if draft == "assistant":
+        assistant = model_of("llama", dtype=torch.float32)  # agrees now and then, dense as it is
+        assistant.generation_config = GenerationConfig(num_assistant_tokens=5, pad_token_id=0)
+        options = {"assistant_model": assistant}
+    else:
+        options = {"prompt_lookup_num_tokens": 4}
+    made = CACHES[cache]()
+    cropped = []
+    made.crop = lambda n: (cropped.append(n), type(made).crop(made, n))
+    actual = generate(model, ids, past_key_values=made, max_new_tokens=12, **options)
+    assert_whole_passes_choose(model, ids, *actual)
+    assert min(cropped) < 0
+
+
+def step(model, cache, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 64])
+def test_crop_reset_and_rows(max_cache_len):
+    model, ids = convert(model_of("llama"), BLOCK, TOPK), tokens(3, LENGTH)
+    cache = FlexMobaCache(max_cache_len)
+    whole = step(model, cache, ids)
+    for left in (LENGTH - 1, LENGTH - 13, 3):
+        cache.crop(left - cache.get_seq_length())
+        assert cache.get_seq_length() == left
+        torch.testing.assert_close(step(model, cache, ids[:, left:]), whole[:, left:])
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(step(model, cache, ids), whole)
+
+    for change, rows in [
+        (lambda: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+        (lambda: cache.batch_repeat_interleave(2), [2, 2, 0, 0, 0, 0]),
+        (lambda: cache.batch_select_indices(torch.tensor([1, 4])), [2, 0]),
+    ]:
+        change()
+        more = tokens(len(rows), 5, seed=1)
+        expected = model(torch.cat([ids[rows], more], 1)).logits[:, -5:]
+        torch.testing.assert_close(step(model, cache, more), expected)
+        cache.crop(-5)
+
+
+def test_a_step_reads_selected_blocks_only():
+    model, ids = convert(model_of("llama"), BLOCK, 1), tokens(1, LENGTH)
+    cache = FlexMobaCache()
+    step(model, cache, ids)
+    for layer in cache.layers:  # what is not the own block
+        layer._cache.k[:, :, : LENGTH // BLOCK * BLOCK] = torch.nan
+    assert step(model, cache, ids[:, :1]).isfinite().all()
+
+
+def test_a_compiled_step_compiles_once():
+    model, ids = convert(model_of("llama"), BLOCK, TOPK), tokens(2, LENGTH + STEPS)
+    expected = model(ids).logits
+    cache = FlexMobaCache(max_cache_len=64)
+    step(model, cache, ids[:, :LENGTH])
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for i in range(LENGTH, LENGTH + STEPS):
+            logits = compiled(ids[:, i : i + 1], past_key_values=cache).logits
+            torch.testing.assert_close(logits[:, 0], expected[:, i])
+    assert counter.frame_count == 1
+
+
+def test_what_a_cache_cannot_do_raises():
+    dense, ids = model_of("llama"), tokens(1, LENGTH)
+    cache = FlexMobaCache()
+    step(dense, cache, ids)
+    with pytest.raises(RuntimeError, match="never came to flexmoba's attention"):
+        step(dense, cache, ids[:, :1])
+
+    model = convert(dense, BLOCK, TOPK)
+    with pytest.raises(RuntimeError, match=r"reset\(\)"):
+        step(model, cache, ids[:, :1])
+    cache.reset()
+    with pytest.raises(NotImplementedError, match="no_grad"):
+        model(ids, past_key_values=cache)
+    cache.reset()
+    with pytest.raises(NotImplementedError, match="'llama' was given a static cache of"):
+        generate(model, ids, cache_implementation="static")
+    with pytest.raises(NotImplementedError, match="'llama' was given a static cache of"):
+        step(model, StaticCache(model.config, max_cache_len=64), ids)  # the prefill alone
+    with (
+        pytest.raises(NotImplementedError, match=r"'llama' was given packed documents and a cache"),
+        torch.no_grad(),
+    ):
+        model(ids, position_ids=torch.arange(LENGTH)[None] % 20, past_key_values=cache)
+    cache.reset()
+
+    step(model, cache, ids)
+    model.model.layers[0].self_attn.flexmoba.block_size = 16
+    with pytest.raises(ValueError, match="blocks of 8 keys, but the layer has block_size=16"):
+        step(model, cache, ids[:, :1])
+    for bad, error, text in [
+        (lambda: cache.crop(3), ValueError, "negative number, got 3"),
+        (lambda: cache.crop(-100), ValueError, r"crop\(-100\)"),
+        (lambda: FlexMobaCache(0), ValueError, "got 0"),
+    ]:
+        with pytest.raises(error, match=text):
+            bad()
+
+    convert(model, BLOCK, TOPK, impl="portable")
+    with pytest.raises(NotImplementedError, match="impl='portable' does not go with a cache"):
+        step(model, FlexMobaCache(), ids)
+    padded = FlexMobaCache()
+    convert(model, BLOCK, TOPK)
+    with torch.no_grad():
+        model(ids, attention_mask=(torch.arange(LENGTH) > 5)[None], past_key_values=padded)
+    with pytest.raises(NotImplementedError, match="came with padding"):
+        padded.crop(-1)
+
+    windowed = convert(model_of("mistral", sliding_window=LENGTH), BLOCK, TOPK)
+    for made in (FlexMobaCache(), DynamicCache(config=windowed.config)):
+        step(windowed, made, ids)
+        with pytest.raises(NotImplementedError, match=f"'mistral'.*{LENGTH} tokens"):
+            step(windowed, made, ids[:, :1])
+    with pytest.raises(NotImplementedError, match="context of 64"):
+        step(windowed, FlexMobaCache(64), ids)

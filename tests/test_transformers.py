@@ -1,0 +1,355 @@
+"""transformers models with ``attn_implementation="flexmoba"``: logits, padding, packing, training.
+
+`test_generate.py` has the cache.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+
+from flexmoba.integrations.transformers import attach, convert, register
+from flexmoba.integrations.transformers.masks import padding_mask
+from flexmoba.nn import FlexMoba
+from tests.conftest import assert_bitwise_equal
+from tests.tiny_models import FAMILIES, VOCABULARY, model_of, register_oracle, tokens
+
+LENGTH, BLOCK, TOPK = 45, 8, 3
+# Newer versions of transformers call it activation checkpointing, and warn.
+old_name = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+
+def logits_and_gradients(model, ids, **inputs) -> list[Tensor]:
+    model.zero_grad()
+    out = model(ids, labels=ids, use_cache=False, **inputs)
+    out.loss.backward()
+    return [out.logits.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sparse_is_the_oracle_and_all_blocks_are_dense_attention(family):
+    model, ids = model_of(family), tokens(2, LENGTH)
+    if family != "gemma2":
+        model.set_attn_implementation("sdpa")
+    dense = logits_and_gradients(model, ids)
+    register_oracle()
+    model.set_attn_implementation("oracle")
+    oracle = logits_and_gradients(model, ids, block_size=BLOCK, topk=TOPK)
+    assert (oracle[0] - dense[0]).abs().max() > 0.1  # or the rest says nothing
+
+    names = [name for name, _ in model.named_parameters()]
+    assert convert(model, BLOCK, TOPK) is model
+    assert [name for name, _ in model.named_parameters()] == names
+    torch.testing.assert_close(logits_and_gradients(model, ids), oracle)
+    for topk in (-(-LENGTH // BLOCK), None):
+        convert(model, BLOCK, topk)
+        for actual, expected in zip(logits_and_gradients(model, ids), dense, strict=True):
+            # Eager attention, the only one with a cap, has its softmax in float32.
+            dtype = torch.float32 if family == "gemma2" else torch.float64
+            torch.testing.assert_close(actual.to(dtype), expected.to(dtype))
+
+
+def test_every_layer_and_mode_has_its_own_topk():
+    model, ids = model_of("llama"), tokens(1, LENGTH)
+    dense = convert(model, BLOCK, None)(ids).logits
+    full = convert(model, BLOCK, [2, None], eval_topk=[None, "same"])
+    torch.testing.assert_close(full(ids).logits, dense)
+    layers = [layer.self_attn for layer in model.model.layers]
+    mixed = model.train()(ids).logits
+    assert (mixed - dense).abs().max() > 0.1
+    layers[0].flexmoba.topk = None
+    torch.testing.assert_close(model(ids).logits, dense)
+
+
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=5)
+def test_padding_does_not_matter(lengths, block_size, topk, seed):
+    model = convert(model_of("qwen3"), block_size, topk)
+    check_padding(model, lengths, seed, positions_from="the row")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_does_not_matter_to_any_family(family):
+    check_padding(
+        convert(model_of(family), BLOCK, TOPK), [45, 30], seed=0, positions_from="the first token"
+    )
+
+
+def check_padding(model, lengths, seed, *, positions_from):
+    width = max(lengths) + 2
+    place = torch.arange(width)
+    ids = tokens(len(lengths), width, seed)
+    for side in ("left", "right"):
+        inputs, real = ids.clone(), []
+        for row, length in enumerate(lengths):
+            real.append(place >= width - length if side == "left" else place < length)
+            inputs[row, real[row]] = ids[row, :length]
+        mask = torch.stack(real)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        if positions_from == "the row":
+            positions = place.expand_as(mask)
+        logits = model(inputs, attention_mask=mask.int(), position_ids=positions).logits
+        for row, length in enumerate(lengths):
+            here = positions[row, mask[row]][None]
+            alone = model(ids[row : row + 1, :length], position_ids=here).logits
+            torch.testing.assert_close(logits[row, mask[row]], alone[0])
+        other = torch.where(mask, inputs, VOCABULARY - inputs)
+        again = model(other, attention_mask=mask.int(), position_ids=positions).logits
+        assert_bitwise_equal(again[mask], logits[mask])
+
+
+def packed(lengths):
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    return positions, ids, bounds
+
+
+WAYS = ("position_ids", "all-ones mask", "cu_seq_lens", "seq_idx", "two rows", "padding")
+
+
+def inputs_of(way, lengths):
+    """How a collator or user may say where documents are, and how many columns come before."""
+    positions, ids, bounds = packed(lengths)
+    if way == "all-ones mask":
+        return {"position_ids": positions, "attention_mask": torch.ones_like(positions)}, 1, 0
+    if way == "cu_seq_lens":
+        collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")
+        batch = collator([{"input_ids": [0] * length} for length in lengths])
+        assert_bitwise_equal(batch["cu_seq_lens_q"], bounds)
+        del batch["input_ids"], batch["labels"]
+        return batch, 1, 0
+    if way == "seq_idx":
+        # Positions that count on say nothing.
+        return {"position_ids": torch.arange(ids.shape[1])[None], "seq_idx": ids.int()}, 1, 0
+    if way == "two rows":
+        return {"position_ids": positions}, 2, 0
+    if way == "padding":
+        mask = torch.nn.functional.pad(torch.ones_like(positions), (3, 2))
+        return {"position_ids": torch.nn.functional.pad(positions, (3, 2)),
+                "attention_mask": mask}, 1, 3  # fmt: skip
+    return {"position_ids": positions}, 1, 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_packed_documents_are_alone(way, use_cache):
+    check_packing(convert(model_of("llama"), BLOCK, TOPK), [19, 1, 30], way, use_cache)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_are_alone_in_any_family(family):
+    check_packing(convert(model_of(family), BLOCK, TOPK), [19, 25], "position_ids", True)
+
+
+def check_packing(model, lengths, way, use_cache):
+    inputs, rows, before = inputs_of(way, lengths)
+    ids = tokens(rows, inputs["position_ids"].shape[1])
+    model.train()
+    whole = model(ids, use_cache=use_cache, **inputs).logits
+    for i, length in enumerate(lengths):
+        part = slice(before + sum(lengths[:i]), before + sum(lengths[: i + 1]))
+        positions = inputs["position_ids"][:, part]
+        alone = model(ids[:, part], position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(whole[:, part], alone)
+        other = ids.clone()
+        other[:, part] = VOCABULARY - ids[:, part]
+        changed = model(other, use_cache=use_cache, **inputs).logits
+        same = torch.ones(ids.shape[1], dtype=torch.bool)
+        same[part] = False
+        assert_bitwise_equal(changed[:, same], whole[:, same])
+        assert (changed[:, part] - whole[:, part]).abs().max() > 0.1, length
+
+
+def test_what_positions_said_is_not_remembered_too_long():
+    model = convert(model_of("llama"), BLOCK, TOPK)
+    ids, positions = tokens(1, 20), torch.arange(20)[None]
+    whole = model(ids, position_ids=positions).logits
+    positions[0, 10:] -= 10  # in place
+    inner = model(ids, position_ids=positions).logits
+    torch.testing.assert_close(inner[:, 10:], model(ids[:, 10:]).logits)
+    assert (inner - whole)[:, 10:].abs().max() > 0.1
+    with torch.inference_mode():
+        positions = torch.arange(20)[None]
+        assert_bitwise_equal(model(ids, position_ids=positions).logits, whole)
+        positions[0, 10:] -= 10
+        assert_bitwise_equal(model(ids, position_ids=positions).logits, inner)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+def test_compiled_without_a_graph_break():
+    model, ids = convert(model_of("llama"), BLOCK, TOPK), tokens(1, LENGTH)
+    positions, _, bounds = packed([20, 25])
+    real = torch.arange(LENGTH)[None] >= 5
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for inputs in (
+        {"position_ids": positions, "cu_seq_lens_q": bounds},
+        {"attention_mask": real.int()},
+    ):
+        expected = model(ids, use_cache=False, **inputs).logits
+        actual = compiled(ids, use_cache=False, **inputs).logits
+        shown = real if "attention_mask" in inputs else torch.ones_like(real)
+        torch.testing.assert_close(actual[shown], expected[shown])
+    with pytest.raises(RuntimeError, match="cu_seq_lens_q"):
+        compiled(ids, position_ids=positions, use_cache=False)
+    with pytest.raises(RuntimeError, match="at the ends of a row"):
+        compiled(ids, attention_mask=(positions != 3).int(), use_cache=False)
+
+
+def test_settings_are_saved(tmp_path):
+    model = model_of("llama")
+    model.save_pretrained(tmp_path / "dense")
+    convert(model, BLOCK, [TOPK, None], eval_topk=2, gate="group", sink_blocks=1)
+    model.save_pretrained(tmp_path / "sparse")
+    keys = {}
+    for name in ("dense", "sparse"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64)
+        keys[name] = loaded.state_dict().keys()
+    assert keys["dense"] == keys["sparse"]
+
+    register()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "sparse", dtype=torch.float64, attn_implementation="flexmoba"
+    )
+    assert loaded.config.flexmoba == {
+        "block_size": BLOCK, "topk": [TOPK, None], "eval_topk": 2, "gate": "group", "sink_blocks": 1
+    }  # fmt: skip
+    ids = tokens(2, LENGTH)
+    assert not any(isinstance(module, FlexMoba) for module in loaded.modules())
+    for train in (True, False):
+        expected = model.train(train)(ids).logits
+        torch.testing.assert_close(loaded.train(train)(ids).logits, expected)
+    compiled = torch.compile(loaded, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
+    attach(loaded)
+    assert [m.topk for m in loaded.modules() if isinstance(m, FlexMoba)] == [TOPK, None]
+    torch.testing.assert_close(loaded(ids).logits, expected)
+
+
+def test_the_text_model_of_a_larger_one_is_converted():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4}
+    text = LlamaConfig(**sizes, vocab_size=VOCABULARY, initializer_range=0.3)
+    vision = CLIPVisionConfig(**sizes, image_size=28, patch_size=14)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=60)
+    model = LlavaForConditionalGeneration(config).eval()
+    ids = tokens(1, LENGTH).clamp(max=59)
+    ids[:, :4] = 60
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    dense = model(ids, pixel_values=pixels).logits
+    convert(model, BLOCK, None)
+    assert len([m for m in model.modules() if isinstance(m, FlexMoba)]) == 2
+    torch.testing.assert_close(model(ids, pixel_values=pixels).logits, dense)
+    convert(model, BLOCK, TOPK)
+    assert (model(ids, pixel_values=pixels).logits - dense).abs().max() > 0.01
+    model.set_attn_implementation("flexmoba")  # of the vision tower as well
+    with pytest.raises(NotImplementedError, match=r"CLIPAttention.*not causal"):
+        model(ids, pixel_values=pixels)
+
+
+@old_name
+def test_gradient_checkpointing_changes_nothing():
+    model, ids = convert(model_of("llama"), BLOCK, TOPK).train(), tokens(1, LENGTH)
+    positions, _, _ = packed([20, 25])
+    expected = logits_and_gradients(model, ids, position_ids=positions)
+    model.gradient_checkpointing_enable()
+    for x, y in zip(
+        logits_and_gradients(model, ids, position_ids=positions), expected, strict=True
+    ):
+        assert_bitwise_equal(x, y)
+
+
+@old_name
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_one_step_of_trainer(tmp_path, device):
+    model = convert(model_of("llama", dtype=torch.float32), BLOCK, TOPK)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    arguments = TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=2, use_cpu=device == "cpu",
+        bf16=device == "cuda", learning_rate=1e-2, report_to=[], save_strategy="no",
+        gradient_checkpointing=True, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in tokens(2, LENGTH)]
+    result = Trainer(model, arguments, train_dataset=data).train()
+    assert 0 < result.training_loss < 20
+    for name, p in model.named_parameters():
+        assert p.isfinite().all(), name
+        assert (p.cpu() != before[name]).any(), name
+
+
+IDS = tokens(1, 20)
+MASK_4D = torch.ones(1, 1, 20, 20).bool().tril()
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "inputs", "error", "text"),
+    [
+        ("gpt2", {"attn_pdrop": 0.1}, {}, NotImplementedError, "GPT2Attention.*'gpt2'.*dropout"),
+        ("llama", {"attention_dropout": 0.1}, {}, NotImplementedError, "attention dropout of 0.1"),
+        ("mistral", {"sliding_window": 19}, {}, NotImplementedError, "'mistral'.*of 19 tokens"),
+        ("gemma2", {"sliding_window": 19}, {}, NotImplementedError, "'gemma2'.*of 19 tokens"),
+        ("llama", {}, {"attention_mask": MASK_4D}, ValueError, r"'llama'.*\(1, 1, 20, 20\)"),
+        ("llama", {}, {"is_causal": False}, NotImplementedError, "'llama'.*causal"),
+        ("llama", {"is_causal": False}, {}, NotImplementedError, "'llama'.*causal"),
+        ("llama", {}, {"s_aux": IDS}, NotImplementedError, "LlamaAttention.*s_aux"),
+        ("llama", {}, {"position_bias": IDS}, NotImplementedError, "position_bias"),
+        ("llama", {}, {"block_indices": IDS}, NotImplementedError, "block_indices"),
+        ("llama", {}, {"output_attentions": True}, NotImplementedError, "attention weights"),
+        ("llama", {}, {"attention_mask": torch.tensor([[1] * 9 + [0] + [1] * 10])},
+         ValueError, "between real tokens in row 0"),
+        ("llama", {}, {"attention_mask": torch.ones(1, 19)}, ValueError, "20 in all, got 19"),
+        ("llama", {}, {"attention_mask": (torch.arange(20) > 2)[None],
+                       "cu_seq_lens_q": torch.tensor([0, 20])}, ValueError, "cu_seq_lens_q"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_raises(family, config, inputs, error, text):
+    model = convert(model_of(family, **config), BLOCK, TOPK).train()
+    with pytest.raises(error, match=text):
+        model(IDS, **inputs)
+
+
+def test_masks_that_are_not_padding_raise():
+    with pytest.raises(NotImplementedError, match="other than causal"):  # images that see ahead
+        padding_mask(q_length=8, kv_length=8, use_vmap=True)
+    with pytest.raises(NotImplementedError, match="shorter than the context of 21"):
+        padding_mask(q_length=1, kv_length=8, q_offset=20, kv_offset=13)  # of a window's cache
+
+
+def test_settings_that_do_not_fit_raise():
+    model = model_of("llama")
+    register()
+    model.set_attn_implementation("flexmoba")
+    with pytest.raises(ValueError, match=r"'llama' has no block_size and topk: call .*convert"):
+        model(IDS)
+    for arguments, error, text in [
+        ((0, 3), ValueError, "got 0"),
+        ((8, [3]), ValueError, "2 layers, got 1"),
+        ((8, [3, 0]), ValueError, "got 0"),
+        ((8, "same"), TypeError, "'same'"),
+    ]:
+        with pytest.raises(error, match=text):
+            convert(model, *arguments)
+    with pytest.raises(TypeError, match=r"among gate, .* got score_mod"):
+        convert(model, 8, 3, score_mod=max)
+    with pytest.raises(TypeError, match="got Linear"):
+        convert(torch.nn.Linear(2, 2), 8, 3)
+    assert not hasattr(model.config, "flexmoba")

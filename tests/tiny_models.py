@@ -1,0 +1,94 @@
+"""Two-layer transformers models with random weights, and the oracle as an attention of theirs."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from flexmoba import moba_reference
+
+VOCABULARY = 61
+# Weights large enough for attention to have preferences.
+COMMON = {"vocab_size": VOCABULARY, "initializer_range": 0.3, "pad_token_id": 0}
+COMMON |= {"bos_token_id": None, "eos_token_id": None}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**COMMON, **GROUPED),
+    "qwen2": lambda: Qwen2Config(**COMMON, **GROUPED),
+    "qwen3": lambda: Qwen3Config(**COMMON, **GROUPED, head_dim=16),
+    "mistral": lambda: MistralConfig(**COMMON, **GROUPED, sliding_window=None),
+    "phi": lambda: PhiConfig(**COMMON, **GROUPED),
+    "gpt_neox": lambda: GPTNeoXConfig(**COMMON, **SIZES),
+    "gpt2": lambda: GPT2Config(
+        **COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=256,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, scale_attn_by_inverse_layer_idx=True,
+    ),
+    # A cap and a scale that change much.
+    "gemma2": lambda: Gemma2Config(
+        **COMMON, **GROUPED, head_dim=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=3,
+        sliding_window=256,
+    ),
+}  # fmt: skip
+FAMILIES = list(CONFIGS)
+
+
+def model_of(family: str, *, dtype: torch.dtype = torch.float64, **config) -> PreTrainedModel:
+    """A new model with the same weights each time, in evaluation mode."""
+    generator = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    made = CONFIGS[family]()
+    made.update(config)
+    model = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation="eager")
+    torch.random.set_rng_state(generator)
+    return model.eval()
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Random token ids ``(batch, length)``, none of them padding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+
+
+@cache
+def register_oracle() -> None:
+    """Makes ``attn_implementation="oracle"`` known: `moba_reference`, given what tests pass on."""
+    AttentionInterface.register("oracle", _oracle)
+    AttentionMaskInterface.register("oracle", lambda attention_mask=None, **_: attention_mask)
+
+
+def _oracle(
+    module, query, key, value, attention_mask, scaling, softcap=None, document_ids=None,
+    block_size=None, topk=None, **_,
+):  # fmt: skip
+    def capped(score, b, h, q_idx, kv_idx):
+        return softcap * torch.tanh(score / softcap)
+
+    out = moba_reference(
+        *(query, key, value, block_size, topk),
+        scale=scaling,
+        score_mod=None if softcap is None else capped,
+        document_ids=document_ids,
+        key_padding_mask=attention_mask,
+    )
+    return out.transpose(1, 2), None
