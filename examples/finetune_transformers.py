@@ -30,12 +30,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from flexmoba.console import positive, progress, table
 from flexmoba.demo import standard_library
 from flexmoba.hybrid import set_attention
 from flexmoba.integrations.transformers import convert, register
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 
 def tiny_llama() -> PreTrainedModel:
@@ -78,7 +78,9 @@ def tokens_of(o: argparse.Namespace, vocabulary: int) -> tuple[Tensor, Tensor]:
         tokens = tokenizer(text.decode(errors="replace"), return_tensors="pt").input_ids[0]
     cut = len(tokens) * 9 // 10
     if len(tokens) - cut < o.length:
-        sys.exit(f"the text has {len(tokens):,} tokens; --length {o.length} needs {10 * o.length:,}")
+        sys.exit(
+            f"the text has {len(tokens):,} tokens; --length {o.length} needs {10 * o.length:,}"
+        )
     return tokens[:cut], tokens[cut:]
 
 

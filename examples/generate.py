@@ -32,10 +32,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from flexmoba.console import positive, table
-from flexmoba.demo import standard_library
-from flexmoba.integrations.transformers import FlexMobaCache, convert
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -44,6 +40,10 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
+
+from flexmoba.console import positive, table
+from flexmoba.demo import standard_library
+from flexmoba.integrations.transformers import FlexMobaCache, convert
 
 
 class Clock:
@@ -177,7 +177,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--block-size", type=positive, default=128, help="keys in a block (%(default)s)")
     add("--topk", type=positive, default=8, help="blocks of each query (%(default)s)")
     add("--static", action=argparse.BooleanOptionalAction, default=on_gpu, help="caches whose "
-        "storage never moves, which transformers compiles on a GPU (default: on a GPU)")  # fmt: skip
+        "storage never moves, for compiled steps (default: on a GPU)")  # fmt: skip
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if on_gpu else "cpu")
     o = parser.parse_args(argv)

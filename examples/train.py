@@ -78,7 +78,9 @@ class GPT(nn.Module):
 def read(paths: list[str], length: int) -> tuple[Tensor, Tensor]:
     """Bytes to train on, and the last tenth, to validate on; of files, or all files in folders."""
     if paths:
-        files = [x for path in map(Path, paths) for x in ([path], sorted(path.rglob("*")))[path.is_dir()]]
+        files = [
+            x for path in map(Path, paths) for x in ([path], sorted(path.rglob("*")))[path.is_dir()]
+        ]
         text = b"".join(x.read_bytes() for x in files if not x.is_dir())
         data = torch.frombuffer(bytearray(text or b" "), dtype=torch.uint8)
     else:
@@ -226,7 +228,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not 0 < o.full_share < 1 or not 0 <= o.full_layers <= o.layers:
         parser.error("--full-share must lie between 0 and 1, --full-layers from 0 to --layers")
     if o.dim % o.heads or o.heads % o.kv_heads or o.dim // o.heads % 2 or o.length < BUCKETS:
-        parser.error(f"--heads must divide --dim into even parts, --kv-heads --heads; --length >= {BUCKETS}")
+        parser.error(
+            f"--heads must divide --dim into even parts, --kv-heads --heads; --length >= {BUCKETS}"
+        )
     return o
 
 

@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> tuple[Report, dict[str, float]]:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     o = parser.parse_args(argv)
     if not o.checkpoint.is_file():
-        parser.error(f"there is no {o.checkpoint}; train.py --attention full --out {o.checkpoint} makes it")
+        parser.error(
+            f"there is no {o.checkpoint}; train.py --attention full --out {o.checkpoint} makes it"
+        )
     check_writable(plot=o.plot)
     model, unseen = load(o, parser)
 
@@ -74,7 +76,9 @@ def main(argv: list[str] | None = None) -> tuple[Report, dict[str, float]]:
         model(tokens)
     report = tune(calls, o.block_sizes, o.topks, timed=not o.no_times, show_progress=True)
     best = report.recommend(mass=o.mass)
-    print(f"{len(report.layers)} layers, {report.inputs}, {report.device}\n\n{report.table(best)}\n")
+    print(
+        f"{len(report.layers)} layers, {report.inputs}, {report.device}\n\n{report.table(best)}\n"
+    )
     if o.plot:
         from flexmoba.plot import plot_report
 
