@@ -162,11 +162,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=" ".join(VARIANTS))  # fmt: skip
     add("--lengths", type=positive, nargs="+", default=[64, 128, 256], metavar="L",
         help="contexts to ask in (64 128 256)")  # fmt: skip
-    sizes = {"train-length": 64, "block-size": 8, "topk": 3, "layers": 2, "dim": 64, "heads": 2}
+    sizes = {"train-length": 64, "block-size": 8, "topk": 3, "layers": 2, "dim": 64, "heads": 1}
     sizes |= {"steps": 400, "batch": 16, "tests": 128, "depths": 5}
     for name, size in sizes.items():
         add(f"--{name}", type=positive, default=size, help=f"default {size}")
-    add("--lr", type=float, default=2e-3, help="highest learning rate (%(default)s)")
+    add("--lr", type=float, default=4e-3, help="highest learning rate (%(default)s)")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     o = parser.parse_args(argv)
