@@ -1,0 +1,184 @@
+"""Needle retrieval: what does a sparse gate still find, how deep, in how long a context?
+
+A needle is a key token and a value token after it, somewhere in a haystack of filler tokens. The
+last token asks for a key, and the model must answer with the value. Needles of other keys lie about
+as well, so it has to look for the right one: attention must find one token among many by content.
+
+Three small models learn the task, each from the same numbers:
+
+  full            full attention
+  moba            every query attends to topk blocks; the gate must pick the needle's block by its
+                  mean key (arXiv 2502.13189, Sec. 2.2)
+  moba+conv       the same with a short convolution on the keys (arXiv 2511.11571), which writes a
+                  needle's key into the token that holds its value, and lifts its block's mean
+
+Then each is asked at every depth and length: 0 % is the beginning of the context, the farthest from
+the question. Taking any of the values that lie about is right once in 8.
+
+toy size, a minute on a CPU:
+  python examples/needle.py
+
+full size, one GPU, trained on contexts of 8K and tested up to 64K:
+  python examples/needle.py --lengths 8192 16384 32768 65536 --train-length 8192 \\
+      --block-size 128 --topk 8 --dim 256 --heads 4 --layers 4 --steps 4000 --batch 8
+"""
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexmoba.console import positive, progress, table
+from flexmoba.nn import MobaAttention
+
+KINDS = 16  # of keys, and of values
+NEEDLES = 8  # in a context
+FILLERS = 16
+# Tokens: keys from 0 on, then values, questions for each key, and fillers.
+VALUE, ASK, FILLER = KINDS, 2 * KINDS, 3 * KINDS
+VARIANTS = {"full": (False, None), "moba": (True, None), "moba+conv": (True, 3)}
+
+
+class Model(nn.Module):
+    """Logits ``(B, L, KINDS)`` of the values, from tokens ``(B, L)``."""
+
+    def __init__(self, o: argparse.Namespace, topk: int | None, key_conv: int | None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(FILLER + FILLERS, o.dim)
+        options = {"block_size": o.block_size, "topk": topk, "key_conv": key_conv}
+        self.attention = nn.ModuleList(
+            MobaAttention(o.dim, o.heads, rope_base=10000.0, **options) for _ in range(o.layers)
+        )
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(o.dim, 2 * o.dim), nn.GELU(), nn.Linear(2 * o.dim, o.dim))
+            for _ in range(o.layers)
+        )
+        self.norms = nn.ModuleList(nn.RMSNorm(o.dim) for _ in range(2 * o.layers + 1))
+        self.head = nn.Linear(o.dim, KINDS, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, norms = self.embed(tokens), iter(self.norms)
+        for attention, mlp in zip(self.attention, self.mlps, strict=True):
+            x = x + attention(next(norms)(x))
+            x = x + mlp(next(norms)(x))
+        return self.head(next(norms)(x))
+
+
+def contexts(
+    batch: int, length: int, questions: int, generator: torch.Generator, depth: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Tokens ``(batch, length)`` whose last ones ask, and the answers ``(batch, questions)``.
+
+    The needle of the first question lies at ``depth`` if given, the others anywhere.
+    """
+
+    def some() -> Tensor:
+        """Different ones of all kinds, ``(batch, NEEDLES)``."""
+        return torch.rand(batch, KINDS, generator=generator).argsort(1)[:, :NEEDLES]
+
+    body = length - questions
+    tokens = FILLER + torch.randint(FILLERS, (batch, length), generator=generator)
+    keys, values = some(), some()
+    # One needle in each of as many stretches of two tokens, so that none overlap.
+    places = torch.rand(batch, body // 2, generator=generator)
+    if depth is not None:
+        places[:, round(depth * (body // 2 - 1))] = 2.0
+    places = 2 * places.argsort(1, descending=True)[:, :NEEDLES]
+    tokens.scatter_(1, places, keys)
+    tokens.scatter_(1, places + 1, VALUE + values)
+    tokens[:, body:] = ASK + keys[:, :questions]
+    return tokens, values[:, :questions]
+
+
+def autocast(device: str) -> torch.autocast:
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda"))
+
+
+def train(model: Model, name: str, o: argparse.Namespace) -> float:
+    """Learns from all questions of fresh contexts; the last loss."""
+    generator = torch.Generator().manual_seed(o.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=0.01)
+    run = torch.compile(model) if o.device.startswith("cuda") else model
+    for step in progress(range(o.steps), name):
+        for group in optimizer.param_groups:
+            group["lr"] = o.lr * min(1, (step + 1) / 50) * (1 - step / o.steps)
+        tokens, answers = contexts(o.batch, o.train_length, NEEDLES, generator)
+        with autocast(o.device):
+            logits = run(tokens.to(o.device))[:, -NEEDLES:]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), answers.flatten().to(o.device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def accuracy(model: Model, length: int, depth: float, o: argparse.Namespace) -> float:
+    """Share of --tests contexts, each of one question, that are answered right."""
+    generator = torch.Generator().manual_seed(o.seed + 1)
+    right = 0
+    for first in range(0, o.tests, o.batch):
+        batch = min(o.batch, o.tests - first)
+        tokens, answers = contexts(batch, length, 1, generator, depth)
+        with autocast(o.device):
+            logits = model(tokens.to(o.device))[:, -1]
+        right += (logits.argmax(-1).cpu() == answers[:, 0]).sum().item()
+    return right / o.tests
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[int, list[float]]]:
+    o = parse(argv)
+    depths = [i / (o.depths - 1) for i in range(o.depths)]
+    found: dict[str, dict[int, list[float]]] = {}
+    for name in o.variants:
+        sparse, key_conv = VARIANTS[name]
+        torch.manual_seed(o.seed)  # the same weights in each
+        model = Model(o, o.topk if sparse else None, key_conv).to(o.device)
+        began = time.perf_counter()
+        loss = train(model, name, o)
+        model.eval()
+        seconds = time.perf_counter() - began
+        print(f"\n{name}: {model.attention[0].moba}, {seconds:.0f} s, loss {loss:.3f}\n")
+        found[name] = {x: [accuracy(model, x, depth, o) for depth in depths] for x in o.lengths}
+        heads = ["context", "blocks", *(f"{depth:.0%} deep" for depth in depths), "mean"]
+        rows = []
+        for length, right in found[name].items():
+            cells = [*right, sum(right) / len(right)]
+            blocks = -(-length // o.block_size)
+            rows.append([f"{length:,}", f"{blocks:,}", *(f"{x:.0%}" for x in cells)])
+        print(table(heads, rows))
+    print(f"\nRight answers of {o.tests}; taking any value that lies about gives {1 / NEEDLES:.0%}")
+    return found
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
+        help=" ".join(VARIANTS))  # fmt: skip
+    add("--lengths", type=positive, nargs="+", default=[64, 128, 256], metavar="L",
+        help="contexts to ask in (64 128 256)")  # fmt: skip
+    sizes = {"train-length": 64, "block-size": 8, "topk": 3, "layers": 2, "dim": 64, "heads": 1}
+    sizes |= {"steps": 400, "batch": 16, "tests": 128, "depths": 5}
+    for name, size in sizes.items():
+        add(f"--{name}", type=positive, default=size, help=f"default {size}")
+    add("--lr", type=float, default=4e-3, help="highest learning rate (%(default)s)")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    o = parser.parse_args(argv)
+    least = 3 * NEEDLES  # two tokens for each needle, and one to ask
+    if min(*o.lengths, o.train_length) < least:
+        parser.error(f"a context needs at least {least} tokens for {NEEDLES} needles")
+    if o.depths < 2:
+        parser.error("--depths must be at least 2: the beginning and the end")
+    if o.dim % o.heads or o.dim // o.heads % 2:
+        parser.error(f"--heads must divide --dim {o.dim} into parts of even size")
+    return o
+
+
+if __name__ == "__main__":
+    main()

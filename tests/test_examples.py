@@ -1,0 +1,206 @@
+"""The examples, at toy size: what they say they show is what happens."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import assert_bitwise_equal
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+HUGGING_FACE = ("finetune_transformers", "generate")
+
+TINY = ["--layers", "2", "--dim", "32", "--heads", "2", "--kv-heads", "1", "--batch", "4"]
+TINY += ["--length", "64", "--block-size", "8", "--topk", "3", "--windows", "4", "--device", "cpu"]
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """An example's module, found as when it runs as a script."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def load(name):
+        if name in HUGGING_FACE:
+            pytest.importorskip("transformers")
+        return __import__(name)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Stretches of 512 bytes, each of two letters out of 16: the context tells which two."""
+    generator = torch.Generator().manual_seed(0)
+    letters = torch.rand(80, 16, generator=generator).argsort(1)[:, :2]
+    which = torch.randint(2, (80, 512), generator=generator)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(bytes((97 + letters.gather(1, which)).flatten().tolist()))
+    return str(path)
+
+
+def fails(main, arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code not in (0, None)
+    return capsys.readouterr().err + str(error.value.code)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_teaches(example, name, capsys):
+    with pytest.raises(SystemExit) as error:
+        example(name).main(["--help"])
+    assert error.value.code == 0
+    text = capsys.readouterr().out
+    for size in ("toy size", "full size"):
+        assert re.search(rf"{size}, [^:]*:\n +python examples/", text), size
+    # Every option that a command of the help uses is one of its options.
+    usage, _, rest = text.partition("\n\n")
+    for command in re.findall(rf"python examples/{name}\.py((?:.*\\\n)*.*)", rest):
+        assert set(re.findall(r"--[a-z-]+", command)) <= set(re.findall(r"--[a-z-]+", usage))
+
+
+# ---- train.py -----------------------------------------------------------------------------------
+
+
+def test_training_resumes_bitwise_and_switches(example, text, tmp_path, capsys):
+    main = example("train").main
+    whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
+    common = ["--text", text, "--steps", "10", "--every", "5", "--full-share", "0.3", *TINY]
+    expected = main([*common, "--out", str(whole)])
+    assert "step 7: FlexMoba(block_size=8, topk=None) from here on" in capsys.readouterr().out
+    half = main([*common, "--out", str(parts), "--until", "5"])
+    assert [block.attention.moba.topk for block in half.blocks] == [3, 3]
+    resumed = main(["--resume", str(parts), "--device", "cpu"])
+    assert [block.attention.moba.topk for block in resumed.blocks] == [None, None]
+    for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
+        assert_bitwise_equal(a, b)
+    state = torch.load(parts, weights_only=True)
+    assert state["schedule"] == {"count": 10}
+
+
+def test_last_layers_stay_full(example, text, capsys):
+    main = example("train").main
+    model = main(
+        ["--text", text, "--steps", "2", "--attention", "moba", "--full-layers", "1", *TINY]
+    )
+    assert [block.attention.moba.topk for block in model.blocks] == [3, None]
+    rows = loss_rows(capsys.readouterr().out)
+    assert all(moba == full for moba, full in rows[:3])  # up to 24, three blocks of 8 are all
+    assert any(moba != full for moba, full in rows[3:])
+
+
+def loss_rows(printed):
+    """Losses of the report by position: as trained, with full attention."""
+    rows = re.findall(r"\| +\S+ to \S+(?: \(trailing\))? \| +(\S+) \| +(\S+) \|", printed)
+    assert len(rows) == 8
+    return [(float(moba), float(full)) for moba, full in rows]
+
+
+def test_moba_learns_from_its_context(example, text, capsys):
+    sizes = ["--layers", "1", "--block-size", "16", "--topk", "2"]
+    arguments = ["--text", text, "--steps", "40", "--attention", "moba", "--lr", "2e-2"]
+    example("train").main([*arguments, *TINY, *sizes])
+    moba = [row[0] for row in loss_rows(capsys.readouterr().out)]
+    # Letters alone are worth log(16) = 2.77; the one before is one of two, which leaves 2.05. All
+    # that there is to know is which two: log(2) = 0.69.
+    assert max(moba[2:]) < 1.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--text", "nowhere"], "there is no nowhere"),
+        (["--resume", "nowhere.pt"], "there is no nowhere.pt"),
+        (["--out", "nowhere/gpt.pt"], "there is no folder nowhere"),
+        (["--full-share", "1"], "--full-share must lie between 0 and 1"),
+        (["--full-layers", "3"], "--full-layers from 0 to --layers"),
+        (["--heads", "5"], "--heads must divide --dim"),
+        (["--text", __file__, "--length", "10000"], "--length 10000 needs 100,020"),
+    ],
+)
+def test_training_says_what_is_wrong(example, arguments, text, capsys):
+    assert text in fails(example("train").main, arguments, capsys)
+
+
+# ---- tune.py ------------------------------------------------------------------------------------
+
+
+def test_tuning_applies_what_it_recommends(example, text, tmp_path, capsys):
+    checkpoint, picture = str(tmp_path / "gpt.pt"), tmp_path / "tune.png"
+    full = ["--attention", "full", "--steps", "2", "--out", checkpoint]
+    example("train").main(["--text", text, *full, *TINY])
+    grid = ["--block-sizes", "8", "16", "--topks", "1", "3", "--mass", "0.5", "--no-times"]
+    report, losses = example("tune").main(
+        [checkpoint, *grid, "--windows", "4", "--device", "cpu", "--plot", str(picture)]
+    )
+    best = report.recommend(mass=0.5)
+    printed = capsys.readouterr().out
+    assert f"now FlexMoba(block_size={best.block_size}, topk={best.topk})" in printed
+    assert " <- |" in printed
+    assert picture.stat().st_size > 10_000
+    full, recommended, fewest = losses.values()
+    assert len({full, recommended, fewest}) == 3  # each attended to something else
+    assert (best.block_size, best.topk) != (8, 1)
+
+
+def test_tuning_needs_a_checkpoint(example, capsys):
+    main = example("tune").main
+    assert "train.py --attention full --out nowhere.pt makes it" in fails(
+        main, ["nowhere.pt"], capsys
+    )
+    assert "is no checkpoint of train.py" in fails(main, [__file__], capsys)
+
+
+# ---- finetune_transformers.py -------------------------------------------------------------------
+
+SHORT = ["--length", "64", "--windows", "4", "--batch", "4", "--device", "cpu"]
+
+
+def test_conversion_loses_what_fine_tuning_brings_back(example, text, tmp_path):
+    main = example("finetune_transformers").main
+    steps = ["--pretrain-steps", "30", "--steps", "20"]
+    found = main(["--text", text, "--block-size", "16", "--topk", "1", *steps, *SHORT,
+                  "--save", str(tmp_path)])  # fmt: skip
+    assert found["converted"] != found["dense"]
+    assert found["finetuned"] < found["converted"]
+    assert found["loaded"] == found["finetuned"] != found["finetuned, dense"]
+    # What was saved is a model like any other, and all of its blocks are full attention.
+    again = main(["--model", str(tmp_path), "--text", text, "--topk", "4", "--steps", "1", *SHORT])
+    assert again["dense"] == pytest.approx(found["finetuned, dense"], rel=1e-5)
+    assert again["converted"] == pytest.approx(again["dense"], rel=1e-5)
+
+
+# ---- generate.py --------------------------------------------------------------------------------
+
+GENERATE = ["--new-tokens", "8", "--block-size", "16", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("static", ["--static", "--no-static"])
+def test_the_sparse_cache_changes_no_token(example, static, capsys):
+    main = example("generate").main
+    tokens = main(["--prompt-tokens", "200", "--topk", "2", static, *GENERATE])
+    assert torch.equal(tokens["MoBA"], tokens["MoBA, sparse"])
+    assert not torch.equal(tokens["dense"], tokens["MoBA"])
+    printed = capsys.readouterr().out
+    assert "both ways of MoBA chose the same 8 of 8 tokens" in printed
+    # 201 to 207 keys: those, and one block, the own one's first 9 to 15 keys and 12 means.
+    reads = re.findall(r"\| +([\d,]+) \|$", printed, re.M)
+    assert reads == ["204", str(204 + 16 + 12), str(12 + 16 + 12)]
+    tokens = main(["--prompt-tokens", "200", "--topk", "14", static, *GENERATE])
+    assert torch.equal(tokens["dense"], tokens["MoBA, sparse"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--model", "nowhere"], "there is no such folder; nothing is downloaded"),
+        (["--model", str(EXAMPLES)], "transformers cannot load it"),
+        (["--prompt", "nowhere.txt"], "there is no such file"),
+        (["--prompt", __file__, "--prompt-tokens", "99999"], "fewer than --prompt-tokens"),
+        (["--new-tokens", "1"], "--new-tokens must be at least 2"),
+    ],
+)
+def test_generation_says_what_is_wrong(example, arguments, text, capsys):
+    assert text in fails(example("generate").main, arguments, capsys)
