@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[int, list[float]]]:
             blocks = -(-length // o.block_size)
             rows.append([f"{length:,}", f"{blocks:,}", *(f"{x:.0%}" for x in cells)])
         print(table(heads, rows))
-    print(f"\nRight answers of {o.tests}; taking any value that lies about gives {1 / NEEDLES:.0%}")
+    print(f"\nRight answers of {o.tests}; taking any value that lies about gives {1 / NEEDLES:.1%}")
     return found
 
 

@@ -78,10 +78,8 @@ class GPT(nn.Module):
 def read(paths: list[str], length: int) -> tuple[Tensor, Tensor]:
     """Bytes to train on, and the last tenth, to validate on; of files, or all files in folders."""
     if paths:
-        files = [
-            x for path in map(Path, paths) for x in ([path], sorted(path.rglob("*")))[path.is_dir()]
-        ]
-        text = b"".join(x.read_bytes() for x in files if not x.is_dir())
+        files = [y for x in map(Path, paths) for y in (sorted(x.rglob("*")) if x.is_dir() else [x])]
+        text = b"".join(x.read_bytes() for x in files if x.is_file())
         data = torch.frombuffer(bytearray(text or b" "), dtype=torch.uint8)
     else:
         data = standard_library()
