@@ -12,7 +12,7 @@ It ends with the validation loss by position in the context, as the paper report
 model loses, it loses in the trailing tokens, which have most to attend to. Each loss is measured
 with the blocks selected and with full attention, as the parameters serve both.
 
-toy size, two minutes on a CPU:
+toy size, four minutes on a CPU:
   python examples/train.py --attention hybrid --out gpt.pt
 
 full size, one GPU (bfloat16, compiled):
