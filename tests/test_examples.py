@@ -236,3 +236,26 @@ def test_the_sparse_cache_changes_no_token(example, static, capsys):
 )
 def test_generation_says_what_is_wrong(example, arguments, text, capsys):
     assert text in fails(example("generate").main, arguments, capsys)
+
+
+# ---- On a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_compiled_training_learns_and_switches(example, text, capsys):
+    sizes = ["--dim", "128", "--length", "256", "--block-size", "32", "--device", "cuda"]
+    example("train").main(["--text", text, "--steps", "100", "--lr", "1e-2", *TINY, *sizes])
+    printed = capsys.readouterr().out
+    assert "step 90: FlexMoba(block_size=32, topk=None) from here on" in printed
+    assert max(full for _, full in loss_rows(printed)[2:]) < 1.8  # see the same on the CPU
+
+
+@pytest.mark.gpu
+def test_compiled_generation_chooses_the_same_tokens(example):
+    sizes = ["--prompt-tokens", "2000", "--topk", "3", "--block-size", "64", "--new-tokens", "16"]
+    tokens = example("generate").main([*sizes, "--static", "--device", "cuda"])
+    assert tokens["MoBA"][0] == tokens["MoBA, sparse"][0]  # both from the same prefill
+    same = tokens["MoBA"] == tokens["MoBA, sparse"]
+    assert (
+        same.float().mean() > 0.5
+    )  # in bfloat16 two logits may be as good, and what follows differs
