@@ -10,7 +10,7 @@ long each takes here. This runs it on a checkpoint of train.py:
   4. the validation loss, full, with the recommended blocks, and with the fewest measured, tells
      what captured mass is worth without any training.
 
-toy size, half a minute on a CPU, after the first command has trained a model in two minutes:
+toy size, half a minute on a CPU, after the first command has trained a model in four minutes:
   python examples/train.py --attention full --out gpt.pt
   python examples/tune.py gpt.pt --plot tune.png
 
