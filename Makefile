@@ -18,8 +18,9 @@ help: ## Show this list
 demo: $(VENV)/.plot ## Train a small model, check and time its attention, draw what it chose
 	$(BIN)/python -m flexmoba demo
 
+# By file, because each example uses the names of those before it in its file.
 test: $(VENV)/.dev ## Run the tests, examples in documents and docstrings included
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(VENV)/.dev ## Run the tests that `make test` leaves out because they take long
 	$(BIN)/python -m pytest -m slow
