@@ -68,7 +68,7 @@ def compare(rank: int, store: str, device: str, backend: str) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(minutes=5),  # compiling included
     )
     try:
         # Where values go through float64, a wrong result cannot hide in roundings.
