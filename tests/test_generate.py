@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 
 pytest.importorskip("transformers")
 
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 from flexmoba.integrations.transformers import FlexMobaCache, convert
 from tests.conftest import assert_bitwise_equal
@@ -153,6 +154,30 @@ def test_a_compiled_step_compiles_once():
             logits = compiled(ids[:, i : i + 1], past_key_values=cache).logits
             torch.testing.assert_close(logits[:, 0], expected[:, i])
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_generate_compiles_its_steps_once(device):
+    model = convert(model_of("llama", dtype=torch.float32), BLOCK, TOPK).to(device)
+    ids = tokens(2, LENGTH).to(device)
+    if device == "cpu":  # where generate compiles only if told to
+        options = {"compile_config": CompileConfig(backend="eager", mode=None, fullgraph=True)}
+        options["compile_config"]._compile_all_devices = True
+    else:
+        options = {}
+    cache = FlexMobaCache(max_cache_len=64)
+    torch.compiler.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for shift in range(2):  # blocks end elsewhere in the second prompt
+            prompt = ids[:, shift:]
+            new, logits = generate(model, prompt, past_key_values=cache, **options)
+            expected = generate(model, prompt, past_key_values=FlexMobaCache())
+            assert_bitwise_equal(new, expected[0])
+            torch.testing.assert_close(logits, expected[1], rtol=1e-3, atol=1e-3)
+            cache.reset()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 def test_what_a_cache_cannot_do_raises():
