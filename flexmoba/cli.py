@@ -1,6 +1,8 @@
 """The command line: ``flexmoba`` and ``python -m flexmoba``."""
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +13,11 @@ from flexmoba.console import UsageError
 from flexmoba.tune import command as tune
 
 EXIT_CODES = """exit codes:
-  0  done
-  1  done, and what was measured is not as it should be: a result differs from exact attention,
-     or (tune) nothing keeps to the budget
-  2  not done: wrong options, or something is missing; the message says what to do"""
+  0    done
+  1    done, and what was measured is not as it should be: a result differs from exact attention,
+       or (tune) nothing keeps to the budget
+  2    not done: wrong options, or something is missing; the message says what to do
+  130  interrupted by Ctrl-C; what bench has measured by then is printed"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,8 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_device(chosen.device)
         code: int = chosen.run(chosen)
+        sys.stdout.flush()  # while a closed pipe can still be told from an error
     except UsageError as error:
         parser.exit(2, f"flexmoba: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "flexmoba: interrupted\n")
+    except BrokenPipeError:  # the reader, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return code
 
 

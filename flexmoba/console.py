@@ -17,7 +17,10 @@ class UsageError(Exception):
 
 def positive(text: str) -> int:
     """The type of an option that is a count."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from error
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
@@ -49,18 +52,43 @@ def check_writable(**options: str | Path | None) -> None:
 
     Args:
         options: Files to write by the name of their option; ``"-"`` and None for none. What is
-            given for ``plot`` needs matplotlib.
+            given for ``plot`` needs matplotlib, and an ending that it knows.
     """
     for option, path in options.items():
         if path is None or path == "-":
             continue
-        folder = Path(path).parent
-        if not folder.is_dir():
-            raise UsageError(f"--{option} {path}: there is no folder {folder}; make it first")
-        if Path(path).is_dir():
-            raise UsageError(f"--{option} {path}: that is a folder; name a file in it")
-    if options.get("plot") is not None and importlib.util.find_spec("matplotlib") is None:
+        try:
+            _check_file(option, Path(path))
+        except OSError as error:
+            raise UsageError(
+                f"--{option} {path}: cannot be written ({error.strerror}); name another file"
+            ) from error
+
+
+def _check_file(option: str, file: Path) -> None:
+    if not file.parent.is_dir():
+        raise UsageError(f"--{option} {file}: there is no folder {file.parent}; make it first")
+    if file.is_dir():
+        raise UsageError(f"--{option} {file}: that is a folder; name a file in it")
+    if option == "plot":
+        _check_drawable(file)
+    is_new = not file.exists()
+    if is_new or file.is_file():  # the reader of a pipe would take this close for its end
+        file.open("a").close()
+    if is_new:
+        file.unlink()
+
+
+def _check_drawable(file: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib; pip install 'flexmoba[plot]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if file.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise UsageError(
+            f"--plot {file}: matplotlib has no format {file.suffix!r}; let it end in .png, .svg "
+            "or .pdf"
+        )
 
 
 def progress(items: Sequence[T], label: str) -> Iterator[T]:

@@ -12,6 +12,7 @@ Everything runs on this machine's best device; nothing is downloaded.
 
 import argparse
 import importlib.util
+import math
 import platform
 import sys
 import sysconfig
@@ -95,7 +96,7 @@ class ByteModel(nn.Module):
     def bits_per_byte(self, text: Tensor) -> Tensor:
         """The mean loss, in bits; 8 is chance."""
         logits = self(text[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()) / 0.6931
+        return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()) / math.log(2)
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -171,6 +172,7 @@ def check(qkv: list[Tensor]) -> dict[str, float]:
     expected = moba_reference(q.cpu(), k.cpu(), v.cpu(), BLOCK, TOPK).float()
     out: Any = flex_moba(q, k, v, BLOCK, TOPK)
     error = (out.float().cpu() - expected).abs().amax(-1)
+    error = error.nan_to_num(nan=torch.finfo(error.dtype).max)  # a NaN compares as no error
     roundings = 16 if q.dtype == torch.float32 else 2  # half precision is rounded once per part
     allowed = roundings * torch.finfo(q.dtype).eps * float(expected.abs().max())
     # Two scores may be equal but for rounding: then either block is right.
@@ -232,7 +234,6 @@ def draw(qkv: list[Tensor], folder: Path) -> list[str]:
 
     q, k, _ = (x[:, :, :4096] for x in qkv)
     selection = moba_select(q, k, BLOCK, TOPK)
-    folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {
         "selection.png": plot_heads(selection, BLOCK),
         "choices.png": plot_choices(selection, BLOCK).figure,
@@ -271,12 +272,22 @@ def run(arguments: argparse.Namespace) -> int:
     if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "tqdm")):
         raise UsageError("the demo needs matplotlib and tqdm; pip install 'flexmoba[plot]'")
     check_writable(json=arguments.json)
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise UsageError(f"--output {arguments.output}: that is a file; name a folder")
     # What is said on the way goes where it does not mix with JSON.
     out = sys.stderr if arguments.json == "-" else sys.stdout
     torch.manual_seed(arguments.seed)
     device, text = torch.device(arguments.device), standard_library()
+    if not 1024 <= arguments.max_length <= len(text):
+        raise UsageError(
+            f"--max-length {arguments.max_length}: must lie from 1024 to {len(text)}, the bytes of "
+            "the text"
+        )
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--output {arguments.output}: no such folder can be made ({error.strerror}); name "
+            "another"
+        ) from error
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else platform.machine()
     print(f"Device: {name}, torch {torch.__version__}", file=out)
@@ -294,8 +305,15 @@ def run(arguments: argparse.Namespace) -> int:
         "another, equally good block",
         file=out,
     )
+    report: dict[str, Any] = {
+        "device": name,
+        "torch": torch.__version__,
+        "bits_per_byte": bits,
+        "oracle": agreement,
+    }
     if not agreement["other_block"] < 1e-3:
         print("flex_moba disagrees with the oracle", file=sys.stderr)
+        write_json(report | {"captured": None, "times": [], "pictures": []}, arguments.json)
         return 1
     share = captured(qkv)
     print(
@@ -304,15 +322,7 @@ def run(arguments: argparse.Namespace) -> int:
         file=out,
     )
     times = time_lengths(qkv, arguments.max_length)
-    report: dict[str, Any] = {
-        "device": name,
-        "torch": torch.__version__,
-        "bits_per_byte": bits,
-        "oracle": agreement,
-        "captured": share,
-        "times": times,
-        "pictures": draw(qkv, arguments.output),
-    }
+    report |= {"captured": share, "times": times, "pictures": draw(qkv, arguments.output)}
     if write_json(report, arguments.json):
         print(f"\nMilliseconds, block {LONG_BLOCK}, topk {LONG_TOPK}, {qkv[0].dtype}\n")
         print(times_table(times))

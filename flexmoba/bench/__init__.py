@@ -51,32 +51,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints, or writes, the tables; 1 if a result was wrong."""
     check_writable(json=arguments.json, plot=arguments.plot)
-    earlier = arguments.show
-    if earlier and not earlier.is_file():
-        raise UsageError(f"--show {earlier}: there is no such file; --json writes one")
-    report = json.loads(earlier.read_text()) if earlier else _measure_all(arguments)
-    if write_json(report, arguments.json):
-        print(tables(report))
+    report = _earlier(arguments.show) if arguments.show else _heading(arguments)
+    try:
+        if not arguments.show:
+            _measure_all(report, arguments)
+    finally:  # an interruption or a failure loses nothing that was measured
+        if report["results"] and write_json(report, arguments.json):
+            print(tables(report))
     if arguments.plot:
         plot(report, arguments.plot)
     return int(any(result["error"] > result["allowed"] for result in report["results"]))
 
 
-def _measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    configs = [config for preset in arguments.preset for config in PRESETS[preset]]
+def _earlier(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UsageError(f"--show {file}: there is no such file; --json writes one")
+    try:
+        report: dict[str, Any] = json.loads(file.read_text())
+        tables(report)
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"--show {file}: that is no report; --json writes one") from error
+    return report
+
+
+def _heading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A report without results."""
+    device = torch.device(arguments.device)
     report: dict[str, Any] = {
         "command": f"flexmoba bench --preset {' '.join(arguments.preset)}",
         **describe(device),
         "dtype": arguments.dtype,
-        "matrix_tflops": matrix_rate(device, dtype),
-        "results": [],
+        "matrix_tflops": matrix_rate(device, getattr(torch, arguments.dtype)),
     }
-    heading = (f"{key}: {value}" for key, value in report.items() if key != "results")
-    print(*heading, sep="\n", file=sys.stderr)
+    print(*(f"{key}: {value}" for key, value in report.items()), sep="\n", file=sys.stderr)
+    return report | {"results": []}
+
+
+def _measure_all(report: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Fills in the results."""
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    configs = [config for preset in arguments.preset for config in PRESETS[preset]]
     for config in progress(configs, "bench"):
         measured = (measure_step if config.decode else measure)(config, device, dtype)
         report["results"].append(asdict(config) | measured)
-        if arguments.json not in (None, "-"):  # after every row, so that no result is lost
+        if arguments.json not in (None, "-"):  # after every row, in case this is killed
             write_json(report, arguments.json)
-    return report
