@@ -6,8 +6,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from flexmoba import __version__, bench, demo, info
 from flexmoba.console import UsageError
 from flexmoba.tune import command as tune
@@ -61,7 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     try:
-        _check_device(chosen.device)
         code: int = chosen.run(chosen)
         sys.stdout.flush()  # while a closed pipe can still be told from an error
     except UsageError as error:
@@ -72,19 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
-
-
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: no such kind of device; try cuda or cpu") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: commands measure on cuda and cpu alone; try cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: there is no CUDA device here; try --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()}; try cuda:0")
 
 
 def _add(commands: Any, module: Any, name: str, summary: str, example: str) -> None:

@@ -4,9 +4,12 @@ import argparse
 import importlib.util
 import json
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
@@ -24,6 +27,31 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``: that of CUDA if there is one."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--device", type=_device, default=default, help="cuda or cpu (default: %(default)s)"
+    )
+
+
+def _device(name: str) -> str:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{name}: no such kind of device; try cuda or cpu"
+        ) from error
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{name}: must be cuda or cpu; try cpu")
+    if device.type == "cuda" and not there:
+        raise argparse.ArgumentTypeError(f"{name}: there is no CUDA device here; try --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise argparse.ArgumentTypeError(f"{name}: there are {there}; try cuda:0")
+    return name
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -72,11 +100,10 @@ def _check_file(option: str, file: Path) -> None:
         raise UsageError(f"--{option} {file}: that is a folder; name a file in it")
     if option == "plot":
         _check_drawable(file)
-    is_new = not file.exists()
-    if is_new or file.is_file():  # the reader of a pipe would take this close for its end
+    if file.is_file():
         file.open("a").close()
-    if is_new:
-        file.unlink()
+    elif not file.exists():  # a pipe is left alone: its reader would take the close for its end
+        tempfile.TemporaryFile(dir=file.parent).close()
 
 
 def _check_drawable(file: Path) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from flexmoba import flex_moba, moba_reference, moba_select
 from flexmoba.console import (
     UsageError,
+    add_device,
     add_json,
     check_writable,
     positive,
@@ -249,7 +250,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=positive, default=60, help="how long to train (default: %(default)s)"
     )
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cuda or cpu")
+    add_device(parser)
     parser.add_argument(
         "--max-length",
         type=positive,

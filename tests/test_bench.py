@@ -175,4 +175,6 @@ def test_a_missing_device_is_named(command, monkeypatch, capsys):
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
-    assert "example: flexmoba bench" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "example: flexmoba bench" in text
+    assert set(bench.PRESETS) <= set(re.findall(r"^  (\w+)  +", text, re.M))

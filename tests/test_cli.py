@@ -61,7 +61,7 @@ def test_help_of_all_names_every_command_and_exit_code(capsys):
 )
 def test_an_unknown_device_is_named(command, device, text, capsys):
     error = fails([*command, "--device", device], capsys)
-    assert f"--device {device}: " in error
+    assert f"--device: {device}: " in error
     assert text in error
 
 

@@ -3,6 +3,16 @@
 Every configuration is first compared with float64 attention on sampled queries; one that disagrees
 is reported as wrong and not timed. Times are medians over repeated calls (CUDA events on a GPU),
 of the whole call, gate included; all of one run, on one device.
+
+Presets are
+  cpu          4K to 16K tokens, for a CPU
+  quick        8K and 32K tokens
+  flashmoba    8K to 128K tokens
+  paper        128K and 1M tokens, block 4096, topk 12
+  longest      1M and 10M tokens, forward
+  gates        gate="token", "group" and "tile" at 64K tokens
+  documents    64K tokens, packed of 1 to 1024 documents
+  decode       steps of one token at contexts of 32K to 1M
 """
 
 import argparse
@@ -18,7 +28,7 @@ from flexmoba.bench.calls import ROUNDINGS, describe, matrix_rate, measure
 from flexmoba.bench.configs import PRESETS, Config
 from flexmoba.bench.report import plot, tables
 from flexmoba.bench.steps import measure_step
-from flexmoba.console import UsageError, add_json, check_writable, progress, write_json
+from flexmoba.console import UsageError, add_device, add_json, check_writable, progress, write_json
 
 __all__ = ["PRESETS", "Config", "add_arguments", "run"]
 
@@ -31,13 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PRESETS,
         nargs="+",
         default=["quick" if on_gpu else "cpu"],
-        help="which configurations (default: %(default)s)",
+        metavar="NAME",
+        help=f"which configurations (default: {'quick' if on_gpu else 'cpu'})",
     )
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cuda or cpu")
+    add_device(parser)
     parser.add_argument(
         "--dtype",
         choices=[str(dtype).removeprefix("torch.") for dtype in ROUNDINGS],
         default="bfloat16" if on_gpu else "float32",
+        help="default: %(default)s",
     )
     add_json(parser)
     parser.add_argument(

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexmoba.console import UsageError, add_json, check_writable, positive, write_json
+from flexmoba.console import UsageError, add_device, add_json, check_writable, positive, write_json
 from flexmoba.example import synthetic
 from flexmoba.tune.calls import Call, capture
 from flexmoba.tune.measure import sampled, tune
@@ -34,7 +34,6 @@ from flexmoba.tune.report import Choice, Report
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``flexmoba tune``."""
-    on_gpu = torch.cuda.is_available()
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, metavar="FOLDER", help="needs --text")
     source.add_argument("--tensors", type=Path, metavar="FILE")
@@ -76,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backward", action="store_true", help="time the backward pass, too")
     parser.add_argument("--no-times", action="store_true", help="time nothing")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cuda or cpu")
+    add_device(parser)
     add_json(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (needs matplotlib)")
 
