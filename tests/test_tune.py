@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from flexmoba.nn import FlexMoba
+from flexmoba.nn import FlexMoba, MobaAttention
 from flexmoba.reference import reference_mask, reference_selection
 from flexmoba.tune import (
     Call,
@@ -257,15 +257,27 @@ def test_keeps_copies_and_gradients():
     assert not calls[0].q.requires_grad
 
 
+PADDED = torch.arange(50)[None] < 40
+
+
 @pytest.mark.parametrize(
     "model",
     [
         sdpa(),  # not causal
+        sdpa(attn_mask=PADDED),
+        sdpa(attn_mask=PADDED.expand(50, 50)),
+        sdpa(attn_mask=torch.zeros(50, 50).masked_fill(~PADDED, -math.inf)),
+        Attention(flex_attention),
+        Attention(compiled_flex),
+        Attention(FlexMoba(16, 2, is_causal=False)),
+        Attention(FlexMoba(16, 2, cu_seqlens=torch.tensor([0, 20, 50], dtype=torch.int32))),
+        Attention(FlexMoba(16, 2, key_padding_mask=PADDED)),
         Attention(
             lambda q, k, v: F.scaled_dot_product_attention(q[:, :, -1:], k, v, is_causal=True)
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_what_is_not_causal_self_attention_is_left_out(model):
     with (
         pytest.raises(ValueError, match=r"was seen \(1 other attention calls\).*sdpa"),
@@ -273,6 +285,24 @@ def test_what_is_not_causal_self_attention_is_left_out(model):
     ):
         model(torch.randn(1, 1, 50, 16))
     assert calls == []
+
+
+def test_a_chunk_for_a_cache_is_left_out():
+    layer = MobaAttention(32, 2, block_size=8, topk=2)
+    cache = layer.make_cache(1)
+    with torch.no_grad(), capture(layer) as calls:
+        layer(torch.randn(1, 50, 32))
+        layer(torch.randn(1, 40, 32), cache=cache)
+        layer(torch.randn(1, 10, 32), cache=cache)
+    assert [call.k.shape[2] for call in calls] == [50]
+
+
+@pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min])
+def test_a_mask_of_numbers_is_causal(low):
+    mask = torch.full((1, 1, 50, 50), low).triu(1)
+    with capture(sdpa(attn_mask=mask)) as calls:
+        sdpa(attn_mask=mask)(torch.randn(1, 1, 50, 16))
+    assert len(calls) == 1
 
 
 def test_an_error_in_the_model_is_its_own():
@@ -405,6 +435,12 @@ def test_the_table_marks_frontier_and_advice():
         ([(torch.zeros(1, 1, 64, 8),) * 2], {"topks": ()}, "select all of 64 keys"),
         ([(torch.zeros(1, 1, 64, 8),) * 2], {"block_sizes": (0, 8)}, "block_size"),
         ([(torch.zeros(1, 1, 64, 8), torch.zeros(1, 1, 64, 9))], {}, "q|k"),
+        ([(torch.zeros(1, 1, 64, 8),) * 2], {"queries": 0}, "queries must be at least 1, got 0"),
+        (
+            [(torch.full((1, 1, 64, 8), math.nan),) * 2],
+            {"block_sizes": (8,)},
+            "q or k of a call hold NaN or inf",
+        ),
     ],
 )
 def test_tune_refuses(calls, options, text):

@@ -40,6 +40,7 @@ def tune(
 
     Args:
         calls: What `capture` caught, or pairs of q ``(B, Hq, L, D)`` and k ``(B, Hkv, L, D)``.
+            Calls of one name are batches of one layer, and so are all pairs.
         block_sizes: Keys in a block, each at least 1.
         topks: Blocks that a query attends to, its own included. Of a block size, those are left
             out that select every block of the longest call: that is full attention.
@@ -89,6 +90,8 @@ def tune(
     for call in steps(samples, "captured mass"):
         q, k = call.q.to(device), call.k.to(device)
         quality = gate_quality(q, k, tuple(grid), topks, positions=call.positions, scale=call.scale)
+        if not all(x.mass.isfinite().all() for x in quality.values()):
+            raise ValueError(f"q or k of {call.name or 'a call'} hold NaN or inf; check the model")
         measured.setdefault(call.name, []).append(quality)
 
     timer = _Timer(longest, device, backward=backward) if timed else None
