@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexmoba.checks import check_block_size
 from flexmoba.tune.report import Choice, Cost, Report
 
 if TYPE_CHECKING:
@@ -34,11 +35,13 @@ def plot_selection(
 ) -> "Axes":
     """Draws which blocks each query of a head selected: queries downwards, blocks to the right.
 
-    Past blocks are blue, the own block is orange, and what lies after it grey. Where more queries
+    Past blocks are blue, the own block is orange, and what lies after it grey; without causality,
+    blocks on both sides are blue. Where more queries
     share a row than can be told apart, the colour is as strong as the share of them that selected.
 
     Args:
-        selection: Block indices, ``(B, Hq, Lq, topk)``, as `flexmoba.moba_select` gives them.
+        selection: Block indices, ``(B, Hq, Lq, topk)``, as `flexmoba.moba_select` gives them; of
+            packed documents, give those of one.
         block_size: Keys in a block.
         kv_len: Keys; as many as queries by default.
         batch: Which row of the batch.
@@ -63,7 +66,10 @@ def plot_selection(
     kv_len = q_len if kv_len is None else kv_len
     block = torch.arange(n_blocks)
     is_own = block == own[:, None]
-    kinds = torch.stack([chosen & ~is_own, chosen & is_own, block > own[:, None]])
+    later = block > own[:, None]
+    if (chosen & later).any():  # not causal, so that no block is out of reach
+        later = torch.zeros_like(later)
+    kinds = torch.stack([chosen & ~is_own, chosen & is_own, later])
     rows = min(q_len, MAX_ROWS)
     row = torch.arange(q_len) * rows // q_len
     share = torch.zeros(3, rows, n_blocks).index_add_(1, row, kinds.float())
@@ -314,14 +320,17 @@ def plot_block_mask(
 
 def _chosen(selection: Tensor, block_size: int, kv_len: int | None) -> tuple[Tensor, Tensor, int]:
     """Bools ``(B, Hq, Lq, blocks)``, each query's own block ``(Lq,)``, and how many blocks."""
+    check_block_size(block_size)
     q_len = selection.shape[2]
     kv_len = q_len if kv_len is None else kv_len
     n_blocks = -(-kv_len // block_size)
+    if selection.numel() == 0:
+        raise ValueError(f"selection is empty, {tuple(selection.shape)}; give one with queries")
     if kv_len < q_len or int(selection.max()) >= n_blocks:
         raise ValueError(
             f"selection holds {q_len} queries and blocks up to {int(selection.max())}, but "
             f"{kv_len} keys have {n_blocks} blocks of {block_size}; give the block_size and "
-            "kv_len that it was made with"
+            "kv_len that it was made with, or one of several packed documents"
         )
     index = selection.cpu().long()
     chosen = torch.zeros(*index.shape[:3], n_blocks + 1, dtype=torch.bool)

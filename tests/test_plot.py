@@ -67,6 +67,15 @@ def test_queries_that_share_a_row_share_its_colour(monkeypatch):
         assert colour(drawn[0, block], expected.tolist()), block
 
 
+def test_without_causality_no_block_is_out_of_reach():
+    drawn = image(plot_selection(torch.tensor([[[[0, 2], [2, 1], [1, -1]]]]), 1))
+    for query, row in enumerate(
+        [(ORANGE, WHITE, BLUE), (WHITE, ORANGE, BLUE), (WHITE, BLUE, WHITE)]
+    ):
+        for block, kind in enumerate(row):
+            assert colour(drawn[query, block], kind), (query, block)
+
+
 def test_one_head_of_one_row_is_drawn():
     q, k = torch.randn(2, 2, 3, 64, 8)
     selection = moba_select(q, k, 8, 3)
@@ -119,6 +128,15 @@ def test_a_selection_of_other_sizes_is_refused(plot):
         plot(SELECTION, 2)
     with pytest.raises(ValueError, match="5 keys"):
         plot(SELECTION, 1, kv_len=5)
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        plot(SELECTION, 0)
+    with pytest.raises(ValueError, match=r"selection is empty, \(1, 1, 0, 2\)"):
+        plot(SELECTION[:, :, :0], 2)
+    documents = moba_select(
+        *torch.randn(2, 1, 1, 30, 8), 8, 2, cu_seqlens=torch.tensor([0, 10, 30])
+    )
+    with pytest.raises(ValueError, match="one of several packed documents"):
+        plot(documents, 8)
 
 
 def test_block_mask_tile_by_tile(tmp_path):
