@@ -71,7 +71,11 @@ def write_json(report: dict[str, Any], to: str | None) -> bool:
     if to == "-":
         print(text)
     elif to is not None:
-        Path(to).write_text(text + "\n")
+        try:
+            Path(to).write_text(text + "\n")
+        except OSError as error:  # what was measured is worth more than a tidy terminal
+            print(text)
+            raise UsageError(f"--json {to}: not written ({error.strerror}); see above") from error
     return to != "-"
 
 

@@ -87,6 +87,16 @@ def test_a_picture_of_an_unknown_format_is_known_at_once(capsys):
     assert "let it end in .png, .svg or .pdf" in fails([*EXAMPLE, "--plot", "x"], capsys)
 
 
+def test_what_cannot_be_written_after_all_is_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(info, "check_writable", lambda **_: None)
+    with pytest.raises(SystemExit) as error:
+        main(["info", "--device", "cpu", "--json", str(tmp_path)])
+    assert error.value.code == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["auto"] == "portable"
+    assert "not written (Is a directory); see above" in printed.err
+
+
 def test_a_key_that_interrupts_leaves_no_traceback(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
