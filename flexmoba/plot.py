@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, FUTURE = "#0072B2", "#E69F00", "#E6E6E6"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP*"
+MAX_NAMES = 40  # of layers beside a picture
 MAX_ROWS = 1024  # of a picture; more queries than that share rows
 
 
@@ -192,7 +193,7 @@ def plot_mass(report: Report, choice: Choice, *, axes: "Axes | None" = None) -> 
                 colour = "black" if value > 0.5 else "white"
                 text = f"{value:.0%}"
                 axes.text(head, layer, text, ha="center", va="center", color=colour, fontsize=8)
-    if len(report.layers) <= 40:
+    if len(report.layers) <= MAX_NAMES:
         axes.set_yticks(range(len(report.layers)), [_short(name) for name in report.layers])
     _whole_numbers(axes)
     axes.set(title=f"block {choice.block_size}, topk {choice.topk}", xlabel="head", ylabel="layer")
@@ -265,7 +266,8 @@ def plot_report(report: Report, recommended: Choice | None = None) -> "Figure":
             middle if None.
     """
     timed = report.timed
-    figure = _figure((5.4 * (2 + timed), 4.6))
+    named = len(report.layers) if len(report.layers) <= MAX_NAMES else 0
+    figure = _figure((5.4 * (2 + timed), max(4.6, 1.6 + 0.18 * named)))  # room for their names
     panels = figure.subplots(1, 2 + timed, squeeze=False)[0]
     plot_frontier(report, recommended=recommended, axes=panels[0])
     if timed:

@@ -1,5 +1,6 @@
 """Pictures: that what is drawn is what was selected, counted cell by cell."""
 
+import itertools
 import sys
 
 import pytest
@@ -16,7 +17,7 @@ from flexmoba.plot import (
     plot_report,
     plot_selection,
 )
-from flexmoba.tune import tune
+from flexmoba.tune import Call, tune
 
 pytest.importorskip("matplotlib")
 from matplotlib.colors import to_rgb
@@ -197,6 +198,17 @@ def test_a_report_is_drawn_whole(report, timed, tmp_path):
     assert len(figure.axes) == 2 + 1 + timed  # one is the colour bar
     saved(figure, tmp_path)
     saved(plot_report(report), tmp_path)
+
+
+def test_names_of_many_layers_do_not_overlap(tmp_path):
+    q, k, at = torch.randn(1, 2, 8, 8), torch.randn(1, 2, 64, 8), torch.arange(0, 64, 8)
+    layers = [Call(f"model.layers.{i}.self_attn", q, k, at, 1.0) for i in range(32)]
+    figure = plot_report(tune(layers, (16,), (2,), timed=False))
+    saved(figure, tmp_path)
+    names = [x.get_window_extent() for x in figure.axes[1].get_yticklabels()]
+    assert len(names) == 32
+    for upper, lower in itertools.pairwise(names):
+        assert lower.y1 < upper.y0
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):
