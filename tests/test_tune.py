@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from flexmoba import flex_moba
 from flexmoba.nn import FlexMoba, MobaAttention
 from flexmoba.reference import reference_mask, reference_selection
 from flexmoba.tune import (
@@ -362,6 +363,24 @@ def test_layers_are_told_apart_and_batches_of_one_averaged():
         pytest.approx(b.tolist()),
     ]
     assert report.dense_forward_ms is None
+
+
+def test_a_choice_that_fails_costs_no_other_result(monkeypatch):
+    def fails(q, k, v, block_size, topk):
+        if (block_size, topk) in without:
+            raise torch.OutOfMemoryError("no memory\nand more lines")
+        return flex_moba(q, k, v, block_size, topk)
+
+    monkeypatch.setattr("flexmoba.tune.measure.flex_moba", fails)
+    calls, without = [tuple(torch.randn(2, 1, 2, 64, 8))], [(16, 2)]
+    with pytest.warns(
+        UserWarning, match="block_size=16, topk=2 was left out, it failed: no memory$"
+    ):
+        report = tune(calls, (8, 16), (2, 3))
+    assert [(x.block_size, x.topk) for x in report.choices] == [(8, 2), (8, 3), (16, 3)]
+    without = [(8, 2), (8, 3)]
+    with pytest.warns(match="left out"), pytest.raises(torch.OutOfMemoryError):
+        tune(calls, (8,), (2, 3))
 
 
 def test_dense_attention_that_fails_costs_no_other_result(monkeypatch):

@@ -51,9 +51,11 @@ def tune(
         show_progress: Whether to draw a bar, if tqdm is there.
 
     Returns:
-        A `Report`.
+        A `Report`. What fails while it is timed, for want of memory, say, is left out of it with a
+        warning.
 
     Raises:
+        RuntimeError: Every choice failed.
         TypeError: An argument is of the wrong type.
         ValueError: There is nothing to measure, or shapes, dtypes or sizes do not fit.
 
@@ -100,10 +102,12 @@ def tune(
         try:
             dense = timer(_dense)
         except RuntimeError as error:  # memory, mostly, which costs no other result
-            reason = str(error).splitlines()[0]
-            warnings.warn(f"dense attention was not timed, it failed: {reason}", stacklevel=2)
-    choices = []
-    for block_size, topk in steps([(x, topk) for x in grid for topk in grid[x]], "times"):
+            warnings.warn(
+                f"dense attention was not timed, it failed: {_first_line(error)}", stacklevel=2
+            )
+    choices: list[Choice] = []
+    pairs = [(size, topk) for size in grid for topk in grid[size]]
+    for block_size, topk in steps(pairs, "times"):
         row = topks.index(topk)
         layers = [[x[block_size] for x in several] for several in measured.values()]
         of_all = [x for several in layers for x in several]
@@ -111,7 +115,14 @@ def tune(
         def moba(q: Tensor, k: Tensor, v: Tensor, size: int = block_size, topk: int = topk) -> Any:
             return flex_moba(q, k, v, size, topk)
 
-        forward_ms, both_ms = timer(moba) if timer else (None, None)
+        try:
+            forward_ms, both_ms = timer(moba) if timer else (None, None)
+        except RuntimeError as error:
+            what = f"block_size={block_size}, topk={topk} was left out, it failed"
+            warnings.warn(f"{what}: {_first_line(error)}", stacklevel=2)
+            if (block_size, topk) == pairs[-1] and not choices:
+                raise
+            continue
         choices.append(
             Choice(
                 block_size=block_size,
@@ -148,6 +159,10 @@ def sampled(q: Tensor, k: Tensor, queries: int, name: str = "") -> Call:
     index = sample_positions(q.shape[2], queries)
     sample = q[:, :, index.to(q.device)]
     return Call(name, sample, k, index + k.shape[2] - q.shape[2], q.shape[-1] ** -0.5)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _inputs(call: Call) -> str:
