@@ -460,6 +460,11 @@ def test_the_table_marks_frontier_and_advice():
             {"block_sizes": (8,)},
             "q or k of a call hold NaN or inf",
         ),
+        (
+            [(torch.zeros(1, 1, 64, 8),) * 2, (torch.zeros(1, 2, 64, 8),) * 2],
+            {"block_sizes": (8,)},
+            "as many query heads, got 1 and 2 of ''",
+        ),
     ],
 )
 def test_tune_refuses(calls, options, text):

@@ -89,11 +89,18 @@ def tune(
 
     topks = sorted({topk for kept in grid.values() for topk in kept})
     measured: dict[str, list[dict[int, Quality]]] = {}
+    heads: dict[str, int] = {}
     for call in steps(samples, "captured mass"):
         q, k = call.q.to(device), call.k.to(device)
         quality = gate_quality(q, k, tuple(grid), topks, positions=call.positions, scale=call.scale)
         if not all(x.mass.isfinite().all() for x in quality.values()):
             raise ValueError(f"q or k of {call.name or 'a call'} hold NaN or inf; check the model")
+        heads.setdefault(call.name, call.q.shape[1])
+        if call.q.shape[1] != heads[call.name]:
+            raise ValueError(
+                f"calls of one layer must have as many query heads, got {heads[call.name]} and "
+                f"{call.q.shape[1]} of {call.name!r}; give each layer a name, as a `Call` has"
+            )
         measured.setdefault(call.name, []).append(quality)
 
     timer = _Timer(longest, device, backward=backward) if timed else None
