@@ -81,6 +81,8 @@ class GPT(nn.Module):
 
 def read(paths: list[str], length: int) -> tuple[Tensor, Tensor]:
     """Bytes to train on, and the last tenth, to validate on; of files, or all files in folders."""
+    if missing := [x for x in paths if not Path(x).exists()]:
+        sys.exit(f"--text: there is no {', '.join(missing)}")
     files = [y for x in map(Path, paths) for y in (sorted(x.rglob("*")) if x.is_dir() else [x])]
     files = [x for x in files if x.is_file() and x.stat().st_size]
     if len(files) == 1:  # mapped, so that only what is drawn is ever read
@@ -252,8 +254,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--resume", metavar="FILE", help="go on from a checkpoint; of other options, only "
         "--until, --accumulate and --device count")  # fmt: skip
     o = parser.parse_args(argv)
-    if missing := [x for x in [*o.text, *filter(None, [o.resume])] if not Path(x).exists()]:
-        parser.error(f"there is no {', '.join(missing)}")
+    if o.resume and not Path(o.resume).is_file():
+        parser.error(f"--resume: there is no {o.resume}")
     try:
         check_writable(out=o.out)
     except UsageError as error:

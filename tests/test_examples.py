@@ -216,6 +216,19 @@ def test_tuning_needs_a_checkpoint(example, capsys):
     assert "is no checkpoint of train.py" in fails(main, [__file__], capsys)
 
 
+def test_text_that_has_gone_is_named(example, text, tmp_path, capsys):
+    checkpoint, moved = str(tmp_path / "gpt.pt"), tmp_path / "moved.txt"
+    moved.write_bytes(Path(text).read_bytes())
+    full = ["--attention", "full", "--steps", "1", "--out", checkpoint]
+    example("train").main(["--text", str(moved), *full, *TINY])
+    moved.unlink()
+    for name, arguments in (("tune", [checkpoint]), ("train", ["--resume", checkpoint])):
+        main = example(name).main
+        assert f"--text: there is no {moved}" in fails(
+            main, [*arguments, "--device", "cpu"], capsys
+        )
+
+
 # ---- needle.py ----------------------------------------------------------------------------------
 
 
