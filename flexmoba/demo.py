@@ -35,7 +35,8 @@ from flexmoba.console import (
     table,
     write_json,
 )
-from flexmoba.nn import FlexMoba
+from flexmoba.hybrid import set_attention
+from flexmoba.nn import FlexMoba, MobaAttention
 from flexmoba.timing import median_ms
 from flexmoba.tune import gate_quality, sample_positions
 
@@ -49,27 +50,20 @@ class Layer(nn.Module):
     """Attention and a feed-forward part, each on normalized inputs and added to them."""
 
     def __init__(self) -> None:
-        """Makes the projections."""
+        """Makes the parts."""
         super().__init__()
         width = HEADS * HEAD_DIM
         self.norms = nn.ModuleList([nn.RMSNorm(width), nn.RMSNorm(width)])
-        self.to_qkv = nn.Linear(width, (HEADS + 2 * KV_HEADS) * HEAD_DIM, bias=False)
-        self.attend = FlexMoba(BLOCK, TOPK)
-        self.to_out = nn.Linear(width, width, bias=False)
+        self.attention = MobaAttention(
+            width, HEADS, KV_HEADS, block_size=BLOCK, topk=TOPK, rope_base=10000.0
+        )
         self.feed_forward = nn.Sequential(
             nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def qkv(self, x: Tensor) -> list[Tensor]:
-        """Queries (B, HEADS, L, HEAD_DIM), keys and values (B, KV_HEADS, L, HEAD_DIM)."""
-        heads = self.to_qkv(self.norms[0](x)).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
-        q, k, v = heads.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
-        return [rotate(q), rotate(k), v]
-
     def forward(self, x: Tensor) -> Tensor:
         """The next layer's input, from x (B, L, width)."""
-        attended = self.attend(*self.qkv(x))
-        x = x + self.to_out(attended.transpose(1, 2).flatten(2))
+        x = x + self.attention(self.norms[0](x))
         out: Tensor = x + self.feed_forward(self.norms[1](x))
         return out
 
@@ -98,15 +92,6 @@ class ByteModel(nn.Module):
         """The mean loss, in bits; 8 is chance."""
         logits = self(text[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()) / math.log(2)
-
-
-def rotate(x: Tensor) -> Tensor:
-    """Rotary position embedding of (B, H, L, D)."""
-    half = x.shape[-1] // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)
-    angle = torch.arange(x.shape[2], device=x.device)[:, None] * frequency
-    a, b = x.split(half, dim=-1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
 
 
 def standard_library() -> Tensor:
@@ -145,9 +130,7 @@ def train(text: Tensor, seconds: int, device: torch.device) -> tuple[ByteModel, 
             bar.update(min(round(elapsed), bar.total) - bar.n)
     bits = {}
     for name, topk in (("full", None), ("moba", TOPK)):
-        for module in model.modules():
-            if isinstance(module, FlexMoba):
-                module.topk = topk
+        set_attention(model, topk=topk)
         with torch.no_grad():
             bits[name] = model.bits_per_byte(held_out).item()
     return model, bits
@@ -160,11 +143,14 @@ def windows(text: Tensor, starts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def long_qkv(model: ByteModel, text: Tensor, length: int, device: torch.device) -> list[Tensor]:
-    """The second layer's queries, keys and values on the beginning of the text."""
-    first, second = (layer for layer in model.modules() if isinstance(layer, Layer))
-    x = first(model.embed(text[None, :length].long().to(device)))
+    """The last layer's queries, keys and values on the beginning of the text."""
+    *_, attend = (module for module in model.modules() if isinstance(module, FlexMoba))
+    caught: list[Tensor] = []
+    hook = attend.register_forward_pre_hook(lambda _, qkv: caught.extend(qkv))
+    model(text[None, :length].long().to(device))
+    hook.remove()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return [y.to(dtype).contiguous() for y in second.qkv(x)]
+    return [x.to(dtype).contiguous() for x in caught]
 
 
 def check(qkv: list[Tensor]) -> dict[str, float]:
