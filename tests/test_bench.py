@@ -106,8 +106,10 @@ def test_what_is_wrong_is_not_timed(wrong, monkeypatch, tmp_path, capsys):
     file = tmp_path / "results.json"
     monkeypatch.setattr(calls, "flex_moba", lambda q, *_, **__: torch.full_like(q, wrong))
     options = ["--device", "cpu", "--dtype", "float32", "--json", str(file)]
-    assert main(["bench", "--preset", "cpu", *options]) == 1
-    assert "WRONG: error" in capsys.readouterr().out
+    assert main(["bench", "--preset", "cpu", *options, "--plot", str(tmp_path / "x.png")]) == 1
+    printed = capsys.readouterr()
+    assert "WRONG: error" in printed.out
+    assert "nothing in this report was timed, so there is nothing to draw" in printed.err
     assert "forward_ms" not in json.loads(file.read_text())["results"][0]
 
 

@@ -71,7 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
         if report["results"] and write_json(report, arguments.json):
             print(tables(report))
     if arguments.plot:
-        plot(report, arguments.plot)
+        try:
+            plot(report, arguments.plot)
+        except ValueError as error:  # nothing was right enough to be timed, which the code tells
+            print(f"--plot: {error}", file=sys.stderr)
     return int(any(result["error"] > result["allowed"] for result in report["results"]))
 
 
