@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
-from flexmoba.console import positive, progress, table
+from flexmoba.console import add_device, positive, progress, table
 from flexmoba.demo import standard_library
 from flexmoba.hybrid import set_attention
 from flexmoba.integrations.transformers import convert, register
@@ -122,6 +122,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = (load(o.model) if o.model else tiny_llama()).to(o.device)
     seen, unseen = tokens_of(o, model.config.vocab_size)
     layers = model.config.num_hidden_layers
+    if not 0 <= o.full_layers <= layers:
+        sys.exit(f"--full-layers {o.full_layers} must lie from 0 to the model's {layers} layers")
     print(f"{type(model).__name__}, {model.num_parameters():,} parameters, {len(seen):,} tokens")
     if not o.model:
         print(f"a tiny model learns with full attention for {o.pretrain_steps} steps")
@@ -186,12 +188,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--windows", type=positive, default=32, help="contexts to measure on (%(default)s)")
     add("--max-bytes", type=positive, default=50_000_000, help="of the text (%(default)s)")
     add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     o = parser.parse_args(argv)
     if missing := [x for x in o.text or [] if not Path(x).exists()]:
         parser.error(f"there is no {', '.join(missing)}")
     if o.model and not Path(o.model).is_dir():
         parser.error(f"--model {o.model}: there is no such folder; nothing is downloaded")
+    if o.save:
+        try:
+            Path(o.save).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--save {o.save}: no such folder can be made ({error.strerror})")
     return o
 
 

@@ -41,7 +41,7 @@ from transformers import (
     StaticCache,
 )
 
-from flexmoba.console import positive, table
+from flexmoba.console import add_device, positive, table
 from flexmoba.demo import standard_library
 from flexmoba.integrations.transformers import FlexMobaCache, convert
 
@@ -179,7 +179,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--static", action=argparse.BooleanOptionalAction, default=on_gpu, help="caches whose "
         "storage never moves, for compiled steps (default: on a GPU)")  # fmt: skip
     add("--seed", type=int, default=0)
-    add("--device", default="cuda" if on_gpu else "cpu")
+    add_device(parser)
     o = parser.parse_args(argv)
     if o.model and not o.model.is_dir():
         parser.error(f"--model {o.model}: there is no such folder; nothing is downloaded")

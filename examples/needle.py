@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexmoba.console import positive, progress, table
+from flexmoba.console import add_device, positive, progress, table
 from flexmoba.nn import MobaAttention
 
 KINDS = 16  # of keys, and of values
@@ -168,7 +168,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=positive, default=size, help=f"default {size}")
     add("--lr", type=float, default=4e-3, help="highest learning rate (%(default)s)")
     add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     o = parser.parse_args(argv)
     least = 3 * NEEDLES  # two tokens for each needle, and one to ask
     if min(*o.lengths, o.train_length) < least:

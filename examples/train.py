@@ -15,26 +15,30 @@ with the blocks selected and with full attention, as the parameters serve both.
 toy size, four minutes on a CPU:
   python examples/train.py --attention hybrid --out gpt.pt
 
-full size, one GPU (bfloat16, compiled):
-  python examples/train.py --attention hybrid --text corpus/ --layers 24 --dim 1024 --heads 16 \\
-      --kv-heads 4 --length 32768 --block-size 2048 --topk 3 --batch 2 --steps 20000 \\
-      --lr 4e-4 --out gpt.pt
+full size, one GPU (bfloat16, compiled), 16 contexts to a step, 2 at a time:
+  python examples/train.py --attention hybrid --text corpus.txt --layers 24 --dim 1024 \\
+      --heads 16 --kv-heads 4 --length 32768 --block-size 2048 --topk 3 --batch 16 \\
+      --accumulate 8 --steps 20000 --lr 4e-4 --out gpt.pt
 
-A run that was interrupted goes on where --out was last written, with the options it began with:
-  python examples/train.py --resume gpt.pt
+On several GPUs put torchrun in place of python: processes share out the contexts of each step. A
+run that was interrupted goes on where --out was last written, with the options it began with, and
+on as many GPUs as there are now:
+  torchrun --nproc-per-node 8 examples/train.py --resume gpt.pt --accumulate 1
 """
 
 import argparse
 import math
+import os
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexmoba.console import positive, progress, table
+from flexmoba.console import UsageError, add_device, check_writable, positive, progress, table
 from flexmoba.demo import standard_library
 from flexmoba.hybrid import HybridSchedule, set_attention
 from flexmoba.nn import MobaAttention
@@ -77,9 +81,14 @@ class GPT(nn.Module):
 
 def read(paths: list[str], length: int) -> tuple[Tensor, Tensor]:
     """Bytes to train on, and the last tenth, to validate on; of files, or all files in folders."""
-    if paths:
-        files = [y for x in map(Path, paths) for y in (sorted(x.rglob("*")) if x.is_dir() else [x])]
-        text = b"".join(x.read_bytes() for x in files if x.is_file())
+    if missing := [x for x in paths if not Path(x).exists()]:
+        sys.exit(f"--text: there is no {', '.join(missing)}")
+    files = [y for x in map(Path, paths) for y in (sorted(x.rglob("*")) if x.is_dir() else [x])]
+    files = [x for x in files if x.is_file() and x.stat().st_size]
+    if len(files) == 1:  # mapped, so that only what is drawn is ever read
+        data = torch.from_file(str(files[0]), size=files[0].stat().st_size, dtype=torch.uint8)
+    elif paths:
+        text = b"".join(x.read_bytes() for x in files)
         data = torch.frombuffer(bytearray(text or b" "), dtype=torch.uint8)
     else:
         data = standard_library()
@@ -100,7 +109,7 @@ def loss_by_position(model: nn.Module, data: Tensor, o: argparse.Namespace) -> T
     """Mean loss at each position, ``(length,)``, in nats, of windows spread over the text."""
     total = torch.zeros(o.length)
     starts = torch.linspace(0, len(data) - o.length - 1, o.windows).long()
-    for start in starts.split(o.batch):
+    for start in starts.split(4):
         inputs, targets = windows(data, start, o.length, o.device)
         with autocast(o.device):
             logits = model(inputs)
@@ -148,6 +157,19 @@ def learning_rate(step: int, o: argparse.Namespace) -> float:
     return o.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, o.steps - warm)))
 
 
+def average(tensors: list[Tensor], processes: int) -> None:
+    """The mean over all processes, in place. A compiled model has all gradients at once."""
+    flat = nn.utils.parameters_to_vector(tensors)
+    dist.all_reduce(flat)
+    nn.utils.vector_to_parameters(flat / processes, tensors)
+
+
+def save(state: dict, file: str) -> None:
+    """Never leaves a part of a checkpoint where there was a whole one."""
+    torch.save(state, f"{file}.new")
+    Path(f"{file}.new").replace(file)
+
+
 def train(o: argparse.Namespace, state: dict | None = None) -> GPT:
     torch.manual_seed(o.seed)
     seen, unseen = read(o.text, o.length)
@@ -160,36 +182,46 @@ def train(o: argparse.Namespace, state: dict | None = None) -> GPT:
         schedule.load_state_dict(state["schedule"])
     # Settings of attention are constants of a compiled graph: each phase compiles once.
     run = torch.compile(model) if o.device.startswith("cuda") else model
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    say = print if rank == 0 else lambda *_: None
     parameters = sum(x.numel() for x in model.parameters())
-    print(f"{parameters:,} parameters, {len(seen):,} bytes, {o.attention}, {o.device}")
+    say(f"{parameters:,} parameters, {len(seen):,} bytes, {o.attention}, {o.device}"
+        + f", {processes} processes" * (processes > 1))  # fmt: skip
     began, tokens = time.perf_counter(), 0
-    for step in progress(range(schedule.count, o.until or o.steps), "training"):
+    steps = range(schedule.count, o.until or o.steps)
+    for step in progress(steps, "training") if rank == 0 else steps:
         # Every step draws from a seed of its own, so that a resumed run sees what it would have.
         generator = torch.Generator().manual_seed(o.seed * 1_000_003 + step)
         starts = torch.randint(len(seen) - o.length, (o.batch,), generator=generator)
-        inputs, targets = windows(seen, starts, o.length, o.device)
-        with autocast(o.device):
-            logits = run(inputs)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        loss.backward()
+        loss = torch.zeros((), device=o.device)
+        for some in starts.view(o.accumulate, processes, -1)[:, rank]:
+            inputs, targets = windows(seen, some, o.length, o.device)
+            with autocast(o.device):
+                logits = run(inputs)
+            part = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) / o.accumulate
+            part.backward()
+            loss += part.detach()
+        if processes > 1:
+            average([x.grad for x in model.parameters()] + [loss], processes)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, o)
         optimizer.step()
         optimizer.zero_grad()
-        tokens += targets.numel()
+        tokens += o.batch * o.length
         if schedule.step():
-            print(f"step {schedule.count}: {model.blocks[0].attention.moba} from here on")
+            say(f"step {schedule.count}: {model.blocks[0].attention.moba} from here on")
         last = schedule.count == (o.until or o.steps)
         if last or schedule.count % o.every == 0:
             speed = tokens / (time.perf_counter() - began)
-            print(f"step {schedule.count}: loss {loss.item():.4f}, {speed:,.0f} tokens/s")
-            if o.out:
+            say(f"step {schedule.count}: loss {loss.item():.4f}, {speed:,.0f} tokens/s")
+            if o.out and rank == 0:
                 parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
                 saved = {name: part.state_dict() for name, part in parts.items()}
-                torch.save(saved | {"options": vars(o)}, o.out)
-    print(f"\nValidation loss (nats per byte) after {schedule.count} steps\n")
-    print(report(run, schedule, unseen, o))
+                save(saved | {"options": vars(o)}, o.out)
+    if rank == 0:
+        print(f"\nValidation loss (nats per byte) after {schedule.count} steps\n")
+        print(report(run, schedule, unseen, o))
     return model
 
 
@@ -199,8 +231,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--attention", choices=["full", "moba", "hybrid"], default="hybrid")
-    add("--text", nargs="+", default=[], metavar="PATH", help="files or folders; default: the "
-        "sources of Python's standard library")  # fmt: skip
+    add("--text", nargs="+", default=[], metavar="PATH", help="files or folders, read whole; one "
+        "file alone is mapped (default: the sources of Python's standard library)")  # fmt: skip
     add("--block-size", type=positive, default=32, help="keys in a block (%(default)s)")
     add("--topk", type=positive, default=3, help="blocks of each query (%(default)s)")
     add("--full-share", type=float, default=0.1, help="of hybrid's steps (%(default)s)")
@@ -208,21 +240,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sizes = {"layers": 2, "dim": 128, "heads": 4, "kv-heads": 2, "length": 512, "batch": 8}
     sizes |= {"steps": 400, "windows": 32, "every": 100}
     notes = {"length": "tokens of context, ", "windows": "to validate on, "}
+    notes |= {"batch": "contexts to a step, of all processes, "}
     notes |= {"every": "steps between lines and checkpoints, "}
     for name, size in sizes.items():
         add(f"--{name}", type=positive, default=size, help=f"{notes.get(name, '')}default {size}")
+    add("--accumulate", type=positive, default=1, help="parts in which each process takes its "
+        "share of a step's contexts, to spare memory (%(default)s)")  # fmt: skip
     add("--lr", type=float, default=2e-3, help="highest learning rate (%(default)s)")
     add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     add("--until", type=positive, metavar="STEP", help="stop there, to resume later")
     add("--out", metavar="FILE", help="where checkpoints go")
     add("--resume", metavar="FILE", help="go on from a checkpoint; of other options, only "
-        "--until and --device count")  # fmt: skip
+        "--until, --accumulate and --device count")  # fmt: skip
     o = parser.parse_args(argv)
-    if missing := [x for x in [*o.text, *filter(None, [o.resume])] if not Path(x).exists()]:
-        parser.error(f"there is no {', '.join(missing)}")
-    if o.out and not Path(o.out).parent.is_dir():
-        parser.error(f"--out {o.out}: there is no folder {Path(o.out).parent}")
+    if o.resume and not Path(o.resume).is_file():
+        parser.error(f"--resume: there is no {o.resume}")
+    try:
+        check_writable(out=o.out)
+    except UsageError as error:
+        parser.error(str(error))
     if not 0 < o.full_share < 1 or not 0 <= o.full_layers <= o.layers:
         parser.error("--full-share must lie between 0 and 1, --full-layers from 0 to --layers")
     if o.dim % o.heads or o.heads % o.kv_heads or o.dim // o.heads % 2 or o.length < BUCKETS:
@@ -235,10 +272,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> GPT:
     o, state = parse(argv), None
     if o.resume:
-        state = torch.load(o.resume, map_location="cpu", weights_only=True)
-        kept = {"until": o.until, "device": o.device, "out": o.resume}
-        o = argparse.Namespace(**state["options"] | kept)
-    return train(o, state)
+        try:
+            state = torch.load(o.resume, map_location="cpu", weights_only=True)
+            kept = {name: getattr(o, name) for name in ("until", "accumulate", "device")}
+            o = argparse.Namespace(**state["options"] | kept | {"out": o.resume})
+        except Exception as error:
+            sys.exit(f"--resume {o.resume}: no checkpoint of this program ({type(error).__name__})")
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # more under torchrun
+    if o.batch % (processes * o.accumulate):
+        sys.exit(f"--batch {o.batch} must be a multiple of {processes} processes times "
+                 f"--accumulate {o.accumulate}")  # fmt: skip
+    if (o.until or 0) > o.steps:
+        sys.exit(f"--until {o.until} must be at most --steps {o.steps}")
+    if processes > 1:
+        if o.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+    try:
+        return train(o, state)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ toy size, half a minute on a CPU, after the first command has trained a model in
   python examples/tune.py gpt.pt --plot tune.png
 
 full size, one GPU, on what the full-size command of train.py wrote:
-  python examples/tune.py gpt.pt --text corpus/ --block-sizes 128 256 512 1024 2048 \\
+  python examples/tune.py gpt.pt --text corpus.txt --block-sizes 128 256 512 1024 2048 \\
       --topks 2 4 8 16 --mass 0.9 --plot tune.png
 
 For a model of transformers: flexmoba tune --model FOLDER --text FILE
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from train import GPT, loss_by_position, read, windows
 
-from flexmoba.console import check_writable, positive
+from flexmoba.console import UsageError, add_device, check_writable, positive
 from flexmoba.hybrid import set_attention
 from flexmoba.tune import Report, capture, tune
 
@@ -42,7 +42,7 @@ def load(o: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[GPT, T
         parser.error(f"{o.checkpoint} is no checkpoint of train.py ({type(error).__name__})")
     model = GPT(trained).to(o.device).eval()
     model.load_state_dict(state["model"])
-    o.length, o.batch = trained.length, trained.batch
+    o.length = trained.length
     _, unseen = read(o.text or trained.text, o.length)
     return model, unseen
 
@@ -61,13 +61,16 @@ def main(argv: list[str] | None = None) -> tuple[Report, dict[str, float]]:
     add("--windows", type=positive, default=32, help="to measure the loss on (%(default)s)")
     add("--no-times", action="store_true", help="time nothing; what is sparsest is cheapest")
     add("--plot", metavar="FILE", help="draw the frontier (needs matplotlib)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     o = parser.parse_args(argv)
     if not o.checkpoint.is_file():
         parser.error(
             f"there is no {o.checkpoint}; train.py --attention full --out {o.checkpoint} makes it"
         )
-    check_writable(plot=o.plot)
+    try:
+        check_writable(plot=o.plot)
+    except UsageError as error:
+        parser.error(str(error))
     model, unseen = load(o, parser)
 
     starts = torch.linspace(0, len(unseen) - o.length - 1, 4).long()

@@ -1,20 +1,21 @@
 """The command line: ``flexmoba`` and ``python -m flexmoba``."""
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from flexmoba import __version__, bench, demo, info
 from flexmoba.console import UsageError
 from flexmoba.tune import command as tune
 
 EXIT_CODES = """exit codes:
-  0  done
-  1  done, and what was measured is not as it should be: a result differs from exact attention,
-     or (tune) nothing keeps to the budget
-  2  not done: wrong options, or something is missing; the message says what to do"""
+  0    done
+  1    done, and what was measured is not as it should be: a result differs from exact attention,
+       or (tune) nothing keeps to the budget
+  2    not done: wrong options, or something is missing; the message says what to do
+  130  interrupted by Ctrl-C; what bench has measured by then is printed"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,24 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     try:
-        _check_device(chosen.device)
         code: int = chosen.run(chosen)
+        sys.stdout.flush()  # while a closed pipe can still be told from an error
     except UsageError as error:
         parser.exit(2, f"flexmoba: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "flexmoba: interrupted\n")
+    except BrokenPipeError:  # the reader, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return code
-
-
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: no such kind of device; try cuda or cpu") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: commands measure on cuda and cpu alone; try cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: there is no CUDA device here; try --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()}; try cuda:0")
 
 
 def _add(commands: Any, module: Any, name: str, summary: str, example: str) -> None:

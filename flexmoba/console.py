@@ -4,9 +4,12 @@ import argparse
 import importlib.util
 import json
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
@@ -17,10 +20,38 @@ class UsageError(Exception):
 
 def positive(text: str) -> int:
     """The type of an option that is a count."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from error
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``: that of CUDA if there is one."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--device", type=_device, default=default, help="cuda or cpu (default: %(default)s)"
+    )
+
+
+def _device(name: str) -> str:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{name}: no such kind of device; try cuda or cpu"
+        ) from error
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{name}: must be cuda or cpu; try cpu")
+    if device.type == "cuda" and not there:
+        raise argparse.ArgumentTypeError(f"{name}: there is no CUDA device here; try --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise argparse.ArgumentTypeError(f"{name}: there are {there}; try cuda:0")
+    return name
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +71,11 @@ def write_json(report: dict[str, Any], to: str | None) -> bool:
     if to == "-":
         print(text)
     elif to is not None:
-        Path(to).write_text(text + "\n")
+        try:
+            Path(to).write_text(text + "\n")
+        except OSError as error:  # what was measured is worth more than a tidy terminal
+            print(text)
+            raise UsageError(f"--json {to}: not written ({error.strerror}); see above") from error
     return to != "-"
 
 
@@ -49,18 +84,42 @@ def check_writable(**options: str | Path | None) -> None:
 
     Args:
         options: Files to write by the name of their option; ``"-"`` and None for none. What is
-            given for ``plot`` needs matplotlib.
+            given for ``plot`` needs matplotlib, and an ending that it knows.
     """
     for option, path in options.items():
         if path is None or path == "-":
             continue
-        folder = Path(path).parent
-        if not folder.is_dir():
-            raise UsageError(f"--{option} {path}: there is no folder {folder}; make it first")
-        if Path(path).is_dir():
-            raise UsageError(f"--{option} {path}: that is a folder; name a file in it")
-    if options.get("plot") is not None and importlib.util.find_spec("matplotlib") is None:
+        try:
+            _check_file(option, Path(path))
+        except OSError as error:
+            raise UsageError(
+                f"--{option} {path}: cannot be written ({error.strerror}); name another file"
+            ) from error
+
+
+def _check_file(option: str, file: Path) -> None:
+    if not file.parent.is_dir():
+        raise UsageError(f"--{option} {file}: there is no folder {file.parent}; make it first")
+    if file.is_dir():
+        raise UsageError(f"--{option} {file}: that is a folder; name a file in it")
+    if option == "plot":
+        _check_drawable(file)
+    if file.is_file():
+        file.open("a").close()
+    elif not file.exists():  # a pipe is left alone: its reader would take the close for its end
+        tempfile.TemporaryFile(dir=file.parent).close()
+
+
+def _check_drawable(file: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib; pip install 'flexmoba[plot]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if file.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise UsageError(
+            f"--plot {file}: matplotlib has no format {file.suffix!r}; let it end in .png, .svg "
+            "or .pdf"
+        )
 
 
 def progress(items: Sequence[T], label: str) -> Iterator[T]:

@@ -12,6 +12,7 @@ Everything runs on this machine's best device; nothing is downloaded.
 
 import argparse
 import importlib.util
+import math
 import platform
 import sys
 import sysconfig
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from flexmoba import flex_moba, moba_reference, moba_select
 from flexmoba.console import (
     UsageError,
+    add_device,
     add_json,
     check_writable,
     positive,
@@ -33,7 +35,8 @@ from flexmoba.console import (
     table,
     write_json,
 )
-from flexmoba.nn import FlexMoba
+from flexmoba.hybrid import set_attention
+from flexmoba.nn import FlexMoba, MobaAttention
 from flexmoba.timing import median_ms
 from flexmoba.tune import gate_quality, sample_positions
 
@@ -47,27 +50,20 @@ class Layer(nn.Module):
     """Attention and a feed-forward part, each on normalized inputs and added to them."""
 
     def __init__(self) -> None:
-        """Makes the projections."""
+        """Makes the parts."""
         super().__init__()
         width = HEADS * HEAD_DIM
         self.norms = nn.ModuleList([nn.RMSNorm(width), nn.RMSNorm(width)])
-        self.to_qkv = nn.Linear(width, (HEADS + 2 * KV_HEADS) * HEAD_DIM, bias=False)
-        self.attend = FlexMoba(BLOCK, TOPK)
-        self.to_out = nn.Linear(width, width, bias=False)
+        self.attention = MobaAttention(
+            width, HEADS, KV_HEADS, block_size=BLOCK, topk=TOPK, rope_base=10000.0
+        )
         self.feed_forward = nn.Sequential(
             nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def qkv(self, x: Tensor) -> list[Tensor]:
-        """Queries (B, HEADS, L, HEAD_DIM), keys and values (B, KV_HEADS, L, HEAD_DIM)."""
-        heads = self.to_qkv(self.norms[0](x)).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
-        q, k, v = heads.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
-        return [rotate(q), rotate(k), v]
-
     def forward(self, x: Tensor) -> Tensor:
         """The next layer's input, from x (B, L, width)."""
-        attended = self.attend(*self.qkv(x))
-        x = x + self.to_out(attended.transpose(1, 2).flatten(2))
+        x = x + self.attention(self.norms[0](x))
         out: Tensor = x + self.feed_forward(self.norms[1](x))
         return out
 
@@ -95,16 +91,7 @@ class ByteModel(nn.Module):
     def bits_per_byte(self, text: Tensor) -> Tensor:
         """The mean loss, in bits; 8 is chance."""
         logits = self(text[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()) / 0.6931
-
-
-def rotate(x: Tensor) -> Tensor:
-    """Rotary position embedding of (B, H, L, D)."""
-    half = x.shape[-1] // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)
-    angle = torch.arange(x.shape[2], device=x.device)[:, None] * frequency
-    a, b = x.split(half, dim=-1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+        return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()) / math.log(2)
 
 
 def standard_library() -> Tensor:
@@ -143,9 +130,7 @@ def train(text: Tensor, seconds: int, device: torch.device) -> tuple[ByteModel, 
             bar.update(min(round(elapsed), bar.total) - bar.n)
     bits = {}
     for name, topk in (("full", None), ("moba", TOPK)):
-        for module in model.modules():
-            if isinstance(module, FlexMoba):
-                module.topk = topk
+        set_attention(model, topk=topk)
         with torch.no_grad():
             bits[name] = model.bits_per_byte(held_out).item()
     return model, bits
@@ -158,11 +143,14 @@ def windows(text: Tensor, starts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def long_qkv(model: ByteModel, text: Tensor, length: int, device: torch.device) -> list[Tensor]:
-    """The second layer's queries, keys and values on the beginning of the text."""
-    first, second = (layer for layer in model.modules() if isinstance(layer, Layer))
-    x = first(model.embed(text[None, :length].long().to(device)))
+    """The last layer's queries, keys and values on the beginning of the text."""
+    *_, attend = (module for module in model.modules() if isinstance(module, FlexMoba))
+    caught: list[Tensor] = []
+    hook = attend.register_forward_pre_hook(lambda _, qkv: caught.extend(qkv))
+    model(text[None, :length].long().to(device))
+    hook.remove()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return [y.to(dtype).contiguous() for y in second.qkv(x)]
+    return [x.to(dtype).contiguous() for x in caught]
 
 
 def check(qkv: list[Tensor]) -> dict[str, float]:
@@ -171,6 +159,7 @@ def check(qkv: list[Tensor]) -> dict[str, float]:
     expected = moba_reference(q.cpu(), k.cpu(), v.cpu(), BLOCK, TOPK).float()
     out: Any = flex_moba(q, k, v, BLOCK, TOPK)
     error = (out.float().cpu() - expected).abs().amax(-1)
+    error = error.nan_to_num(nan=torch.finfo(error.dtype).max)  # a NaN compares as no error
     roundings = 16 if q.dtype == torch.float32 else 2  # half precision is rounded once per part
     allowed = roundings * torch.finfo(q.dtype).eps * float(expected.abs().max())
     # Two scores may be equal but for rounding: then either block is right.
@@ -232,7 +221,6 @@ def draw(qkv: list[Tensor], folder: Path) -> list[str]:
 
     q, k, _ = (x[:, :, :4096] for x in qkv)
     selection = moba_select(q, k, BLOCK, TOPK)
-    folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {
         "selection.png": plot_heads(selection, BLOCK),
         "choices.png": plot_choices(selection, BLOCK).figure,
@@ -248,7 +236,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=positive, default=60, help="how long to train (default: %(default)s)"
     )
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cuda or cpu")
+    add_device(parser)
     parser.add_argument(
         "--max-length",
         type=positive,
@@ -271,12 +259,22 @@ def run(arguments: argparse.Namespace) -> int:
     if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "tqdm")):
         raise UsageError("the demo needs matplotlib and tqdm; pip install 'flexmoba[plot]'")
     check_writable(json=arguments.json)
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise UsageError(f"--output {arguments.output}: that is a file; name a folder")
     # What is said on the way goes where it does not mix with JSON.
     out = sys.stderr if arguments.json == "-" else sys.stdout
     torch.manual_seed(arguments.seed)
     device, text = torch.device(arguments.device), standard_library()
+    if not 1024 <= arguments.max_length <= len(text):
+        raise UsageError(
+            f"--max-length {arguments.max_length}: must lie from 1024 to {len(text)}, the bytes of "
+            "the text"
+        )
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--output {arguments.output}: no such folder can be made ({error.strerror}); name "
+            "another"
+        ) from error
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else platform.machine()
     print(f"Device: {name}, torch {torch.__version__}", file=out)
@@ -294,8 +292,15 @@ def run(arguments: argparse.Namespace) -> int:
         "another, equally good block",
         file=out,
     )
+    report: dict[str, Any] = {
+        "device": name,
+        "torch": torch.__version__,
+        "bits_per_byte": bits,
+        "oracle": agreement,
+    }
     if not agreement["other_block"] < 1e-3:
         print("flex_moba disagrees with the oracle", file=sys.stderr)
+        write_json(report | {"captured": None, "times": [], "pictures": []}, arguments.json)
         return 1
     share = captured(qkv)
     print(
@@ -304,15 +309,7 @@ def run(arguments: argparse.Namespace) -> int:
         file=out,
     )
     times = time_lengths(qkv, arguments.max_length)
-    report: dict[str, Any] = {
-        "device": name,
-        "torch": torch.__version__,
-        "bits_per_byte": bits,
-        "oracle": agreement,
-        "captured": share,
-        "times": times,
-        "pictures": draw(qkv, arguments.output),
-    }
+    report |= {"captured": share, "times": times, "pictures": draw(qkv, arguments.output)}
     if write_json(report, arguments.json):
         print(f"\nMilliseconds, block {LONG_BLOCK}, topk {LONG_TOPK}, {qkv[0].dtype}\n")
         print(times_table(times))

@@ -9,14 +9,14 @@ import torch
 
 from flexmoba import __version__
 from flexmoba.checks import DTYPES
-from flexmoba.console import add_json, check_writable, positive, write_json
+from flexmoba.console import add_device, add_json, check_writable, positive, write_json
 from flexmoba.impls import IMPLS, resolve, why_not
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``flexmoba info``."""
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cuda or cpu")
+    add_device(parser)
     parser.add_argument(
         "--dtype",
         choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES],

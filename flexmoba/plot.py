@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexmoba.checks import check_block_size
 from flexmoba.tune.report import Choice, Cost, Report
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, FUTURE = "#0072B2", "#E69F00", "#E6E6E6"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP*"
+MAX_NAMES = 40  # of layers beside a picture
 MAX_ROWS = 1024  # of a picture; more queries than that share rows
 
 
@@ -34,11 +36,13 @@ def plot_selection(
 ) -> "Axes":
     """Draws which blocks each query of a head selected: queries downwards, blocks to the right.
 
-    Past blocks are blue, the own block is orange, and what lies after it grey. Where more queries
+    Past blocks are blue, the own block is orange, and what lies after it grey; without causality,
+    blocks on both sides are blue. Where more queries
     share a row than can be told apart, the colour is as strong as the share of them that selected.
 
     Args:
-        selection: Block indices, ``(B, Hq, Lq, topk)``, as `flexmoba.moba_select` gives them.
+        selection: Block indices, ``(B, Hq, Lq, topk)``, as `flexmoba.moba_select` gives them; of
+            packed documents, give those of one.
         block_size: Keys in a block.
         kv_len: Keys; as many as queries by default.
         batch: Which row of the batch.
@@ -63,7 +67,10 @@ def plot_selection(
     kv_len = q_len if kv_len is None else kv_len
     block = torch.arange(n_blocks)
     is_own = block == own[:, None]
-    kinds = torch.stack([chosen & ~is_own, chosen & is_own, block > own[:, None]])
+    later = block > own[:, None]
+    if (chosen & later).any():  # not causal, so that no block is out of reach
+        later = torch.zeros_like(later)
+    kinds = torch.stack([chosen & ~is_own, chosen & is_own, later])
     rows = min(q_len, MAX_ROWS)
     row = torch.arange(q_len) * rows // q_len
     share = torch.zeros(3, rows, n_blocks).index_add_(1, row, kinds.float())
@@ -186,7 +193,7 @@ def plot_mass(report: Report, choice: Choice, *, axes: "Axes | None" = None) -> 
                 colour = "black" if value > 0.5 else "white"
                 text = f"{value:.0%}"
                 axes.text(head, layer, text, ha="center", va="center", color=colour, fontsize=8)
-    if len(report.layers) <= 40:
+    if len(report.layers) <= MAX_NAMES:
         axes.set_yticks(range(len(report.layers)), [_short(name) for name in report.layers])
     _whole_numbers(axes)
     axes.set(title=f"block {choice.block_size}, topk {choice.topk}", xlabel="head", ylabel="layer")
@@ -259,7 +266,8 @@ def plot_report(report: Report, recommended: Choice | None = None) -> "Figure":
             middle if None.
     """
     timed = report.timed
-    figure = _figure((5.4 * (2 + timed), 4.6))
+    named = len(report.layers) if len(report.layers) <= MAX_NAMES else 0
+    figure = _figure((5.4 * (2 + timed), max(4.6, 1.6 + 0.18 * named)))  # room for their names
     panels = figure.subplots(1, 2 + timed, squeeze=False)[0]
     plot_frontier(report, recommended=recommended, axes=panels[0])
     if timed:
@@ -314,14 +322,17 @@ def plot_block_mask(
 
 def _chosen(selection: Tensor, block_size: int, kv_len: int | None) -> tuple[Tensor, Tensor, int]:
     """Bools ``(B, Hq, Lq, blocks)``, each query's own block ``(Lq,)``, and how many blocks."""
+    check_block_size(block_size)
     q_len = selection.shape[2]
     kv_len = q_len if kv_len is None else kv_len
     n_blocks = -(-kv_len // block_size)
+    if selection.numel() == 0:
+        raise ValueError(f"selection is empty, {tuple(selection.shape)}; give one with queries")
     if kv_len < q_len or int(selection.max()) >= n_blocks:
         raise ValueError(
             f"selection holds {q_len} queries and blocks up to {int(selection.max())}, but "
             f"{kv_len} keys have {n_blocks} blocks of {block_size}; give the block_size and "
-            "kv_len that it was made with"
+            "kv_len that it was made with, or one of several packed documents"
         )
     index = selection.cpu().long()
     chosen = torch.zeros(*index.shape[:3], n_blocks + 1, dtype=torch.bool)

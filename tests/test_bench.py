@@ -1,6 +1,7 @@
 """The benchmark: what it counts, reports and refuses to time."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -100,10 +101,31 @@ def test_measures_reports_and_shows_again(tmp_path, capsys):
     assert picture.stat().st_size > 10_000
 
 
-def test_what_is_wrong_is_not_timed(monkeypatch, capsys):
-    monkeypatch.setattr(calls, "flex_moba", lambda q, *_, **__: torch.zeros_like(q))
-    assert main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"]) == 1
-    assert "WRONG: error" in capsys.readouterr().out
+@pytest.mark.parametrize("wrong", [0.0, math.nan])
+def test_what_is_wrong_is_not_timed(wrong, monkeypatch, tmp_path, capsys):
+    file = tmp_path / "results.json"
+    monkeypatch.setattr(calls, "flex_moba", lambda q, *_, **__: torch.full_like(q, wrong))
+    options = ["--device", "cpu", "--dtype", "float32", "--json", str(file)]
+    assert main(["bench", "--preset", "cpu", *options, "--plot", str(tmp_path / "x.png")]) == 1
+    printed = capsys.readouterr()
+    assert "WRONG: error" in printed.out
+    assert "nothing in this report was timed, so there is nothing to draw" in printed.err
+    assert "forward_ms" not in json.loads(file.read_text())["results"][0]
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (torch.OutOfMemoryError, 0)])
+def test_what_ends_a_run_costs_no_result_before_it(error, code, monkeypatch, capsys):
+    def ends(config, *_):
+        if config.topk == 2:
+            raise error
+        return calls.measure(config, *_)
+
+    monkeypatch.setitem(bench.PRESETS, "cpu", [SMALL, replace(SMALL, topk=2)])
+    monkeypatch.setattr(bench, "measure", ends)
+    with pytest.raises(SystemExit if code else error) as raised:
+        main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"])
+    assert "| 1 x 2/1 x 300, 64, 3 |" in capsys.readouterr().out
+    assert not code or raised.value.code == code
 
 
 @pytest.mark.parametrize("file", sorted((DOCS / "benchmarks").glob("*.json")), ids=lambda x: x.stem)
@@ -130,7 +152,9 @@ def test_a_missing_baseline_costs_no_result(monkeypatch, capsys):
     [
         (["--json", "nowhere/x.json"], "--json nowhere/x.json: there is no folder nowhere"),
         (["--plot", "nowhere/x.png"], "--plot nowhere/x.png: there is no folder nowhere"),
+        (["--plot", "x.xyz"], "--plot x.xyz: matplotlib has no format '.xyz'"),
         (["--show", "nowhere.json"], "--show nowhere.json: there is no such file"),
+        (["--show", "README.md"], "--show README.md: that is no report"),
     ],
 )
 def test_what_cannot_be_written_is_known_before_measuring(options, text, monkeypatch, capsys):
@@ -153,4 +177,6 @@ def test_a_missing_device_is_named(command, monkeypatch, capsys):
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
-    assert "example: flexmoba bench" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "example: flexmoba bench" in text
+    assert set(bench.PRESETS) <= set(re.findall(r"^  (\w+)  +", text, re.M))

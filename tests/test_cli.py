@@ -1,13 +1,16 @@
 """The command line: help that teaches, JSON, exit codes, and errors that name the remedy."""
 
 import json
+import math
+import sys
+from subprocess import PIPE, Popen
 
 import pytest
 import torch
 
-from flexmoba import cli, demo
+from flexmoba import cli, demo, info
 from flexmoba.cli import main
-from flexmoba.console import progress, table
+from flexmoba.console import check_writable, progress, table
 from flexmoba.example import synthetic
 from flexmoba.tune import sample_positions, tune
 
@@ -58,7 +61,7 @@ def test_help_of_all_names_every_command_and_exit_code(capsys):
 )
 def test_an_unknown_device_is_named(command, device, text, capsys):
     error = fails([*command, "--device", device], capsys)
-    assert f"--device {device}: " in error
+    assert f"--device: {device}: " in error
     assert text in error
 
 
@@ -68,6 +71,49 @@ def test_what_cannot_be_written_is_known_at_once(command, tmp_path, monkeypatch,
     gone = str(tmp_path / "nowhere" / "x.json")
     assert "there is no folder" in fails([*command, "--json", gone], capsys)
     assert "that is a folder" in fails([*command, "--json", str(tmp_path)], capsys)
+    too_long = str(tmp_path / ("x" * 300))
+    assert "cannot be written (File name too long)" in fails([*command, "--json", too_long], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_finding_out_whether_a_file_can_be_written_leaves_it_alone(tmp_path):
+    (tmp_path / "old.json").write_text("old")
+    check_writable(json=tmp_path / "old.json", plot=tmp_path / "new.png")
+    assert [(x.name, x.read_text()) for x in tmp_path.iterdir()] == [("old.json", "old")]
+
+
+def test_a_picture_of_an_unknown_format_is_known_at_once(capsys):
+    assert "let it end in .png, .svg or .pdf" in fails([*EXAMPLE, "--plot", "x.xyz"], capsys)
+    assert "let it end in .png, .svg or .pdf" in fails([*EXAMPLE, "--plot", "x"], capsys)
+
+
+def test_what_cannot_be_written_after_all_is_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(info, "check_writable", lambda **_: None)
+    with pytest.raises(SystemExit) as error:
+        main(["info", "--device", "cpu", "--json", str(tmp_path)])
+    assert error.value.code == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["auto"] == "portable"
+    assert "not written (Is a directory); see above" in printed.err
+
+
+def test_a_key_that_interrupts_leaves_no_traceback(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "describe", interrupted)
+    with pytest.raises(SystemExit) as error:
+        main(["info", "--device", "cpu"])
+    assert error.value.code == 130
+    assert capsys.readouterr().err == "flexmoba: interrupted\n"
+
+
+def test_a_reader_that_has_enough_leaves_no_traceback():
+    run = 'from flexmoba.cli import main; raise SystemExit(main(["info", "--device", "cpu"]))'
+    with Popen([sys.executable, "-c", run], stdout=PIPE, stderr=PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -75,7 +121,14 @@ def test_what_cannot_be_written_is_known_at_once(command, tmp_path, monkeypatch,
     [
         (["info", "--head-dim", "0"], "--head-dim: must be at least 1, got 0"),
         (["demo", "--seconds", "0"], "--seconds: must be at least 1, got 0"),
+        (["info", "--head-dim", "many"], "--head-dim: must be a whole number, got 'many'"),
+        (["demo", "--max-length", "1000"], "--max-length 1000: must lie from 1024 to "),
+        (["demo", "--max-length", "99999999"], "--max-length 99999999: must lie from 1024 to "),
+        (["demo", "--output", f"{__file__}/x"], "no such folder can be made (Not a directory)"),
         (["tune", "--example", "--mass", "1.5"], "--mass: must lie above 0 and be at most 1"),
+        (["tune", "--example", "--mass", "much"], "--mass: must be a number, got 'much'"),
+        (["tune", "--example", "--latency-ms", "0"], "--latency-ms: must be a positive number"),
+        (["tune", "--example", "--latency-ms", "nan"], "--latency-ms: must be a positive number"),
         (["tune"], "one of the arguments --model --tensors --example is required"),
         ([*EXAMPLE, "--mass", "0.9", "--sparsity", "0.9"], "not allowed with argument"),
         ([*EXAMPLE, "--no-times", "--latency-ms", "3"], "need times; leave --no-times out"),
@@ -188,6 +241,10 @@ def test_tune_refuses_what_holds_no_tensors(tmp_path, capsys):
     (tmp_path / "x.pt").write_text("no tensors")
     error = fails(["tune", "--tensors", str(tmp_path / "x.pt")], capsys)
     assert 'torch.save({"q": q, "k": k}, FILE)' in error
+    pytest.importorskip("safetensors")
+    (tmp_path / "x.safetensors").write_text("no tensors")
+    error = fails(["tune", "--tensors", str(tmp_path / "x.safetensors")], capsys)
+    assert 'safetensors.torch.save_file({"q": q, "k": k}, FILE)' in error
 
 
 @pytest.fixture(scope="module")
@@ -251,9 +308,13 @@ def test_demo_trains_checks_times_and_draws(tmp_path, monkeypatch, capsys):
 
 def test_demo_fails_if_the_oracle_disagrees(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "LENGTH", 128)
-    monkeypatch.setattr(demo, "moba_reference", lambda q, *_: torch.ones_like(q))
-    assert main([*DEMO, "--output", str(tmp_path)]) == 1
-    assert "flex_moba disagrees with the oracle" in capsys.readouterr().err
+    monkeypatch.setattr(demo, "flex_moba", lambda q, *_: q * math.nan)
+    assert main([*DEMO, "--output", str(tmp_path), "--json"]) == 1
+    printed = capsys.readouterr()
+    assert "flex_moba disagrees with the oracle" in printed.err
+    report = json.loads(printed.out)
+    assert report["oracle"]["other_block"] == 1
+    assert report["times"] == report["pictures"] == []
     assert list(tmp_path.iterdir()) == []
 
 

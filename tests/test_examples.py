@@ -1,11 +1,15 @@
 """The examples, at toy size: what they say they show is what happens."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from flexmoba import flex_moba, moba_select
+from flexmoba.reference import reference_mask
 from tests.conftest import assert_bitwise_equal
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -48,6 +52,13 @@ def fails(main, arguments, capsys):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_device_is_named(example, name, capsys):
+    assert "--device: nothing: no such kind" in fails(
+        example(name).main, ["--device", "nothing"], capsys
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_help_teaches(example, name, capsys):
     with pytest.raises(SystemExit) as error:
         example(name).main(["--help"])
@@ -78,6 +89,38 @@ def test_training_resumes_bitwise_and_switches(example, text, tmp_path, capsys):
         assert_bitwise_equal(a, b)
     state = torch.load(parts, weights_only=True)
     assert state["schedule"] == {"count": 10}
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["parts.pt", "whole.pt"]
+
+
+def test_parts_of_a_step_on_several_processes_are_the_same_step(example, text, tmp_path, capsys):
+    """Resumed on two processes, in two parts each; then on one again."""
+    main, file = example("train").main, tmp_path / "gpt.pt"
+    common = ["--text", text, "--steps", "6", *TINY]
+    expected = main([*common])
+    main([*common, "--out", str(file), "--until", "2"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    resume = ["--resume", str(file), "--device", "cpu"]
+    arguments = [EXAMPLES / "train.py", *resume, "--accumulate", "2", "--until", "4"]
+    done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, check=True)
+    assert "step 4: loss " in done.stdout
+    assert done.stdout.count("Validation loss") == 1
+    resumed = main(resume)
+    for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_interrupted_checkpoint_leaves_the_one_before(example, tmp_path, monkeypatch):
+    train, file = example("train"), tmp_path / "gpt.pt"
+    train.save({"step": 1}, str(file))
+
+    def breaks(state, to):
+        Path(to).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        train.save({"step": 2}, str(file))
+    assert torch.load(file, weights_only=True) == {"step": 1}
 
 
 def test_last_layers_stay_full(example, text, capsys):
@@ -89,6 +132,20 @@ def test_last_layers_stay_full(example, text, capsys):
     rows = loss_rows(capsys.readouterr().out)
     assert all(moba == full for moba, full in rows[:3])  # up to 24, three blocks of 8 are all
     assert any(moba != full for moba, full in rows[3:])
+
+
+def test_a_file_alone_is_mapped_and_several_are_read(example, tmp_path):
+    read = example("train").read
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").touch()
+    for i in range(3):
+        (tmp_path / "folder" / f"{i}").write_bytes(bytes([i]) * 40)
+    (tmp_path / "whole").write_bytes(bytes([0] * 40 + [1] * 40 + [2] * 40))
+    parts = read([str(tmp_path / "folder")], 8)
+    whole = read([str(tmp_path / "empty"), str(tmp_path / "whole")], 8)
+    assert [len(x) for x in whole] == [108, 12]
+    for a, b in zip(parts, whole, strict=True):
+        assert torch.equal(a, b)
 
 
 def loss_rows(printed):
@@ -114,6 +171,12 @@ def test_moba_learns_from_its_context(example, text, capsys):
         (["--text", "nowhere"], "there is no nowhere"),
         (["--resume", "nowhere.pt"], "there is no nowhere.pt"),
         (["--out", "nowhere/gpt.pt"], "there is no folder nowhere"),
+        (["--resume", __file__], "no checkpoint of this program"),
+        (
+            ["--batch", "8", "--accumulate", "3"],
+            "--batch 8 must be a multiple of 1 processes times",
+        ),
+        (["--until", "500"], "--until 500 must be at most --steps 400"),
         (["--full-share", "1"], "--full-share must lie between 0 and 1"),
         (["--full-layers", "3"], "--full-layers from 0 to --layers"),
         (["--heads", "5"], "--heads must divide --dim"),
@@ -153,6 +216,19 @@ def test_tuning_needs_a_checkpoint(example, capsys):
     assert "is no checkpoint of train.py" in fails(main, [__file__], capsys)
 
 
+def test_text_that_has_gone_is_named(example, text, tmp_path, capsys):
+    checkpoint, moved = str(tmp_path / "gpt.pt"), tmp_path / "moved.txt"
+    moved.write_bytes(Path(text).read_bytes())
+    full = ["--attention", "full", "--steps", "1", "--out", checkpoint]
+    example("train").main(["--text", str(moved), *full, *TINY])
+    moved.unlink()
+    for name, arguments in (("tune", [checkpoint]), ("train", ["--resume", checkpoint])):
+        main = example(name).main
+        assert f"--text: there is no {moved}" in fails(
+            main, [*arguments, "--device", "cpu"], capsys
+        )
+
+
 # ---- needle.py ----------------------------------------------------------------------------------
 
 
@@ -176,11 +252,24 @@ def test_full_attention_finds_every_needle(example):
     assert min(found["full"][64]) > 0.9
 
 
+def moba_densely(q, k, v, block_size, topk, **options):
+    """As flex_moba, whose tiles of 128 queries are nearly empty in contexts this short."""
+    assert not any(options.values())
+    selection = moba_select(q, k, block_size, topk).long()
+    selection = selection.where(selection >= 0, selection[..., :1])  # none: the own block again
+    blocks = torch.nn.functional.one_hot(selection, -(-k.shape[2] // block_size)).amax(-2) > 0
+    mask = reference_mask(blocks, block_size, k.shape[2], is_causal=True)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 @pytest.mark.slow
-def test_a_key_convolution_helps_the_gate_find_needles(example):
-    found = example("needle").main(["--lengths", "64", "--device", "cpu"])
-    full, moba, conv = (sum(found[name][64]) / 5 for name in ("full", "moba", "moba+conv"))
-    assert full > 0.95
+def test_a_key_convolution_helps_the_gate_find_needles(example, monkeypatch):
+    q, k, v = torch.randn(3, 1, 2, 60, 16)
+    torch.testing.assert_close(moba_densely(q, k, v, 8, 3), flex_moba(q, k, v, 8, 3))
+    monkeypatch.setattr("flexmoba.nn.flex_moba", moba_densely)
+    sparse = ["moba", "moba+conv"]
+    found = example("needle").main(["--variants", *sparse, "--lengths", "64", "--device", "cpu"])
+    moba, conv = (sum(found[name][64]) / 5 for name in sparse)
     assert conv > 0.8
     assert 2 / 8 < moba < conv  # above chance
 
@@ -202,6 +291,20 @@ def test_conversion_loses_what_fine_tuning_brings_back(example, text, tmp_path):
     again = main(["--model", str(tmp_path), "--text", text, "--topk", "4", "--steps", "1", *SHORT])
     assert again["dense"] == pytest.approx(found["finetuned, dense"], rel=1e-5)
     assert again["converted"] == pytest.approx(again["dense"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--text", "nowhere"], "there is no nowhere"),
+        (["--model", "nowhere"], "there is no such folder; nothing is downloaded"),
+        (["--save", __file__], f"--save {__file__}: no such folder can be made (File exists)"),
+        (["--full-layers", "3"], "--full-layers 3 must lie from 0 to the model's 2 layers"),
+        (["--text", __file__, "--length", "10000"], "--length 10000 needs 100,000"),
+    ],
+)
+def test_fine_tuning_says_what_is_wrong(example, arguments, text, capsys):
+    assert text in fails(example("finetune_transformers").main, arguments, capsys)
 
 
 # ---- generate.py --------------------------------------------------------------------------------

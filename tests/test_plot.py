@@ -1,5 +1,6 @@
 """Pictures: that what is drawn is what was selected, counted cell by cell."""
 
+import itertools
 import sys
 
 import pytest
@@ -16,7 +17,7 @@ from flexmoba.plot import (
     plot_report,
     plot_selection,
 )
-from flexmoba.tune import tune
+from flexmoba.tune import Call, tune
 
 pytest.importorskip("matplotlib")
 from matplotlib.colors import to_rgb
@@ -65,6 +66,15 @@ def test_queries_that_share_a_row_share_its_colour(monkeypatch):
     for block, (past, own, future) in enumerate([(2, 0, 0), (2, 2, 0), (1, 2, 2)]):
         expected = 1 + (past * blue + own * orange + future * grey) / 7
         assert colour(drawn[0, block], expected.tolist()), block
+
+
+def test_without_causality_no_block_is_out_of_reach():
+    drawn = image(plot_selection(torch.tensor([[[[0, 2], [2, 1], [1, -1]]]]), 1))
+    for query, row in enumerate(
+        [(ORANGE, WHITE, BLUE), (WHITE, ORANGE, BLUE), (WHITE, BLUE, WHITE)]
+    ):
+        for block, kind in enumerate(row):
+            assert colour(drawn[query, block], kind), (query, block)
 
 
 def test_one_head_of_one_row_is_drawn():
@@ -119,6 +129,15 @@ def test_a_selection_of_other_sizes_is_refused(plot):
         plot(SELECTION, 2)
     with pytest.raises(ValueError, match="5 keys"):
         plot(SELECTION, 1, kv_len=5)
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        plot(SELECTION, 0)
+    with pytest.raises(ValueError, match=r"selection is empty, \(1, 1, 0, 2\)"):
+        plot(SELECTION[:, :, :0], 2)
+    documents = moba_select(
+        *torch.randn(2, 1, 1, 30, 8), 8, 2, cu_seqlens=torch.tensor([0, 10, 30])
+    )
+    with pytest.raises(ValueError, match="one of several packed documents"):
+        plot(documents, 8)
 
 
 def test_block_mask_tile_by_tile(tmp_path):
@@ -179,6 +198,17 @@ def test_a_report_is_drawn_whole(report, timed, tmp_path):
     assert len(figure.axes) == 2 + 1 + timed  # one is the colour bar
     saved(figure, tmp_path)
     saved(plot_report(report), tmp_path)
+
+
+def test_names_of_many_layers_do_not_overlap(tmp_path):
+    q, k, at = torch.randn(1, 2, 8, 8), torch.randn(1, 2, 64, 8), torch.arange(0, 64, 8)
+    layers = [Call(f"model.layers.{i}.self_attn", q, k, at, 1.0) for i in range(32)]
+    figure = plot_report(tune(layers, (16,), (2,), timed=False))
+    saved(figure, tmp_path)
+    names = [x.get_window_extent() for x in figure.axes[1].get_yticklabels()]
+    assert len(names) == 32
+    for upper, lower in itertools.pairwise(names):
+        assert lower.y1 < upper.y0
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):

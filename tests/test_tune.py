@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from flexmoba.nn import FlexMoba
+from flexmoba import flex_moba
+from flexmoba.nn import FlexMoba, MobaAttention
 from flexmoba.reference import reference_mask, reference_selection
 from flexmoba.tune import (
     Call,
@@ -257,15 +258,27 @@ def test_keeps_copies_and_gradients():
     assert not calls[0].q.requires_grad
 
 
+PADDED = torch.arange(50)[None] < 40
+
+
 @pytest.mark.parametrize(
     "model",
     [
         sdpa(),  # not causal
+        sdpa(attn_mask=PADDED),
+        sdpa(attn_mask=PADDED.expand(50, 50)),
+        sdpa(attn_mask=torch.zeros(50, 50).masked_fill(~PADDED, -math.inf)),
+        Attention(flex_attention),
+        Attention(compiled_flex),
+        Attention(FlexMoba(16, 2, is_causal=False)),
+        Attention(FlexMoba(16, 2, cu_seqlens=torch.tensor([0, 20, 50], dtype=torch.int32))),
+        Attention(FlexMoba(16, 2, key_padding_mask=PADDED)),
         Attention(
             lambda q, k, v: F.scaled_dot_product_attention(q[:, :, -1:], k, v, is_causal=True)
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_what_is_not_causal_self_attention_is_left_out(model):
     with (
         pytest.raises(ValueError, match=r"was seen \(1 other attention calls\).*sdpa"),
@@ -273,6 +286,24 @@ def test_what_is_not_causal_self_attention_is_left_out(model):
     ):
         model(torch.randn(1, 1, 50, 16))
     assert calls == []
+
+
+def test_a_chunk_for_a_cache_is_left_out():
+    layer = MobaAttention(32, 2, block_size=8, topk=2)
+    cache = layer.make_cache(1)
+    with torch.no_grad(), capture(layer) as calls:
+        layer(torch.randn(1, 50, 32))
+        layer(torch.randn(1, 40, 32), cache=cache)
+        layer(torch.randn(1, 10, 32), cache=cache)
+    assert [call.k.shape[2] for call in calls] == [50]
+
+
+@pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min])
+def test_a_mask_of_numbers_is_causal(low):
+    mask = torch.full((1, 1, 50, 50), low).triu(1)
+    with capture(sdpa(attn_mask=mask)) as calls:
+        sdpa(attn_mask=mask)(torch.randn(1, 1, 50, 16))
+    assert len(calls) == 1
 
 
 def test_an_error_in_the_model_is_its_own():
@@ -332,6 +363,24 @@ def test_layers_are_told_apart_and_batches_of_one_averaged():
         pytest.approx(b.tolist()),
     ]
     assert report.dense_forward_ms is None
+
+
+def test_a_choice_that_fails_costs_no_other_result(monkeypatch):
+    def fails(q, k, v, block_size, topk):
+        if (block_size, topk) in without:
+            raise torch.OutOfMemoryError("no memory\nand more lines")
+        return flex_moba(q, k, v, block_size, topk)
+
+    monkeypatch.setattr("flexmoba.tune.measure.flex_moba", fails)
+    calls, without = [tuple(torch.randn(2, 1, 2, 64, 8))], [(16, 2)]
+    with pytest.warns(
+        UserWarning, match="block_size=16, topk=2 was left out, it failed: no memory$"
+    ):
+        report = tune(calls, (8, 16), (2, 3))
+    assert [(x.block_size, x.topk) for x in report.choices] == [(8, 2), (8, 3), (16, 3)]
+    without = [(8, 2), (8, 3)]
+    with pytest.warns(match="left out"), pytest.raises(torch.OutOfMemoryError):
+        tune(calls, (8,), (2, 3))
 
 
 def test_dense_attention_that_fails_costs_no_other_result(monkeypatch):
@@ -405,6 +454,17 @@ def test_the_table_marks_frontier_and_advice():
         ([(torch.zeros(1, 1, 64, 8),) * 2], {"topks": ()}, "select all of 64 keys"),
         ([(torch.zeros(1, 1, 64, 8),) * 2], {"block_sizes": (0, 8)}, "block_size"),
         ([(torch.zeros(1, 1, 64, 8), torch.zeros(1, 1, 64, 9))], {}, "q|k"),
+        ([(torch.zeros(1, 1, 64, 8),) * 2], {"queries": 0}, "queries must be at least 1, got 0"),
+        (
+            [(torch.full((1, 1, 64, 8), math.nan),) * 2],
+            {"block_sizes": (8,)},
+            "q or k of a call hold NaN or inf",
+        ),
+        (
+            [(torch.zeros(1, 1, 64, 8),) * 2, (torch.zeros(1, 2, 64, 8),) * 2],
+            {"block_sizes": (8,)},
+            "as many query heads, got 1 and 2 of ''",
+        ),
     ],
 )
 def test_tune_refuses(calls, options, text):

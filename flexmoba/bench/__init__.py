@@ -3,6 +3,16 @@
 Every configuration is first compared with float64 attention on sampled queries; one that disagrees
 is reported as wrong and not timed. Times are medians over repeated calls (CUDA events on a GPU),
 of the whole call, gate included; all of one run, on one device.
+
+Presets are
+  cpu          4K to 16K tokens, for a CPU
+  quick        8K and 32K tokens
+  flashmoba    8K to 128K tokens
+  paper        128K and 1M tokens, block 4096, topk 12
+  longest      1M and 10M tokens, forward
+  gates        gate="token", "group" and "tile" at 64K tokens
+  documents    64K tokens, packed of 1 to 1024 documents
+  decode       steps of one token at contexts of 32K to 1M
 """
 
 import argparse
@@ -18,7 +28,7 @@ from flexmoba.bench.calls import ROUNDINGS, describe, matrix_rate, measure
 from flexmoba.bench.configs import PRESETS, Config
 from flexmoba.bench.report import plot, tables
 from flexmoba.bench.steps import measure_step
-from flexmoba.console import UsageError, add_json, check_writable, progress, write_json
+from flexmoba.console import UsageError, add_device, add_json, check_writable, progress, write_json
 
 __all__ = ["PRESETS", "Config", "add_arguments", "run"]
 
@@ -31,13 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PRESETS,
         nargs="+",
         default=["quick" if on_gpu else "cpu"],
-        help="which configurations (default: %(default)s)",
+        metavar="NAME",
+        help=f"which configurations (default: {'quick' if on_gpu else 'cpu'})",
     )
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cuda or cpu")
+    add_device(parser)
     parser.add_argument(
         "--dtype",
         choices=[str(dtype).removeprefix("torch.") for dtype in ROUNDINGS],
         default="bfloat16" if on_gpu else "float32",
+        help="default: %(default)s",
     )
     add_json(parser)
     parser.add_argument(
@@ -51,32 +63,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints, or writes, the tables; 1 if a result was wrong."""
     check_writable(json=arguments.json, plot=arguments.plot)
-    earlier = arguments.show
-    if earlier and not earlier.is_file():
-        raise UsageError(f"--show {earlier}: there is no such file; --json writes one")
-    report = json.loads(earlier.read_text()) if earlier else _measure_all(arguments)
-    if write_json(report, arguments.json):
-        print(tables(report))
+    report = _earlier(arguments.show) if arguments.show else _heading(arguments)
+    try:
+        if not arguments.show:
+            _measure_all(report, arguments)
+    finally:  # an interruption or a failure loses nothing that was measured
+        if report["results"] and write_json(report, arguments.json):
+            print(tables(report))
     if arguments.plot:
-        plot(report, arguments.plot)
+        try:
+            plot(report, arguments.plot)
+        except ValueError as error:  # nothing was right enough to be timed, which the code tells
+            print(f"--plot: {error}", file=sys.stderr)
     return int(any(result["error"] > result["allowed"] for result in report["results"]))
 
 
-def _measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    configs = [config for preset in arguments.preset for config in PRESETS[preset]]
+def _earlier(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UsageError(f"--show {file}: there is no such file; --json writes one")
+    try:
+        report: dict[str, Any] = json.loads(file.read_text())
+        tables(report)
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"--show {file}: that is no report; --json writes one") from error
+    return report
+
+
+def _heading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A report without results."""
+    device = torch.device(arguments.device)
     report: dict[str, Any] = {
         "command": f"flexmoba bench --preset {' '.join(arguments.preset)}",
         **describe(device),
         "dtype": arguments.dtype,
-        "matrix_tflops": matrix_rate(device, dtype),
-        "results": [],
+        "matrix_tflops": matrix_rate(device, getattr(torch, arguments.dtype)),
     }
-    heading = (f"{key}: {value}" for key, value in report.items() if key != "results")
-    print(*heading, sep="\n", file=sys.stderr)
+    print(*(f"{key}: {value}" for key, value in report.items()), sep="\n", file=sys.stderr)
+    return report | {"results": []}
+
+
+def _measure_all(report: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Fills in the results."""
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    configs = [config for preset in arguments.preset for config in PRESETS[preset]]
     for config in progress(configs, "bench"):
         measured = (measure_step if config.decode else measure)(config, device, dtype)
         report["results"].append(asdict(config) | measured)
-        if arguments.json not in (None, "-"):  # after every row, so that no result is lost
+        if arguments.json not in (None, "-"):  # after every row, in case this is killed
             write_json(report, arguments.json)
-    return report

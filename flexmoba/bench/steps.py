@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from flexmoba.attention import flex_moba
-from flexmoba.bench.calls import ROUNDINGS, call_ms, dense_attention, exact_rows, try_to_time
+from flexmoba.bench.calls import (
+    ROUNDINGS,
+    call_ms,
+    dense_attention,
+    exact_rows,
+    largest_error,
+    try_to_time,
+)
 from flexmoba.bench.configs import Config
 from flexmoba.cache import MobaCache
 from flexmoba.gate import moba_select
@@ -54,7 +61,7 @@ def measure_step(config: Config, device: torch.device, dtype: torch.dtype) -> di
         out, last = step(), torch.tensor([length - 1], device=device)
         selection = moba_select(q, k, config.block_size, config.topk, gate=config.gate)
         exact = exact_rows(q, k, v, selection, last, config)
-        error, largest = float((out - exact).abs().max()), float(exact.abs().max())
+        error, largest = largest_error(out, exact), float(exact.abs().max())
         allowed = ROUNDINGS[dtype] * torch.finfo(dtype).eps * largest
         result: dict[str, Any] = {"error": error, "allowed": allowed}
         if not error <= allowed:

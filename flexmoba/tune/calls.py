@@ -13,6 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from flexmoba.nn import FlexMoba
 
+_NO_BLOCK_MASK = 1 << 30  # the size of the one block that FlexAttention makes up without a mask
+# Options of `flex_moba` under which a call's keys are not those of one whole sequence.
+_PARTS = ("cu_seqlens", "document_ids", "key_padding_mask", "cache")
+
 
 @dataclass
 class Call:
@@ -42,8 +46,10 @@ def capture(
     Seen are calls of ``scaled_dot_product_attention`` and ``flex_attention``, also inside
     ``torch.compile``, and of `flexmoba.nn.FlexMoba` modules; not those of other kernels, of
     ``torch.nn.MultiheadAttention``, or of `flex_moba` called as a function. Kept are those of
-    causal self-attention: as many queries as keys, more than one, and ``is_causal`` or a mask. The
-    mask is taken for a causal one: batches should have no padding and no packed documents.
+    causal self-attention: as many queries as keys, more than one, and ``is_causal`` or a mask that
+    hides from each query the next key. What else a mask hides is not looked at, and inside
+    ``torch.compile`` and of a ``BlockMask`` nothing is: batches should have no padding and no
+    packed documents. Calls of `flexmoba.nn.FlexMoba` with those, or with a cache, are left out.
 
     Args:
         model: Any module. Call it inside the ``with`` block, with gradients or without.
@@ -84,7 +90,8 @@ def capture(
         raise ValueError(
             f"no causal self-attention was seen ({seen.others} other attention calls): the model "
             "must call scaled_dot_product_attention, flex_attention or flexmoba.nn.FlexMoba on "
-            "whole sequences inside the block; a model of transformers does if loaded with "
+            "whole sequences inside the block, without padding, documents or a cache; a "
+            "model of transformers does if loaded with "
             'attn_implementation="sdpa"'
         )
 
@@ -94,6 +101,10 @@ def sample_positions(length: int, queries: int) -> Tensor:
 
     Where in its stretch goes by the golden ratio, and so keeps no step with any block size.
     """
+    if queries < 1:
+        raise ValueError(
+            f"queries must be at least 1, got {queries}; 256 of a sequence tell enough"
+        )
     if queries >= length:
         return torch.arange(length)
     ends = torch.arange(queries + 1) * length // queries
@@ -139,12 +150,12 @@ class _Seen(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> None:
-        self.keep(query, key, scale, masked=is_causal or attn_mask is not None)
+        self.keep(query, key, scale, masked=is_causal or _hides_the_next(attn_mask))
 
     def flex(
         self, query: Tensor, key: Tensor, value: Any, mod: Any, mask: Any, scale: float, *_: Any
     ) -> None:
-        self.keep(query, key, scale)
+        self.keep(query, key, scale, masked=mask[-2] < _NO_BLOCK_MASK)
 
     def flex_moba(self, module: FlexMoba, args: Any, kwargs: Any) -> None:
         def given(
@@ -153,10 +164,11 @@ class _Seen(TorchFunctionMode):
             return q, k, module.options | options
 
         q, k, options = given(*args, **kwargs)
-        self.keep(q, k, options.get("scale"), masked=options.get("is_causal", True))
+        whole = all(options.get(name) is None for name in _PARTS)
+        self.keep(q, k, options.get("scale"), masked=whole and options.get("is_causal", True))
         self.inside.append(self.names[-1])
 
-    def keep(self, q: Tensor, k: Tensor, scale: float | None, *, masked: bool = True) -> None:
+    def keep(self, q: Tensor, k: Tensor, scale: float | None, *, masked: bool) -> None:
         if self.inside:
             return
         if q.dim() != 4 or not masked or not 1 < q.shape[2] == k.shape[2]:
@@ -173,3 +185,14 @@ class _Seen(TorchFunctionMode):
                 scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
             )
         )
+
+
+def _hides_the_next(mask: Tensor | None) -> bool:
+    """Whether no query sees the key after it: so a causal mask is told from one of padding."""
+    if mask is None or mask.dim() < 2 or mask.shape[-2] < 2:
+        return False
+    if torch.compiler.is_compiling():  # which cannot read values
+        return True
+    following = mask.diagonal(1, -2, -1)
+    seen = following if mask.dtype == torch.bool else following > torch.finfo(mask.dtype).min / 2
+    return not bool(seen.any())

@@ -14,16 +14,18 @@ Queries and keys come from one of
 """
 
 import argparse
+import functools
 import importlib
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexmoba.console import UsageError, add_json, check_writable, positive, write_json
+from flexmoba.console import UsageError, add_device, add_json, check_writable, positive, write_json
 from flexmoba.example import synthetic
 from flexmoba.tune.calls import Call, capture
 from flexmoba.tune.measure import sampled, tune
@@ -32,7 +34,6 @@ from flexmoba.tune.report import Choice, Report
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``flexmoba tune``."""
-    on_gpu = torch.cuda.is_available()
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, metavar="FOLDER", help="needs --text")
     source.add_argument("--tensors", type=Path, metavar="FILE")
@@ -70,11 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sparsity", type=_share, help="recommend what captures most at this sparsity at least"
     )
     budget.add_argument(
-        "--latency-ms", type=float, help="recommend what captures most in this time at most"
+        "--latency-ms", type=_milliseconds, help="recommend what captures most in this time at most"
     )
     parser.add_argument("--backward", action="store_true", help="time the backward pass, too")
     parser.add_argument("--no-times", action="store_true", help="time nothing")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cuda or cpu")
+    add_device(parser)
     add_json(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (needs matplotlib)")
 
@@ -100,23 +101,37 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     budget, recommended = _recommend(report, arguments)
-    if arguments.plot:
-        from flexmoba.plot import plot_report
-
-        plot_report(report, recommended).savefig(arguments.plot)
     example = "synthetic, no model's" if arguments.example else None
     asked = {"budget": budget, "recommended": recommended, "example": example}
     if write_json(_json(report, asked), arguments.json):
         print(_heading(report, example), report.table(recommended), sep="\n\n", end="\n\n")
         print(_advice(report, budget, recommended))
+    if arguments.plot:
+        from flexmoba.plot import plot_report
+
+        plot_report(report, recommended).savefig(arguments.plot)
     return int(recommended is None)
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must lie above 0 and be at most 1, got {text}")
     return value
+
+
+def _milliseconds(text: str) -> float:
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from error
 
 
 def _json(report: Report, asked: dict[str, Any]) -> dict[str, Any]:
@@ -177,16 +192,20 @@ def _calls(arguments: argparse.Namespace) -> Sequence[Call | tuple[Tensor, Tenso
 def _from_file(file: Path, queries: int) -> list[Call]:
     if not file.is_file():
         raise UsageError(f"--tensors {file}: there is no such file")
+    load: Callable[[Path], Any] = functools.partial(
+        torch.load, map_location="cpu", weights_only=True
+    )
+    reader, writer = "torch.load", "torch.save"
     if file.suffix == ".safetensors":
-        tensors = _module("safetensors.torch", "safetensors").load_file(file)
-    else:
-        try:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UsageError(
-                f"--tensors {file}: torch.load cannot read it as tensors; write it by "
-                'torch.save({"q": q, "k": k}, FILE)'
-            ) from error
+        load = _module("safetensors.torch", "safetensors").load_file
+        reader, writer = "safetensors", "safetensors.torch.save_file"
+    try:
+        tensors = load(file)
+    except Exception as error:
+        raise UsageError(
+            f"--tensors {file}: {reader} cannot read it as tensors; write it by "
+            f'{writer}({{"q": q, "k": k}}, FILE)'
+        ) from error
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
         raise UsageError(f"--tensors {file}: it must hold a dict of tensors")
     names = [name for name in tensors if name == "q" or str(name).endswith(".q")]
@@ -216,9 +235,9 @@ def _from_model(arguments: argparse.Namespace) -> list[Call]:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--model {folder}: transformers cannot load it: {reason}") from error
     model = model.to(arguments.device).eval()
-    tokens = tokenizer(
-        file.read_text(encoding="utf-8", errors="replace"), return_tensors="pt"
-    ).input_ids
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        text = lines.read(64 * arguments.length)  # more than the tokens of any text would hold
+    tokens = tokenizer(text, return_tensors="pt").input_ids
     tokens = tokens[:, : arguments.length].to(arguments.device)
     print(f"the model reads {tokens.shape[1]:,} tokens", file=sys.stderr)
     with torch.no_grad(), capture(model, queries=arguments.queries, device="cpu") as calls:

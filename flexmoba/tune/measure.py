@@ -40,6 +40,7 @@ def tune(
 
     Args:
         calls: What `capture` caught, or pairs of q ``(B, Hq, L, D)`` and k ``(B, Hkv, L, D)``.
+            Calls of one name are batches of one layer, and so are all pairs.
         block_sizes: Keys in a block, each at least 1.
         topks: Blocks that a query attends to, its own included. Of a block size, those are left
             out that select every block of the longest call: that is full attention.
@@ -50,9 +51,11 @@ def tune(
         show_progress: Whether to draw a bar, if tqdm is there.
 
     Returns:
-        A `Report`.
+        A `Report`. What fails while it is timed, for want of memory, say, is left out of it with a
+        warning.
 
     Raises:
+        RuntimeError: Every choice failed.
         TypeError: An argument is of the wrong type.
         ValueError: There is nothing to measure, or shapes, dtypes or sizes do not fit.
 
@@ -86,9 +89,18 @@ def tune(
 
     topks = sorted({topk for kept in grid.values() for topk in kept})
     measured: dict[str, list[dict[int, Quality]]] = {}
+    heads: dict[str, int] = {}
     for call in steps(samples, "captured mass"):
         q, k = call.q.to(device), call.k.to(device)
         quality = gate_quality(q, k, tuple(grid), topks, positions=call.positions, scale=call.scale)
+        if not all(x.mass.isfinite().all() for x in quality.values()):
+            raise ValueError(f"q or k of {call.name or 'a call'} hold NaN or inf; check the model")
+        heads.setdefault(call.name, call.q.shape[1])
+        if call.q.shape[1] != heads[call.name]:
+            raise ValueError(
+                f"calls of one layer must have as many query heads, got {heads[call.name]} and "
+                f"{call.q.shape[1]} of {call.name!r}; give each layer a name, as a `Call` has"
+            )
         measured.setdefault(call.name, []).append(quality)
 
     timer = _Timer(longest, device, backward=backward) if timed else None
@@ -97,10 +109,12 @@ def tune(
         try:
             dense = timer(_dense)
         except RuntimeError as error:  # memory, mostly, which costs no other result
-            reason = str(error).splitlines()[0]
-            warnings.warn(f"dense attention was not timed, it failed: {reason}", stacklevel=2)
-    choices = []
-    for block_size, topk in steps([(x, topk) for x in grid for topk in grid[x]], "times"):
+            warnings.warn(
+                f"dense attention was not timed, it failed: {_first_line(error)}", stacklevel=2
+            )
+    choices: list[Choice] = []
+    pairs = [(size, topk) for size in grid for topk in grid[size]]
+    for block_size, topk in steps(pairs, "times"):
         row = topks.index(topk)
         layers = [[x[block_size] for x in several] for several in measured.values()]
         of_all = [x for several in layers for x in several]
@@ -108,7 +122,14 @@ def tune(
         def moba(q: Tensor, k: Tensor, v: Tensor, size: int = block_size, topk: int = topk) -> Any:
             return flex_moba(q, k, v, size, topk)
 
-        forward_ms, both_ms = timer(moba) if timer else (None, None)
+        try:
+            forward_ms, both_ms = timer(moba) if timer else (None, None)
+        except RuntimeError as error:
+            what = f"block_size={block_size}, topk={topk} was left out, it failed"
+            warnings.warn(f"{what}: {_first_line(error)}", stacklevel=2)
+            if (block_size, topk) == pairs[-1] and not choices:
+                raise
+            continue
         choices.append(
             Choice(
                 block_size=block_size,
@@ -145,6 +166,10 @@ def sampled(q: Tensor, k: Tensor, queries: int, name: str = "") -> Call:
     index = sample_positions(q.shape[2], queries)
     sample = q[:, :, index.to(q.device)]
     return Call(name, sample, k, index + k.shape[2] - q.shape[2], q.shape[-1] ** -0.5)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _inputs(call: Call) -> str:
