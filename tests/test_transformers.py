@@ -13,6 +13,10 @@ pytest.importorskip("transformers")
 
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
     CLIPVisionConfig,
     DataCollatorWithFlattening,
     LlamaConfig,
@@ -26,7 +30,7 @@ from flexmoba.integrations.transformers import attach, convert, register
 from flexmoba.integrations.transformers.masks import padding_mask
 from flexmoba.nn import FlexMoba
 from tests.conftest import assert_bitwise_equal
-from tests.tiny_models import FAMILIES, VOCABULARY, model_of, register_oracle, tokens
+from tests.tiny_models import FAMILIES, SIZES, VOCABULARY, model_of, register_oracle, tokens
 
 LENGTH, BLOCK, TOPK = 45, 8, 3
 # Newer versions of transformers call it activation checkpointing, and warn.
@@ -353,3 +357,19 @@ def test_settings_that_do_not_fit_raise():
     with pytest.raises(TypeError, match="got Linear"):
         convert(torch.nn.Linear(2, 2), 8, 3)
     assert not hasattr(model.config, "flexmoba")
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "text"),
+    [
+        (lambda: BertModel(BertConfig(**SIZES)), {}, "BertModel has no causal self-attention that"),
+        (lambda: BloomForCausalLM(BloomConfig(n_layer=1)), {}, "Bloom.* that it dispatches"),
+        (lambda: model_of("llama"), {"sink_blocks": TOPK}, "topk=3 is too few for sink_blocks=3"),
+    ],
+)
+def test_a_refused_model_stays_as_it_is(make, options, text):
+    model = make()
+    before = model.config.to_dict(), model.config._attn_implementation, str(model)
+    with pytest.raises(ValueError, match=text):
+        convert(model, BLOCK, TOPK, **options)
+    assert (model.config.to_dict(), model.config._attn_implementation, str(model)) == before
