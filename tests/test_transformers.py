@@ -300,6 +300,11 @@ def test_one_step_of_trainer(tmp_path, device):
         assert (p.cpu() != before[name]).any(), name
 
 
+def test_a_window_that_no_layer_has_does_not_matter():
+    model = model_of("gemma2", sliding_window=19, layer_types=["full_attention"] * 2)
+    assert convert(model, BLOCK, TOPK)(IDS).logits.isfinite().all()
+
+
 IDS = tokens(1, 20)
 MASK_4D = torch.ones(1, 1, 20, 20).bool().tril()
 
