@@ -328,6 +328,8 @@ MASK_4D = torch.ones(1, 1, 20, 20).bool().tril()
         ("llama", {}, {"attention_mask": torch.ones(1, 19)}, ValueError, "20 in all, got 19"),
         ("llama", {}, {"attention_mask": (torch.arange(20) > 2)[None],
                        "cu_seq_lens_q": torch.tensor([0, 20])}, ValueError, "cu_seq_lens_q"),
+        ("gemma4", {}, {"position_ids": torch.arange(20)[None] % 10, "logits_to_keep": 1},
+         NotImplementedError, "'gemma4_text' was given packed documents and 1 queries for 20 keys"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_raises(family, config, inputs, error, text):
