@@ -321,6 +321,7 @@ MASK_4D = torch.ones(1, 1, 20, 20).bool().tril()
         ("llama", {"is_causal": False}, {}, NotImplementedError, "'llama'.*causal"),
         ("llama", {}, {"s_aux": IDS}, NotImplementedError, "LlamaAttention.*s_aux"),
         ("llama", {}, {"position_bias": IDS}, NotImplementedError, "position_bias"),
+        ("gpt2", {}, {"head_mask": IDS}, NotImplementedError, "GPT2Attention.* passes head_mask"),
         ("llama", {}, {"block_indices": IDS}, NotImplementedError, "block_indices"),
         ("llama", {}, {"output_attentions": True}, NotImplementedError, "attention weights"),
         ("llama", {}, {"attention_mask": torch.tensor([[1] * 9 + [0] + [1] * 10])},

@@ -15,7 +15,7 @@ from flexmoba.integrations.transformers.settings import name_of, settings_of
 from flexmoba.score_mod import ScoreMod
 
 # Arguments of models whose attention is another one; None is no argument.
-UNKNOWN = ("s_aux", "sinks", "position_bias", "indices", "block_indices", "cache")
+UNKNOWN = ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices", "cache")
 
 
 def attention(
