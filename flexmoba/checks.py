@@ -61,7 +61,7 @@ def check_values(k: Tensor, v: Tensor) -> None:
 
 def check_block_size(block_size: int) -> None:
     """A positive integer."""
-    _check_positive("block_size", block_size, "pass the number of keys in a block, such as 512")
+    check_positive("block_size", block_size, "pass the number of keys in a block, such as 512")
 
 
 def check_topk(topk: int | None, *, none_allowed: bool = False) -> None:
@@ -71,7 +71,7 @@ def check_topk(topk: int | None, *, none_allowed: bool = False) -> None:
     remedy = "pass how many blocks a query attends to, its own included"
     if none_allowed:
         remedy += ", or None for full attention"
-    _check_positive("topk", topk, remedy)
+    check_positive("topk", topk, remedy)
 
 
 def check_gate(
@@ -301,7 +301,8 @@ def _check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
-def _check_positive(name: str, value: Any, remedy: str) -> None:
+def check_positive(name: str, value: Any, remedy: str) -> None:
+    """A positive integer."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__}); {remedy}")
     if value < 1:

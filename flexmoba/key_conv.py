@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexmoba.cache import MobaCache
-from flexmoba.checks import check_new, check_no_gradients
+from flexmoba.checks import check_new, check_no_gradients, check_positive
 
 
 class KeyConv(nn.Module):
@@ -51,10 +51,9 @@ class KeyConv(nn.Module):
     ) -> None:
         """Makes the weights."""
         super().__init__()
-        if width not in (3, 5):
+        if width not in (3, 5) or not isinstance(width, int):
             raise ValueError(f"width of a key convolution must be 3 or 5, got {width!r}")
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
+        check_positive("channels", channels, "pass KV heads times head dim")
         self.channels, self.width = channels, width
         self.weight = nn.Parameter(torch.empty(channels, width, device=device, dtype=dtype))
         self.reset_parameters()

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from flexmoba.attention import flex_moba
 from flexmoba.cache import MobaCache
-from flexmoba.checks import check_block_size, check_documents, check_gate, check_topk
+from flexmoba.checks import (
+    check_block_size,
+    check_documents,
+    check_gate,
+    check_positive,
+    check_topk,
+)
 from flexmoba.key_conv import KeyConv, KeyConvCache
 from flexmoba.rotary import rotate
 from flexmoba.sequence import first_tokens
@@ -181,8 +187,7 @@ class MobaAttention(nn.Module):
         if head_dim is not None:
             sizes["head_dim"] = head_dim
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            check_positive(name, size, "pass a number of features or heads")
         if heads % kv_heads != 0:
             raise ValueError(
                 f"heads must be a multiple of kv_heads, got heads={heads} and kv_heads={kv_heads}"
@@ -203,8 +208,12 @@ class MobaAttention(nn.Module):
                 f"dropout of attention weights is not available, got dropout={dropout}; use 0, and "
                 "nn.Dropout on what the layer returns"
             )
-        if "return_aux" in options:
-            raise TypeError("MobaAttention has no option 'return_aux'; use FlexMoba")
+        for name in ("return_aux", "cache", "cu_seqlens", "document_ids", "key_padding_mask"):
+            if name in options:
+                raise TypeError(
+                    f"MobaAttention has no option {name!r}; it goes with one call, of the layer or "
+                    "of a FlexMoba"
+                )
         at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.head_dim, self.kv_heads, self.rope_base = head_dim, kv_heads, rope_base
         self.q_proj = nn.Linear(dim, heads * head_dim, bias, **at)

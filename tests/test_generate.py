@@ -51,6 +51,14 @@ def test_greedy_decoding_is_what_whole_passes_compute(family):
     assert (dense - logits.transpose(0, 1)).abs().max() > 0.1  # or the rest says nothing
 
 
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_layers_that_share_keys_add_them_once(family, cache):
+    model, ids = convert(model_of(family), BLOCK, TOPK), tokens(2, LENGTH)
+    new, logits = generate(model, ids, past_key_values=CACHES[cache](), prefill_chunk_size=33)
+    assert_whole_passes_choose(model, ids, new, logits)
+
+
 @pytest.mark.parametrize("chunk", [None, 7, 33])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -199,7 +207,7 @@ def test_what_a_cache_cannot_do_raises():
     with pytest.raises(NotImplementedError, match="'llama' was given a static cache of"):
         step(model, StaticCache(model.config, max_cache_len=64), ids)  # the prefill alone
     with (
-        pytest.raises(NotImplementedError, match=r"'llama' was given packed documents and a cache"),
+        pytest.raises(NotImplementedError, match="'llama' was given packed documents and 40"),
         torch.no_grad(),
     ):
         model(ids, position_ids=torch.arange(LENGTH)[None] % 20, past_key_values=cache)
@@ -227,6 +235,16 @@ def test_what_a_cache_cannot_do_raises():
     with pytest.raises(NotImplementedError, match="came with padding"):
         padded.crop(-1)
 
+    with pytest.raises(NotImplementedError, match="'diffllama' changes keys or values"):
+        step(convert(model_of("diffllama"), BLOCK, TOPK), FlexMobaCache(), ids)
+    with pytest.raises(NotImplementedError, match="not the states of recurrent layers or conv"):
+        step(convert(model_of("lfm2"), BLOCK, TOPK), FlexMobaCache(), ids)
+    with pytest.raises(NotImplementedError, match="several layers of this model share its keys"):
+        step(convert(model_of("gemma3n"), 128, TOPK, gate="tile"), FlexMobaCache(), ids)
+
+
+def test_windows_shorter_than_what_is_cached_raise():
+    ids = tokens(1, LENGTH)
     windowed = convert(model_of("mistral", sliding_window=LENGTH), BLOCK, TOPK)
     for made in (FlexMobaCache(), DynamicCache(config=windowed.config)):
         step(windowed, made, ids)
@@ -234,3 +252,9 @@ def test_what_a_cache_cannot_do_raises():
             step(windowed, made, ids[:, :1])
     with pytest.raises(NotImplementedError, match="context of 64"):
         step(windowed, FlexMobaCache(64), ids)
+    # Its window is in its masks alone.
+    windowed = model_of("phimoe", sliding_window=LENGTH, dtype=torch.float32)
+    cache = FlexMobaCache(64)
+    step(convert(windowed, BLOCK, TOPK), cache, ids)
+    with pytest.raises(NotImplementedError, match=f"'phimoe'.*{LENGTH} tokens.*of {LENGTH + 1}"):
+        step(windowed, cache, ids[:, :1])

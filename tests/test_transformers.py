@@ -13,6 +13,10 @@ pytest.importorskip("transformers")
 
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
     CLIPVisionConfig,
     DataCollatorWithFlattening,
     LlamaConfig,
@@ -26,7 +30,7 @@ from flexmoba.integrations.transformers import attach, convert, register
 from flexmoba.integrations.transformers.masks import padding_mask
 from flexmoba.nn import FlexMoba
 from tests.conftest import assert_bitwise_equal
-from tests.tiny_models import FAMILIES, VOCABULARY, model_of, register_oracle, tokens
+from tests.tiny_models import FAMILIES, SIZES, VOCABULARY, model_of, register_oracle, tokens
 
 LENGTH, BLOCK, TOPK = 45, 8, 3
 # Newer versions of transformers call it activation checkpointing, and warn.
@@ -296,6 +300,11 @@ def test_one_step_of_trainer(tmp_path, device):
         assert (p.cpu() != before[name]).any(), name
 
 
+def test_a_window_that_no_layer_has_does_not_matter():
+    model = model_of("gemma2", sliding_window=19, layer_types=["full_attention"] * 2)
+    assert convert(model, BLOCK, TOPK)(IDS).logits.isfinite().all()
+
+
 IDS = tokens(1, 20)
 MASK_4D = torch.ones(1, 1, 20, 20).bool().tril()
 
@@ -312,6 +321,7 @@ MASK_4D = torch.ones(1, 1, 20, 20).bool().tril()
         ("llama", {"is_causal": False}, {}, NotImplementedError, "'llama'.*causal"),
         ("llama", {}, {"s_aux": IDS}, NotImplementedError, "LlamaAttention.*s_aux"),
         ("llama", {}, {"position_bias": IDS}, NotImplementedError, "position_bias"),
+        ("gpt2", {}, {"head_mask": IDS}, NotImplementedError, "GPT2Attention.* passes head_mask"),
         ("llama", {}, {"block_indices": IDS}, NotImplementedError, "block_indices"),
         ("llama", {}, {"output_attentions": True}, NotImplementedError, "attention weights"),
         ("llama", {}, {"attention_mask": torch.tensor([[1] * 9 + [0] + [1] * 10])},
@@ -319,6 +329,8 @@ MASK_4D = torch.ones(1, 1, 20, 20).bool().tril()
         ("llama", {}, {"attention_mask": torch.ones(1, 19)}, ValueError, "20 in all, got 19"),
         ("llama", {}, {"attention_mask": (torch.arange(20) > 2)[None],
                        "cu_seq_lens_q": torch.tensor([0, 20])}, ValueError, "cu_seq_lens_q"),
+        ("gemma4", {}, {"position_ids": torch.arange(20)[None] % 10, "logits_to_keep": 1},
+         NotImplementedError, "'gemma4_text' was given packed documents and 1 queries for 20 keys"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_raises(family, config, inputs, error, text):
@@ -353,3 +365,19 @@ def test_settings_that_do_not_fit_raise():
     with pytest.raises(TypeError, match="got Linear"):
         convert(torch.nn.Linear(2, 2), 8, 3)
     assert not hasattr(model.config, "flexmoba")
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "text"),
+    [
+        (lambda: BertModel(BertConfig(**SIZES)), {}, "BertModel has no causal self-attention that"),
+        (lambda: BloomForCausalLM(BloomConfig(n_layer=1)), {}, "Bloom.* that it dispatches"),
+        (lambda: model_of("llama"), {"sink_blocks": TOPK}, "topk=3 is too few for sink_blocks=3"),
+    ],
+)
+def test_a_refused_model_stays_as_it_is(make, options, text):
+    model = make()
+    before = model.config.to_dict(), model.config._attn_implementation, str(model)
+    with pytest.raises(ValueError, match=text):
+        convert(model, BLOCK, TOPK, **options)
+    assert (model.config.to_dict(), model.config._attn_implementation, str(model)) == before

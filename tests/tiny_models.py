@@ -8,12 +8,17 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
+    DiffLlamaConfig,
     Gemma2Config,
+    Gemma3nTextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     PhiConfig,
+    PhimoeConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -51,6 +56,22 @@ CONFIGS = {
     ),
 }  # fmt: skip
 FAMILIES = list(CONFIGS)
+SHARING = GROUPED | {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 256,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
+}  # fmt: skip
+# Of which a test or two is enough.
+CONFIGS |= {
+    "diffllama": lambda: DiffLlamaConfig(**COMMON, **GROUPED),
+    "lfm2": lambda: Lfm2Config(**COMMON, **GROUPED, layer_types=["conv", "full_attention"]),
+    "phimoe": lambda: PhimoeConfig(**COMMON, **GROUPED, num_local_experts=2),
+    # Their last two layers attend to keys of the first two.
+    "gemma3n": lambda: Gemma3nTextConfig(
+        **COMMON, **SHARING, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4,
+    ),
+    "gemma4": lambda: Gemma4TextConfig(**COMMON, **SHARING, global_head_dim=8),
+}  # fmt: skip
 
 
 def model_of(family: str, *, dtype: torch.dtype = torch.float64, **config) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from flexmoba.integrations.transformers.settings import name_of, settings_of
 from flexmoba.score_mod import ScoreMod
 
 # Arguments of models whose attention is another one; None is no argument.
-UNKNOWN = ("s_aux", "sinks", "position_bias", "indices", "block_indices", "cache")
+UNKNOWN = ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices", "cache")
 
 
 def attention(
@@ -57,6 +57,11 @@ def attention(
     _check(module, attention_mask, dropout, is_causal, kwargs)
     block_size, topk, options = settings_of(module)
     layer = layer_of(key)
+    if layer is not layer_of(value):
+        raise NotImplementedError(
+            f"{name_of(module)} changes keys or values between its cache and its attention, which "
+            "a FlexMobaCache cannot follow; use a cache of transformers"
+        )
     length: Any = key.shape[2]
     if (
         layer is not None
@@ -72,13 +77,14 @@ def attention(
     documents: dict[str, Any] = documents_of(
         attention_mask,
         query.shape[0],
-        query.shape[2],
+        (query.shape[2], key.shape[2]),
         **{name: kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "seq_idx")},
     )
     if documents and (layer is not None or query.shape[2] != key.shape[2]):
         raise NotImplementedError(
-            f"{name_of(module)} was given packed documents and a cache of earlier tokens; pack "
-            "without a cache, or generate for each document in a row of its own"
+            f"{name_of(module)} was given packed documents and {query.shape[2]} queries for "
+            f"{key.shape[2]} keys, or a FlexMobaCache; pack without a cache and with "
+            "logits_to_keep=0, or give each document a row of its own"
         )
 
     if layer is not None or (query.shape[2] != key.shape[2] and attention_mask is not None):

@@ -65,6 +65,15 @@ class FlexMobaCache(Cache):
         """Tokens that there is room for; -1 for no limit."""
         return self.max_cache_len or -1
 
+    def _no_states(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "a FlexMobaCache holds keys and values, not the states of recurrent layers or "
+            "convolutions; use a cache of transformers for this model"
+        )
+
+    get_conv_state = update_conv_state = _no_states
+    get_recurrent_state = update_recurrent_state = _no_states
+
 
 class MobaLayer(CacheLayerMixin):
     """The cache of one layer.
@@ -104,14 +113,16 @@ class MobaLayer(CacheLayerMixin):
         if self._unattended:
             raise RuntimeError(
                 "keys that came into a FlexMobaCache before never came to flexmoba's attention: "
-                'the model needs attn_implementation="flexmoba" (see convert), or, after an '
-                "exception, the cache needs reset()"
+                'the model needs attn_implementation="flexmoba" (see convert), or a cache of '
+                "transformers if it caches latents in place of keys; after an exception, the cache "
+                "needs reset()"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.columns += key_states.shape[2]
         self._unattended = True
-        key_states.flexmoba_layer = self  # type: ignore[attr-defined]
+        for x in (key_states, value_states):
+            x.flexmoba_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
 
     def attend(
@@ -127,8 +138,10 @@ class MobaLayer(CacheLayerMixin):
     ) -> Tensor:
         """Adds the new keys and values, and attends to all that there are.
 
+        Layers that share keys come with those of the first one, which are added once.
+
         Args:
-            query: ``(B, Hq, L, D)``.
+            query: ``(B, Hq, L, D)``; of layers that share keys perhaps the last ones only.
             key: What `update` returned, ``(B, Hkv, L, D)``.
             value: Likewise, ``(B, Hkv, L, Dv)``.
             real: ``(B, L)`` bool, which of them are no padding; None for all of them.
@@ -158,9 +171,18 @@ class MobaLayer(CacheLayerMixin):
                 f"the cache holds means of blocks of {self._cache.block_size} keys, but the layer "
                 f"has block_size={block_size} now; begin with a new FlexMobaCache"
             )
-        if real is not None:
-            self._padded = self.columns if isinstance(self.columns, int) else 1
-        positions = self._cache.append(key, value, real)
+        positions: Tensor | None = getattr(key, "flexmoba_positions", None)
+        if positions is None:
+            if real is not None:
+                self._padded = self.columns if isinstance(self.columns, int) else 1
+            positions = self._cache.append(key, value, real)
+            key.flexmoba_positions = positions  # type: ignore[attr-defined]
+        elif options.get("gate") == "tile":
+            raise NotImplementedError(
+                'gate="tile" keeps the queries of one layer in a cache, and several layers of this '
+                "model share its keys; use another gate, or no FlexMobaCache"
+            )
+        positions = positions[:, positions.shape[1] - query.shape[2] :]
         return self._cache.attend(query, positions, topk, scale=scale, **options)[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -220,9 +242,9 @@ class MobaLayer(CacheLayerMixin):
             self._cache.reorder(indices.to(self._cache.lengths.device))
 
 
-def layer_of(key: Tensor) -> MobaLayer | None:
-    """The layer of a `FlexMobaCache` that these keys have just come through; None for none."""
-    layer: MobaLayer | None = getattr(key, "flexmoba_layer", None)
+def layer_of(x: Tensor) -> MobaLayer | None:
+    """The layer of a `FlexMobaCache` that these keys or values have just come through, if any."""
+    layer: MobaLayer | None = getattr(x, "flexmoba_layer", None)
     return layer
 
 

@@ -1,6 +1,6 @@
 """Register the attention with transformers, and convert a model to it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -79,10 +79,11 @@ def convert(
     """
     config = _text_config(model)
     entry = checked(config, block_size, topk, eval_topk, options)
+    made = _made(model, entry)  # before anything changes, so that a refusal changes nothing
     register()
     _dispatch(model, config)
     config.flexmoba = entry
-    return attach(model)
+    return _given(model, made)
 
 
 def attach(model: Model) -> Model:
@@ -100,11 +101,22 @@ def attach(model: Model) -> Model:
     Raises:
         ValueError: There is no attention module, or there are no settings.
     """
+    return _given(model, _made(model, getattr(_text_config(model), CHILD, None)))
+
+
+def _made(model: nn.Module, entry: Mapping[str, Any] | None) -> list[tuple[nn.Module, FlexMoba]]:
+    """Each attention module, and a `FlexMoba` for it."""
     modules = list(_attention_modules(model))
     if not modules:
-        raise ValueError(f"{type(model).__name__} has no causal self-attention to convert")
-    for module in modules:
-        own = FlexMoba(**arguments_for(module))
+        raise ValueError(
+            f"{type(model).__name__} has no causal self-attention that it dispatches, so it cannot "
+            "be converted"
+        )
+    return [(module, FlexMoba(**arguments_for(module, entry))) for module in modules]
+
+
+def _given(model: Model, made: list[tuple[nn.Module, FlexMoba]]) -> Model:
+    for module, own in made:
         module.add_module(CHILD, own.train(module.training))
     return model
 

@@ -12,6 +12,8 @@ from transformers.masking_utils import causal_mask_function
 
 from flexmoba.integrations.transformers.packing import may_read
 
+NO_WINDOW = {"full_attention", "linear_attention"}  # among the layer_types of a config
+
 
 def padding_mask(
     *,
@@ -97,18 +99,21 @@ def _check_window(
     kv_offset: int | Tensor,
     config: Any,
 ) -> None:
-    """That no window is shorter than what is seen; of a static cache the attention checks it."""
-    if isinstance(kv_offset, int):
-        cut = kv_offset > 0 and kv_length != q_length  # a cache that forgot keys
-        if cut or (local_size is not None and kv_offset + kv_length > local_size):
-            raise NotImplementedError(
-                f"{model} has a sliding window or chunks of {local_size} tokens, shorter than the "
-                f"context of {kv_offset + kv_length}, which flexmoba does not have; set "
-                "config.sliding_window to None, or use a shorter context"
-            )
-    elif local_size is not None and local_size != getattr(config, "sliding_window", None):
+    """That no window is shorter than what is seen, which for a static cache is on the device."""
+    if set(getattr(config, "layer_types", None) or [None]) <= NO_WINDOW:
+        local_size = None  # a mask that models make whether or not a layer asks for it
+    seen = kv_offset + kv_length
+    cut = isinstance(kv_offset, int) and kv_offset > 0 and kv_length != q_length
+    beyond = cut or (local_size is not None and seen > local_size)  # cut: a cache that forgot keys
+    if isinstance(beyond, Tensor) and not may_read(beyond):
+        torch._assert_async(
+            ~beyond, f"{model} has a sliding window or chunks of {local_size} tokens, and more came"
+        )
+    elif beyond:
         raise NotImplementedError(
-            f"{model} attends in chunks of {local_size} tokens, which flexmoba does not have"
+            f"{model} has a sliding window or chunks of {local_size} tokens, shorter than the "
+            f"context of {int(seen)}, which flexmoba does not have; set config.sliding_window to "
+            "None, or use a shorter context"
         )
 
 

@@ -13,7 +13,7 @@ _last: tuple[list[weakref.ref[Tensor]], list[int], dict[str, Tensor]] | None = N
 def documents_of(
     real: Tensor | None,
     batch: int,
-    length: int,
+    lengths: tuple[int, int],
     *,
     position_ids: Tensor | None,
     cu_seq_lens_q: Tensor | None,
@@ -30,7 +30,8 @@ def documents_of(
         real: Which tokens are no padding, bool, ``(B, L)``, or more columns of which the last ones
             count; None for all of them.
         batch: Rows ``B``.
-        length: Tokens ``L`` in a row. With a cache, the new ones.
+        lengths: Queries and keys in a row; ``L`` is either. With a cache positions are those of
+            the new tokens, and a model that keeps the last logits only may drop the other queries.
         position_ids: ``(B, L)`` or ``(1, L)`` ints.
         cu_seq_lens_q: ``(n + 1,)`` ints, bounds of the documents of the only row.
         seq_idx: ``(B, L)`` ints, the document of each token.
@@ -45,7 +46,7 @@ def documents_of(
             )
         return {"cu_seqlens": cu_seq_lens_q}
     source, step = (position_ids, 1) if seq_idx is None else (seq_idx, 0)
-    if source is None or source.ndim != 2 or source.shape[1] != length or length == 1:
+    if source is None or source.ndim != 2 or source.shape[1] not in lengths or source.shape[1] == 1:
         return {}
     if not may_read(source):
         if seq_idx is not None:

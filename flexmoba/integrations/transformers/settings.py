@@ -25,18 +25,16 @@ def settings_of(module: nn.Module) -> Settings:
     own = module._modules.get(CHILD)
     if isinstance(own, FlexMoba):
         return Settings(own.block_size, own.current_topk, own.options)
-    given = arguments_for(module)
+    given = arguments_for(module, getattr(module.config, CHILD, None))
     training = module.training or given["eval_topk"] == "same"
     topk = given["topk"] if training else given["eval_topk"]
     options = {name: value for name, value in given.items() if name in OPTIONS}
     return Settings(given["block_size"], topk, options)
 
 
-def arguments_for(module: nn.Module) -> dict[str, Any]:
-    """`FlexMoba`'s arguments for an attention module, from its config."""
-    config: Any = module.config
-    given = getattr(config, CHILD, None)
-    if given is None:
+def arguments_for(module: nn.Module, entry: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`FlexMoba`'s arguments for an attention module, from the entry of its config."""
+    if entry is None:
         raise ValueError(
             f"{name_of(module)} has no block_size and topk: call flexmoba.integrations."
             "transformers.convert(model, block_size=..., topk=...), or load the model with a "
@@ -44,7 +42,7 @@ def arguments_for(module: nn.Module) -> dict[str, Any]:
         )
     layer: Any = module.layer_idx
     return {"eval_topk": "same"} | {
-        name: value[layer] if isinstance(value, list) else value for name, value in given.items()
+        name: value[layer] if isinstance(value, list) else value for name, value in entry.items()
     }
 
 
