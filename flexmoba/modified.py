@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flexmoba.merge import combine, dispatch
+from flexmoba.precision import without_autocast
 from flexmoba.routing import TILE, Tiles
 from flexmoba.score_mod import Modifier, ScoreMod
 
 _SCORES_AT_ONCE = 24 * TILE * 512
 
 
+@without_autocast
 def attend_modified(
     q: Tensor,
     k: Tensor,

@@ -195,6 +195,23 @@ def test_inside_torch_compile():
     torch._dynamo.reset()
 
 
+def test_autocast_changes_nothing():
+    problem = Problem(q_len=100, kv_len=100, head_dim=16, block_size=8, dtype=torch.float32)
+    results = []
+    for enabled in (False, True):
+        inputs = problem.tensors(requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = flex_moba(*inputs, 8, 3, score_mod=softcap)
+        results.append((out, *torch.autograd.grad(out.sum(), inputs)))
+    for first, second in zip(*results, strict=True):
+        assert_bitwise_equal(first, second)
+
+
+def test_shapes_without_values():
+    q, k, v = (x.to("meta") for x in Problem(value_dim=5).tensors())
+    assert flex_moba(q, k, v, 4, 2, score_mod=softcap).shape == (1, 1, 24, 5)
+
+
 def test_errors():
     q, k, v = Problem().tensors()
     assert_raises(
