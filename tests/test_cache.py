@@ -97,6 +97,27 @@ def test_rows_of_different_lengths_are_sequences_of_their_own(seed, rows, side):
                 torch.testing.assert_close(out[row][:, real[row]], expected[0, :, :-1])
 
 
+@given(
+    whole(problems(is_causal=st.just(True), dtype=st.just(torch.float64), max_len=60)), st.data()
+)
+def test_values_reach_only_queries_that_see_them(problem, data):
+    q, k, v = problem.tensors()
+    cache = cache_for(problem, data.draw(st.sampled_from([None, problem.kv_len])))
+    args = (problem.block_size, problem.topk)
+    flex_moba(q, k, torch.full_like(v, torch.nan), *args, cache=cache)
+    cache.reset()
+    v[:, :, data.draw(st.integers(0, problem.kv_len - 1))] = torch.inf
+    expected = flex_moba(q, k, v, *args)
+    start = 0
+    while start < problem.kv_len:
+        part = slice(start, start + data.draw(st.integers(1, 20)))
+        out = flex_moba(*(x[:, :, part] for x in (q, k, v)), *args, cache=cache)
+        finite = expected[:, :, part].isfinite()
+        assert_bitwise_equal(out.isfinite(), finite)
+        torch.testing.assert_close(out[finite], expected[:, :, part][finite])
+        start = part.stop
+
+
 def decode(cache, problem, tensors, start, stop):
     outs = []
     for i in range(start, stop):
