@@ -61,7 +61,7 @@ def check_values(k: Tensor, v: Tensor) -> None:
 
 def check_block_size(block_size: int) -> None:
     """A positive integer."""
-    _check_positive("block_size", block_size, "pass the number of keys in a block, such as 512")
+    check_positive("block_size", block_size, "pass the number of keys in a block, such as 512")
 
 
 def check_topk(topk: int | None, *, none_allowed: bool = False) -> None:
@@ -71,7 +71,7 @@ def check_topk(topk: int | None, *, none_allowed: bool = False) -> None:
     remedy = "pass how many blocks a query attends to, its own included"
     if none_allowed:
         remedy += ", or None for full attention"
-    _check_positive("topk", topk, remedy)
+    check_positive("topk", topk, remedy)
 
 
 def check_gate(
@@ -301,18 +301,26 @@ def _check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
-def _check_positive(name: str, value: Any, remedy: str) -> None:
+def check_positive(name: str, value: Any, remedy: str) -> None:
+    """A positive integer."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__}); {remedy}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}; {remedy}")
 
 
-def check_new(name: str, new: Tensor, old: Tensor) -> None:
+def check_new(name: str, new: Tensor, old: Tensor, length: int | None = None) -> None:
     """That new tokens ``(B, Hkv, n, D)`` fit to those of a cache ``(B, Hkv, capacity, D)``."""
-    want = (*old.shape[:2], new.shape[2] if new.ndim == 4 else "n", old.shape[3])
+    if length is None and new.ndim == 4:
+        length = new.shape[2]
+    want = (*old.shape[:2], "n" if length is None else length, old.shape[3])
     if tuple(new.shape) != want:
         raise ValueError(f"{name} must be {want} for this cache, got {tuple(new.shape)}")
+    check_like_cache(name, new, old)
+
+
+def check_like_cache(name: str, new: Tensor, old: Tensor) -> None:
+    """That new tokens have the dtype and device of a cache."""
     if (new.dtype, new.device) != (old.dtype, old.device):
         raise ValueError(
             f"{name} must be {old.dtype} on {old.device} like the cache, got {new.dtype} on "
@@ -320,9 +328,9 @@ def check_new(name: str, new: Tensor, old: Tensor) -> None:
         )
 
 
-def check_no_gradients(q: Tensor) -> None:
+def check_no_gradients(*tensors: Tensor) -> None:
     """That nothing would be differentiated."""
-    if torch.is_grad_enabled() and q.requires_grad:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise NotImplementedError(
             "attention to a cache has no gradients; call it under torch.no_grad(), or without a "
             "cache to train"
@@ -357,4 +365,4 @@ def check_cache(
         raise NotImplementedError("kernel_options do not go with cache; leave them out")
     check_no_gradients(q)
     if gate == "tile":
-        cache.check_tiles()
+        cache.check_tiles(q.shape[1])
