@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import AuxRequest
 
 if TYPE_CHECKING:
@@ -57,6 +58,16 @@ def check_values(k: Tensor, v: Tensor) -> None:
         )
     if v.shape[3] == 0:
         raise ValueError(f"v must have a positive head dim, got shape {tuple(v.shape)}")
+
+
+def check_no_tangents(**tensors: Tensor) -> None:
+    """That no forward-mode derivative is asked for: operators of one's own would give zeros."""
+    for name, x in tensors.items():
+        if forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"attention has no forward-mode derivatives, but {name} has a tangent; use "
+                "torch.autograd.grad or .backward(), not torch.func.jvp or jacfwd"
+            )
 
 
 def check_block_size(block_size: int) -> None:
