@@ -190,6 +190,8 @@ def flex_moba(
         out, lse = attend_fully(q, k, v, scale, impl, kernel_options, is_causal, modifier)
     else:
         wanted = topk - 1 if is_causal else topk
+        if topk >= n_blocks:  # all of a document's, which needs no scores
+            options = options._replace(sink_blocks=0, local_blocks=wanted)
         chosen = choose(
             q, k, block_size, wanted, options, is_causal=is_causal, first_block=first_block
         )
