@@ -18,6 +18,7 @@ from flexmoba.checks import (
     check_cache,
     check_documents,
     check_gate,
+    check_no_tangents,
     check_options,
     check_queries_and_keys,
     check_selected_blocks,
@@ -62,10 +63,10 @@ def flex_moba(
     every query token and head, and the query attends, by ordinary softmax attention, to the keys
     of those blocks that stand at or before its position. ``topk=1`` is causal attention within
     each block; ``topk`` of at least the number of blocks, or None, is full causal attention.
-    Differentiable in q, k and v, also through the log-sum-exp; forward and backward are
-    deterministic. Inside ``torch.compile`` it does not break the graph; called eagerly on CUDA it
-    compiles its kernels at the first call of each configuration: seconds for its own ones, 10 to
-    20 seconds for each of FlexAttention's.
+    Differentiable in q, k and v by reverse mode, also through the log-sum-exp; forward and backward
+    are deterministic. Inside ``torch.compile`` it does not break the graph; called eagerly on CUDA
+    it compiles its kernels at the first call of each configuration: seconds for its own ones, 10
+    to 20 seconds for each of FlexAttention's.
 
     Args:
         q: Queries, ``(B, Hq, Lq, D)``, float16, bfloat16, float32 or float64. Query ``i`` stands
@@ -127,6 +128,7 @@ def flex_moba(
         TypeError: An argument is of the wrong type.
         ValueError: Shapes, dtypes or devices do not fit, or a value is out of its range.
         NotImplementedError: The named ``impl`` cannot serve these inputs; the text says which can.
+            Or forward-mode derivatives were asked for.
 
     Examples:
         >>> import torch
@@ -140,6 +142,7 @@ def flex_moba(
     """
     check_queries_and_keys(q, k)
     check_values(k, v)
+    check_no_tangents(q=q, k=k, v=v)
     check_block_size(block_size)
     check_topk(topk, none_allowed=True)
     offset = None if cache is not None else k.shape[2] - q.shape[2]
@@ -187,6 +190,8 @@ def flex_moba(
         out, lse = attend_fully(q, k, v, scale, impl, kernel_options, is_causal, modifier)
     else:
         wanted = topk - 1 if is_causal else topk
+        if topk >= n_blocks:  # all of a document's, which needs no scores
+            options = options._replace(sink_blocks=0, local_blocks=wanted)
         chosen = choose(
             q, k, block_size, wanted, options, is_causal=is_causal, first_block=first_block
         )
@@ -254,6 +259,7 @@ def selected_attention(
         TypeError: An argument is of the wrong type.
         ValueError: Shapes, dtypes or devices do not fit, or a value is out of its range.
         NotImplementedError: The named ``impl`` cannot serve these inputs; the text says which can.
+            Or forward-mode derivatives were asked for.
 
     Examples:
         Every query attends to its own block and the first one.
@@ -269,6 +275,7 @@ def selected_attention(
     """
     check_queries_and_keys(q, k)
     check_values(k, v)
+    check_no_tangents(q=q, k=k, v=v)
     check_block_size(block_size)
     check_selection(selection, q)
     check_options(scale, score_mod, kernel_options, return_aux)

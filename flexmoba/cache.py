@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexmoba.attention import selected_attention
-from flexmoba.checks import check_block_size, check_gate, check_new, check_no_gradients
+from flexmoba.checks import (
+    check_block_size,
+    check_gate,
+    check_like_cache,
+    check_new,
+    check_no_gradients,
+    check_options,
+    check_positive,
+    check_topk,
+)
 from flexmoba.decode import FEW, NO_ROOM, attend_few, has_kernels
 from flexmoba.gate import (
     GATE_TILE,
@@ -49,7 +58,7 @@ class MobaCache:
         device: Where they are.
 
     Raises:
-        TypeError: ``block_size`` is no integer.
+        TypeError: A size is no integer.
         ValueError: A size is not positive.
 
     Examples:
@@ -83,8 +92,7 @@ class MobaCache:
         sizes = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim}
         sizes |= {"value_dim": value_dim, "max_len": 1 if max_len is None else max_len}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            check_positive(name, size, "pass the size of what is to be kept")
         self.block_size = block_size
         self.grows = max_len is None
         # One block more, where padding goes: written, never read.
@@ -102,6 +110,7 @@ class MobaCache:
         self._most = 0  # tokens of the longest row, or more; known without asking the device
         # Under gate="tile", the first query of every tile: it chooses for those still to come.
         self._tile_queries: Tensor | None = None
+        self._untiled = 0  # tokens whose queries were not kept that way, or more
 
     @property
     def capacity(self) -> int:
@@ -138,11 +147,13 @@ class MobaCache:
 
         Raises:
             ValueError: Shapes, dtypes or devices do not fit, or there is no room left.
+            NotImplementedError: k or v requires gradients.
         """
         self._check(k, v, key_padding_mask)
         self._make_room(k.shape[2])
         if not torch.compiler.is_compiling():
             self._most += k.shape[2]
+            self._untiled += k.shape[2]
         positions: Tensor = _append(
             self.k, self.v, self.means, self.lengths, k, v, key_padding_mask
         )
@@ -181,23 +192,28 @@ class MobaCache:
             gets NaN.
 
         Raises:
-            ValueError: Shapes or the gate's options do not fit, or tokens were added before
-                ``gate="tile"`` could keep their tile's query.
+            TypeError: An argument is of the wrong type.
+            ValueError: Shapes, dtypes or the gate's options do not fit, or tokens were added
+                before ``gate="tile"`` could keep their tile's query.
             NotImplementedError: q requires gradients, or a chunk of more than 16 tokens has a
                 ``score_mod`` inside ``torch.compile``.
         """
         batch, heads, n, dim = q.shape
-        if (batch, dim, n) != (self.k.shape[0], self.k.shape[3], positions.shape[1]):
+        if (batch, dim) != self.k.shape[::3] or (batch, n) != positions.shape:
             raise ValueError(
-                f"q must be ({self.k.shape[0]}, Hq, {positions.shape[1]}, {self.k.shape[3]}) for "
-                f"this cache and these positions, got {tuple(q.shape)}"
+                f"q must be ({self.k.shape[0]}, Hq, n, {self.k.shape[3]}) and positions "
+                f"({self.k.shape[0]}, n) for this cache, got {tuple(q.shape)} and "
+                f"{tuple(positions.shape)}"
             )
         if heads == 0 or heads % self.k.shape[1] != 0:
             raise ValueError(
                 f"the number of query heads must be a positive multiple of the cache's "
                 f"{self.k.shape[1]} KV heads, got {heads}"
             )
+        check_like_cache("q", q, self.k)
         check_no_gradients(q)
+        check_topk(topk, none_allowed=True)
+        check_options(scale, score_mod, None, None)
         check_gate(gate, sink_blocks, local_blocks, None, self.block_size, topk, is_causal=True)
         n_blocks = self.means.shape[2]
         topk = n_blocks if topk is None else min(topk, n_blocks)  # no fewer are full attention
@@ -219,17 +235,31 @@ class MobaCache:
     def reset(self) -> None:
         """Forgets all tokens."""
         self.lengths.zero_()
-        self._most = 0
+        self._most = self._untiled = 0
 
     def crop(self, length: int | Tensor) -> None:
-        """Forgets all but the first ``length`` tokens of every row; an int, or ``(B,)`` ints."""
-        if isinstance(length, int):
+        """Forgets all but the first ``length`` tokens of every row; an int, or ``(B,)`` ints.
+
+        Raises:
+            TypeError: ``length`` is neither.
+            ValueError: It is negative. On other devices than CPU a tensor is not read, and what
+                is negative counts as 0.
+        """
+        if isinstance(length, Tensor):
+            readable = length.device.type == "cpu" and not torch.compiler.is_compiling()
+            if readable and bool((length < 0).any()):
+                raise ValueError(f"length must be at least 0, got {length.tolist()}")
+            left = length.to(self.lengths).clamp(min=0)
+            self.lengths.copy_(torch.minimum(self.lengths, left))
+        elif isinstance(length, int):
             if length < 0:
                 raise ValueError(f"length must be at least 0, got {length}")
             self.lengths.clamp_(max=length)
-            self._most = min(self._most, length)
+            self._most, self._untiled = min(self._most, length), min(self._untiled, length)
         else:
-            self.lengths.copy_(torch.minimum(self.lengths, length.to(self.lengths)))
+            raise TypeError(
+                f"length must be an int or a tensor of ints, got {type(length).__name__}"
+            )
 
     def reorder(self, rows: Tensor) -> None:
         """Makes row ``i`` what row ``rows[i]`` was, ``(B,)`` ints: for beam search.
@@ -245,13 +275,21 @@ class MobaCache:
                 else:
                     setattr(self, name, moved)
 
-    def check_tiles(self, before: int | None = None) -> None:
-        """Raises ValueError if ``before`` tokens, all by default, came without a gate of tiles."""
-        before = self._most if before is None else before
-        if self._tile_queries is None and before > 0:
+    def check_tiles(self, heads: int, new: int = 0) -> None:
+        """That ``gate="tile"`` can go on: it kept the queries of all but the ``new`` tokens.
+
+        Raises:
+            ValueError: Tokens came without that gate, or queries with another number of heads.
+        """
+        if self._untiled > new:
             raise ValueError(
-                f'gate="tile" needs the queries of all tokens, but {before} came without it; use '
-                "it from the first token on"
+                f'gate="tile" needs the queries of all tokens, but {self._untiled - new} came '
+                "without it; use it from the first token on"
+            )
+        if self._tile_queries is not None and self._tile_queries.shape[1] != heads:
+            raise ValueError(
+                f"q must have the {self._tile_queries.shape[1]} heads of the tokens before, got "
+                f"{heads}; other queries need a cache of their own"
             )
 
     def _make_room(self, n: int) -> None:
@@ -280,15 +318,11 @@ class MobaCache:
 
     def _keep_tile_queries(self, q: Tensor, positions: Tensor) -> Tensor:
         batch, heads, n, dim = q.shape
-        self.check_tiles(before=self._most - n)
+        self.check_tiles(heads, n)
+        self._untiled = 0
         if self._tile_queries is None:
             tiles = self.k.shape[2] // GATE_TILE
             self._tile_queries = q.new_zeros(batch, heads, tiles, dim)
-        elif self._tile_queries.shape[1] != heads:
-            raise ValueError(
-                f"q must have the {self._tile_queries.shape[1]} heads of the tokens before, got "
-                f"{heads}"
-            )
         starts = (positions >= 0) & (positions < self.capacity) & (positions % GATE_TILE == 0)
         tile = torch.where(starts, positions // GATE_TILE, self.capacity // GATE_TILE)
         self._tile_queries.scatter_(2, tile.long()[:, None, :, None].expand_as(q), q)
@@ -296,7 +330,8 @@ class MobaCache:
 
     def _check(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         check_new("k", k, self.k)
-        check_new("v", v, self.v)
+        check_new("v", v, self.v, k.shape[2])
+        check_no_gradients(k, v)
         if mask is not None and (mask.shape != k.shape[::2] or mask.dtype != torch.bool):
             raise ValueError(
                 f"key_padding_mask must be bool of shape {tuple(k.shape[::2])}, got {mask.dtype} "

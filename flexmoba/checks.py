@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import AuxRequest
 
 if TYPE_CHECKING:
@@ -57,6 +58,16 @@ def check_values(k: Tensor, v: Tensor) -> None:
         )
     if v.shape[3] == 0:
         raise ValueError(f"v must have a positive head dim, got shape {tuple(v.shape)}")
+
+
+def check_no_tangents(**tensors: Tensor) -> None:
+    """That no forward-mode derivative is asked for: operators of one's own would give zeros."""
+    for name, x in tensors.items():
+        if forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"attention has no forward-mode derivatives, but {name} has a tangent; use "
+                "torch.autograd.grad or .backward(), not torch.func.jvp or jacfwd"
+            )
 
 
 def check_block_size(block_size: int) -> None:
@@ -309,11 +320,18 @@ def check_positive(name: str, value: Any, remedy: str) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}; {remedy}")
 
 
-def check_new(name: str, new: Tensor, old: Tensor) -> None:
+def check_new(name: str, new: Tensor, old: Tensor, length: int | None = None) -> None:
     """That new tokens ``(B, Hkv, n, D)`` fit to those of a cache ``(B, Hkv, capacity, D)``."""
-    want = (*old.shape[:2], new.shape[2] if new.ndim == 4 else "n", old.shape[3])
+    if length is None and new.ndim == 4:
+        length = new.shape[2]
+    want = (*old.shape[:2], "n" if length is None else length, old.shape[3])
     if tuple(new.shape) != want:
         raise ValueError(f"{name} must be {want} for this cache, got {tuple(new.shape)}")
+    check_like_cache(name, new, old)
+
+
+def check_like_cache(name: str, new: Tensor, old: Tensor) -> None:
+    """That new tokens have the dtype and device of a cache."""
     if (new.dtype, new.device) != (old.dtype, old.device):
         raise ValueError(
             f"{name} must be {old.dtype} on {old.device} like the cache, got {new.dtype} on "
@@ -321,9 +339,9 @@ def check_new(name: str, new: Tensor, old: Tensor) -> None:
         )
 
 
-def check_no_gradients(q: Tensor) -> None:
+def check_no_gradients(*tensors: Tensor) -> None:
     """That nothing would be differentiated."""
-    if torch.is_grad_enabled() and q.requires_grad:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise NotImplementedError(
             "attention to a cache has no gradients; call it under torch.no_grad(), or without a "
             "cache to train"
@@ -358,4 +376,4 @@ def check_cache(
         raise NotImplementedError("kernel_options do not go with cache; leave them out")
     check_no_gradients(q)
     if gate == "tile":
-        cache.check_tiles()
+        cache.check_tiles(q.shape[1])

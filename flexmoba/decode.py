@@ -113,6 +113,8 @@ def _attend_gathered(
 
     lse = scores.logsumexp(-1)
     weights = (scores - torch.where(lse == float("-inf"), 0.0, lse)[..., None]).exp()
+    # What is not seen, such as what a reset left behind, may be NaN: 0 * NaN is NaN.
+    values = values.masked_fill_(~seen[..., None], 0.0)
     out = torch.einsum("bhglk,bhglkd->bhgld", weights, values.flatten(-3, -2))
     beyond = (positions >= n_blocks * block_size)[:, None, None]
     out, lse = out.masked_fill(beyond[..., None], math.nan), lse.masked_fill(beyond, math.nan)

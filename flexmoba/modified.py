@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flexmoba.merge import combine, dispatch
+from flexmoba.precision import without_autocast
 from flexmoba.routing import TILE, Tiles
 from flexmoba.score_mod import Modifier, ScoreMod
 
 _SCORES_AT_ONCE = 24 * TILE * 512
 
 
+@without_autocast
 def attend_modified(
     q: Tensor,
     k: Tensor,
@@ -39,10 +41,11 @@ def attend_modified(
     key_places = _blocks(key_position[..., None], block_size)[..., 0]
     hidden_after = tiles.last_key_of_row.view(n_tiles, TILE)
     parts = []
-    step = n_tiles
-    if not torch.compiler.is_compiling():
+    step, starts = n_tiles, range(1)
+    if not torch.compiler.is_compiling():  # where a loop over tiles is compiled for their number
         step = max(1, _SCORES_AT_ONCE // (TILE * block_size))
-    for start in range(0, n_tiles, step):
+        starts = range(0, n_tiles, step)
+    for start in starts:
         some = slice(start, start + step)
         block = tiles.block_of_tile[some].clamp(max=keys.shape[0] - 1)
         last_key = hidden_after[some] - (block * block_size)[:, None]

@@ -18,7 +18,10 @@ def without_autocast(
 
     @functools.wraps(function)
     def wrapped(x: Tensor, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        if not torch.amp.is_autocast_available(device):  # meta, say
+            return function(x, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
             return function(x, *args, **kwargs)
 
     return wrapped

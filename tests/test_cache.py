@@ -97,6 +97,27 @@ def test_rows_of_different_lengths_are_sequences_of_their_own(seed, rows, side):
                 torch.testing.assert_close(out[row][:, real[row]], expected[0, :, :-1])
 
 
+@given(
+    whole(problems(is_causal=st.just(True), dtype=st.just(torch.float64), max_len=60)), st.data()
+)
+def test_values_reach_only_queries_that_see_them(problem, data):
+    q, k, v = problem.tensors()
+    cache = cache_for(problem, data.draw(st.sampled_from([None, problem.kv_len])))
+    args = (problem.block_size, problem.topk)
+    flex_moba(q, k, torch.full_like(v, torch.nan), *args, cache=cache)
+    cache.reset()
+    v[:, :, data.draw(st.integers(0, problem.kv_len - 1))] = torch.inf
+    expected = flex_moba(q, k, v, *args)
+    start = 0
+    while start < problem.kv_len:
+        part = slice(start, start + data.draw(st.integers(1, 20)))
+        out = flex_moba(*(x[:, :, part] for x in (q, k, v)), *args, cache=cache)
+        finite = expected[:, :, part].isfinite()
+        assert_bitwise_equal(out.isfinite(), finite)
+        torch.testing.assert_close(out[finite], expected[:, :, part][finite])
+        start = part.stop
+
+
 def decode(cache, problem, tensors, start, stop):
     outs = []
     for i in range(start, stop):
@@ -176,10 +197,21 @@ Q = torch.zeros(1, 2, 1, 8, dtype=torch.float64)
         (lambda c: c.append(Q.float(), Q.float()), ValueError, "torch.float64 on cpu"),
         (lambda c: c.append(Q, Q, torch.ones(1, 2).bool()), ValueError, "key_padding_mask"),
         (lambda c: c.attend(Q[:, [0, 0, 0]], c.append(Q, Q), 2), ValueError, "got 3"),
+        (lambda c: c.append(Q[:, :, [0, 0, 0]], Q[:, :, [0, 0]]), ValueError,
+         r"v must be \(1, 2, 3, 8\)"),
+        (lambda c: c.attend(Q.float(), c.append(Q, Q), 2), ValueError, "q must be torch.float64"),
+        (lambda c: c.attend(Q, c.append(Q, Q)[0], 2), ValueError, r"and \(1,\)"),
+        (lambda c: c.attend(Q, c.append(Q, Q), 2.5), TypeError, "topk"),
+        (lambda c: c.attend(Q, c.append(Q, Q), 2, scale="1"), TypeError, "scale"),
         (lambda c: c.crop(-1), ValueError, "-1"),
+        (lambda c: c.crop(torch.tensor([-3])), ValueError, "-3"),
+        (lambda c: c.crop(2.0), TypeError, "float"),
         (lambda c: flex_moba(Q.clone().requires_grad_(), Q, Q, 4, 2, cache=c),
          NotImplementedError, "no_grad"),
+        (lambda c: flex_moba(Q, Q.clone().requires_grad_(), Q, 4, 2, cache=c),
+         NotImplementedError, "no_grad"),
         (lambda c: MobaCache(0, 1, 1, block_size=1), ValueError, "batch must be"),
+        (lambda c: MobaCache(1, 1, 1, block_size=1, max_len=4.0), TypeError, "max_len must be an"),
         (lambda c: flex_moba(Q, Q, Q, 4, 2, cache=c, cu_seqlens=torch.tensor([0, 1])),
          ValueError, "cu_seqlens and cache"),
     ],
@@ -191,7 +223,14 @@ def test_errors(call, error, text):
 
 
 def test_a_refused_call_adds_nothing():
-    cache = MobaCache(1, 2, 8, block_size=4, dtype=torch.float64)
-    with pytest.raises(NotImplementedError, match="no_grad"):
-        flex_moba(Q.clone().requires_grad_(), Q, Q, 4, 2, cache=cache)
-    assert cache.lengths.tolist() == [0]
+    cache = MobaCache(1, 2, 8, block_size=128, dtype=torch.float64)
+    options = {"block_size": 128, "topk": 2, "cache": cache}
+    flex_moba(Q, Q, Q, gate="tile", **options)
+    for call, error in (
+        (lambda: flex_moba(Q.clone().requires_grad_(), Q, Q, **options), NotImplementedError),
+        (lambda: flex_moba(Q[:, [0, 1, 0, 1]], Q, Q, gate="tile", **options), ValueError),
+        (lambda: cache.append(Q[:, :, [0, 0, 0]], Q), ValueError),
+    ):
+        with pytest.raises(error):
+            call()
+        assert cache.lengths.tolist() == [1]

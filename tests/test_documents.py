@@ -114,6 +114,15 @@ def test_blocks_are_counted_from_the_first_real_token(problem):
     torch.testing.assert_close(attend(q, k, v), expected)
 
 
+@pytest.mark.parametrize("gate", ["token", "group", "tile"])
+def test_full_attention_scores_no_blocks(gate, monkeypatch):
+    monkeypatch.setattr("flexmoba.gate._select_in_pieces", None)
+    q, k, v = Problem(kv_heads=2, group=2, q_len=700, kv_len=700).tensors()
+    options = {"gate": gate, "sink_blocks": 1, "cu_seqlens": torch.tensor([0, 0, 270, 271, 700])}
+    out = flex_moba(q, k, v, 128, None, **options)
+    torch.testing.assert_close(out, moba_reference(q, k, v, 128, None, **options))
+
+
 def test_thousands_of_documents():
     problem = Problem(q_len=5000, kv_len=5000, block_size=4, topk=2)
     inputs = problem.tensors(requires_grad=True)

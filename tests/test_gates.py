@@ -196,3 +196,23 @@ def test_tiles_need_the_queries_of_all_tokens():
 
     assert_raises(ValueError, ('gate="tile"', "20 came without it"), step)
     assert cache.lengths.tolist() == [20]
+
+
+@pytest.mark.parametrize("forget", [MobaCache.reset, lambda cache: cache.crop(50)])
+def test_tiles_are_not_those_of_tokens_before(forget):
+    tensors = Problem(q_len=300, kv_len=300).tensors()
+    cache = MobaCache(1, 1, 8, block_size=128, dtype=torch.float64)
+
+    def attend(start, end, gate):
+        chunk = (x[:, :, start:end] for x in tensors)
+        return flex_moba(*chunk, 128, 2, cache=cache, gate=gate)
+
+    attend(0, 300, "tile")
+    forget(cache)
+    start = int(cache.lengths)
+    attend(start, 270, "token")
+    with pytest.raises(ValueError, match=f"{270 - start} came without it"):
+        attend(270, 300, "tile")
+    cache.crop(0)
+    expected = flex_moba(*tensors, 128, 2, gate="tile")
+    torch.testing.assert_close(attend(0, 300, "tile"), expected)

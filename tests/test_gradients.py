@@ -176,3 +176,20 @@ def test_two_runs_are_bitwise_equal(dtype, is_causal):
         results.append((out, lse, *(x.grad for x in inputs)))
     for first, second in zip(*results, strict=True):
         assert_bitwise_equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own use
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("halves", [False, True], ids=["flex_moba", "selected_attention"])
+def test_forward_mode_is_refused(name, halves):
+    tensors = dict(zip("qkv", Problem().tensors(), strict=True))
+
+    def attend(x):
+        inputs = tensors | {name: x}
+        if halves:
+            selection = moba_select(inputs["q"], inputs["k"], 4, 2)
+            return selected_attention(**inputs, selection=selection, block_size=4)
+        return flex_moba(**inputs, block_size=4, topk=2)
+
+    with pytest.raises(NotImplementedError, match=f"{name} has a tangent"):
+        torch.func.jvp(attend, (tensors[name],), (tensors[name],))

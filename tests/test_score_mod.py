@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexmoba import MobaCache, flex_moba, moba_reference, moba_select, selected_attention
@@ -193,6 +194,45 @@ def test_inside_torch_compile():
         results.append((out, *torch.autograd.grad(out.square().sum(), (*inputs, bias))))
     torch.testing.assert_close(*results)
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+@pytest.mark.parametrize("packed", [False, True], ids=["alone", "documents"])
+def test_many_lengths_compile_a_few_times(packed):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    def attend(q, k, v, cu_seqlens):
+        return flex_moba(q, k, v, 16, 2, score_mod=softcap, cu_seqlens=cu_seqlens)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for length in range(60, 400, 37):
+        q, k, v = Problem(group=2, q_len=length, kv_len=length).tensors(requires_grad=True)
+        bounds = torch.tensor([0, *range(5, length, 70), length]) if packed else None
+        results = []
+        for function in (attend, compiled):
+            out = function(q, k, v, bounds)
+            results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+        torch.testing.assert_close(*results)
+    assert counter.frame_count <= 4
+    torch._dynamo.reset()
+
+
+def test_autocast_changes_nothing():
+    problem = Problem(q_len=100, kv_len=100, head_dim=16, block_size=8, dtype=torch.float32)
+    results = []
+    for enabled in (False, True):
+        inputs = problem.tensors(requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = flex_moba(*inputs, 8, 3, score_mod=softcap)
+        results.append((out, *torch.autograd.grad(out.sum(), inputs)))
+    for first, second in zip(*results, strict=True):
+        assert_bitwise_equal(first, second)
+
+
+def test_shapes_without_values():
+    q, k, v = (x.to("meta") for x in Problem(value_dim=5).tensors())
+    assert flex_moba(q, k, v, 4, 2, score_mod=softcap).shape == (1, 1, 24, 5)
 
 
 def test_errors():
