@@ -158,7 +158,7 @@ def test_runtime_dependencies():
     allowed = {"torch", "einops", "triton", "flexmoba"}  # triton: part of torch, where it is
     extras = {  # imported where they are used, if they are installed
         "bench": {"tqdm", "matplotlib"},
-        "console": {"tqdm"},
+        "console": {"tqdm", "matplotlib"},
         "demo": {"tqdm"},
         "plot": {"matplotlib"},
     }
