@@ -297,12 +297,14 @@ def always_selected(first: Tensor, end: Tensor, gate: Gate) -> Tensor | None:
 
     A block that is both counts as a sink.
     """
-    columns = []
-    for i in range(1, gate.local_blocks + 1):
-        columns.append(torch.where(end - i >= first + gate.sink_blocks, end - i, -1))
-    for i in range(gate.sink_blocks):
-        columns.append(torch.where(first + i < end, first + i, -1))
-    return torch.stack(columns, dim=-1).int()[:, None] if columns else None
+    if gate.local_blocks + gate.sink_blocks == 0:
+        return None
+    first, end = first[..., None], end[..., None]
+    local = end - torch.arange(1, gate.local_blocks + 1, device=end.device)
+    local = torch.where(local >= first + gate.sink_blocks, local, -1)
+    sink = first + torch.arange(gate.sink_blocks, device=end.device)
+    sink = torch.where(sink < end, sink, -1)
+    return torch.cat([local, sink], dim=-1).int()[:, None]
 
 
 def block_means(k: Tensor, block_size: int) -> Tensor:
