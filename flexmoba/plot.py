@@ -37,8 +37,8 @@ def plot_selection(
     """Draws which blocks each query of a head selected: queries downwards, blocks to the right.
 
     Past blocks are blue, the own block is orange, and what lies after it grey; without causality,
-    blocks on both sides are blue. Where more queries
-    share a row than can be told apart, the colour is as strong as the share of them that selected.
+    blocks on both sides are blue. Where more queries share a row than can be told apart, the colour
+    is as strong as the share of them that selected.
 
     Args:
         selection: Block indices, ``(B, Hq, Lq, topk)``, as `flexmoba.moba_select` gives them; of
