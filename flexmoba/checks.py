@@ -261,7 +261,7 @@ def check_options(
                 f"scale must be a Python number or None, got {type(scale).__name__}; "
                 "None means 1 / sqrt(head dim)"
             )
-        if not math.isfinite(scale):
+        if not -math.inf < scale < math.inf:  # as math.isfinite, of compiled symbols too
             raise ValueError(f"scale must be finite, got {scale}; None means 1 / sqrt(head dim)")
     if score_mod is not None and not callable(score_mod):
         raise TypeError(

@@ -92,6 +92,27 @@ def test_twenty_lengths_compile_a_few_times(function):
     assert counter.frame_count <= 4
 
 
+@pytest.mark.parametrize("options", [{"topk": 3}, {"topk": None}], ids=str)
+def test_each_scale_compiles_once(options):
+    """Layers that share code may differ in it; dynamo makes the second one a symbol."""
+
+    def scaled(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return flex_moba(q, k, v, 32, scale=scale, **options)
+
+    counter = CompileCounter()
+    compiled = torch.compile(scaled, fullgraph=True, backend=counter)
+    for scale in (0.1, 0.3, 1.0, 0.1, 0.3, 1.0):
+        actual, expected = (
+            outcome(functools.partial(f, scale=scale), problem_of(200)) for f in (compiled, scaled)
+        )
+        for x, y in zip(actual, expected, strict=True):
+            assert_bitwise_equal(x, y)
+    assert counter.frame_count == 3
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(Exception, match="scale must be finite"):
+            compiled(*problem_of(200).tensors(), scale)
+
+
 def test_twenty_lengths_and_batch_sizes_in_training_and_inference():
     counter = CompileCounter()
     compiled = torch.compile(moba, fullgraph=True, backend=counter)

@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from flexmoba import (
@@ -371,6 +372,28 @@ def test_one_flex_attention_call_at_changing_lengths(topk):
             mask = problem.mask_of(moba_select(q, k, problem.block_size, topk))
         attend = with_lse(flex_moba, problem.block_size, topk, impl="masked")
         assert_as_exact_as_dense(attend, q, k, v, mask, gradients=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"topk": 3}, {"topk": 3, "impl": "routed"}, {"topk": None}, {"topk": 3, "gate": "tile"}],
+    ids=str,
+)
+def test_each_scale_compiles_at_most_once(options):
+    def scaled(q, k, v, scale):
+        return flex_moba(q, k, v, BF16.block_size, scale=scale, **options)
+
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(scaled, fullgraph=True, backend=counter)
+    for scale in (0.1, 0.3, 1.0, 0.1):
+        results = []
+        for function in (compiled, scaled):
+            q, k, v = BF16.tensors("cuda", requires_grad=True)
+            out = function(q, k, v, scale)
+            results.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
+        for actual, expected in zip(*results, strict=True):
+            assert (actual - expected).norm() <= 1e-2 * expected.norm()
+    assert counter.frame_count <= 3
 
 
 def test_by_cuda_graphs_of_a_compiled_function():
