@@ -17,6 +17,7 @@ from flexmoba.checks import (
     check_topk,
 )
 from flexmoba.key_conv import KeyConv, KeyConvCache
+from flexmoba.precision import autocast_dtype
 from flexmoba.rotary import rotate
 from flexmoba.sequence import first_tokens
 
@@ -240,17 +241,13 @@ class MobaAttention(nn.Module):
             dtype: Of keys and values; that of the parameters, or of autocast, by default.
         """
         weight = self.k_proj.weight
-        device = weight.device.type
-        if dtype is None:
-            autocast = torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
         return (MobaCache if self.key_conv is None else KeyConvCache)(
             batch,
             self.kv_heads if kv_heads is None else kv_heads,
             self.head_dim,
             block_size=self.moba.block_size,
             max_len=max_len,
-            dtype=dtype,
+            dtype=dtype or autocast_dtype(weight),
             device=weight.device,
         )
 

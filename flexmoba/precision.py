@@ -1,4 +1,4 @@
-"""Keeps autocast out of the operators: they choose their own precision."""
+"""Keeps autocast out of the operators, which choose their own precision; says what it asks for."""
 
 import functools
 from collections.abc import Callable
@@ -24,3 +24,11 @@ def without_autocast(
             return function(x, *args, **kwargs)
 
     return wrapped
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What autocast makes of ``x`` before a matrix product; the dtype of ``x`` where it is off."""
+    # Autocast leaves float64 alone, and meta tensors have none.
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)

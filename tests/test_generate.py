@@ -59,6 +59,22 @@ def test_layers_that_share_keys_add_them_once(family, cache):
     assert_whole_passes_choose(model, ids, new, logits)
 
 
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", ["llama", "gemma3n"])
+def test_autocast_decodes_in_half_precision(family, cache):
+    model, ids = convert(model_of(family, dtype=torch.float32), BLOCK, None), tokens(2, LENGTH)
+    cache = CACHES[cache]()
+    exact = model(ids).logits[:, 20:]
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = model(ids).logits[:, 20:]
+        step(model, cache, ids[:, :20])
+        steps = [step(model, cache, ids[:, i : i + 1]) for i in range(20, LENGTH)]
+    rounding = (whole - exact).abs().mean()
+    assert (torch.cat(steps, 1) - whole).abs().mean() < 2 * rounding
+    if isinstance(cache, FlexMobaCache):
+        assert cache.layers[0]._cache.k.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("chunk", [None, 7, 33])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])

@@ -75,6 +75,25 @@ def test_sparse_is_the_oracle_and_all_blocks_are_dense_attention(family):
             torch.testing.assert_close(actual.to(dtype), expected.to(dtype))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_autocast_gives_attention_half_precision_as_elsewhere(family):
+    """Rotary embeddings leave queries and keys in float32, and caches all or some of them."""
+    model, ids = model_of(family, dtype=torch.float32), tokens(2, LENGTH)
+    exact = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = model(ids).logits
+        cached = convert(model, BLOCK, None)(ids).logits
+        out = model(ids, labels=ids, use_cache=False)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(ids, use_cache=False)
+    rounding = (dense - exact).abs().mean()
+    assert (out.logits - dense).abs().mean() < 2 * rounding
+    assert_bitwise_equal(cached, out.logits)
+    assert_bitwise_equal(compiled.logits, out.logits)
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_every_layer_and_mode_has_its_own_topk():
     model, ids = model_of("llama"), tokens(1, LENGTH)
     dense = convert(model, BLOCK, None)(ids).logits
@@ -297,7 +316,7 @@ def test_one_step_of_trainer(tmp_path, device):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     arguments = TrainingArguments(
         tmp_path, max_steps=1, per_device_train_batch_size=2, use_cpu=device == "cpu",
-        bf16=device == "cuda", learning_rate=1e-2, report_to=[], save_strategy="no",
+        bf16=True, learning_rate=1e-2, report_to=[], save_strategy="no",
         gradient_checkpointing=True, disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     data = [{"input_ids": row, "labels": row} for row in tokens(2, LENGTH)]

@@ -12,6 +12,7 @@ from flexmoba.cache import MobaCache
 from flexmoba.integrations.transformers.cache import layer_of
 from flexmoba.integrations.transformers.packing import documents_of
 from flexmoba.integrations.transformers.settings import name_of, settings_of
+from flexmoba.precision import autocast_dtype
 from flexmoba.score_mod import ScoreMod
 
 # Arguments of models whose attention is another one; None is no argument.
@@ -62,10 +63,10 @@ def attention(
             f"{name_of(module)} changes keys or values between its cache and its attention, which "
             "a FlexMobaCache cannot follow; use a cache of transformers"
         )
+    # As other attentions have it; rotary embeddings may have left queries and keys in float32.
+    query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
     length: Any = key.shape[2]
-    if (
-        layer is not None
-    ):  # of a static cache, what there may be: how many there are is on the device
+    if layer is not None:  # of a static cache, the room: how many tokens there are is on the device
         length = layer.columns if layer.max_cache_len is None else layer.max_cache_len
     if sliding_window is not None and length > sliding_window:
         raise NotImplementedError(

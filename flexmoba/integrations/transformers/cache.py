@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from flexmoba.cache import MobaCache
+from flexmoba.precision import autocast_dtype
 
 
 class FlexMobaCache(Cache):
@@ -121,9 +122,11 @@ class MobaLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self.columns += key_states.shape[2]
         self._unattended = True
-        for x in (key_states, value_states):
+        # Here, so that layers that share keys share what they become.
+        key, value = (x.to(autocast_dtype(x)) for x in (key_states, value_states))
+        for x in (key, value):
             x.flexmoba_layer = self  # type: ignore[attr-defined]
-        return key_states, value_states
+        return key, value
 
     def attend(
         self,
