@@ -30,7 +30,7 @@ from flexmoba.gate import GATE_TILE, Gate, choose, own_block, shared_out
 from flexmoba.impls import attend_blocks, attend_fully, resolve
 from flexmoba.masked import attend_shared
 from flexmoba.score_mod import ScoreMod, modifier_of
-from flexmoba.sequence import layout_of
+from flexmoba.sequence import first_tokens, layout_of
 
 if TYPE_CHECKING:
     from flexmoba.cache import MobaCache
@@ -178,8 +178,12 @@ def flex_moba(
     n_blocks = -(-k.shape[2] // block_size)
     if topk is None or topk > n_blocks:  # no document has more blocks than the row would have
         topk = n_blocks
-    first_block = None
-    layout = layout_of(k.shape[2], block_size, cu_seqlens, document_ids, key_padding_mask)
+    first_block = first_seen = layout = None
+    packed = cu_seqlens is not None or document_ids is not None
+    if packed and topk >= n_blocks and impl != "portable":  # no blocks, so no new layout for them
+        first_seen = first_tokens(k.shape[2], cu_seqlens, document_ids, None)[:, None]
+    else:
+        layout = layout_of(k.shape[2], block_size, cu_seqlens, document_ids, key_padding_mask)
     if layout is not None:
         first_block = layout.first_block
         block_size = layout.block_size
@@ -187,7 +191,9 @@ def flex_moba(
     modifier = modifier_of(score_mod, q, k, None if layout is None else layout.token_of_slot)
 
     if first_block is None and topk >= n_blocks:
-        out, lse = attend_fully(q, k, v, scale, impl, kernel_options, is_causal, modifier)
+        out, lse = attend_fully(
+            q, k, v, first_seen, scale, impl, kernel_options, is_causal, modifier
+        )
     else:
         wanted = topk - 1 if is_causal else topk
         if topk >= n_blocks:  # all of a document's, which needs no scores
@@ -298,7 +304,7 @@ def selected_attention(
     if layout is not None:
         selection = layout.spread_selection(selection)
     if block_size >= k.shape[2]:  # one block: all of it, or nothing
-        out, lse = attend_fully(q, k, v, scale, impl, kernel_options, is_causal, modifier)
+        out, lse = attend_fully(q, k, v, None, scale, impl, kernel_options, is_causal, modifier)
         chosen = (selection == 0).any(-1)
         out = torch.where(chosen[..., None], out, 0.0)
         lse = torch.where(chosen, lse, float("-inf"))

@@ -9,7 +9,7 @@ from torch import Tensor
 from flexmoba.flex import why_not_compiled
 from flexmoba.fused import attend_fused, why_not_fused
 from flexmoba.gate import own_block
-from flexmoba.masked import attend_masked
+from flexmoba.masked import attend_dense, attend_masked
 from flexmoba.modified import attend_modified
 from flexmoba.portable import attend_portable
 from flexmoba.routed import attend_routed
@@ -127,16 +127,21 @@ def attend_fully(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    first_seen: Tensor | None,
     scale: float,
     impl: str,
     kernel_options: Mapping[str, Any] | None,
     is_causal: bool,
     modifier: Modifier | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Full attention, by what serves it best among the named implementation's means."""
+    """Full attention, by what serves it best among the named implementation's means.
+
+    ``first_seen`` is that of `masks.full_mask`; ``"portable"`` does not serve it.
+    """
     if impl == "portable":  # one block of everything
+        assert first_seen is None
         routed = torch.zeros((*q.shape[:3], int(not is_causal)), dtype=torch.int32, device=q.device)
         return attend_blocks(
             q, k, v, routed, None, k.shape[2], scale, impl, None, is_causal, modifier
         )
-    return attend_masked(q, k, v, None, 0, scale, kernel_options, is_causal, modifier)
+    return attend_dense(q, k, v, first_seen, scale, kernel_options, is_causal, modifier)

@@ -18,18 +18,38 @@ def attend_masked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    selection: Tensor | None,
+    selection: Tensor,
     block_size: int,
     scale: float,
     kernel_options: Mapping[str, Any] | None,
     is_causal: bool,
     modifier: Modifier | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a selection; full attention, whatever the block size, if it is None."""
+    """Attention over a selection."""
     return _run(
         _attend_over_mask,
         *(q, k, v, selection, modifier),
         block_size=block_size,
+        scale=scale,
+        kernel_options=kernel_options,
+        is_causal=is_causal,
+    )
+
+
+def attend_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_seen: Tensor | None,
+    scale: float,
+    kernel_options: Mapping[str, Any] | None,
+    is_causal: bool,
+    modifier: Modifier | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Full attention, of each query from the key ``first_seen`` of `masks.full_mask` on."""
+    return _run(
+        _attend_from_first_seen,
+        *(q, k, v, first_seen, modifier),
         scale=scale,
         kernel_options=kernel_options,
         is_causal=is_causal,
@@ -74,7 +94,7 @@ def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    selection: Tensor | None,
+    visible: Tensor | None,
     modifier: Modifier | None,
     **static: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -84,7 +104,7 @@ def _run(
         if modifier.moved:
             places = modifier.place, modifier.key_position
     return run_compiled(
-        attend, *(q, k, v, selection, *(places or (None, None))), score_mod=score_mod, **static
+        attend, *(q, k, v, visible, *(places or (None, None))), score_mod=score_mod, **static
     )
 
 
@@ -92,7 +112,7 @@ def _attend_over_mask(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    selection: Tensor | None,
+    selection: Tensor,
     place: Tensor | None,
     key_position: Tensor | None,
     *,
@@ -102,10 +122,25 @@ def _attend_over_mask(
     kernel_options: Mapping[str, Any],
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    if selection is None:
-        mask = full_mask(q.shape[2], k.shape[2], q.device, is_causal=is_causal)
-    else:
-        mask = selection_mask(selection, k.shape[2], block_size, is_causal=is_causal)
+    mask = selection_mask(selection, k.shape[2], block_size, is_causal=is_causal)
+    score_mod = _placed(score_mod, q, k, place, key_position)
+    return call_flex(q, k, v, mask, scale, kernel_options, score_mod)
+
+
+def _attend_from_first_seen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_seen: Tensor | None,
+    place: Tensor | None,
+    key_position: Tensor | None,
+    *,
+    score_mod: ScoreMod | None,
+    scale: float,
+    kernel_options: Mapping[str, Any],
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    mask = full_mask(q.shape[2], k.shape[2], q.device, first_seen, is_causal=is_causal)
     score_mod = _placed(score_mod, q, k, place, key_position)
     return call_flex(q, k, v, mask, scale, kernel_options, score_mod)
 

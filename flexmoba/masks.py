@@ -112,8 +112,19 @@ def selection_mask(
     return block_mask_of((q_len, kv_len), mask_mod, _lists(visited), None, _lists(visited.mT), None)
 
 
-def full_mask(q_len: int, kv_len: int, device: torch.device, *, is_causal: bool) -> BlockMask:
-    """Full attention, causal or not, bottom-right aligned."""
+def full_mask(
+    q_len: int,
+    kv_len: int,
+    device: torch.device,
+    first_seen: Tensor | None = None,
+    *,
+    is_causal: bool,
+) -> BlockMask:
+    """Full attention, causal or not, bottom-right aligned.
+
+    ``first_seen`` is the first key that each query sees, ``(B, 1, Lq)`` ints that never fall
+    along a row; None for key 0.
+    """
     offset = kv_len - q_len
     q_tiles, kv_tiles = _cdiv(q_len, GRAIN), _cdiv(kv_len, GRAIN)
     first_key = torch.arange(kv_tiles, device=device) * GRAIN
@@ -126,14 +137,19 @@ def full_mask(q_len: int, kv_len: int, device: torch.device, *, is_causal: bool)
     if is_causal:
         visited = first_key <= last_query + offset
         whole = whole & (last_key <= first_query + offset)
+    visited, whole = visited[None, None], whole[None, None]
+    if first_seen is not None:
+        visited = visited & (last_key >= first_seen[:, :, first_query])
+        whole = whole & (first_key >= first_seen[:, :, last_query])
+        first_seen = realize(first_seen[:, 0].int())  # see `selection_mask`
 
     last_seen = last_key_of_query(q_len, kv_len, device)
 
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen: Tensor = key <= last_seen[query] if is_causal else key >= 0
-        return seen
+        return seen if first_seen is None else seen & (key >= first_seen[b, query])
 
-    partial, full = (visited & ~whole)[None, None], whole[None, None]
+    partial, full = visited & ~whole, whole
     return block_mask_of(
         (q_len, kv_len),
         mask_mod,

@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.functional import pad
 
 from flexmoba import moba_block_mask, moba_select
+from flexmoba.masks import full_mask
 from flexmoba.reference import reference_mask, reference_selection
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal
 from tests.problems import DTYPES, Problem, problems
@@ -74,6 +75,10 @@ def test_mask_mod_is_the_oracles_mask(problem, is_full):
 def test_lists_are_exactly_the_tiles_that_any_query_needs(problem, is_full):
     q, k, _ = problem.tensors()
     mask, dense = block_mask(problem, q, k, is_full), expected_mask(problem, q, k, is_full)
+    assert_lists_are_exact(mask, dense)
+
+
+def assert_lists_are_exact(mask: BlockMask, dense: Tensor) -> None:
     needed = by_tile(dense, mask.BLOCK_SIZE).any(-1)
     rows, columns = needed.shape[2:]
     partial = listed(mask.kv_num_blocks, mask.kv_indices, columns)
@@ -92,6 +97,21 @@ def test_lists_are_exactly_the_tiles_that_any_query_needs(problem, is_full):
         assert transposed_whole is False
     else:
         assert_bitwise_equal(transposed_whole.mT, whole)
+
+
+@given(st.integers(1, 600), st.integers(1, 6), st.integers(0, 2**32 - 1))
+def test_full_attention_of_documents(length, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inner = torch.randint(length, (2, 1, count - 1), generator=generator)  # other ones in each row
+    position = torch.arange(length)
+    starts = pad(inner, (1, 0)).unsqueeze(-1)
+    first_seen = torch.where(starts <= position, starts, 0).amax(2)
+    dense = (position >= first_seen[..., None]) & (position <= position[:, None])
+    dense &= first_seen[..., None] == first_seen[..., None, :]
+    mask = full_mask(length, length, position.device, first_seen, is_causal=True)
+    problem = Problem(batch=2, q_len=length, kv_len=length)
+    assert_bitwise_equal(evaluate(mask, problem), dense)
+    assert_lists_are_exact(mask, dense)
 
 
 # One compilation each by FlexAttention itself, so a few fixed problems instead of drawn ones.

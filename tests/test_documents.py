@@ -192,10 +192,14 @@ def test_implementations_agree(impl):
     q, k, v = q.float(), k.float(), v.float()
     for where in (
         {"cu_seqlens": torch.tensor([0, 7, 7, 8, 205, 300], dtype=torch.int32)},
+        {"document_ids": ids_of([0, 7, 8, 205, 300])},
         {"key_padding_mask": (torch.arange(300) >= 37)[None]},
     ):
-        out = flex_moba(q, k, v, 32, 3, impl=impl, **where)
-        torch.testing.assert_close(out, moba_reference(q, k, v, 32, 3, **where))
+        for topk in (3, None):
+            out, lse = with_lse(flex_moba, 32, topk, impl=impl, **where)(q, k, v)
+            torch.testing.assert_close(out, moba_reference(q, k, v, 32, topk, **where))
+            other = with_lse(flex_moba, 32, topk, impl="portable", **where)
+            torch.testing.assert_close(lse, other(q.double(), k.double(), v.double())[1].float())
 
 
 # Said of what torch.compile itself does with an autograd.Function.

@@ -152,14 +152,20 @@ def _of_documents(config: Config, device: torch.device) -> dict[str, Callable[..
     if device.type == "cuda":
         from torch.nn.attention.varlen import varlen_attn
 
-        bounds = 2 * (_edges(config, device),) + 2 * (max(config.lengths),)
+        edges = _edges(config, device)
+        bounds = 2 * (edges,) + 2 * (max(config.lengths),)
 
         def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
             out: Any = varlen_attn(q, k, v, *bounds, window_size=(-1, 0))  # causal
             return out.transpose(0, 1)[None]  # type: ignore[no-any-return]
 
-        baselines["varlen flash"] = varlen
+        def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return flex_moba(  # type: ignore[return-value]
+                q, k, v, config.block_size, None, cu_seqlens=edges
+            )
+
+        baselines |= {"FlexAttention": flex, "varlen flash": varlen}
     return baselines
 
 
