@@ -504,7 +504,7 @@ def test_packed_documents_equal_each_alone(impl, topk):
 
 
 def test_full_attention_of_packed_documents():
-    """In one call, compiled or not: by blocks, each of the 256 would have outputs of its own."""
+    """In one call, compiled or not, with memory for its output and hardly more."""
     inputs = variant(batch=2, q_len=8192, kv_len=8192).tensors("cuda", requires_grad=True)
     place = torch.arange(8192, device="cuda")
     ids = torch.stack([place // 3000, place // 2800])
@@ -512,12 +512,14 @@ def test_full_attention_of_packed_documents():
     def gradients(out):
         return torch.autograd.grad(out.float().square().sum(), inputs)
 
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
     out = flex_moba(*inputs, 32, None, document_ids=ids)
     results = out, *gradients(out)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    flex_moba(*inputs, 32, None, document_ids=ids)
     used = torch.cuda.max_memory_allocated() - before
-    assert used < 32 * out.numel() * out.element_size()
+    # By blocks, what is selected alone takes four times the output.
+    assert used < 2 * out.numel() * out.element_size()
 
     same = (ids[:, :, None] == ids[:, None, :]).tril()[:, None]
     dense = scaled_dot_product_attention(*inputs, attn_mask=same, enable_gqa=True)
