@@ -114,10 +114,11 @@ def flex_moba(
         document_ids: The same by each token's document, int32 or int64 ``(B, Lk)``: a new one
             begins wherever the value changes. Waits for the device, and is not for
             ``torch.compile``: no shape says how many documents there are.
-        key_padding_mask: Which tokens are real, bool ``(B, Lk)``, in one stretch per row. Blocks
-            begin at the first one; padding gets zeros, a log-sum-exp of -inf and zero gradients,
-            and what it holds does not matter. Of the three arguments one may be given, with
-            ``Lq == Lk`` and causal only; values are checked on CPU.
+        key_padding_mask: Which tokens are real, bool ``(B, Lk)``. The real tokens of a row are its
+            sequence, also where padding stands between them: blocks count them alone. Padding gets
+            zeros, a log-sum-exp of -inf and zero gradients; its contents have no effect. Of the
+            three arguments one may be given, with ``Lq == Lk`` and causal only; values are checked
+            on CPU.
 
     Returns:
         The output ``(B, Hq, Lq, Dv)`` in the dtype of q; with ``return_aux``, a pair of it and an
@@ -181,7 +182,7 @@ def flex_moba(
     first_block = first_seen = layout = None
     packed = cu_seqlens is not None or document_ids is not None
     if packed and topk >= n_blocks and impl != "portable":  # no blocks, so no new layout for them
-        first_seen = first_tokens(k.shape[2], cu_seqlens, document_ids, None)[:, None]
+        first_seen = first_tokens(k.shape[2], cu_seqlens, document_ids)[:, None]
     else:
         layout = layout_of(k.shape[2], block_size, cu_seqlens, document_ids, key_padding_mask)
     if layout is not None:
@@ -256,7 +257,7 @@ def selected_attention(
         cu_seqlens: As in `flex_moba`; what is selected as `moba_select` counts it, and blocks of
             other documents add nothing.
         document_ids: As in `flex_moba`; what is selected as with ``cu_seqlens``.
-        key_padding_mask: As in `flex_moba`. Block 0 begins at the first real token.
+        key_padding_mask: As in `flex_moba`. Blocks count the real tokens of a row.
 
     Returns:
         As `flex_moba`.

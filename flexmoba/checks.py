@@ -226,8 +226,8 @@ def check_documents(
                 "document_ids in torch.compile would read how many documents there are from the "
                 "device; pass cu_seqlens"
             )
-    elif x.device.type == "cpu" and name != "document_ids":
-        _check_bounds(x, k.shape[2]) if name == "cu_seqlens" else _check_stretches(x)
+    elif x.device.type == "cpu" and name == "cu_seqlens":
+        _check_bounds(x, k.shape[2])
 
 
 def _check_bounds(cu_seqlens: Tensor, length: int) -> None:
@@ -236,15 +236,6 @@ def _check_bounds(cu_seqlens: Tensor, length: int) -> None:
         raise ValueError(
             f"cu_seqlens must rise from 0 to Lk={length}, got {first} to {last} with steps of at "
             f"least {shortest}"
-        )
-
-
-def _check_stretches(real: Tensor) -> None:
-    torn = (real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, :1].sum(1) > 1
-    if bool(torn.any()):
-        raise ValueError(
-            f"key_padding_mask must be True in one stretch per row, got several in row "
-            f"{int(torn.int().argmax())}; move padding to the ends"
         )
 
 

@@ -84,7 +84,7 @@ def moba_select(
         cu_seqlens: Boundaries of packed documents, as in `flex_moba`. Indices then count the
             blocks of a row in order, over all its documents.
         document_ids: As in `flex_moba`; indices as with ``cu_seqlens``.
-        key_padding_mask: As in `flex_moba`. Block 0 begins at the first real token.
+        key_padding_mask: As in `flex_moba`. Blocks count the real tokens of a row.
 
     Returns:
         Block indices, int32 ``(B, Hq, Lq, topk)``: the own block first (if causal), then local

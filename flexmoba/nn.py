@@ -19,7 +19,7 @@ from flexmoba.checks import (
 from flexmoba.key_conv import KeyConv, KeyConvCache
 from flexmoba.precision import autocast_dtype
 from flexmoba.rotary import rotate
-from flexmoba.sequence import first_tokens
+from flexmoba.sequence import positions_of, without_padding
 
 __all__ = ["FlexMoba", "KeyConv", "KeyConvCache", "MobaAttention"]
 
@@ -268,9 +268,9 @@ class MobaAttention(nn.Module):
                 only, which are added to it. Without gradients.
             cu_seqlens: Boundaries of packed documents, as in `flex_moba`.
             document_ids: Each token's document, ``(B, L)``, as in `flex_moba`.
-            key_padding_mask: Which tokens are real, bool ``(B, L)``, in one stretch per row, also
-                with a cache, which adds no padding. What padding holds does not matter, also not
-                to gradients; attention gives zeros there.
+            key_padding_mask: Which tokens are real, bool ``(B, L)``, also with a cache, which adds
+                no padding. The contents of padding have no effect, on gradients neither; attention
+                gives zeros there.
 
         Returns:
             ``(B, L, dim)``.
@@ -301,12 +301,15 @@ class MobaAttention(nn.Module):
                 )
             positions = cache.next_positions(x.shape[1], key_padding_mask)
         elif x.numel() > 0 and any(given is not None for given in where.values()):
-            token = torch.arange(x.shape[1], device=x.device)
-            positions = token - first_tokens(x.shape[1], **where)
+            positions = positions_of(x.shape[1], **where)
         if self.key_conv is not None:
             if cache is not None and not isinstance(cache, KeyConvCache):
                 raise TypeError("a layer with a key convolution needs the cache of its make_cache")
-            k = self.key_conv(k, positions, cache)
+            if cache is None and key_padding_mask is not None:  # neighbours are real tokens
+                layout = without_padding(key_padding_mask, 1)
+                k = layout.collect(self.key_conv(layout.spread(k)))
+            else:
+                k = self.key_conv(k, positions, cache)
         if self.rope_base is not None:
             if positions is None:
                 positions = torch.arange(x.shape[1], device=x.device)[None]

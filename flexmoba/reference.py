@@ -57,8 +57,8 @@ def moba_reference(
             batch size is 1 and ``Lq == Lk``. Each document is attended to alone.
         document_ids: Or the document of each token, int ``(B, Lk)``: a new one begins wherever
             the value changes.
-        key_padding_mask: Or which keys are real, bool ``(B, Lk)``, in one stretch per row. The
-            stretch is attended to alone.
+        key_padding_mask: Or which keys are real, bool ``(B, Lk)``. The real tokens of a row are
+            attended to as a sequence of their own, whatever padding stands between them.
 
     Returns:
         The attention output, ``(B, Hq, Lq, Dv)``, in the dtype of ``q``. A query that sees no
@@ -77,12 +77,12 @@ def moba_reference(
     first_query = k.shape[2] - q.shape[2]
     out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=torch.float64)
     documents = reference_documents(q, k, cu_seqlens, document_ids, key_padding_mask)
-    for b, start, end in documents:
-        queries = slice(max(start - first_query, 0), max(end - first_query, 0))
+    for b, keys in documents:
+        queries = keys[keys >= first_query] - first_query
         q_alone, k_alone, v_alone = (
             q[b : b + 1, :, queries],
-            k[b : b + 1, :, start:end],
-            v[b : b + 1, :, start:end],
+            k[b : b + 1, :, keys],
+            v[b : b + 1, :, keys],
         )
         selected = reference_selection(
             q_alone,
@@ -94,14 +94,15 @@ def moba_reference(
             sink_blocks=sink_blocks,
             local_blocks=local_blocks,
         )
-        mask = reference_mask(selected, block_size, end - start, is_causal=is_causal)
+        mask = reference_mask(selected, block_size, len(keys), is_causal=is_causal)
         q_alone, k_alone, v_alone = q_alone.double(), k_alone.double(), v_alone.double()
-        first_position = end - q_alone.shape[2]
         out[b, :, queries] = reference_attention(
             *(q_alone, k_alone, v_alone, mask),
             scale=scale,
             score_mod=score_mod,
-            origin=(b, first_position, start),
+            first_row=b,
+            query_positions=queries + first_query,
+            key_positions=keys,
         )[0][0]
     return out.to(q.dtype)
 
@@ -112,8 +113,8 @@ def reference_documents(
     cu_seqlens: Tensor | None = None,
     document_ids: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
-) -> list[tuple[int, int, int]]:
-    """Every stretch of keys that is a sequence of its own: its batch row, start and end."""
+) -> list[tuple[int, Tensor]]:
+    """The keys of every sequence: its batch row and their positions, ascending ``(n,)`` int64."""
     given = {
         "cu_seqlens": cu_seqlens,
         "document_ids": document_ids,
@@ -132,16 +133,17 @@ def reference_documents(
             starts = [i for i in range(1, kv_len) if ids[i] != ids[i - 1]]
             bounds = [0, *starts, kv_len]
         elif key_padding_mask is not None:
-            real = [i for i, is_real in enumerate(key_padding_mask[b].tolist()) if is_real]
-            bounds = [real[0], real[-1] + 1] if real else []
+            documents.append((b, key_padding_mask[b].nonzero()[:, 0]))
+            continue
         else:
             bounds = [0, kv_len]
-        documents += [(b, start, end) for start, end in itertools.pairwise(bounds) if start < end]
+        position = torch.arange(kv_len, device=k.device)
+        documents += [(b, position[start:end]) for start, end in itertools.pairwise(bounds)]
     if names and names[0] != "key_padding_mask" and q.shape[2] != kv_len:
         raise ValueError(
             f"{names[0]} needs as many queries as keys, got Lq={q.shape[2]} and Lk={kv_len}"
         )
-    return documents
+    return [(b, keys) for b, keys in documents if len(keys) > 0]
 
 
 def reference_selection(
@@ -214,24 +216,30 @@ def reference_attention(
     *,
     scale: float | None = None,
     score_mod: Callable[..., Tensor] | None = None,
-    origin: tuple[int, int, int] | None = None,
+    first_row: int = 0,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dense masked attention in the dtype of its inputs: the output and its log-sum-exp.
 
-    ``origin`` says which batch row, query and key the first of each is to a ``score_mod``.
+    A ``score_mod`` sees batch rows from ``first_row`` on and the positions ``(Lq,)`` and ``(Lk,)``,
+    by default those of keys from 0 to ``Lk - 1`` and of queries that are the last ``Lq`` of them.
     """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = q @ k.mT * scale
     if score_mod is not None:
-        first_row, first_query, first_key = origin or (0, k.shape[2] - q.shape[2], 0)
+        if key_positions is None:
+            key_positions = torch.arange(k.shape[2], device=q.device)
+        if query_positions is None:
+            query_positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
         scores = score_mod(
             scores,
             torch.arange(q.shape[0], device=q.device)[:, None, None, None] + first_row,
             torch.arange(q.shape[1], device=q.device)[:, None, None],
-            torch.arange(q.shape[2], device=q.device)[:, None] + first_query,
-            torch.arange(k.shape[2], device=q.device) + first_key,
+            query_positions[:, None],
+            key_positions,
         )
     scores = scores.masked_fill(~mask, float("-inf"))
     blind = ~mask.any(-1, keepdim=True)  # softmax over nothing is NaN; defined here as zeros

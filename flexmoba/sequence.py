@@ -76,9 +76,9 @@ def layout_of(
         return None
     if block_size > length:  # a longer one is the same, but would take more slots
         block_size = length
-    first_token = first_tokens(length, cu_seqlens, document_ids, key_padding_mask)
     if key_padding_mask is not None:
-        return _without_padding(key_padding_mask, first_token, block_size)
+        return without_padding(key_padding_mask, block_size)
+    first_token = first_tokens(length, cu_seqlens, document_ids)
     most = None  # no shape tells how many documents there are
     if cu_seqlens is not None:
         # Each document opens at most one block more than its share of the tokens.
@@ -87,27 +87,33 @@ def layout_of(
     return _by_documents(first_token, block_size, most)
 
 
-def first_tokens(
+def first_tokens(length: int, cu_seqlens: Tensor | None, document_ids: Tensor | None) -> Tensor:
+    """The first token of each token's document, ``(B, L)`` ints; of two arguments one is given."""
+    if cu_seqlens is not None:
+        token = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+        document = torch.searchsorted(cu_seqlens, token, right=True) - 1
+        return cu_seqlens[document][None]
+    assert document_ids is not None
+    token = torch.arange(length, device=document_ids.device)
+    starts = torch.zeros_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.where(starts, token, 0).cummax(1).values
+
+
+def positions_of(
     length: int,
     cu_seqlens: Tensor | None,
     document_ids: Tensor | None,
     key_padding_mask: Tensor | None,
 ) -> Tensor:
-    """The first token of each token's sequence, ``(B, L)`` ints, one column if alike in a row.
+    """The position of each token in its sequence, ``(B, L)`` ints; -1 for padding.
 
     Of the last three arguments one is given, as in `layout_of`.
     """
-    if cu_seqlens is not None:
-        token = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-        document = torch.searchsorted(cu_seqlens, token, right=True) - 1
-        return cu_seqlens[document][None]
-    if document_ids is not None:
-        token = torch.arange(length, device=document_ids.device)
-        starts = torch.zeros_like(document_ids, dtype=torch.bool)
-        starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        return torch.where(starts, token, 0).cummax(1).values
-    assert key_padding_mask is not None
-    return key_padding_mask.int().argmax(1, keepdim=True)
+    if key_padding_mask is not None:
+        return without_padding(key_padding_mask, 1).slot_of_token
+    first_token = first_tokens(length, cu_seqlens, document_ids)
+    return torch.arange(length, device=first_token.device) - first_token
 
 
 def _by_documents(first_token: Tensor, block_size: int, n_blocks: int | None) -> Layout:
@@ -127,13 +133,14 @@ def _by_documents(first_token: Tensor, block_size: int, n_blocks: int | None) ->
     return Layout(slot, token_of_slot, first_block, block_size)
 
 
-def _without_padding(real: Tensor, first_token: Tensor, block_size: int) -> Layout:
-    """Every row from its first real token on, ``(B, 1)``."""
-    token = torch.arange(real.shape[1], dtype=torch.int32, device=real.device)
-    start = first_token.int()
-    slot_of_token = torch.where(real, token - start, -1)
-    count = real.sum(1, keepdim=True)
-    return Layout(slot_of_token, torch.where(token < count, token + start, -1), None, block_size)
+def without_padding(real: Tensor, block_size: int) -> Layout:
+    """The real tokens of every row, ``(B, L)`` bools, one after the other from slot 0 on."""
+    token = torch.arange(real.shape[1], dtype=torch.int32, device=real.device).expand(real.shape)
+    slot_of_token = torch.where(real, real.cumsum(1, dtype=torch.int32) - 1, -1)
+    # Padding goes to one slot more, which is dropped.
+    slot = torch.where(real, slot_of_token, real.shape[1]).long()
+    token_of_slot = token.new_full((real.shape[0], real.shape[1] + 1), -1).scatter(1, slot, token)
+    return Layout(slot_of_token, token_of_slot[:, :-1], None, block_size)
 
 
 def _move_selection(selection: Tensor, source: Tensor) -> Tensor:

@@ -70,7 +70,10 @@ def dense_flex(q, k, v, mask: BlockMask, scale, kernel_options, score_mod=None, 
     )
     wanted = mask.mask_mod(None, None, torch.arange(rows)[:, None], torch.arange(keys))
     wanted = full | (partial & wanted)
-    return reference_attention(q, k, v, wanted, scale=scale, score_mod=score_mod, origin=(0, 0, 0))
+    rows = torch.arange(q.shape[2])
+    return reference_attention(
+        q, k, v, wanted, scale=scale, score_mod=score_mod, query_positions=rows
+    )
 
 
 @pytest.fixture(autouse=True)
