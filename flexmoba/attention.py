@@ -26,11 +26,17 @@ from flexmoba.checks import (
     check_topk,
     check_values,
 )
-from flexmoba.gate import GATE_TILE, Gate, choose, own_block, shared_out
-from flexmoba.impls import attend_blocks, attend_fully, resolve
+from flexmoba.gate import GATE_TILE, Candidates, Gate, choose, own_block, shared_out
+from flexmoba.impls import (
+    attend_blocks,
+    attend_from,
+    attend_fully,
+    attend_in_place,
+    resolve,
+)
 from flexmoba.masked import attend_shared
 from flexmoba.score_mod import ScoreMod, modifier_of
-from flexmoba.sequence import first_tokens, layout_of
+from flexmoba.sequence import InPlace, arrange, packing_of
 
 if TYPE_CHECKING:
     from flexmoba.cache import MobaCache
@@ -56,6 +62,7 @@ def flex_moba(
     cu_seqlens: Tensor | None = None,
     document_ids: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Mixture of Block Attention: each query attends to its own and its best past blocks of keys.
 
@@ -109,16 +116,18 @@ def flex_moba(
             ``key_padding_mask``, whose padding is not added.
         cu_seqlens: Where packed documents begin and end, int32 or int64 ``(n + 1,)``, rising from
             0 to ``Lk``; for a batch of 1. Blocks begin anew with every document, and queries see
-            nothing of other documents. Each document may take up to ``block_size - 1`` tokens'
-            memory and time more than it has.
+            nothing of other documents.
         document_ids: The same by each token's document, int32 or int64 ``(B, Lk)``: a new one
             begins wherever the value changes. Waits for the device, and is not for
             ``torch.compile``: no shape says how many documents there are.
         key_padding_mask: Which tokens are real, bool ``(B, Lk)``. The real tokens of a row are its
             sequence, also where padding stands between them: blocks count them alone. Padding gets
             zeros, a log-sum-exp of -inf and zero gradients; its contents have no effect. Of the
-            three arguments one may be given, with ``Lq == Lk`` and causal only; values are checked
-            on CPU.
+            three arguments one may be given, with ``Lq == Lk``; values are checked on CPU.
+        max_seqlen: Tokens of the longest of the packed documents, or more. On other devices than
+            CPU, where ``cu_seqlens`` are not read, it lets documents of at most ``topk`` blocks be
+            served by full attention within documents, the same function and faster. A longer
+            document is an error, on the device outside CPU.
 
     Returns:
         The output ``(B, Hq, Lq, Dv)`` in the dtype of q; with ``return_aux``, a pair of it and an
@@ -149,10 +158,14 @@ def flex_moba(
     offset = None if cache is not None else k.shape[2] - q.shape[2]
     check_gate(gate, sink_blocks, local_blocks, offset, block_size, topk, is_causal=is_causal)
     check_options(scale, score_mod, kernel_options, return_aux)
-    check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, is_causal=is_causal)
+    check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, max_seqlen=max_seqlen)
     named = impl
     tiles_choose = gate == "tile" and is_causal and q.is_cuda and cache is None
-    impl = resolve(impl, q, k, v, kernel_options, score_mod, tiles_choose=tiles_choose)
+    sequences = (cu_seqlens, document_ids, key_padding_mask)
+    uneven = not is_causal and any(x is not None for x in sequences)
+    impl = resolve(
+        impl, q, k, v, kernel_options, score_mod, tiles_choose=tiles_choose, uneven=uneven
+    )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = Gate(gate, sink_blocks, local_blocks)
     if cache is not None:
@@ -176,38 +189,55 @@ def flex_moba(
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)
 
-    n_blocks = -(-k.shape[2] // block_size)
-    if topk is None or topk > n_blocks:  # no document has more blocks than the row would have
+    packing = packing_of(k.shape[2], cu_seqlens, document_ids, max_seqlen)
+    n_blocks = -(-(k.shape[2] if packing is None else packing.longest) // block_size)
+    if topk is None or topk > n_blocks:  # no sequence has more blocks
         topk = n_blocks
-    first_block = first_seen = layout = None
-    packed = cu_seqlens is not None or document_ids is not None
-    if packed and topk >= n_blocks and impl != "portable":  # no blocks, so no new layout for them
-        first_seen = first_tokens(k.shape[2], cu_seqlens, document_ids)[:, None]
-    else:
-        layout = layout_of(k.shape[2], block_size, cu_seqlens, document_ids, key_padding_mask)
+    if packing is not None and is_causal and topk == n_blocks:
+        first_key = packing.first_token.int().expand(k.shape[0], -1)
+        modifier = modifier_of(score_mod, q, k, None)
+        out, lse = attend_from(
+            q, k, v, first_key, packing.longest, scale, impl, kernel_options, modifier
+        )
+        return _output(out, lse, return_aux)
+    layout = arrange(
+        *(k.shape[2], block_size, packing, key_padding_mask),
+        is_causal=is_causal,
+        tiled=gate == "tile",
+    )
+    if isinstance(layout, InPlace):
+        chosen = choose(
+            *(q, layout.full_blocks.spread(k.detach()), layout.full_blocks.block_size, topk - 1),
+            *(options, Candidates(layout.first_block, layout.end_block)),
+            is_causal=True,
+        )
+        past = shared_out(chosen, q.shape[1], q.shape[2], options)
+        out, lse = attend_in_place(
+            q, k, v, past, None, layout, scale, impl, kernel_options, score_mod
+        )
+        return _output(out, lse, return_aux)
+    candidates = Candidates()
     if layout is not None:
-        first_block = layout.first_block
+        candidates = Candidates(layout.first_block, layout.end_block, layout.keys_of_block)
         block_size = layout.block_size
         q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
     modifier = modifier_of(score_mod, q, k, None if layout is None else layout.token_of_slot)
 
-    if first_block is None and topk >= n_blocks:
-        out, lse = attend_fully(
-            q, k, v, first_seen, scale, impl, kernel_options, is_causal, modifier
-        )
+    full = topk == n_blocks
+    if full and candidates.first is None and candidates.end is None:
+        out, lse = attend_fully(q, k, v, scale, impl, kernel_options, is_causal, modifier)
     else:
         wanted = topk - 1 if is_causal else topk
-        if topk >= n_blocks:  # all of a document's, which needs no scores
-            options = options._replace(sink_blocks=0, local_blocks=wanted)
-        chosen = choose(
-            q, k, block_size, wanted, options, is_causal=is_causal, first_block=first_block
-        )
+        if full:  # all blocks of a sequence, which needs no scores
+            options = options._replace(sink_blocks=wanted, local_blocks=0)
+        chosen = choose(q, k, block_size, wanted, options, candidates, is_causal=is_causal)
         if tiles_choose and impl == "masked" and block_size % GATE_TILE == 0:
             out, lse = attend_shared(q, k, v, chosen, block_size, scale, kernel_options, modifier)
         else:
             routed = shared_out(chosen, q.shape[1], q.shape[2], options)
             out, lse = attend_blocks(
-                q, k, v, routed, None, block_size, scale, impl, kernel_options, is_causal, modifier
+                *(q, k, v, routed, None, block_size, scale, impl, kernel_options, is_causal),
+                *(modifier, candidates.keys_of_block),
             )
     if layout is not None:
         out, lse = layout.collect(out), layout.collect(lse[..., None])[..., 0]
@@ -286,14 +316,31 @@ def selected_attention(
     check_block_size(block_size)
     check_selection(selection, q)
     check_options(scale, score_mod, kernel_options, return_aux)
-    check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, is_causal=is_causal)
-    impl = resolve(impl, q, k, v, kernel_options, score_mod)
+    check_documents(q, k, cu_seqlens, document_ids, key_padding_mask)
+    sequences = (cu_seqlens, document_ids, key_padding_mask)
+    uneven = not is_causal and any(x is not None for x in sequences)
+    impl = resolve(impl, q, k, v, kernel_options, score_mod, uneven=uneven)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)
-    layout = layout_of(k.shape[2], block_size, cu_seqlens, document_ids, key_padding_mask)
+    packing = packing_of(k.shape[2], cu_seqlens, document_ids)
+    layout = arrange(*(k.shape[2], block_size, packing, key_padding_mask), is_causal=is_causal)
+    if isinstance(layout, InPlace):
+        if selection.device.type == "cpu" and not torch.compiler.is_compiling():
+            last = layout.end_block + layout.other_blocks
+            check_selected_blocks(selection, int(last.max()) + 1)
+        shift = layout.other_blocks[:, None, :, None]
+        first, own_index = (x[:, None, :, None] + shift for x in layout[2:4])
+        here = (selection >= first) & (selection < own_index)
+        past = torch.where(here, selection - shift, -1).int()
+        chosen = (selection == own_index).any(-1)
+        out, lse = attend_in_place(
+            q, k, v, past, chosen, layout, scale, impl, kernel_options, score_mod
+        )
+        return _output(out, lse, return_aux)
+    keys_of_block = None
     if layout is not None:
-        block_size = layout.block_size
+        block_size, keys_of_block = layout.block_size, layout.keys_of_block
         q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
     modifier = modifier_of(score_mod, q, k, None if layout is None else layout.token_of_slot)
     n_blocks = -(-k.shape[2] // block_size)
@@ -304,19 +351,21 @@ def selected_attention(
     selection = torch.where(selection < n_blocks, selection, -1).int()
     if layout is not None:
         selection = layout.spread_selection(selection)
-    if block_size >= k.shape[2]:  # one block: all of it, or nothing
-        out, lse = attend_fully(q, k, v, None, scale, impl, kernel_options, is_causal, modifier)
+    if block_size >= k.shape[2] and keys_of_block is None:  # one block: all of it, or nothing
+        out, lse = attend_fully(q, k, v, scale, impl, kernel_options, is_causal, modifier)
         chosen = (selection == 0).any(-1)
         out = torch.where(chosen[..., None], out, 0.0)
         lse = torch.where(chosen, lse, float("-inf"))
     else:
-        own, routed = None, selection
+        own: Tensor | None = None
+        routed = selection
         if is_causal:
             here = own_block(q.shape[2], k.shape[2], block_size, q.device)[:, None]
             own = (selection == here).any(-1)
             routed = torch.where(selection < here, selection, -1)
         out, lse = attend_blocks(
-            q, k, v, routed, own, block_size, scale, impl, kernel_options, is_causal, modifier
+            *(q, k, v, routed, own, block_size, scale, impl, kernel_options, is_causal),
+            *(modifier, keys_of_block),
         )
     if layout is not None:
         out, lse = layout.collect(out), layout.collect(lse[..., None])[..., 0]

@@ -179,7 +179,7 @@ def check_documents(
     document_ids: Tensor | None,
     key_padding_mask: Tensor | None,
     *,
-    is_causal: bool,
+    max_seqlen: int | None = None,
 ) -> None:
     """That at most one argument says where sequences are, and that it fits; values on CPU only."""
     given = {
@@ -188,6 +188,13 @@ def check_documents(
         "key_padding_mask": key_padding_mask,
     }
     names = [name for name, value in given.items() if value is not None]
+    if max_seqlen is not None:
+        check_positive("max_seqlen", max_seqlen, "pass the length of the longest document")
+        if cu_seqlens is None and document_ids is None:
+            raise ValueError(
+                f"max_seqlen={max_seqlen} is the length of the longest of packed documents, of "
+                "which there are none; pass cu_seqlens, too, or leave it out"
+            )
     if not names:
         return
     name, x = names[0], given[names[0]]
@@ -201,10 +208,6 @@ def check_documents(
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {x.dtype}; cast it")
     if x.device != q.device:
         raise ValueError(f"{name} must be on the device of q ({q.device}), got {x.device}; move it")
-    if not is_causal:
-        raise NotImplementedError(
-            f"{name} with is_causal=False is not available; call each sequence on its own"
-        )
     if q.shape[2] != k.shape[2]:
         raise NotImplementedError(
             f"{name} needs as many queries as keys, got Lq={q.shape[2]} and Lk={k.shape[2]}; "
@@ -227,15 +230,25 @@ def check_documents(
                 "device; pass cu_seqlens"
             )
     elif x.device.type == "cpu" and name == "cu_seqlens":
-        _check_bounds(x, k.shape[2])
+        _check_bounds(x, k.shape[2], max_seqlen)
 
 
-def _check_bounds(cu_seqlens: Tensor, length: int) -> None:
+def _check_bounds(cu_seqlens: Tensor, length: int, max_seqlen: int | None) -> None:
     first, last, shortest = int(cu_seqlens[0]), int(cu_seqlens[-1]), int(cu_seqlens.diff().min())
     if first != 0 or last != length or shortest < 0:
         raise ValueError(
             f"cu_seqlens must rise from 0 to Lk={length}, got {first} to {last} with steps of at "
             f"least {shortest}"
+        )
+    check_longest(int(cu_seqlens.diff().max()), max_seqlen)
+
+
+def check_longest(longest: int, max_seqlen: int | None) -> None:
+    """That no document is longer than said."""
+    if max_seqlen is not None and longest > max_seqlen:
+        raise ValueError(
+            f"no document may be longer than max_seqlen={max_seqlen}, got one of {longest} tokens; "
+            "pass the length of the longest document, or leave max_seqlen out"
         )
 
 

@@ -29,6 +29,8 @@ def why_not_fused(
     v: Tensor,
     kernel_options: Mapping[str, Any] | None,
     score_mod: ScoreMod | None = None,
+    *,
+    uneven: bool = False,
 ) -> str | None:
     """Why the fused kernels cannot take inputs that compiled ones can; None if they can."""
     if torch.version.hip:
@@ -39,6 +41,8 @@ def why_not_fused(
         return f"needs head dims of at most {MAX_HEAD_DIM}, got {q.shape[-1]} and {v.shape[-1]}"
     if kernel_options:
         return f"does not call FlexAttention, to which kernel_options={dict(kernel_options)} belong"
+    if uneven:
+        return "takes no documents or padding with is_causal=False"
     return None if score_mod is None else "takes no score_mod"
 
 

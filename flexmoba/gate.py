@@ -20,12 +20,15 @@ from flexmoba.checks import (
     check_topk,
 )
 from flexmoba.precision import without_autocast
-from flexmoba.sequence import layout_of
+from flexmoba.sequence import InPlace, arrange, packing_of
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # The plain gate works through queries in pieces, so that its scores stay this small.
 _SCORES_AT_ONCE = 2**22
+
+# Blocks up to which rounds of `argmax`, one for each, are faster on CPU than `topk`.
+_MOST_ROUNDS = 12
 
 GATE_TILE = 128  # queries that share a choice under gate="tile"
 
@@ -41,6 +44,25 @@ class Gate(NamedTuple):
     def stride(self) -> int:
         """Queries that one choice is for."""
         return GATE_TILE if self.per == "tile" else 1
+
+
+class Candidates(NamedTuple):
+    """Which blocks a query may choose from; by default those before its own, or all of them.
+
+    Attributes:
+        first: ``(B, Lq)`` int32, the first candidate of each query; None for block 0.
+        end: ``(B, Lq)`` int32, the block after the last one; None for the block that the query
+            stands in if causal, else for the number of blocks.
+        keys_of_block: ``(B, blocks)`` int32, how many keys each block holds, where others than the
+            last are not full: its mean is that of these.
+    """
+
+    first: Tensor | None = None
+    end: Tensor | None = None
+    keys_of_block: Tensor | None = None
+
+
+_ALL = Candidates()
 
 
 def moba_select(
@@ -94,8 +116,8 @@ def moba_select(
     Raises:
         TypeError: An argument is of the wrong type.
         ValueError: Shapes, dtypes or devices do not fit, or a size is not positive.
-        NotImplementedError: Documents or padding, not causal or with fewer queries than keys;
-            ``gate="tile"`` where tiles do not divide the blocks or begin before the queries.
+        NotImplementedError: Documents or padding with fewer queries than keys; ``gate="tile"``
+            where tiles do not divide the blocks or begin before the queries.
 
     Examples:
         >>> import torch
@@ -111,18 +133,26 @@ def moba_select(
     check_topk(topk)
     offset = k.shape[2] - q.shape[2]
     check_gate(gate, sink_blocks, local_blocks, offset, block_size, topk, is_causal=is_causal)
-    check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, is_causal=is_causal)
+    check_documents(q, k, cu_seqlens, document_ids, key_padding_mask)
     options = Gate(gate, sink_blocks, local_blocks)
-    layout = None
-    if q.numel() > 0:
-        layout = layout_of(k.shape[2], block_size, cu_seqlens, document_ids, key_padding_mask)
-    if layout is None:
+    if q.numel() == 0:
         return _select_blocks(q, k, block_size, topk, options, is_causal=is_causal)
-    block_size, q, k = layout.block_size, layout.spread(q.detach()), layout.spread(k.detach())
-    selection = _select_blocks(
-        q, k, block_size, topk, options, is_causal=True, first_block=layout.first_block
+    packing = packing_of(k.shape[2], cu_seqlens, document_ids)
+    where = arrange(
+        *(k.shape[2], block_size, packing, key_padding_mask),
+        is_causal=is_causal,
+        tiled=gate == "tile",
     )
-    return layout.collect_selection(selection)
+    if isinstance(where, InPlace):
+        return _select_in_place(q, k, where, topk, options)
+    if where is None:
+        return _select_blocks(q, k, block_size, topk, options, is_causal=is_causal)
+    q, k = where.spread(q.detach()), where.spread(k.detach())
+    candidates = Candidates(where.first_block, where.end_block, where.keys_of_block)
+    selection = _select_blocks(
+        q, k, where.block_size, topk, options, candidates, is_causal=is_causal
+    )
+    return where.collect_selection(selection)
 
 
 def _select_blocks(
@@ -131,18 +161,33 @@ def _select_blocks(
     block_size: int,
     topk: int,
     gate: Gate,
+    candidates: Candidates = _ALL,
     *,
     is_causal: bool,
-    first_block: Tensor | None = None,
 ) -> Tensor:
-    """`moba_select` of checked arguments; ``first_block`` as in `select_candidates`."""
+    """`moba_select` of checked arguments."""
     if not is_causal:
-        return select_candidates(q, k, block_size, topk, gate, is_causal=False)
+        return select_candidates(q, k, block_size, topk, gate, candidates, is_causal=False)
     own = own_block(q.shape[2], k.shape[2], block_size, q.device)
-    past = select_candidates(
-        q, k, block_size, topk - 1, gate, is_causal=True, first_block=first_block
-    )
+    past = select_candidates(q, k, block_size, topk - 1, gate, candidates, is_causal=True)
     return torch.cat([own.expand(q.shape[:3])[..., None], past], dim=-1)
+
+
+def _select_in_place(q: Tensor, k: Tensor, where: InPlace, topk: int, gate: Gate) -> Tensor:
+    """`moba_select` of documents that stay in place."""
+    shift = where.other_blocks[:, None, :, None]
+    own = where.end_block[:, None, :, None] + shift
+    past = select_candidates(
+        q,
+        where.full_blocks.spread(k.detach()),
+        where.full_blocks.block_size,
+        topk - 1,
+        gate,
+        Candidates(where.first_block, where.end_block),
+        is_causal=True,
+    )
+    past = torch.where(past >= 0, past + shift, -1)
+    return torch.cat([own.expand(*q.shape[:3], 1), past], dim=-1)
 
 
 def own_block(q_len: int, kv_len: int, block_size: int, device: torch.device) -> Tensor:
@@ -156,16 +201,15 @@ def select_candidates(
     block_size: int,
     count: int,
     gate: Gate,
+    candidates: Candidates = _ALL,
     *,
     is_causal: bool,
-    first_block: Tensor | None = None,
 ) -> Tensor:
     """``count`` candidates of each query, ``(B, Hq, Lq, count)`` int32; see `moba_select`.
 
-    If causal, the candidates are the blocks before the own one, from ``first_block (B, Lq)`` on.
     There may be more columns than ``count`` where sinks and local blocks alone are more.
     """
-    chosen = choose(q, k, block_size, count, gate, is_causal=is_causal, first_block=first_block)
+    chosen = choose(q, k, block_size, count, gate, candidates, is_causal=is_causal)
     return shared_out(chosen, q.shape[1], q.shape[2], gate)
 
 
@@ -175,17 +219,20 @@ def choose(
     block_size: int,
     count: int,
     gate: Gate,
+    candidates: Candidates = _ALL,
     *,
     is_causal: bool,
-    first_block: Tensor | None = None,
 ) -> Tensor:
     """`select_candidates` of what chooses alone: ``(B, Hq or Hkv, queries or tiles, count)``."""
     rows = gate_queries(q, k.shape[1], gate)
-    if first_block is not None:
-        first_block = first_block[:, :: gate.stride].contiguous()
+    first, end = (
+        x if x is None else x[:, :: gate.stride].contiguous()
+        for x in (candidates.first, candidates.end)
+    )
     offset = k.shape[2] - q.shape[2]
     chosen: Tensor = _select(
-        rows, k.detach(), first_block, offset, block_size, count, *gate, is_causal
+        *(rows, k.detach(), first, end, candidates.keys_of_block),
+        *(offset, block_size, count, *gate, is_causal),
     )
     return chosen
 
@@ -220,6 +267,8 @@ def _select(
     rows: Tensor,
     k: Tensor,
     first_block: Tensor | None,
+    end_block: Tensor | None,
+    keys_of_block: Tensor | None,
     offset: int,
     block_size: int,
     count: int,
@@ -229,8 +278,10 @@ def _select(
     is_causal: bool,
 ) -> Tensor:
     gate = Gate(per, sink_blocks, local_blocks)
-    means = block_means(k, block_size)
-    return select_by_means(rows, means, offset, block_size, count, gate, is_causal, first_block)
+    means = block_means(k, block_size, keys_of_block)
+    return select_by_means(
+        rows, means, offset, block_size, count, gate, is_causal, first_block, end_block
+    )
 
 
 @_select.register_fake
@@ -238,6 +289,8 @@ def _(
     rows: Tensor,
     k: Tensor,
     first_block: Tensor | None,
+    end_block: Tensor | None,
+    keys_of_block: Tensor | None,
     offset: int,
     block_size: int,
     count: int,
@@ -259,14 +312,19 @@ def select_by_means(
     gate: Gate,
     is_causal: bool,
     first_block: Tensor | None = None,
+    end_block: Tensor | None = None,
 ) -> Tensor:
     """The choice of `gate_queries` given the mean keys, ``(B, Hkv, blocks, D)``.
 
-    Row ``i`` stands at position ``offset + i * gate.stride``.
+    Row ``i`` stands at position ``offset + i * gate.stride``. ``first_block`` and ``end_block``
+    are those of `Candidates`, of rows.
     """
     n_blocks, n_rows = means.shape[2], rows.shape[2]
-    position = offset + torch.arange(n_rows, device=rows.device) * gate.stride
-    end = position // block_size if is_causal else torch.full_like(position, n_blocks)
+    position = offset + torch.arange(n_rows, device=rows.device)[None] * gate.stride
+    if end_block is not None:
+        end = end_block
+    else:
+        end = position // block_size if is_causal else torch.full_like(position, n_blocks)
     first = position.new_zeros(1, 1) if first_block is None else first_block
     forced = always_selected(first, end, gate)
     scored = max(0, count - gate.sink_blocks - gate.local_blocks)
@@ -275,7 +333,9 @@ def select_by_means(
     elif _has_kernel(rows, scored):
         from flexmoba.gate_kernel import select_on_cuda
 
-        best = select_on_cuda(rows, means, first_block, offset, block_size, scored, gate, is_causal)
+        best = select_on_cuda(
+            rows, means, first_block, end_block, offset, block_size, scored, gate, is_causal
+        )
     else:
         first, end = first + gate.sink_blocks, end - gate.local_blocks
         best = _select_in_pieces(rows, means, first, end, scored)
@@ -307,10 +367,16 @@ def always_selected(first: Tensor, end: Tensor, gate: Gate) -> Tensor | None:
     return torch.cat([local, sink], dim=-1).int()[:, None]
 
 
-def block_means(k: Tensor, block_size: int) -> Tensor:
-    """The mean key of every block, ``(B, Hkv, blocks, D)`` in the dtype of ``k``."""
+def block_means(k: Tensor, block_size: int, keys_of_block: Tensor | None = None) -> Tensor:
+    """The mean key of every block, ``(B, Hkv, blocks, D)`` in the dtype of ``k``.
+
+    Blocks that are not full, by ``keys_of_block`` of `Candidates`, hold zeros beside their keys.
+    """
     precise = torch.promote_types(k.dtype, torch.float32)
     batch, heads, length, dim = k.shape
+    if keys_of_block is not None:  # of whole blocks
+        sums = k.view(batch, heads, -1, block_size, dim).sum(3, dtype=precise)
+        return (sums / keys_of_block.clamp(min=1)[:, None, :, None]).to(k.dtype)
     whole = length // block_size
     blocks = k[:, :, : whole * block_size].view(batch, heads, whole, block_size, dim)
     means = blocks.mean(3, dtype=precise)
@@ -323,13 +389,13 @@ def block_means(k: Tensor, block_size: int) -> Tensor:
 def _select_in_pieces(
     rows: Tensor, means: Tensor, first: Tensor, end: Tensor, count: int
 ) -> Tensor:
-    """The best blocks from ``first`` to before ``end``, which are ``(B or 1, rows or 1)``."""
+    """The best blocks from ``first`` to before ``end``, both ``(B or 1, rows or 1)``."""
     batch, heads, n_rows, _ = rows.shape
     kv_heads, n_blocks = means.shape[1:3]
     precise = torch.promote_types(rows.dtype, torch.float32)
     grouped = rearrange(rows, "b (h g) l d -> b h g l d", h=kv_heads)
     keys = means.to(precise)[:, :, None].mT
-    first, end = (x.expand(x.shape[0], n_rows)[:, None, None] for x in (first, end.view(1, -1)))
+    first, end = (x.expand(x.shape[0], n_rows)[:, None, None] for x in (first, end))
     piece = max(1, _SCORES_AT_ONCE // (batch * heads * n_blocks))
     chosen = [
         highest(
@@ -356,12 +422,32 @@ def highest(scores: Tensor, first: Tensor, end: Tensor, count: int) -> Tensor:
     foreign = (block < first[..., None]) | (block >= end[..., None])
     scores = scores.masked_fill(foreign, float("-inf"))
     candidates = end - first
-    # `max` returns the first of equals: turned around, that is the later block. For the few
-    # blocks that are wanted, rounds of it are many times faster than `sort` or `topk`.
+    # The first of equals comes first here: turned around, that is the later block.
     scores = scores.flip(-1)
     chosen = scores.new_full((*scores.shape[:-1], count), -1, dtype=torch.int32)
+    if count > _MOST_ROUNDS:
+        order = _descending(scores, min(count, n_blocks))
+        best = (n_blocks - 1 - order).int()
+        place = torch.arange(best.shape[-1], device=best.device)
+        chosen[..., : best.shape[-1]] = torch.where(place < candidates[..., None], best, -1)
+        return chosen
     for i in range(min(count, n_blocks)):
         best = scores.argmax(dim=-1, keepdim=True)
         scores.scatter_(-1, best, float("-inf"))
         chosen[..., i] = torch.where(i < candidates, (n_blocks - 1 - best[..., 0]).int(), -1)
     return chosen
+
+
+def _descending(scores: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` highest of each row, the first of equals first, NaN before all."""
+    if scores.dtype != torch.float32:
+        return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count]
+    # `topk` does not keep equals in order, and a stable sort takes ten times as long: of one number
+    # each, the score above its index, none are equal.
+    bits = (scores + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # now ordered like the scores
+    bits = bits.masked_fill_(scores.isnan(), 0x7FFFFFFF)
+    last = scores.shape[-1] - 1
+    index = torch.arange(last, -1, -1, device=scores.device)
+    best = ((bits.long() << 32) | index).topk(count, dim=-1).values
+    return last - (best & 0xFFFFFFFF)

@@ -24,6 +24,7 @@ def select_on_cuda(
     q: Tensor,
     means: Tensor,
     first_block: Tensor | None,
+    end_block: Tensor | None,
     offset: int,
     block_size: int,
     count: int,
@@ -36,6 +37,7 @@ def select_on_cuda(
     by_parts = q.dtype == torch.float32 and means.dtype != torch.float32
     q, means = packed(q), packed(means)
     first = q if first_block is None else packed(first_block)
+    last = q if end_block is None else packed(end_block)
     chosen = torch.empty(batch, heads, q_len, count, dtype=torch.int32, device=q.device)
     tile_q, tile_n = 64, 32
     numbers = (batch * heads, heads, heads // kv_heads, q_len, n_blocks, offset, block_size)
@@ -43,6 +45,7 @@ def select_on_cuda(
         "DIM": dim,
         "COUNT": count,
         "HAS_FIRST": first_block is not None,
+        "HAS_END": end_block is not None,
         "SINKS": gate.sink_blocks,
         "LOCALS": gate.local_blocks,
         "STRIDE": gate.stride,
@@ -57,7 +60,8 @@ def select_on_cuda(
     dtypes = (q.dtype, means.dtype)
     with torch.cuda.device_of(q):
         n_programs = triton.cdiv(q_len, tile_q) * batch * heads
-        launch(_select_kernel, n_programs, (q, means, first, chosen, *numbers), constants, dtypes)
+        tensors = q, means, first, last, chosen
+        launch(_select_kernel, n_programs, (*tensors, *numbers), constants, dtypes)
     return chosen
 
 
@@ -107,6 +111,7 @@ def _select_kernel(
     q_ptr,
     means_ptr,
     first_ptr,
+    end_ptr,
     chosen_ptr,
     all_heads: tl.int32,
     heads: tl.int32,
@@ -118,6 +123,7 @@ def _select_kernel(
     DIM: tl.constexpr,
     COUNT: tl.constexpr,
     HAS_FIRST: tl.constexpr,
+    HAS_END: tl.constexpr,
     SINKS: tl.constexpr,
     LOCALS: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -138,8 +144,11 @@ def _select_kernel(
     q = tl.load(
         q_ptr + q_row[:, None] * DIM + dim, mask=there[:, None] & (dim < DIM)[None, :], other=0.0
     )
-    end = tl.full([TILE_Q], 0, tl.int32) + n_blocks
-    if IS_CAUSAL:
+    if HAS_END:
+        end = tl.load(end_ptr + head // heads * q_len + row, mask=there, other=0) - LOCALS
+    elif not IS_CAUSAL:
+        end = tl.full([TILE_Q], 0, tl.int32) + n_blocks
+    else:
         end = (tl.minimum(row, q_len - 1) * STRIDE + offset) // block_size - LOCALS
     first = tl.full([TILE_Q], SINKS, tl.int32)
     if HAS_FIRST:

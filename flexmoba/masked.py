@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexmoba.flex import call_flex, run_compiled
-from flexmoba.masks import full_mask, realize, selection_mask
+from flexmoba.masks import full_mask, realize, selection_mask, window_mask
 from flexmoba.routing import TILE
 from flexmoba.score_mod import Modifier, ScoreMod, at_places
 from flexmoba.shared_mask import shared_mask, stretch_of
@@ -24,11 +24,12 @@ def attend_masked(
     kernel_options: Mapping[str, Any] | None,
     is_causal: bool,
     modifier: Modifier | None = None,
+    keys_of_block: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a selection."""
+    """Attention over a selection; ``keys_of_block`` as for `routing.route`."""
     return _run(
         _attend_over_mask,
-        *(q, k, v, selection, modifier),
+        *(q, k, v, selection, modifier, keys_of_block),
         block_size=block_size,
         scale=scale,
         kernel_options=kernel_options,
@@ -40,19 +41,38 @@ def attend_dense(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    first_seen: Tensor | None,
     scale: float,
     kernel_options: Mapping[str, Any] | None,
     is_causal: bool,
     modifier: Modifier | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Full attention, of each query from the key ``first_seen`` of `masks.full_mask` on."""
+    """Full attention."""
     return _run(
-        _attend_from_first_seen,
-        *(q, k, v, first_seen, modifier),
+        _attend_densely,
+        *(q, k, v, None, modifier),
         scale=scale,
         kernel_options=kernel_options,
         is_causal=is_causal,
+    )
+
+
+def attend_windows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_key: Tensor,
+    longest: int,
+    scale: float,
+    kernel_options: Mapping[str, Any] | None,
+    modifier: Modifier | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention from a first key of each query on; the arguments of `masks.window_mask`."""
+    return _run(
+        _attend_within_windows,
+        *(q, k, v, first_key, modifier),
+        longest=longest,
+        scale=scale,
+        kernel_options=kernel_options,
     )
 
 
@@ -96,6 +116,7 @@ def _run(
     v: Tensor,
     visible: Tensor | None,
     modifier: Modifier | None,
+    *more: Tensor | None,
     **static: Any,
 ) -> tuple[Tensor, Tensor]:
     places = score_mod = None
@@ -103,9 +124,8 @@ def _run(
         score_mod = modifier.score_mod
         if modifier.moved:
             places = modifier.place, modifier.key_position
-    return run_compiled(
-        attend, *(q, k, v, visible, *(places or (None, None))), score_mod=score_mod, **static
-    )
+    tensors = q, k, v, visible, *(places or (None, None)), *more
+    return run_compiled(attend, *tensors, score_mod=score_mod, **static)
 
 
 def _attend_over_mask(
@@ -115,6 +135,7 @@ def _attend_over_mask(
     selection: Tensor,
     place: Tensor | None,
     key_position: Tensor | None,
+    keys_of_block: Tensor | None,
     *,
     score_mod: ScoreMod | None,
     block_size: int,
@@ -122,16 +143,18 @@ def _attend_over_mask(
     kernel_options: Mapping[str, Any],
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    mask = selection_mask(selection, k.shape[2], block_size, is_causal=is_causal)
+    mask = selection_mask(
+        selection, k.shape[2], block_size, is_causal=is_causal, keys_of_block=keys_of_block
+    )
     score_mod = _placed(score_mod, q, k, place, key_position)
     return call_flex(q, k, v, mask, scale, kernel_options, score_mod)
 
 
-def _attend_from_first_seen(
+def _attend_densely(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    first_seen: Tensor | None,
+    visible: None,
     place: Tensor | None,
     key_position: Tensor | None,
     *,
@@ -140,7 +163,25 @@ def _attend_from_first_seen(
     kernel_options: Mapping[str, Any],
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    mask = full_mask(q.shape[2], k.shape[2], q.device, first_seen, is_causal=is_causal)
+    mask = full_mask(q.shape[2], k.shape[2], q.device, is_causal=is_causal)
+    score_mod = _placed(score_mod, q, k, place, key_position)
+    return call_flex(q, k, v, mask, scale, kernel_options, score_mod)
+
+
+def _attend_within_windows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_key: Tensor,
+    place: Tensor | None,
+    key_position: Tensor | None,
+    *,
+    score_mod: ScoreMod | None,
+    longest: int,
+    scale: float,
+    kernel_options: Mapping[str, Any],
+) -> tuple[Tensor, Tensor]:
+    mask = window_mask(first_key, longest)
     score_mod = _placed(score_mod, q, k, place, key_position)
     return call_flex(q, k, v, mask, scale, kernel_options, score_mod)
 

@@ -73,9 +73,17 @@ def moba_block_mask(
 
 
 def selection_mask(
-    selection: Tensor, kv_len: int, block_size: int, *, is_causal: bool
+    selection: Tensor,
+    kv_len: int,
+    block_size: int,
+    *,
+    is_causal: bool,
+    keys_of_block: Tensor | None = None,
 ) -> BlockMask:
-    """The mask of a selection ``(B, Hq, Lq, topk)``, all its stretches partial."""
+    """The mask of a selection ``(B, Hq, Lq, topk)``, all its stretches partial.
+
+    ``keys_of_block (B, Hkv, blocks)`` is that of `routing.route`, the same for all heads.
+    """
     batch, heads, q_len, topk = selection.shape
     device, offset = selection.device, kv_len - q_len
     n_blocks = _cdiv(kv_len, block_size)
@@ -98,6 +106,10 @@ def selection_mask(
     # What a mask_mod captures must be a real buffer: computed in the same graph, it would be
     # compiled into the kernel, or even replaced by its initial value.
     table, last_key = realize(selection), last_key_of_query(q_len, kv_len, device)
+    is_key = None
+    if keys_of_block is not None:
+        is_key = torch.arange(block_size, device=device) < keys_of_block[:, 0, :, None]
+        is_key = realize(is_key.flatten(1))
 
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         first = table[b, h, query, query * 0] * block_size
@@ -107,24 +119,13 @@ def selection_mask(
             seen = seen | ((key >= first) & (key < first + block_size))
         if is_causal:
             seen = seen & (key <= last_key[query])
-        return seen
+        return seen if is_key is None else seen & is_key[b, key]
 
     return block_mask_of((q_len, kv_len), mask_mod, _lists(visited), None, _lists(visited.mT), None)
 
 
-def full_mask(
-    q_len: int,
-    kv_len: int,
-    device: torch.device,
-    first_seen: Tensor | None = None,
-    *,
-    is_causal: bool,
-) -> BlockMask:
-    """Full attention, causal or not, bottom-right aligned.
-
-    ``first_seen`` is the first key that each query sees, ``(B, 1, Lq)`` ints that never fall
-    along a row; None for key 0.
-    """
+def full_mask(q_len: int, kv_len: int, device: torch.device, *, is_causal: bool) -> BlockMask:
+    """Full attention, causal or not, bottom-right aligned."""
     offset = kv_len - q_len
     q_tiles, kv_tiles = _cdiv(q_len, GRAIN), _cdiv(kv_len, GRAIN)
     first_key = torch.arange(kv_tiles, device=device) * GRAIN
@@ -138,16 +139,12 @@ def full_mask(
         visited = first_key <= last_query + offset
         whole = whole & (last_key <= first_query + offset)
     visited, whole = visited[None, None], whole[None, None]
-    if first_seen is not None:
-        visited = visited & (last_key >= first_seen[:, :, first_query])
-        whole = whole & (first_key >= first_seen[:, :, last_query])
-        first_seen = realize(first_seen[:, 0].int())  # see `selection_mask`
 
     last_seen = last_key_of_query(q_len, kv_len, device)
 
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen: Tensor = key <= last_seen[query] if is_causal else key >= 0
-        return seen if first_seen is None else seen & (key >= first_seen[b, query])
+        return seen
 
     partial, full = visited & ~whole, whole
     return block_mask_of(
@@ -157,6 +154,55 @@ def full_mask(
         _lists(full),
         _lists(partial.mT),
         _lists(full.mT),
+    )
+
+
+def window_mask(first_key: Tensor, longest: int) -> BlockMask:
+    """Each query's keys from a first one to its own position, as many queries as keys.
+
+    The tiles of keys that a tile of queries visits are neighbours, and so are the tiles of queries
+    that visit a tile of keys, so lists are as long as the longest window.
+
+    Args:
+        first_key: ``(B, L)`` ints, the first key that each query sees. It never falls along a row.
+        longest: Keys that a query sees, at most.
+    """
+    length, device = first_key.shape[1], first_key.device
+    n_tiles = _cdiv(length, GRAIN)
+    width = min(n_tiles, _cdiv(longest - 1, GRAIN) + 1)
+    tile = torch.arange(n_tiles, device=device)
+    first_seen = first_key[:, None]  # for all heads
+    first_visited = first_seen[..., tile * GRAIN] // GRAIN
+    first_whole = _cdiv(first_seen[..., (tile * GRAIN + GRAIN - 1).clamp(max=length - 1)], GRAIN)
+    # The tile on the diagonal is never whole, nor is any for a short tile of queries.
+    first_whole = torch.minimum(first_whole, tile)
+    first_whole = torch.where((tile + 1) * GRAIN <= length, first_whole, tile)
+    place = torch.arange(width, device=device)
+
+    # Of a tile of queries: tiles before the whole ones, the whole ones, the diagonal.
+    n_before = (first_whole - first_visited)[..., None]
+    before = torch.where(place < n_before, first_visited[..., None] + place, tile[:, None])
+    whole = first_whole[..., None] + place
+    # Of a tile of keys: the diagonal, tiles that see all of it, tiles that see the end of it.
+    end = torch.searchsorted(first_visited, tile.expand_as(first_visited).contiguous(), right=True)
+    end_whole = torch.searchsorted(first_whole, tile.expand_as(end).contiguous(), right=True)
+    after = torch.where(place > 0, end_whole[..., None] + place - 1, tile[:, None])
+
+    first_key = realize(first_key.int())  # see `selection_mask`
+
+    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= first_key[b, query])
+
+    def lists(count: Tensor, index: Tensor) -> Lists:
+        return count, index.clamp(max=n_tiles - 1)
+
+    return block_mask_of(
+        (length, length),
+        mask_mod,
+        lists(n_before[..., 0] + 1, before),
+        lists(tile - first_whole, whole),
+        lists(end - end_whole + 1, after),
+        lists(end_whole - tile - 1, tile[:, None] + 1 + place.expand_as(after)),
     )
 
 
@@ -178,6 +224,7 @@ def tile_mask(
     *,
     is_causal: bool,
     backward: bool,
+    keys_of_block: Tensor | None = None,
 ) -> BlockMask:
     """The mask of the routed call: every tile of rows visits the keys of its one block.
 
@@ -190,6 +237,7 @@ def tile_mask(
         block_stride: Keys that a block takes, padding included; a multiple of 128.
         is_causal: Whether there is an own region.
         backward: Whether to write the transposed lists.
+        keys_of_block: As for `routing.route`.
     """
     batch, heads, q_len, _ = shape
     device = tiles.block_of_tile.device
@@ -209,6 +257,8 @@ def tile_mask(
         own_whole, own_seen = place * 0, place * 0 + _cdiv(block_size, size)
     block = torch.arange(n_blocks, device=device)
     length = (kv_len - block % per_head * block_size).clamp(max=block_size)
+    if keys_of_block is not None:
+        length = keys_of_block.flatten()
     past_whole, past_seen = length // size, _cdiv(length, size)
 
     tile = torch.arange(n_tiles, device=device)

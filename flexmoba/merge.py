@@ -88,6 +88,16 @@ def merge_parts(out_rows: Tensor, lse_rows: Tensor, row_of_pair: Tensor) -> tupl
     return out.to(out_rows.dtype, copy=True), highest + torch.log(total)
 
 
+def merge_two(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Merges two parts of every query's attention, ``(..., Dv)`` and ``(...)``; differentiable."""
+    total = torch.logaddexp(lse, other_lse)
+    # Where nothing was seen both are -inf: subtract 0 to get weights of 0, not NaN.
+    origin = total.masked_fill(total == float("-inf"), 0.0)
+    shares = (torch.exp(x - origin)[..., None] for x in (lse, other_lse))
+    parts = (x * share for x, share in zip((out, other), shares, strict=True))
+    return sum(parts, torch.zeros((), device=out.device)).to(out.dtype), total
+
+
 def _sum_parts(rows: Tensor, row_of_pair: Tensor, shares: Tensor | None = None) -> Tensor:
     """The weighted sum of each query's rows, in float32 at least and in the order of its parts."""
     total = None

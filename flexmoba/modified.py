@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flexmoba.merge import combine, dispatch
+from flexmoba.portable import first_places
 from flexmoba.precision import without_autocast
 from flexmoba.routing import TILE, Tiles
 from flexmoba.score_mod import Modifier, ScoreMod
@@ -29,27 +30,35 @@ def attend_modified(
     block_size: int,
     scale: float,
     modifier: Modifier,
+    first_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`portable.attend_portable` of modified scores."""
     score_mod, place, key_position, _ = modifier
     dtype = torch.promote_types(q.dtype, torch.float32)
     n_tiles, query = tiles.block_of_tile.shape[0], tiles.query_of_row
     rows = dispatch(q.reshape(-1, q.shape[-1]).to(dtype), query, tiles.row_of_pair)
-    rows = rows.view(n_tiles, TILE, -1)
-    places = place.reshape(-1, 3)[query.clamp(min=0)].view(n_tiles, TILE, 3)
+    rows = rows.unflatten(0, (n_tiles, -1))
+    n_rows = rows.shape[1]
+    places = place.reshape(-1, 3)[query.clamp(min=0)].view(n_tiles, n_rows, 3)
     keys, values = (_blocks(x, block_size).to(dtype) for x in (k, v))
     key_places = _blocks(key_position[..., None], block_size)[..., 0]
-    hidden_after = tiles.last_key_of_row.view(n_tiles, TILE)
+    hidden_after = tiles.last_key_of_row.view(n_tiles, n_rows)
+    first_place = torch.zeros_like(hidden_after)
+    if first_key is not None:
+        first_place = first_places(
+            first_key, query.view(n_tiles, n_rows), tiles.block_of_tile, q, k, block_size
+        )
     parts = []
     step, starts = n_tiles, range(1)
     if not torch.compiler.is_compiling():  # where a loop over tiles is compiled for their number
-        step = max(1, _SCORES_AT_ONCE // (TILE * block_size))
+        step = max(1, _SCORES_AT_ONCE // (n_rows * block_size))
         starts = range(0, n_tiles, step)
     for start in starts:
         some = slice(start, start + step)
         block = tiles.block_of_tile[some].clamp(max=keys.shape[0] - 1)
-        last_key = hidden_after[some] - (block * block_size)[:, None]
-        inputs = rows[some], _take(keys, block), _take(values, block), last_key
+        last_place = hidden_after[some] - (block * block_size)[:, None]
+        seen = first_place[some], last_place
+        inputs = rows[some], _take(keys, block), _take(values, block), *seen
         where = places[some], key_places[block]
         if step == n_tiles:
             part = _attend_tiles(*inputs, *where, scale, score_mod)
@@ -65,20 +74,22 @@ def _attend_tiles(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    last_key: Tensor,
+    first_place: Tensor,
+    last_place: Tensor,
     place: Tensor,
     key_place: Tensor,
     scale: float,
     score_mod: ScoreMod,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of tiles ``(tiles, TILE, D)``, each row up to a key of its block."""
+    """Attention of tiles ``(tiles, rows, D)``, each row from one place in its block to another."""
     modify: Callable[..., Tensor] = torch.vmap(
         score_mod, in_dims=(0, None, None, None, 0)
     )  # over keys,
     modify = torch.vmap(modify, in_dims=(0, 0, 0, 0, None))  # rows
     modify = torch.vmap(modify)  # and tiles
     scores = modify((q * scale) @ k.mT, *place.unbind(-1), key_place)
-    hidden = torch.arange(k.shape[1], device=k.device) > last_key[..., None]
+    key = torch.arange(k.shape[1], device=k.device)
+    hidden = (key > last_place[..., None]) | (key < first_place[..., None])
     scores = scores.masked_fill(hidden, float("-inf"))
     # Nothing may be left to see: softmax over nothing is NaN, here it is zeros.
     blind = (scores == float("-inf")).all(-1, keepdim=True)

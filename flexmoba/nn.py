@@ -209,7 +209,10 @@ class MobaAttention(nn.Module):
                 f"dropout of attention weights is not available, got dropout={dropout}; use 0, and "
                 "nn.Dropout on what the layer returns"
             )
-        for name in ("return_aux", "cache", "cu_seqlens", "document_ids", "key_padding_mask"):
+        for name in (
+            *("return_aux", "cache", "cu_seqlens", "document_ids", "key_padding_mask"),
+            "max_seqlen",
+        ):
             if name in options:
                 raise TypeError(
                     f"MobaAttention has no option {name!r}; it goes with one call, of the layer or "
@@ -259,6 +262,7 @@ class MobaAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         document_ids: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor:
         """Attention of every token to itself and those before it.
 
@@ -271,6 +275,7 @@ class MobaAttention(nn.Module):
             key_padding_mask: Which tokens are real, bool ``(B, L)``, also with a cache, which adds
                 no padding. The contents of padding have no effect, on gradients neither; attention
                 gives zeros there.
+            max_seqlen: Tokens of the longest document, as in `flex_moba`.
 
         Returns:
             ``(B, L, dim)``.
@@ -287,8 +292,7 @@ class MobaAttention(nn.Module):
             "document_ids": document_ids,
             "key_padding_mask": key_padding_mask,
         }
-        is_causal = self.moba.options.get("is_causal", True)
-        check_documents(x[:, None], x[:, None], **where, is_causal=is_causal)
+        check_documents(x[:, None], x[:, None], **where, max_seqlen=max_seqlen)
         if key_padding_mask is not None:
             x = x.masked_fill(~key_padding_mask[..., None], 0.0)
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -314,7 +318,7 @@ class MobaAttention(nn.Module):
             if positions is None:
                 positions = torch.arange(x.shape[1], device=x.device)[None]
             q, k = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base)
-        out = self.moba(q, k, v, cache=cache, **where)
+        out = self.moba(q, k, v, cache=cache, **where, max_seqlen=max_seqlen)
         projected: Tensor = self.o_proj(rearrange(out, "b h l d -> b l (h d)"))
         return projected
 

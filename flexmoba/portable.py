@@ -28,7 +28,13 @@ _VECTOR = 16
 
 
 def attend_portable(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, block_size: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tiles,
+    block_size: int,
+    scale: float,
+    first_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query over the blocks that its rows name.
 
@@ -39,6 +45,7 @@ def attend_portable(
         tiles: Where each part is computed.
         block_size: Keys in a block.
         scale: Factor on the scores.
+        first_key: ``(B, Lq)`` int32, the first key that each query sees; None for key 0.
 
     Returns:
         The output ``(B, Hq, Lq, Dv)`` in the dtype of ``q`` and the log-sum-exp ``(B, Hq, Lq)``,
@@ -52,6 +59,7 @@ def attend_portable(
         tiles.last_key_of_row,
         tiles.row_of_pair,
         tiles.block_of_tile,
+        first_key,
         tiles.own_tiles_per_block,
         tiles.n_own_tiles,
         block_size,
@@ -70,6 +78,7 @@ def _attend(
     last_key_of_row: Tensor,
     row_of_pair: Tensor,
     block_of_tile: Tensor,
+    first_key: Tensor | None,
     own_tiles_per_block: int,
     n_own_tiles: int,
     block_size: int,
@@ -78,23 +87,24 @@ def _attend(
     precise = torch.promote_types(q.dtype, torch.float32)
     queries = _whole_vectors(q.reshape(-1, q.shape[-1]))
     keys, values = _blocks(k, block_size), _blocks(v, block_size)
-    # May a routed block hold fewer keys than it has room for?
-    ragged = (n_own_tiles == 0 and k.shape[2] % block_size != 0) or block_size % _VECTOR != 0
     tables = _whole_pieces(query_of_row, last_key_of_row, block_of_tile, n_own_tiles, keys)
     query_of_row, last_key_of_row, block_of_tile = tables
+    last_place = last_key_of_row - (block_of_tile * block_size)[:, None]
+    first_place = None
+    if first_key is not None:
+        first_place = first_places(first_key, query_of_row, block_of_tile, q, k, block_size)
+    # May a routed block hide any of its room? Past blocks are full.
+    ragged = n_own_tiles == 0 or block_size % _VECTOR != 0 or first_key is not None
     fused = _can_be_fused(q, k, v)
     out_rows = queries.new_empty((*query_of_row.shape, values.shape[-1]), dtype=precise)
     lse_rows = queries.new_empty(query_of_row.shape, dtype=precise)
     for tiles, whole, seen in _pieces(
-        block_of_tile, own_tiles_per_block, n_own_tiles, keys, block_size, ragged
+        query_of_row, block_of_tile, own_tiles_per_block, n_own_tiles, keys, block_size, ragged
     ):
         block = block_of_tile[tiles].clamp(max=keys.shape[0] - 1)
         tile_q = _take(queries, query_of_row[tiles].clamp(min=0), precise)
         key, value = _take(keys[:, :seen], block, precise), _take(values[:, :seen], block, precise)
-        # The own tiles of a piece hide alike, the routed ones each on their own.
-        some = slice(0, 1) if tiles.start < n_own_tiles else slice(None)
-        first_key = block[some] * block_size
-        hidden = _hidden(last_key_of_row[tiles][some], first_key, slice(whole, seen))
+        hidden = _hidden(last_place, first_place, tiles, n_own_tiles, slice(whole, seen))
         attend = _attend_tiles_fused if fused else _attend_tiles
         out_rows[tiles], lse_rows[tiles] = attend(tile_q, key, value, hidden, scale)
     out_rows, lse_rows = out_rows.flatten(0, 1), lse_rows.flatten()
@@ -126,6 +136,7 @@ def _attend_backward(
     last_key_of_row: Tensor,
     row_of_pair: Tensor,
     block_of_tile: Tensor,
+    first_key: Tensor | None,
     own_tiles_per_block: int,
     n_own_tiles: int,
     block_size: int,
@@ -134,10 +145,14 @@ def _attend_backward(
     precise = torch.promote_types(q.dtype, torch.float32)
     queries = _whole_vectors(q.reshape(-1, q.shape[-1]))
     keys, values = _blocks(k, block_size), _blocks(v, block_size)
-    # May a routed block hold fewer keys than it has room for?
-    ragged = (n_own_tiles == 0 and k.shape[2] % block_size != 0) or block_size % _VECTOR != 0
     tables = _whole_pieces(query_of_row, last_key_of_row, block_of_tile, n_own_tiles, keys)
     query_of_row, last_key_of_row, block_of_tile = tables
+    last_place = last_key_of_row - (block_of_tile * block_size)[:, None]
+    first_place = None
+    if first_key is not None:
+        first_place = first_places(first_key, query_of_row, block_of_tile, q, k, block_size)
+    # May a routed block hide any of its room? Past blocks are full.
+    ragged = n_own_tiles == 0 or block_size % _VECTOR != 0 or first_key is not None
     grads, lse = _whole_vectors(grad_out.reshape(-1, v.shape[-1])), lse.flatten()
     # d loss / d score = weight * (grad . value - delta); the log-sum-exp's gradient is a part.
     delta = (grad_out.to(precise) * out.to(precise)).sum(-1).flatten() - grad_lse.flatten()
@@ -145,15 +160,12 @@ def _attend_backward(
     d_keys = torch.zeros_like(keys, dtype=precise)
     d_values = torch.zeros_like(values, dtype=precise)
     for tiles, whole, seen in _pieces(
-        block_of_tile, own_tiles_per_block, n_own_tiles, keys, block_size, ragged
+        query_of_row, block_of_tile, own_tiles_per_block, n_own_tiles, keys, block_size, ragged
     ):
         block = block_of_tile[tiles].clamp(max=keys.shape[0] - 1)
         query = query_of_row[tiles].clamp(min=0)
         padding = (query_of_row[tiles] < 0)[..., None]  # padding has no weights
-        # The own tiles of a piece hide alike, the routed ones each on their own.
-        some = slice(0, 1) if tiles.start < n_own_tiles else slice(None)
-        first_key = block[some] * block_size
-        hidden = _hidden(last_key_of_row[tiles][some], first_key, slice(whole, seen))
+        hidden = _hidden(last_place, first_place, tiles, n_own_tiles, slice(whole, seen))
         tile_q, tile_grad = _take(queries, query, precise) * scale, _take(grads, query, precise)
         key, value = _take(keys[:, :seen], block, precise), _take(values[:, :seen], block, precise)
         weights = (tile_q @ key.mT).sub_(lse[query][..., None]).exp_()
@@ -183,19 +195,20 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:7])
-    ctx.numbers = inputs[7:]
+    ctx.save_for_backward(*output, *inputs[:8])
+    ctx.numbers = inputs[8:]
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     grads = _attend_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.numbers)
-    return (*grads, *(None for _ in range(8)))
+    return (*grads, *(None for _ in range(9)))
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)
 
 
 def _pieces(
+    query_of_row: Tensor,
     block_of_tile: Tensor,
     own_tiles_per_block: int,
     n_own_tiles: int,
@@ -205,25 +218,26 @@ def _pieces(
 ) -> Iterator[tuple[slice, int, int]]:
     """Cuts the tiles into pieces: which tiles, how many keys all rows see, and how many any."""
     n_blocks, room, _ = keys.shape
+    rows = query_of_row.shape[1]
     for i in range(own_tiles_per_block):
         # The i-th tiles of all own blocks: their rows stand at the same places in their blocks.
         whole, seen = 0, room
-        if block_size % TILE == 0:
-            whole = i * TILE % block_size
-            seen = whole + TILE
-        step = own_tiles_per_block * _tiles_at_once(seen)
+        if block_size % rows == 0:
+            first = i * rows % block_size
+            whole, seen = 0 if ragged else first, first + rows
+        step = own_tiles_per_block * _tiles_at_once(rows, seen)
         for start in range(i, n_own_tiles, step):
             yield slice(start, min(start + step, n_own_tiles), own_tiles_per_block), whole, seen
     used = block_of_tile.shape[0]
     if not block_of_tile.is_cuda:  # where reading a value waits for nothing
         used = n_own_tiles + int((block_of_tile[n_own_tiles:] < n_blocks).sum())
-    whole, step = 0 if ragged else room, _tiles_at_once(room)
+    whole, step = 0 if ragged else room, _tiles_at_once(rows, room)
     for start in range(n_own_tiles, used, step):
         yield slice(start, start + step), whole, room
 
 
-def _tiles_at_once(keys: int) -> int:
-    return max(1, _SCORES_AT_ONCE // (TILE * keys))
+def _tiles_at_once(rows: int, keys: int) -> int:
+    return max(1, _SCORES_AT_ONCE // (rows * keys))
 
 
 def _whole_pieces(
@@ -239,12 +253,29 @@ def _whole_pieces(
     the future: with equal pieces, future tokens never change the past, not by a bit.
     """
     n_blocks, room, _ = keys.shape
-    missing = (n_own_tiles - block_of_tile.shape[0]) % _tiles_at_once(room)
+    n_tiles = block_of_tile.shape[0]
+    rows = query_of_row.shape[0] // n_tiles if n_tiles else 1
+    missing = (n_own_tiles - n_tiles) % _tiles_at_once(rows, room)
     return (
-        F.pad(query_of_row.view(-1, TILE), (0, 0, 0, missing), value=-1),
-        F.pad(last_key_of_row.view(-1, TILE), (0, 0, 0, missing), value=-1),
+        F.pad(query_of_row.view(-1, rows), (0, 0, 0, missing), value=-1),
+        F.pad(last_key_of_row.view(-1, rows), (0, 0, 0, missing), value=-1),
         F.pad(block_of_tile, (0, missing), value=n_blocks),
     )
+
+
+def first_places(
+    first_key: Tensor,
+    query_of_row: Tensor,
+    block_of_tile: Tensor,
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+) -> Tensor:
+    """Where in its block the first key of each row stands, ``(tiles, rows)``; below 0 if before."""
+    query = query_of_row.clamp(min=0)  # flat over batch, head and position
+    first = first_key[query // (q.shape[1] * q.shape[2]), query % q.shape[2]]
+    block = block_of_tile % -(-k.shape[2] // block_size)
+    return first - (block * block_size)[:, None]
 
 
 def _can_be_fused(*inputs: Tensor) -> bool:
@@ -261,7 +292,7 @@ def _attend_tiles_fused(
     """`_attend_tiles` of finite inputs, by the kernel behind torch's attention on CPU."""
     mask = None
     if hidden.shape[-1]:
-        mask = q.new_zeros((hidden.shape[0], 1, TILE, k.shape[1]))
+        mask = q.new_zeros((hidden.shape[0], 1, q.shape[1], k.shape[1]))
         mask[:, 0, :, -hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
     value_dim, dim = v.shape[-1], max(q.shape[-1], v.shape[-1])  # the kernel wants them equal
     q, k, v = (F.pad(x, (0, dim - x.shape[-1])) if x.shape[-1] < dim else x for x in (q, k, v))
@@ -274,7 +305,7 @@ def _attend_tiles_fused(
 def _attend_tiles(
     q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of tiles ``(tiles, TILE, D)``, the last keys of each partly hidden."""
+    """Attention of tiles ``(tiles, rows, D)``, the last keys of each partly hidden."""
     scores = (q * scale) @ k.mT
     if hidden.shape[-1]:
         scores[..., -hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
@@ -288,10 +319,17 @@ def _attend_tiles(
     return out, highest.add_(total.log_()).squeeze(-1)
 
 
-def _hidden(last_key: Tensor, first_key: Tensor, keys: slice) -> Tensor:
-    """Which of some keys of its block each row ``(tiles, TILE)`` must not see."""
-    place = torch.arange(keys.start, keys.stop, device=last_key.device)
-    return place > (last_key - first_key[:, None])[..., None]
+def _hidden(
+    last_place: Tensor, first_place: Tensor | None, tiles: slice, n_own_tiles: int, keys: slice
+) -> Tensor:
+    """Which of some keys of its block each row of some tiles must not see."""
+    place = torch.arange(keys.start, keys.stop, device=last_place.device)
+    if first_place is not None:
+        before = place < first_place[tiles][..., None]
+        return before | (place > last_place[tiles][..., None])
+    # The own tiles of a piece hide alike, the routed ones each on their own.
+    some = slice(0, 1) if tiles.start < n_own_tiles else slice(None)
+    return place > last_place[tiles][some][..., None]
 
 
 def _take(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:

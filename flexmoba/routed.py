@@ -29,6 +29,7 @@ def attend_routed(
     kernel_options: Mapping[str, Any] | None,
     is_causal: bool,
     modifier: Modifier | None = None,
+    keys_of_block: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query over its routed blocks and, if causal, its own.
 
@@ -43,6 +44,7 @@ def attend_routed(
         kernel_options: FlexAttention's kernel options.
         is_causal: Whether queries attend to their own blocks, causally, beside the routed ones.
         modifier: What becomes of the scores; None for nothing.
+        keys_of_block: As for `routing.route`.
 
     Returns:
         The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``.
@@ -52,7 +54,7 @@ def attend_routed(
         score_mod, place, key_position, _ = modifier
     out, lse = _attend_in_pieces(
         (q, routed, own, place),
-        (k, v, key_position),
+        (k, v, key_position, keys_of_block),
         score_mod=score_mod,
         block_size=block_size,
         scale=scale,
@@ -66,7 +68,7 @@ Tensors = tuple[Tensor | None, ...]
 
 
 def _attend_in_pieces(of_queries: Tensors, of_keys: Tensors, **static: Any) -> list[Tensor]:
-    (q, routed, *_), (k, v, _) = of_queries, of_keys
+    (q, routed, *_), (k, v, *_) = of_queries, of_keys
     assert q is not None
     assert routed is not None
     assert k is not None
@@ -114,6 +116,7 @@ def _attend_routed_tiles(
     k: Tensor,
     v: Tensor,
     key_position: Tensor | None,
+    keys_of_block: Tensor | None,
     *,
     score_mod: ScoreMod | None,
     block_size: int,
@@ -124,7 +127,10 @@ def _attend_routed_tiles(
     kv_heads, kv_len = k.shape[1:3]
     block_stride = -(-block_size // GRAIN) * GRAIN
     tiles = route(
-        routed, own, kv_heads, kv_len, block_size, block_stride, is_causal=is_causal, fuse=True
+        *(routed, own, kv_heads, kv_len, block_size, block_stride),
+        is_causal=is_causal,
+        fuse=True,
+        keys_of_block=keys_of_block,
     )
     mask = tile_mask(
         tiles,
@@ -137,6 +143,7 @@ def _attend_routed_tiles(
         # A score_mod may capture what is to be differentiated.
         backward=torch.is_grad_enabled()
         and (score_mod is not None or any(x.requires_grad for x in (q, k, v))),
+        keys_of_block=keys_of_block,
     )
     rows = dispatch(q.reshape(-1, q.shape[-1]), tiles.query_of_row, tiles.row_of_pair)
     keys, values = (_blocks_in_a_row(x, block_size, block_stride) for x in (k, v))

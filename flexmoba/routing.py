@@ -58,6 +58,8 @@ def route(
     *,
     is_causal: bool,
     fuse: bool,
+    tile: int = TILE,
+    keys_of_block: Tensor | None = None,
 ) -> Tiles:
     """Lays the (query, block) pairs out in tiles.
 
@@ -74,19 +76,24 @@ def route(
         is_causal: Whether own blocks are attended to causally, apart from the routed ones.
         fuse: Whether a compiler may look inside. It saves two thirds of the launches on a GPU; on
             CPU there is nothing to gain from compiling this.
+        tile: Rows in a tile.
+        keys_of_block: ``(B, Hkv, blocks)`` int32, how many keys each block holds, from its first
+            place on; None if all are full but the last. Not for causal calls.
     """
     own_tiles_per_block, n_own_tiles = _own_region(
-        routed.shape, kv_heads, kv_len, block_size, is_causal=is_causal
+        routed.shape, kv_heads, kv_len, block_size, tile, is_causal=is_causal
     )
     tables = (_tables if fuse else _opaque_tables)(
         routed,
         own,
+        keys_of_block,
         kv_heads,
         kv_len,
         block_size,
         block_stride,
         own_tiles_per_block,
         n_own_tiles,
+        tile,
     )
     return Tiles(*tables, own_tiles_per_block, n_own_tiles)  # type: ignore[call-arg]
 
@@ -96,48 +103,50 @@ def most_rows(
 ) -> int:
     """How many rows `route` makes for a selection of this shape."""
     batch, heads, q_len, width = shape
-    _, own_tiles = _own_region(shape, kv_heads, kv_len, block_size, is_causal=is_causal)
+    _, own_tiles = _own_region(shape, kv_heads, kv_len, block_size, TILE, is_causal=is_causal)
     n_blocks = batch * kv_heads * _cdiv(kv_len, block_size)
-    return (own_tiles + _past_tile_bound(batch * heads * q_len * width, n_blocks)) * TILE
+    return (own_tiles + _past_tile_bound(batch * heads * q_len * width, n_blocks, TILE)) * TILE
 
 
 def _own_region(
-    shape: Sequence[int], kv_heads: int, kv_len: int, block_size: int, *, is_causal: bool
+    shape: Sequence[int], kv_heads: int, kv_len: int, block_size: int, tile: int, *, is_causal: bool
 ) -> tuple[int, int]:
     """Tiles of the own region: of each block, and of all blocks that hold queries."""
     if not is_causal:
         return 0, 0
     batch, heads, q_len, _ = shape
     blocks = _cdiv(kv_len, block_size) - (kv_len - q_len) // block_size
-    per_block = _cdiv(heads // kv_heads * block_size, TILE)
+    per_block = _cdiv(heads // kv_heads * block_size, tile)
     return per_block, batch * kv_heads * blocks * per_block
 
 
 def _tables(
     routed: Tensor,
     own: Tensor | None,
+    keys_of_block: Tensor | None,
     kv_heads: int,
     kv_len: int,
     block_size: int,
     block_stride: int,
     own_tiles_per_block: int,
     n_own_tiles: int,
+    tile: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    past = _past_tables(routed, kv_heads, kv_len, block_size)
-    query_of_row, last_key, row_of_pair, block_of_tile, first_tile, tiles = past
+    past = _past_tables(routed, keys_of_block, kv_heads, kv_len, block_size, tile)
+    query_of_row, last_key, row_of_pair, block_of_tile, first_tile, tiles_of_block = past
     own_row = row_of_pair.new_full((row_of_pair.shape[0],), -1)
     if n_own_tiles:
         own_query, own_last_key, own_row, own_block = _own_tables(
-            routed, own, kv_heads, kv_len, block_size, own_tiles_per_block
+            routed, own, kv_heads, kv_len, block_size, own_tiles_per_block, tile
         )
         query_of_row = torch.cat([own_query, query_of_row])
         last_key = torch.cat([own_last_key, last_key])
-        row_of_pair = torch.where(row_of_pair >= 0, row_of_pair + n_own_tiles * TILE, -1)
+        row_of_pair = torch.where(row_of_pair >= 0, row_of_pair + n_own_tiles * tile, -1)
         block_of_tile = torch.cat([own_block, block_of_tile])
         first_tile += n_own_tiles
     row_of_pair = torch.cat([own_row[:, None], row_of_pair], dim=1)
-    last_key = (last_key.view(-1, TILE) + (block_of_tile * block_stride)[:, None]).flatten()
-    return query_of_row, last_key, row_of_pair, block_of_tile, first_tile, tiles
+    last_key = (last_key.view(-1, tile) + (block_of_tile * block_stride)[:, None]).flatten()
+    return query_of_row, last_key, row_of_pair, block_of_tile, first_tile, tiles_of_block
 
 
 _opaque_tables = torch.library.custom_op("flexmoba::route", _tables, mutates_args=())
@@ -147,32 +156,39 @@ _opaque_tables = torch.library.custom_op("flexmoba::route", _tables, mutates_arg
 def _(
     routed: Tensor,
     own: Tensor | None,
+    keys_of_block: Tensor | None,
     kv_heads: int,
     kv_len: int,
     block_size: int,
     block_stride: int,
     own_tiles_per_block: int,
     n_own_tiles: int,
+    tile: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, heads, q_len, width = routed.shape
     n_blocks = batch * kv_heads * _cdiv(kv_len, block_size)
-    n_tiles = n_own_tiles + _past_tile_bound(batch * heads * q_len * width, n_blocks)
+    n_tiles = n_own_tiles + _past_tile_bound(batch * heads * q_len * width, n_blocks, tile)
 
     def ints(*shape: int) -> Tensor:
         return routed.new_empty(shape, dtype=torch.int32)
 
-    rows = n_tiles * TILE
+    rows = n_tiles * tile
     pairs = ints(batch * heads * q_len, width + 1)
     return ints(rows), ints(rows), pairs, ints(n_tiles), ints(n_blocks), ints(n_blocks)
 
 
-def _past_tile_bound(pairs: int, n_blocks: int) -> int:
+def _past_tile_bound(pairs: int, n_blocks: int, tile: int) -> int:
     """Tiles that suffice whatever is chosen: each block wastes less than one."""
-    return pairs // TILE + min(n_blocks, pairs)
+    return pairs // tile + min(n_blocks, pairs)
 
 
 def _past_tables(
-    routed: Tensor, kv_heads: int, kv_len: int, block_size: int
+    routed: Tensor,
+    keys_of_block: Tensor | None,
+    kv_heads: int,
+    kv_len: int,
+    block_size: int,
+    tile_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The routed region: pairs sorted by block; the stable order keeps queries ascending."""
     device = routed.device
@@ -180,7 +196,7 @@ def _past_tables(
     per_head = _cdiv(kv_len, block_size)
     n_blocks = batch * kv_heads * per_head
     pairs = routed.numel()
-    n_tiles = _past_tile_bound(pairs, n_blocks)
+    n_tiles = _past_tile_bound(pairs, n_blocks, tile_rows)
     if width == 0:  # compilers do not take sorts of nothing
         none = torch.zeros(0, dtype=torch.int32, device=device)
         unused = torch.zeros(n_blocks, dtype=torch.int32, device=device)
@@ -197,26 +213,29 @@ def _past_tables(
     edges = torch.arange(n_blocks + 1, device=device).to(key.dtype)
     first_pair = torch.searchsorted(sorted_block, edges, out_int32=True)
     count = first_pair.diff()
-    tiles = (count + TILE - 1) // TILE
+    tiles = (count + tile_rows - 1) // tile_rows
     last_tile = tiles.cumsum(0, dtype=torch.int32)
     first_tile = last_tile - tiles
 
     tile = torch.arange(n_tiles, device=device, dtype=torch.int32)
     block_of_tile = torch.searchsorted(last_tile, tile, right=True, out_int32=True)
     known = block_of_tile.clamp(max=n_blocks - 1)  # an unused tile gets no row below
-    rank = ((tile - first_tile[known]) * TILE)[:, None] + torch.arange(
-        TILE, device=device, dtype=torch.int32
+    rank = ((tile - first_tile[known]) * tile_rows)[:, None] + torch.arange(
+        tile_rows, device=device, dtype=torch.int32
     )
     used = (rank < count[known, None]) & (block_of_tile < n_blocks)[:, None]
     sorted_pair = torch.where(used, first_pair[known, None] + rank, 0)
     pair_of_row = torch.where(used, order[sorted_pair.flatten()].view_as(rank), pairs).flatten()
     query_of_row = torch.where(used.flatten(), pair_of_row // width, -1).int()
-    row = torch.arange(n_tiles * TILE, device=device, dtype=torch.int32)
+    row = torch.arange(n_tiles * tile_rows, device=device, dtype=torch.int32)
     row_of_pair = torch.full((pairs + 1,), -1, device=device, dtype=torch.int32)
     row_of_pair.scatter_(0, pair_of_row, torch.where(used.flatten(), row, -1))
 
-    last_key = (kv_len - known % per_head * block_size).clamp(max=block_size) - 1
-    last_key_of_row = last_key.int()[:, None].expand(-1, TILE).flatten()
+    if keys_of_block is None:
+        last_key = (kv_len - known % per_head * block_size).clamp(max=block_size) - 1
+    else:
+        last_key = keys_of_block.flatten()[known] - 1
+    last_key_of_row = last_key.int()[:, None].expand(-1, tile_rows).flatten()
     row_of_pair = row_of_pair[:pairs].view(batch * heads * q_len, width)
     return query_of_row, last_key_of_row, row_of_pair, block_of_tile, first_tile, tiles
 
@@ -228,6 +247,7 @@ def _own_tables(
     kv_len: int,
     block_size: int,
     tiles_per_block: int,
+    tile: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The own region: for every block that holds queries, its queries, head after head."""
     device = routed.device
@@ -238,7 +258,7 @@ def _own_tables(
 
     head = torch.arange(batch * kv_heads, device=device)[:, None, None]
     block = torch.arange(first_block, per_head, device=device)[:, None]
-    slot = torch.arange(tiles_per_block * TILE, device=device)
+    slot = torch.arange(tiles_per_block * tile, device=device)
     member, key = slot // block_size, slot % block_size  # which head of the group, which key
     query = block * block_size + key - offset
     there = (member < group) & (query >= 0) & (query < q_len)
@@ -250,7 +270,7 @@ def _own_tables(
     flat_head = torch.arange(batch * heads, device=device)[:, None]
     own_block = flat_head // group * own_blocks + position // block_size - first_block
     slot_of_query = flat_head % group * block_size + position % block_size
-    row_of_query = (own_block * (tiles_per_block * TILE) + slot_of_query).flatten()
+    row_of_query = (own_block * (tiles_per_block * tile) + slot_of_query).flatten()
     if own is not None:
         wanted = own.flatten()
         row_of_query = torch.where(wanted, row_of_query, -1)

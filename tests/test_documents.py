@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexmoba import flex_moba, moba_reference, moba_select, selected_attention
 from tests.conftest import assert_bitwise_equal, with_lse
@@ -16,7 +17,7 @@ from tests.problems import Problem, problems
 from tests.test_errors import assert_raises
 
 few = settings(max_examples=20)
-self_attention = problems(is_causal=st.just(True)).map(lambda p: replace(p, q_len=p.kv_len))
+self_attention = problems().map(lambda p: replace(p, q_len=p.kv_len))
 doubles = self_attention.map(lambda p: replace(p, dtype=torch.float64))
 
 
@@ -35,8 +36,9 @@ def ids_of(bounds: list[int]) -> Tensor:
 def assert_like_the_oracle(problem: Problem, inputs: tuple[Tensor, ...], **where: Tensor) -> None:
     """Output and gradients, in float64."""
     args = (problem.block_size, problem.topk)
-    out = flex_moba(*inputs, *args, **where)
-    expected = moba_reference(*inputs, *args, **where)
+    causal = {"is_causal": problem.is_causal}
+    out = flex_moba(*inputs, *args, **where, **causal)
+    expected = moba_reference(*inputs, *args, **where, **causal)
     torch.testing.assert_close(out, expected)
     upstream = torch.randn(out.shape, generator=problem.generator(), dtype=out.dtype)
     grads = torch.autograd.grad(out, inputs, upstream)
@@ -68,6 +70,7 @@ def test_documents_are_blind_to_each_other(problem, count):
     q, k, v = problem.tensors()
     bounds = bounds_of(problem, count)
     options = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
+    options["is_causal"] = problem.is_causal
     attend = with_lse(flex_moba, problem.block_size, problem.topk, **options)
     start, end = bounds[count // 2], bounds[count // 2 + 1]
     others = torch.ones(problem.kv_len, dtype=torch.bool)
@@ -83,11 +86,12 @@ def test_blocks_are_counted_over_all_documents_of_a_row(problem, count):
     problem = replace(problem, batch=1)
     q, k, v = problem.tensors()
     bounds = bounds_of(problem, count)
-    args, where = (problem.block_size, problem.topk), {"cu_seqlens": torch.tensor(bounds)}
+    args, causal = (problem.block_size, problem.topk), {"is_causal": problem.is_causal}
+    where = {"cu_seqlens": torch.tensor(bounds)} | causal
     selection = moba_select(q, k, *args, **where)
     before = 0
     for start, end in itertools.pairwise(bounds):
-        alone = moba_select(q[:, :, start:end], k[:, :, start:end], *args)
+        alone = moba_select(q[:, :, start:end], k[:, :, start:end], *args, **causal)
         expected = torch.where(alone >= 0, alone + before, -1)
         assert_bitwise_equal(selection[:, :, start:end], expected)
         before += -(-(end - start) // problem.block_size)
@@ -104,10 +108,11 @@ def test_blocks_are_counted_from_the_first_real_token(problem):
     q, k, v = problem.tensors()
     start = problem.kv_len // 2
     where = {"key_padding_mask": (torch.arange(problem.kv_len) >= start).repeat(problem.batch, 1)}
-    args = (problem.block_size, problem.topk)
+    args, causal = (problem.block_size, problem.topk), {"is_causal": problem.is_causal}
+    where |= causal
     selection = moba_select(q, k, *args, **where)
     assert (selection[:, :, :start] == -1).all()
-    alone = moba_select(q[:, :, start:], k[:, :, start:], *args)
+    alone = moba_select(q[:, :, start:], k[:, :, start:], *args, **causal)
     assert_bitwise_equal(selection[:, :, start:], alone)
     attend = with_lse(selected_attention, selection, problem.block_size, **where)
     expected = with_lse(flex_moba, *args, **where)(q, k, v)
@@ -174,14 +179,16 @@ def test_the_real_tokens_of_a_row_are_its_sequence(problem, share):
     q, k, v = problem.tensors()
     real = holes_of(problem, share)
     args, where = (problem.block_size, problem.topk), {"key_padding_mask": real}
-    out, lse = with_lse(flex_moba, *args, **where)(q, k, v)
-    selection = moba_select(q, k, *args, **where)
+    causal = {"is_causal": problem.is_causal}
+    out, lse = with_lse(flex_moba, *args, **where, **causal)(q, k, v)
+    selection = moba_select(q, k, *args, **where, **causal)
     for b, row in enumerate(real):
         alone = [x[b : b + 1, :, row] for x in (q, k, v)]
-        expected = with_lse(flex_moba, *args)(*alone)
+        expected = with_lse(flex_moba, *args, **causal)(*alone)
         torch.testing.assert_close(out[b : b + 1, :, row], expected[0])
         torch.testing.assert_close(lse[b : b + 1, :, row], expected[1])
-        assert_bitwise_equal(selection[b : b + 1, :, row], moba_select(*alone[:2], *args))
+        picked = moba_select(*alone[:2], *args, **causal)
+        assert_bitwise_equal(selection[b : b + 1, :, row], picked)
         assert not out[b, :, ~row].any()
         assert (lse[b, :, ~row] == -torch.inf).all()
 
@@ -217,11 +224,18 @@ def test_implementations_agree(impl):
         {"document_ids": ids_of([0, 7, 8, 205, 300])},
         {"key_padding_mask": (torch.arange(300) >= 37)[None]},
     ):
-        for topk in (3, None):
-            out, lse = with_lse(flex_moba, 32, topk, impl=impl, **where)(q, k, v)
-            torch.testing.assert_close(out, moba_reference(q, k, v, 32, topk, **where))
-            other = with_lse(flex_moba, 32, topk, impl="portable", **where)
+        # Blocks of 100 are longer than most documents, which stay in place.
+        for size, topk, is_causal in itertools.product((32, 100), (2, None), (True, False)):
+            options = where | {"is_causal": is_causal}
+            out, lse = with_lse(flex_moba, size, topk, impl=impl, **options)(q, k, v)
+            torch.testing.assert_close(out, moba_reference(q, k, v, size, topk, **options))
+            other = with_lse(flex_moba, size, topk, impl="portable", **options)
             torch.testing.assert_close(lse, other(q.double(), k.double(), v.double())[1].float())
+            if topk is not None:
+                selection = moba_select(q, k, size, topk, **options)
+                attend = with_lse(selected_attention, selection, size, impl=impl, **options)
+                for actual, expected in zip(attend(q, k, v), (out, lse), strict=True):
+                    torch.testing.assert_close(actual, expected)
 
 
 # Said of what torch.compile itself does with an autograd.Function.
@@ -246,6 +260,64 @@ def test_compiles_to_one_graph(name):
         assert_bitwise_equal(actual, eager)
 
 
+@few
+@given(doubles.map(lambda p: replace(p, is_causal=True)), st.integers(2, 9), st.booleans())
+def test_scores_of_documents_in_place_may_be_modified(problem, count, ids):
+    problem = replace(problem, batch=1, block_size=max(problem.block_size, problem.kv_len // 3))
+    inputs = problem.tensors(requires_grad=True)
+    bounds = bounds_of(problem, count)
+    where = {"document_ids": ids_of(bounds)} if ids else {"cu_seqlens": torch.tensor(bounds)}
+
+    def bias(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score * (1 + h) + (query - key) / 7 + key % 3
+
+    assert_like_the_oracle(problem, inputs, score_mod=bias, **where)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest tensor has that any operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        self.elements = max([self.elements, *(x.numel() for x in tensors)])
+        return result
+
+
+@pytest.mark.parametrize("attends", [True, False])
+@pytest.mark.parametrize("topk", [2, 5])
+def test_documents_take_memory_for_their_tokens(topk, attends):
+    length, dim = 2048, 16
+    q, k, v = Problem(q_len=length, kv_len=length, head_dim=dim, value_dim=dim).tensors()
+    inputs = [x.float().requires_grad_() for x in (q, k, v)]
+    # The last document has past blocks, so that not all is full attention.
+    bounds = torch.tensor([*range(0, 1024, 8), 1024, 2048])
+    with Largest() as largest:
+        if attends:
+            out = flex_moba(*inputs, 256, topk, cu_seqlens=bounds)
+            torch.autograd.grad(out.sum(), inputs)
+        else:
+            moba_select(*inputs[:2], 256, topk, cu_seqlens=bounds)
+    # A piece of scores is of a constant size. In whole blocks there would be 133 for 8.
+    assert largest.elements <= 2 * length * dim * topk
+
+
+def test_full_attention_by_the_longest_document():
+    problem = Problem(q_len=90, kv_len=90, kv_heads=2)
+    q, k, v = problem.tensors()
+    bounds = torch.tensor([0, 20, 50, 90])
+    for longest in (40, 41, 1000):
+        out = flex_moba(q, k, v, 20, 2, cu_seqlens=bounds, max_seqlen=longest)
+        assert_bitwise_equal(out, flex_moba(q, k, v, 20, None, cu_seqlens=bounds))
+    attend = torch.compile(flex_moba, fullgraph=True, backend="eager")
+    out = attend(q, k, v, 20, 2, cu_seqlens=bounds, max_seqlen=40)
+    torch.testing.assert_close(out, flex_moba(q, k, v, 20, None, cu_seqlens=bounds))
+    with pytest.raises(RuntimeError, match="longer than max_seqlen"):
+        attend(q, k, v, 20, 2, cu_seqlens=bounds, max_seqlen=39)
+
+
 X = torch.zeros(2, 1, 6, 4)
 ONE = X[:1]
 CU, IDS = torch.tensor([0, 2, 6]), torch.zeros(2, 6, dtype=torch.int64)
@@ -260,11 +332,24 @@ BAD = {
     "end": (ONE, {"cu_seqlens": CU - 1}, ValueError, ("cu_seqlens", "Lk=6", "-1 to 5")),
     "falling": (ONE, {"cu_seqlens": CU[[0, 2, 1, 2]]}, ValueError, ("cu_seqlens", "-4")),
     "device": (X, {"document_ids": IDS.to("meta")}, ValueError, ("document_ids", "cpu", "meta")),
-    "not causal": (
+    "no longest": (X, {"max_seqlen": 6}, ValueError, ("max_seqlen=6", "cu_seqlens")),
+    "longer": (
+        ONE,
+        {"cu_seqlens": CU, "max_seqlen": 3},
+        ValueError,
+        ("max_seqlen=3", "4 tokens", "leave max_seqlen out"),
+    ),
+    "longest by ids": (
         X,
-        {"document_ids": IDS, "is_causal": False},
-        NotImplementedError,
-        ("document_ids", "is_causal=False"),
+        {"document_ids": IDS, "max_seqlen": 5},
+        ValueError,
+        ("max_seqlen=5", "6 tokens"),
+    ),
+    "longest is no int": (
+        ONE,
+        {"cu_seqlens": CU, "max_seqlen": torch.tensor(4)},
+        TypeError,
+        ("max_seqlen", "Tensor"),
     ),
 }
 

@@ -599,7 +599,7 @@ def test_rows_move_as_by_plain_operations(strides, dim):
         x = x.contiguous()
     x.requires_grad_()
     mask = torch.arange(300, device="cuda") >= torch.tensor([[0], [70]], device="cuda")
-    layout = sequence.layout_of(300, 64, None, None, mask)
+    layout = sequence.arrange(300, 64, None, mask, is_causal=True)
     out = layout.spread(x)
     expected = torch.zeros_like(out)
     expected[0], expected[1, :, :230] = x[0], x[1, :, 70:]

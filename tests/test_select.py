@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexmoba import moba_select
+from flexmoba import gate, moba_select
 from flexmoba.reference import reference_selection
 from tests.conftest import assert_bitwise_equal
 from tests.problems import DTYPES, Problem, as_bools, problems
@@ -132,3 +132,22 @@ def test_scores_that_are_not_finite_have_their_place(dtype):
     query = torch.ones(1, 1, 1, 1, dtype=dtype)
     selection = moba_select(query, keys[None, None, :, None], 1, 6)
     assert selection.flatten().tolist() == [4, 2, 3, 1, 0, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_blocks_are_chosen_like_few(dtype):
+    # Beyond a few blocks scores are sorted, up to there the highest is taken again and again.
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(-3, 4, (5, 40), generator=generator).to(dtype)
+    scores[0, 3:9], scores[1, ::2], scores[2, 5], scores[3, :4] = (
+        torch.nan,
+        -0.0,
+        torch.inf,
+        -torch.inf,
+    )
+    first, end = torch.tensor([0, 0, 3, 0, 38]), torch.tensor([40, 40, 30, 17, 40])
+    many = gate.highest(scores, first, end, 50)
+    for count in (1, 5, gate._MOST_ROUNDS):
+        assert_bitwise_equal(gate.highest(scores, first, end, count), many[:, :count])
+    for row, a, b in zip(many, first, end, strict=True):
+        assert (row >= 0).sum() == b - a
