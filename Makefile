@@ -25,10 +25,11 @@ test: $(VENV)/.dev ## Run the tests, examples in documents and docstrings includ
 slow: $(VENV)/.dev ## Run the tests that `make test` leaves out because they take long
 	$(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/.dev ## Check style and types
+lint: $(VENV)/.dev ## Check style and types, those of the examples included
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/python docs/check_types.py
 
 format: $(VENV)/.dev ## Format, and mend what can be mended
 	$(BIN)/python -m ruff check --fix .

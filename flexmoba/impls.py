@@ -1,7 +1,7 @@
 """The implementations: which one serves given inputs, and its call."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from flexmoba.routed import attend_routed
 from flexmoba.routing import route
 from flexmoba.score_mod import Modifier, ScoreMod
 
-IMPLS = ("auto", "fused", "routed", "masked", "portable")
+ImplName = Literal["auto", "fused", "routed", "masked", "portable"]
+IMPLS: tuple[ImplName, ...] = get_args(ImplName)
 
 
 def why_not(
@@ -41,7 +42,7 @@ def why_not(
 
 
 def resolve(
-    impl: str,
+    impl: ImplName,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -49,7 +50,7 @@ def resolve(
     score_mod: ScoreMod | None = None,
     *,
     tiles_choose: bool = False,
-) -> str:
+) -> ImplName:
     """The implementation that serves these inputs; never another than the one named.
 
     ``tiles_choose`` says that `masked.attend_shared` may serve, the fastest where it can.
@@ -57,7 +58,8 @@ def resolve(
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "auto":
-        for better in ("masked", "fused", "routed") if tiles_choose else ("fused", "routed"):
+        fast: tuple[ImplName, ...] = ("fused", "routed")
+        for better in ("masked", *fast) if tiles_choose else fast:
             if why_not(better, q, k, v, kernel_options, score_mod) is None:
                 return better
         return "portable"

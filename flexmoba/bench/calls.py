@@ -57,9 +57,8 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
         options["cu_seqlens"] = _edges(config, device)
 
     def moba() -> Tensor:
-        return flex_moba(  # type: ignore[return-value]
-            q, k, v, config.block_size, config.topk, **options
-        )
+        out: Tensor = flex_moba(q, k, v, config.block_size, config.topk, **options)
+        return out
 
     def gate() -> Tensor:
         if config.documents > 1:
@@ -146,7 +145,7 @@ def _of_documents(config: Config, device: torch.device) -> dict[str, Callable[..
     """The same tokens as one sequence, and dense attention within each document."""
 
     def unpacked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flex_moba(q, k, v, config.block_size, config.topk)  # type: ignore[return-value]
+        return flex_moba(q, k, v, config.block_size, config.topk)
 
     baselines: dict[str, Callable[..., Tensor]] = {"one sequence": unpacked}
     if device.type == "cuda":
@@ -161,16 +160,14 @@ def _of_documents(config: Config, device: torch.device) -> dict[str, Callable[..
             return out.transpose(0, 1)[None]  # type: ignore[no-any-return]
 
         def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return flex_moba(  # type: ignore[return-value]
-                q, k, v, config.block_size, None, cu_seqlens=edges
-            )
+            return flex_moba(q, k, v, config.block_size, None, cu_seqlens=edges)
 
         baselines |= {"FlexAttention": flex, "varlen flash": varlen}
     return baselines
 
 
 def _dense_flex_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return flex_moba(q, k, v, q.shape[2], None, impl="masked")  # type: ignore[return-value]
+    return flex_moba(q, k, v, q.shape[2], None, impl="masked")
 
 
 def _split(
