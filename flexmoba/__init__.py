@@ -1,4 +1,4 @@
-"""Mixture of Block Attention (MoBA, arXiv 2502.13189) in pure PyTorch on FlexAttention."""
+"""Mixture of Block Attention (MoBA, arXiv 2502.13189) by Triton kernels and FlexAttention."""
 
 from flexmoba.attention import flex_moba, selected_attention
 from flexmoba.cache import MobaCache
