@@ -16,6 +16,7 @@ from flexmoba.attention import flex_moba
 from flexmoba.bench.configs import Config
 from flexmoba.gate import Gate, choose, moba_select
 from flexmoba.timing import median_ms
+from flexmoba.versions import versions
 
 call_ms = functools.partial(median_ms, seconds=1)
 
@@ -25,13 +26,13 @@ SAMPLED_QUERIES = 32
 ROUNDINGS = {torch.float16: 4, torch.bfloat16: 4, torch.float32: 64, torch.float64: 64}
 
 
-def describe(device: torch.device) -> dict[str, str]:
+def describe(device: torch.device) -> dict[str, str | None]:
     """What the numbers depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     name = name or platform.machine()
     if device.type == "cpu":
         name += f", {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+    return {"device": name, **versions()}
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
