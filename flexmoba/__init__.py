@@ -6,7 +6,7 @@ from flexmoba.gate import moba_select
 from flexmoba.masks import moba_block_mask
 from flexmoba.reference import moba_reference
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = [
     "MobaCache",
     "flex_moba",
