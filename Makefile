@@ -10,7 +10,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test slow lint format docs check-site clean
+.PHONY: help demo test slow lint format docs check-site package clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,10 +25,11 @@ test: $(VENV)/.dev ## Run the tests, examples in documents and docstrings includ
 slow: $(VENV)/.dev ## Run the tests that `make test` leaves out because they take long
 	$(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/.dev ## Check style and types
+lint: $(VENV)/.dev ## Check style and types, those of the examples included
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/python docs/check_types.py
 
 format: $(VENV)/.dev ## Format, and mend what can be mended
 	$(BIN)/python -m ruff check --fix .
@@ -39,6 +40,12 @@ docs: $(VENV)/.docs ## Build the site into site/
 
 check-site: docs $(VENV)/.browser ## Look at every page of the site in Chromium
 	$(BIN)/python docs/check_site.py
+
+package: $(VENV)/.dev ## Build the package into dist/, check it, and run the example of README.md with it
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest tests/package.py
 
 clean: ## Remove what the other targets made, the virtual environment included
 	rm -rf $(VENV) site site-screens dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

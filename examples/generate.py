@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def prompt_of(o: argparse.Namespace, vocabulary: int) -> Tensor:
 
 
 def timed(
-    model: PreTrainedModel, ids: Tensor, make_cache: Callable, o: argparse.Namespace
+    model: PreTrainedModel, ids: Tensor, make_cache: Callable[[], Any], o: argparse.Namespace
 ) -> tuple[Tensor, float, float]:
     """New tokens ``(n,)``, seconds to the first one, median seconds of a step."""
     cache = make_cache()

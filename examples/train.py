@@ -32,6 +32,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -164,13 +165,13 @@ def average(tensors: list[Tensor], processes: int) -> None:
     nn.utils.vector_to_parameters(flat / processes, tensors)
 
 
-def save(state: dict, file: str) -> None:
+def save(state: dict[str, Any], file: str) -> None:
     """Never leaves a part of a checkpoint where there was a whole one."""
     torch.save(state, f"{file}.new")
     Path(f"{file}.new").replace(file)
 
 
-def train(o: argparse.Namespace, state: dict | None = None) -> GPT:
+def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> GPT:
     torch.manual_seed(o.seed)
     seen, unseen = read(o.text, o.length)
     model = GPT(o).to(o.device)
@@ -181,7 +182,7 @@ def train(o: argparse.Namespace, state: dict | None = None) -> GPT:
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
     # Settings of attention are constants of a compiled graph: each phase compiles once.
-    run = torch.compile(model) if o.device.startswith("cuda") else model
+    run: Any = torch.compile(model) if o.device.startswith("cuda") else model
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     say = print if rank == 0 else lambda *_: None
     parameters = sum(x.numel() for x in model.parameters())
@@ -202,7 +203,8 @@ def train(o: argparse.Namespace, state: dict | None = None) -> GPT:
             part.backward()
             loss += part.detach()
         if processes > 1:
-            average([x.grad for x in model.parameters()] + [loss], processes)
+            grads = [x.grad for x in model.parameters() if x.grad is not None]
+            average([*grads, loss], processes)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, o)
@@ -210,13 +212,14 @@ def train(o: argparse.Namespace, state: dict | None = None) -> GPT:
         optimizer.zero_grad()
         tokens += o.batch * o.length
         if schedule.step():
-            say(f"step {schedule.count}: {model.blocks[0].attention.moba} from here on")
+            moba = model.get_submodule("blocks.0.attention.moba")
+            say(f"step {schedule.count}: {moba} from here on")
         last = schedule.count == (o.until or o.steps)
         if last or schedule.count % o.every == 0:
             speed = tokens / (time.perf_counter() - began)
             say(f"step {schedule.count}: loss {loss.item():.4f}, {speed:,.0f} tokens/s")
             if o.out and rank == 0:
-                parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+                parts: Any = {"model": model, "optimizer": optimizer, "schedule": schedule}
                 saved = {name: part.state_dict() for name, part in parts.items()}
                 save(saved | {"options": vars(o)}, o.out)
     if rank == 0:

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> tuple[Report, dict[str, float]]:
     print("validation loss, without training for it:")
     for name, loss in losses.items():
         print(f"  {loss:.4f}  {name}")
-    print(f"the first layer is now {model.blocks[0].attention.moba}")
+    print(f"the first layer is now {model.get_submodule('blocks.0.attention.moba')}")
     return report, losses
 
 

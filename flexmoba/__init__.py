@@ -1,4 +1,4 @@
-"""Mixture of Block Attention (MoBA, arXiv 2502.13189) in pure PyTorch on FlexAttention."""
+"""Mixture of Block Attention (MoBA, arXiv 2502.13189) by Triton kernels and FlexAttention."""
 
 from flexmoba.attention import flex_moba, selected_attention
 from flexmoba.cache import MobaCache
@@ -6,7 +6,7 @@ from flexmoba.gate import moba_select
 from flexmoba.masks import moba_block_mask
 from flexmoba.reference import moba_reference
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = [
     "MobaCache",
     "flex_moba",

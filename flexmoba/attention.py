@@ -7,13 +7,14 @@ q, k -> gate -> selection -> routing -> masks -> flex -> merge -> out
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from flexmoba.checks import (
+    GateName,
     check_block_size,
     check_cache,
     check_documents,
@@ -28,6 +29,7 @@ from flexmoba.checks import (
 )
 from flexmoba.gate import GATE_TILE, Candidates, Gate, choose, own_block, shared_out
 from flexmoba.impls import (
+    ImplName,
     attend_blocks,
     attend_from,
     attend_fully,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from flexmoba.cache import MobaCache
 
 
+@overload
 def flex_moba(
     q: Tensor,
     k: Tensor,
@@ -52,10 +55,59 @@ def flex_moba(
     is_causal: bool = True,
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
-    gate: str = "token",
+    gate: GateName = "token",
     sink_blocks: int = 0,
     local_blocks: int = 0,
-    impl: str = "auto",
+    impl: ImplName = "auto",
+    kernel_options: Mapping[str, Any] | None = None,
+    return_aux: None = None,
+    cache: "MobaCache | None" = None,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor: ...
+
+
+@overload
+def flex_moba(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    topk: int | None,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    score_mod: ScoreMod | None = None,
+    gate: GateName = "token",
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    impl: ImplName = "auto",
+    kernel_options: Mapping[str, Any] | None = None,
+    return_aux: AuxRequest,
+    cache: "MobaCache | None" = None,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> tuple[Tensor, AuxOutput]: ...
+
+
+def flex_moba(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    topk: int | None,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    score_mod: ScoreMod | None = None,
+    gate: GateName = "token",
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    impl: ImplName = "auto",
     kernel_options: Mapping[str, Any] | None = None,
     return_aux: AuxRequest | None = None,
     cache: "MobaCache | None" = None,
@@ -245,6 +297,7 @@ def flex_moba(
     return _output(out, lse, return_aux)
 
 
+@overload
 def selected_attention(
     q: Tensor,
     k: Tensor,
@@ -255,7 +308,46 @@ def selected_attention(
     is_causal: bool = True,
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
-    impl: str = "auto",
+    impl: ImplName = "auto",
+    kernel_options: Mapping[str, Any] | None = None,
+    return_aux: None = None,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+) -> Tensor: ...
+
+
+@overload
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Tensor,
+    block_size: int,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    score_mod: ScoreMod | None = None,
+    impl: ImplName = "auto",
+    kernel_options: Mapping[str, Any] | None = None,
+    return_aux: AuxRequest,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+) -> tuple[Tensor, AuxOutput]: ...
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Tensor,
+    block_size: int,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    score_mod: ScoreMod | None = None,
+    impl: ImplName = "auto",
     kernel_options: Mapping[str, Any] | None = None,
     return_aux: AuxRequest | None = None,
     cu_seqlens: Tensor | None = None,

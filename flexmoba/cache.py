@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import AuxRequest
 
 from flexmoba.attention import selected_attention
 from flexmoba.checks import (
+    GateName,
     check_block_size,
     check_gate,
     check_like_cache,
@@ -167,7 +168,7 @@ class MobaCache:
         *,
         scale: float | None = None,
         score_mod: ScoreMod | None = None,
-        gate: str = "token",
+        gate: GateName = "token",
         sink_blocks: int = 0,
         local_blocks: int = 0,
     ) -> tuple[Tensor, Tensor]:

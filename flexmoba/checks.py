@@ -5,7 +5,7 @@ Every message names the offending values and the remedy.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch.nn.attention.flex_attention import AuxRequest
 if TYPE_CHECKING:
     from flexmoba.cache import MobaCache
 
-GATES = ("token", "group", "tile")
+GateName = Literal["token", "group", "tile"]
+GATES: tuple[GateName, ...] = get_args(GateName)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

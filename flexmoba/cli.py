@@ -12,7 +12,7 @@ from flexmoba.tune import command as tune
 
 EXIT_CODES = """exit codes:
   0    done
-  1    done, and what was measured is not as it should be: a result differs from exact attention,
+  1    done, and what was measured is not as it should be: a result differs from MoBA in float64,
        or (tune) nothing keeps to the budget
   2    not done: wrong options, or something is missing; the message says what to do
   130  interrupted by Ctrl-C; what bench has measured by then is printed"""

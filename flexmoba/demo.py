@@ -39,6 +39,7 @@ from flexmoba.hybrid import set_attention
 from flexmoba.nn import FlexMoba, MobaAttention
 from flexmoba.timing import median_ms
 from flexmoba.tune import gate_quality, sample_positions
+from flexmoba.versions import versions
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 64, 2
 BLOCK, TOPK = 64, 4  # while training, on sequences of LENGTH
@@ -294,7 +295,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     report: dict[str, Any] = {
         "device": name,
-        "torch": torch.__version__,
+        **versions(),
         "bits_per_byte": bits,
         "oracle": agreement,
     }

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flexmoba.checks import (
+    GateName,
     check_block_size,
     check_documents,
     check_gate,
@@ -72,7 +73,7 @@ def moba_select(
     topk: int,
     *,
     is_causal: bool = True,
-    gate: str = "token",
+    gate: GateName = "token",
     sink_blocks: int = 0,
     local_blocks: int = 0,
     cu_seqlens: Tensor | None = None,

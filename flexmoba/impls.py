@@ -1,7 +1,7 @@
 """The implementations: which one serves given inputs, and its call."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from flexmoba.routing import TILE, route
 from flexmoba.score_mod import Modifier, ScoreMod, modifier_of
 from flexmoba.sequence import InPlace
 
-IMPLS = ("auto", "fused", "routed", "masked", "portable")
+ImplName = Literal["auto", "fused", "routed", "masked", "portable"]
+IMPLS: tuple[ImplName, ...] = get_args(ImplName)
 
 _LEAST_TILE = 16  # rows of a tile of plain tensor operations: a vector of most CPUs
 _SHORTEST_PIECE, _LONGEST_PIECE = 64, 512  # keys that windows are cut into for them
@@ -51,7 +52,7 @@ def why_not(
 
 
 def resolve(
-    impl: str,
+    impl: ImplName,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -60,7 +61,7 @@ def resolve(
     *,
     tiles_choose: bool = False,
     uneven: bool = False,
-) -> str:
+) -> ImplName:
     """The implementation that serves these inputs; never another than the one named.
 
     ``tiles_choose`` says that `masked.attend_shared` may serve, the fastest where it can;
@@ -69,7 +70,8 @@ def resolve(
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "auto":
-        for better in ("masked", "fused", "routed") if tiles_choose else ("fused", "routed"):
+        fast: tuple[ImplName, ...] = ("fused", "routed")
+        for better in ("masked", *fast) if tiles_choose else fast:
             if why_not(better, q, k, v, kernel_options, score_mod, uneven=uneven) is None:
                 return better
         return "portable"

@@ -1,16 +1,14 @@
 """What is installed, and which implementation ``impl="auto"`` chooses here, and why."""
 
 import argparse
-import importlib.metadata
-import platform
 from typing import Any
 
 import torch
 
-from flexmoba import __version__
 from flexmoba.checks import DTYPES
 from flexmoba.console import add_device, add_json, check_writable, positive, write_json
 from flexmoba.impls import IMPLS, resolve, why_not
+from flexmoba.versions import versions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     implementations = report.pop("implementations")
     for name, value in report.items():
-        print(f"{name:<16} {value}")
+        print(f"{name:<16} {'none' if value is None else value}")
     print()
     for name, reason in implementations.items():
         chosen = " <- auto" if name == report["auto"] else ""
@@ -48,19 +46,9 @@ def describe(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[st
     """Versions, the device, and for each implementation why it cannot serve, or None."""
     q = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
     return {
-        "flexmoba": __version__,
-        "torch": torch.__version__,
-        "triton": _triton_version(),
-        "python": platform.python_version(),
+        **versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "inputs": f"{str(dtype).removeprefix('torch.')}, head dim {head_dim}",
         "auto": resolve("auto", q, q, q),
         "implementations": {impl: why_not(impl, q, q, q) for impl in IMPLS if impl != "auto"},
     }
-
-
-def _triton_version() -> str:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

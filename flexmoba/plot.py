@@ -279,7 +279,9 @@ def plot_report(report: Report, recommended: Choice | None = None) -> "Figure":
     for axes in panels[:-1]:
         axes.get_legend().remove()
     figure.legend(handles, names, loc="outside lower left", ncols=len(names), fontsize=9)
-    figure.suptitle(f"{report.inputs}; {report.device}, torch {report.torch}", fontsize=10)
+    figure.suptitle(
+        f"{report.inputs}; {report.device}, torch {report.versions['torch']}", fontsize=10
+    )
     return figure
 
 

@@ -5,6 +5,7 @@ Every implementation is compared with this file, so it shares no code with any o
 
 import itertools
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def moba_reference(
     is_causal: bool = True,
     scale: float | None = None,
     score_mod: Callable[..., Tensor] | None = None,
-    gate: str = "token",
+    gate: Literal["token", "group", "tile"] = "token",
     sink_blocks: int = 0,
     local_blocks: int = 0,
     cu_seqlens: Tensor | None = None,

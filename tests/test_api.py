@@ -3,11 +3,16 @@
 import ast
 import inspect
 import sys
+import typing
 from pathlib import Path
 
 import pytest
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxOutput
 
 import flexmoba
+from flexmoba.checks import GateName
+from flexmoba.impls import ImplName
 
 PACKAGE = Path(flexmoba.__file__).parent
 MODULES = {
@@ -89,6 +94,28 @@ def test_signature(name):
     assert str(inspect.Signature(unannotated)) == SIGNATURES[name]
     annotations = [p.annotation for p in signature.parameters.values()]
     assert inspect.Parameter.empty not in [*annotations, signature.return_annotation]
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_choices_by_name_are_literal_types(name):
+    parameters = inspect.signature(getattr(flexmoba, name)).parameters
+    for parameter, names in (("gate", GateName), ("impl", ImplName)):
+        if parameter in parameters:
+            assert parameters[parameter].annotation == names
+
+
+@pytest.mark.parametrize("name", ["flex_moba", "selected_attention"])
+def test_overloads_take_what_the_function_takes(name):
+    function = getattr(flexmoba, name)
+    parameters = inspect.signature(function).parameters
+    without, with_aux = map(inspect.signature, typing.get_overloads(function))
+    assert without.return_annotation is Tensor
+    assert with_aux.return_annotation == tuple[Tensor, AuxOutput]
+    assert without.parameters["return_aux"].default is None
+    assert with_aux.parameters["return_aux"].default is inspect.Parameter.empty
+    for overload in (without, with_aux):
+        aux = {"return_aux": parameters["return_aux"]}
+        assert list((overload.parameters | aux).values()) == list(parameters.values())
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

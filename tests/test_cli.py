@@ -13,6 +13,7 @@ from flexmoba.cli import main
 from flexmoba.console import check_writable, progress, table
 from flexmoba.example import synthetic
 from flexmoba.tune import sample_positions, tune
+from flexmoba.versions import versions
 
 COMMANDS = ("demo", "bench", "tune", "info")
 SMALL = ["--block-sizes", "16", "32", "--topks", "2", "4", "--device", "cpu"]
@@ -297,6 +298,7 @@ def test_demo_trains_checks_times_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "LENGTH", 128)
     assert main([*DEMO, "--output", str(tmp_path / "made"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
+    assert report.items() >= versions().items()
     assert set(report["bits_per_byte"]) == {"full", "moba"}
     assert report["oracle"]["error"] <= report["oracle"]["allowed"]
     assert 0 < report["captured"]["mass"] <= report["captured"]["best_mass"] < 1

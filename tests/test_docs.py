@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+TEXTS = [*PAGES, *ROOT.glob("*.md")]
 # Pages that the site makes of files at the root.
 FROM_ROOT = {"changelog.md": ROOT / "CHANGELOG.md", "contributing.md": ROOT / "CONTRIBUTING.md"}
 
@@ -148,3 +148,14 @@ def test_every_error_is_explained():
 
 def test_no_error_is_explained_that_is_not_raised():
     assert explained() <= {text for _, text in MESSAGES}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", DOCS / "index.md"], ids=lambda x: x.name)
+def test_first_words_say_what_is_lost(path):
+    first = path.read_text().split("```")[0]
+    assert "exact MoBA, not exact attention" in first
+    example = (DOCS / "examples.md").read_text().split("\n## Find a needle\n")[1]
+    tables = re.split(r"^(full|moba|moba\+conv): ", example, flags=re.M)[1:]
+    right = [re.findall(r"(\d+)% \|$", table, re.M)[-1] for table in tables[1::2]]
+    means = dict(zip(tables[::2], right, strict=True))
+    assert f"MoBA answers {means['moba']} % right and full attention {means['full']} %" in first

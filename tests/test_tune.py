@@ -347,7 +347,8 @@ def test_measures_the_grid(capsys):
     assert report.inputs == "batch 1, heads 4/2, length 200, head dim 16, float32"
     restored = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     choices = [Choice(**x) for x in restored.pop("choices")]
-    assert Report(**restored, choices=choices) == report
+    versions = {name: restored.pop(name) for name in report.versions}
+    assert Report(**restored, versions=versions, choices=choices) == report
 
 
 def test_layers_are_told_apart_and_batches_of_one_averaged():
@@ -402,7 +403,7 @@ def report_of(*choices):
     empty = Choice(8, 1, 0.0, 0.0, 0.0, None, None, None, None, None, [[0.0]])
     return Report(
         "cpu",
-        "",
+        {"torch": ""},
         "",
         [""],
         None if choices[0][2] is None else 9.0,

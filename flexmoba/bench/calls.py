@@ -16,6 +16,7 @@ from flexmoba.attention import flex_moba
 from flexmoba.bench.configs import Config
 from flexmoba.gate import Gate, choose, moba_select
 from flexmoba.timing import median_ms
+from flexmoba.versions import versions
 
 call_ms = functools.partial(median_ms, seconds=1)
 
@@ -25,13 +26,13 @@ SAMPLED_QUERIES = 32
 ROUNDINGS = {torch.float16: 4, torch.bfloat16: 4, torch.float32: 64, torch.float64: 64}
 
 
-def describe(device: torch.device) -> dict[str, str]:
+def describe(device: torch.device) -> dict[str, str | None]:
     """What the numbers depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     name = name or platform.machine()
     if device.type == "cpu":
         name += f", {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+    return {"device": name, **versions()}
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -57,9 +58,8 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
         options["cu_seqlens"] = _edges(config, device)
 
     def moba() -> Tensor:
-        return flex_moba(  # type: ignore[return-value]
-            q, k, v, config.block_size, config.topk, **options
-        )
+        out: Tensor = flex_moba(q, k, v, config.block_size, config.topk, **options)
+        return out
 
     def gate() -> Tensor:
         if config.documents > 1:
@@ -146,7 +146,7 @@ def _of_documents(config: Config, device: torch.device) -> dict[str, Callable[..
     """The same tokens as one sequence, and dense attention within each document."""
 
     def unpacked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flex_moba(q, k, v, config.block_size, config.topk)  # type: ignore[return-value]
+        return flex_moba(q, k, v, config.block_size, config.topk)
 
     baselines: dict[str, Callable[..., Tensor]] = {"one sequence": unpacked}
     if device.type == "cuda":
@@ -161,16 +161,14 @@ def _of_documents(config: Config, device: torch.device) -> dict[str, Callable[..
             return out.transpose(0, 1)[None]  # type: ignore[no-any-return]
 
         def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return flex_moba(  # type: ignore[return-value]
-                q, k, v, config.block_size, None, cu_seqlens=edges
-            )
+            return flex_moba(q, k, v, config.block_size, None, cu_seqlens=edges)
 
         baselines |= {"FlexAttention": flex, "varlen flash": varlen}
     return baselines
 
 
 def _dense_flex_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return flex_moba(q, k, v, q.shape[2], None, impl="masked")  # type: ignore[return-value]
+    return flex_moba(q, k, v, q.shape[2], None, impl="masked")
 
 
 def _split(

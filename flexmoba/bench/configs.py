@@ -4,6 +4,8 @@ import functools
 import random
 from dataclasses import dataclass
 
+from flexmoba.checks import GateName
+
 
 @dataclass(frozen=True)
 class Config:
@@ -18,7 +20,7 @@ class Config:
     head_dim: int = 128
     backward: bool = True
     dense: str = "all"  # what it is compared with: all, SDPA (without FlexAttention) or nothing
-    gate: str = "token"
+    gate: GateName = "token"
     documents: int = 1  # packed in each row
     decode: bool = False  # one token for each row of the batch against so many before
 

@@ -52,7 +52,7 @@ def measure_step(config: Config, device: torch.device, dtype: torch.dtype) -> di
     new_k, new_v = k[:, :, -1:], v[:, :, -1:]
 
     def step() -> Tensor:
-        return flex_moba(  # type: ignore[return-value]
+        return flex_moba(
             q, new_k, new_v, config.block_size, config.topk, cache=cache, gate=config.gate
         )
 

@@ -151,7 +151,7 @@ def _recommend(report: Report, arguments: argparse.Namespace) -> tuple[str, Choi
 
 def _heading(report: Report, example: str | None) -> str:
     layers = f"{len(report.layers)} layers, " if len(report.layers) > 1 else ""
-    lines = [f"{report.device}, torch {report.torch}", f"{layers}{report.inputs}"]
+    lines = [f"{report.device}, torch {report.versions['torch']}", f"{layers}{report.inputs}"]
     if example:
         lines.append(f"queries and keys: {example}")
     if report.dense_forward_ms is not None:

@@ -16,6 +16,7 @@ from flexmoba.timing import median_ms
 from flexmoba.tune.calls import Call, sample_positions
 from flexmoba.tune.quality import Quality, gate_quality, required_snr
 from flexmoba.tune.report import Choice, Report
+from flexmoba.versions import versions
 
 
 def tune(
@@ -151,7 +152,7 @@ def tune(
     on_gpu = device.type == "cuda"
     return Report(
         device=torch.cuda.get_device_name(device) if on_gpu else device.type,
-        torch=torch.__version__,
+        versions=versions(),
         inputs=_inputs(longest),
         layers=list(measured),
         dense_forward_ms=dense[0],

@@ -54,7 +54,7 @@ class Report:
 
     Attributes:
         device: Where it was measured.
-        torch: The version of torch.
+        versions: Of flexmoba, torch and others, with flexmoba's commit and the date.
         inputs: Shape and dtype of the longest call, which the times and the sparsity are of.
         layers: Names of the layers.
         dense_forward_ms: Median milliseconds of ``scaled_dot_product_attention``; None if not
@@ -64,7 +64,7 @@ class Report:
     """
 
     device: str
-    torch: str
+    versions: dict[str, str | None]
     inputs: str
     layers: list[str]
     dense_forward_ms: float | None
@@ -154,7 +154,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON holds it."""
-        return asdict(self)
+        report = asdict(self)
+        versions: dict[str, Any] = report.pop("versions")
+        return versions | report
 
 
 def _price(cost: Cost, choices: list[Choice]) -> Callable[[Choice], float]:

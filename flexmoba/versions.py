@@ -1,0 +1,49 @@
+"""What a report was made with: versions, the commit of a checkout, and the day."""
+
+import datetime
+import functools
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from flexmoba import __version__
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+def versions() -> dict[str, str | None]:
+    """By name; None for what is not there."""
+    return {
+        "flexmoba": __version__,
+        "commit": _commit(CHECKOUT),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+@functools.cache
+def _commit(folder: Path) -> str | None:
+    """The commit of a checkout, with ``-dirty`` where its files differ from it."""
+    if not (folder / ".git").exists():  # an installed package may lie in another project's checkout
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        git = subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):  # no git, or one that refuses
+        return None
+    return git.stdout.strip()
+
+
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
