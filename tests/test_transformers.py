@@ -3,6 +3,7 @@
 `test_generate.py` has the cache.
 """
 
+import inspect
 from importlib.metadata import version
 
 import pytest
@@ -33,7 +34,7 @@ from flexmoba.integrations.transformers import attach, convert, register
 from flexmoba.integrations.transformers.masks import padding_mask
 from flexmoba.nn import FlexMoba
 from tests.conftest import assert_bitwise_equal
-from tests.tiny_models import FAMILIES, SIZES, VOCABULARY, model_of, register_oracle, tokens
+from tests.tiny_models import FAMILIES, HIDING, SIZES, VOCABULARY, model_of, register_oracle, tokens
 
 LENGTH, BLOCK, TOPK = 45, 8, 3
 # Newer versions of transformers call it activation checkpointing, and warn.
@@ -190,6 +191,50 @@ def test_packed_documents_are_alone(way, use_cache):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_documents_are_alone_in_any_family(family):
     check_packing(convert(model_of(family), BLOCK, TOPK), [19, 25], "position_ids", True)
+
+
+@pytest.mark.parametrize("family", HIDING)
+def test_packed_documents_are_alone_where_attention_is_not_told_positions(family):
+    model = convert(convert(model_of(family), 5, 1), BLOCK, TOPK)
+    assert max(len(part._forward_pre_hooks) for part in model.modules()) == 1
+    for way, use_cache in [("position_ids", True), ("two rows", False), ("padding", False)]:
+        check_packing(model, [19, 25], way, use_cache)
+
+
+def test_a_loaded_model_whose_attention_is_not_told_positions_raises(tmp_path):
+    model, ids = convert(model_of("gpt_bigcode"), BLOCK, TOPK), tokens(1, LENGTH)
+    positions, _, bounds = packed([20, 25])
+    expected = model(ids, position_ids=positions).logits
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float64, attn_implementation="flexmoba"
+    )
+    with pytest.raises(NotImplementedError, match=r"'gpt_bigcode' is not given.*\.attach\(model\)"):
+        loaded(ids, position_ids=positions)
+    for inputs in ({"cu_seq_lens_q": bounds}, {"use_cache": False}):
+        out = loaded(ids, position_ids=positions, **inputs).logits
+        torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(attach(loaded)(ids, position_ids=positions).logits, expected)
+    place = list(inspect.signature(loaded.forward).parameters).index("position_ids")
+    by_place = loaded(ids, *[None] * (place - 1), positions).logits
+    torch.testing.assert_close(by_place, expected)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("family", ["llama", "llama4_text", "granitemoehybrid"])
+def test_positions_that_jump_ahead_are_what_transformers_takes_them_for(family, use_cache):
+    """Documents where it looks for documents; else the same sequence, further apart."""
+    model, ids = model_of(family), tokens(2, LENGTH)
+    model.set_attn_implementation("sdpa")
+    positions = torch.arange(LENGTH).expand(2, -1) + (torch.arange(LENGTH) >= 20) * 80
+    ways = {"position_ids": positions, "use_cache": use_cache}
+    ways = [ways, ways | {"attention_mask": torch.ones_like(positions)}]
+    dense = [model(ids, **way).logits for way in ways]
+    convert(model, BLOCK, None)
+    for way, expected in zip(ways, dense, strict=True):
+        torch.testing.assert_close(model(ids, **way).logits, expected)
+    apart = (dense[0] - dense[1]).abs().max() > 0.1
+    assert apart == (not use_cache and family != "granitemoehybrid")
 
 
 def check_packing(model, lengths, way, use_cache):
@@ -370,9 +415,10 @@ def test_what_is_not_there_raises(family, config, inputs, error, text):
 
 def test_masks_that_are_not_padding_raise():
     with pytest.raises(NotImplementedError, match="other than causal"):  # images that see ahead
-        padding_mask(q_length=8, kv_length=8, use_vmap=True)
+        padding_mask(batch_size=1, q_length=8, kv_length=8, use_vmap=True)
     with pytest.raises(NotImplementedError, match="shorter than the context of 21"):
-        padding_mask(q_length=1, kv_length=8, q_offset=20, kv_offset=13)  # of a window's cache
+        # Of a window's cache.
+        padding_mask(batch_size=1, q_length=1, kv_length=8, q_offset=20, kv_offset=13)
 
 
 def test_settings_that_do_not_fit_raise():

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from flexmoba.integrations.transformers.attention import attention
 from flexmoba.integrations.transformers.masks import padding_mask
+from flexmoba.integrations.transformers.packing import pass_positions
 from flexmoba.integrations.transformers.settings import CHILD, arguments_for, checked
 from flexmoba.nn import FlexMoba
 
@@ -90,7 +91,8 @@ def attach(model: Model) -> Model:
     """Gives each attention module the `FlexMoba` that ``config.flexmoba`` describes.
 
     `convert` does so. After ``from_pretrained`` it is needed only to change settings by module, as
-    a schedule does in training.
+    a schedule does in training, and for models that keep ``position_ids`` from their attention:
+    they pass them on from then on, so that packed documents stay apart.
 
     Args:
         model: A transformers model whose config has the settings.
@@ -118,6 +120,10 @@ def _made(model: nn.Module, entry: Mapping[str, Any] | None) -> list[tuple[nn.Mo
 def _given(model: Model, made: list[tuple[nn.Module, FlexMoba]]) -> Model:
     for module, own in made:
         module.add_module(CHILD, own.train(module.training))
+    config = _text_config(model)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config is config and part.base_model is part:
+            pass_positions(part)
     return model
 
 
