@@ -89,6 +89,17 @@ def test_padded_rows_decode_as_they_do_alone(family, cache, chunk):
         assert_whole_passes_choose(model, ids[here, -length:], new[here], logits[:, here])
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_prompts_with_padding_between_tokens_decode_as_they_do_without(cache):
+    model, ids = convert(model_of("llama"), BLOCK, TOPK), tokens(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[0, [3, 20, 21, 22]] = mask[1, 5:12] = 0
+    new, logits = generate(model, ids, attention_mask=mask, past_key_values=CACHES[cache]())
+    for row in range(2):
+        here, real = slice(row, row + 1), mask[row].bool()
+        assert_whole_passes_choose(model, ids[here, real], new[here], logits[:, here])
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -14,6 +14,7 @@ from flexmoba.integrations.transformers.packing import POSITIONS, documents_of
 from flexmoba.integrations.transformers.settings import CHILD, name_of, settings_of
 from flexmoba.precision import autocast_dtype
 from flexmoba.score_mod import ScoreMod
+from flexmoba.sequence import without_padding
 
 # Arguments of models whose attention is another one; None is no argument.
 UNKNOWN = ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices", "cache")
@@ -94,7 +95,8 @@ def attention(
             "logits_to_keep=0, or give each document a row of its own"
         )
 
-    if layer is not None or (query.shape[2] != key.shape[2] and attention_mask is not None):
+    added = key.shape[2] - query.shape[2] if attention_mask is not None else 0
+    if layer is not None or (added and not _needs_gradients(query, key, value)):
         for name in ("impl", "kernel_options"):
             if options.get(name, "auto") not in ("auto", None):
                 raise NotImplementedError(
@@ -106,8 +108,19 @@ def attention(
         attend = layer.attend if layer is not None else _attend_to_rows
         out = attend(query, key, value, attention_mask, block_size, topk, scaling, gate)
     else:
-        if not documents and attention_mask is not None:
+        layout = None
+        if attention_mask is not None and documents:  # which are of the real tokens alone
+            layout = without_padding(attention_mask, 1)
+            query, key, value = (layout.spread(x) for x in (query, key, value))
+        elif attention_mask is not None:
+            if added and options.get("gate") == "tile":
+                raise NotImplementedError(
+                    'gate="tile" needs the queries of all tokens, and the padded rows of '
+                    f"{name_of(module)} have {query.shape[2]} queries for {key.shape[2]} keys; use "
+                    "another gate, or no padding"
+                )
             documents = {"key_padding_mask": attention_mask}
+            query = nn.functional.pad(query, (0, 0, added, 0))
         result: Any = flex_moba(
             query,
             key,
@@ -119,8 +132,12 @@ def attention(
             **documents,
             **options,
         )
-        out = result
+        out = result[:, :, added:] if layout is None else layout.collect(result)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _needs_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def softcap_of(cap: float) -> ScoreMod:

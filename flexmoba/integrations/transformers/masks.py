@@ -53,7 +53,7 @@ def padding_mask(
         device: Where the mask is to be.
 
     Raises:
-        ValueError: The mask does not fit, or has padding between real tokens.
+        ValueError: The mask does not fit.
         NotImplementedError: A mask that is not causal with padding.
     """
     model = f"model type {getattr(config, 'model_type', None)!r}"
@@ -82,21 +82,8 @@ def padding_mask(
             return None
         return _documents(mask_function, batch_size, q_length, device)
     real = attention_mask[:, attention_mask.shape[1] - kv_length :]
-    known = may_read(real)
-    if known and bool(real.all()):
+    if may_read(real) and bool(real.all()):
         return None
-    if kv_length == q_length and isinstance(q_offset, int) and q_offset == 0:
-        torn = (real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0] > 1
-        if not known:
-            torch._assert_async(
-                ~torn.any(), "attention_mask must have padding at the ends of a row only"
-            )
-        elif bool(torn.any()):
-            row = int(torn.int().argmax())
-            raise ValueError(
-                f"attention_mask must have padding at the ends of a row only; move it there: it is "
-                f"between real tokens in row {row} ({model})"
-            )
     return real
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexmoba.sequence import without_padding
+
 POSITIONS = "flexmoba_position_ids"  # how `pass_positions` names what models keep from attention
 
 # The tensors asked about last, their versions, and what they said: all layers of a forward pass ask
@@ -27,10 +29,11 @@ def documents_of(
     """`flex_moba`'s argument for packed documents, if there are any, as a dictionary.
 
     A document begins where ``cu_seq_lens_q`` or ``seq_idx`` says so, or else where the documents of
-    the mask change, or else where a token's position is no greater than that of the token before;
-    where there is padding, each stretch of it is a document, too. The last three are read from the
-    device, once a forward pass. Compiled or captured code cannot read them, and raises when it runs
-    where a document begins.
+    the mask change, or else where a token's position is no greater than that of the token before.
+    Where there is padding, the result is of the real tokens of each row, one after the other, with
+    what is left of the row in the last document. The last three are read from the device, once a
+    forward pass. Compiled or captured code cannot read them, and raises when it runs where a
+    document begins.
 
     Args:
         mask: What `padding_mask` made: which tokens are no padding, bool, ``(B, L)``, or more
@@ -123,9 +126,6 @@ def _read(source: Tensor, real: Tensor | None, positions: bool, batch: int) -> d
     starts = _starts(source, real, positions)
     if not bool(starts.any()):
         return {}
-    if real is not None:
-        real = real[:, -source.shape[1] :]
-        starts = starts | (real[:, 1:] != real[:, :-1])
     if batch == 1:
         bounds = starts[0].nonzero()[:, 0] + 1
         first, last = bounds.new_tensor([[0], [source.shape[1]]])
@@ -135,10 +135,11 @@ def _read(source: Tensor, real: Tensor | None, positions: bool, batch: int) -> d
 
 
 def _starts(source: Tensor, real: Tensor | None, positions: bool) -> Tensor:
-    """Where a document begins, ``(B, L - 1)``, of the tokens after the first; none in padding."""
+    """Where a document begins, ``(B, L - 1)``, of the real tokens of each row after the first."""
+    token = None
+    if real is not None:
+        token = without_padding(real[:, -source.shape[1] :], 1).token_of_slot
+        source = source.expand(token.shape).gather(1, token.clamp(min=0).long())
     step = source.diff(dim=1)
     starts = step <= 0 if positions else step != 0
-    if real is None:
-        return starts
-    real = real[:, -source.shape[1] :]
-    return starts & real[:, 1:] & real[:, :-1]
+    return starts if token is None else starts & (token[:, 1:] >= 0)
