@@ -143,6 +143,19 @@ def step(model, cache, ids: Tensor) -> Tensor:
         return model(ids, past_key_values=cache).logits
 
 
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_prompt_cached_in_inference_mode_is_gone_on_from(beams, cache):
+    model, ids = convert(model_of("llama"), BLOCK, TOPK), tokens(2, LENGTH)
+    options = {"num_beams": beams}
+    expected = generate(model, ids, use_cache=False, **options)[0]
+    cache = CACHES[cache]()
+    with torch.inference_mode():
+        model(ids[:, :30], past_key_values=cache)
+        cache.batch_repeat_interleave(beams)
+    assert_bitwise_equal(generate(model, ids, past_key_values=cache, **options)[0], expected)
+
+
 @pytest.mark.parametrize("max_cache_len", [None, 64])
 def test_crop_reset_and_rows(max_cache_len):
     model, ids = convert(model_of("llama"), BLOCK, TOPK), tokens(3, LENGTH)
