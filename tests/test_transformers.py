@@ -23,6 +23,8 @@ from transformers import (
     BloomForCausalLM,
     CLIPVisionConfig,
     DataCollatorWithFlattening,
+    DeepseekV4Config,
+    DeepseekV32Config,
     DynamicCache,
     LlamaConfig,
     LlavaConfig,
@@ -279,6 +281,7 @@ def test_packed_documents_are_alone_in_any_family(family):
     check_packing(convert(model_of(family), BLOCK, TOPK), [19, 25], "position_ids", True)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # transformers 5.22
 @pytest.mark.parametrize("family", HIDING)
 def test_packed_documents_are_alone_where_attention_is_not_told_positions(family):
     model = convert(convert(model_of(family), 5, 1), BLOCK, TOPK)
@@ -288,14 +291,14 @@ def test_packed_documents_are_alone_where_attention_is_not_told_positions(family
 
 
 def test_a_loaded_model_whose_attention_is_not_told_positions_raises(tmp_path):
-    model, ids = convert(model_of("gpt_bigcode"), BLOCK, TOPK), tokens(1, LENGTH)
+    model, ids = convert(model_of("persimmon"), BLOCK, TOPK), tokens(1, LENGTH)
     positions, _, bounds = packed([20, 25])
     expected = model(ids, position_ids=positions).logits
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float64, attn_implementation="flexmoba"
     )
-    with pytest.raises(NotImplementedError, match=r"'gpt_bigcode' is not given.*\.attach\(model\)"):
+    with pytest.raises(NotImplementedError, match=r"'persimmon' is not given.*\.attach\(model\)"):
         loaded(ids, position_ids=positions)
     for inputs in ({"cu_seq_lens_q": bounds}, {"use_cache": False}):
         out = loaded(ids, position_ids=positions, **inputs).logits
@@ -524,11 +527,22 @@ def test_settings_that_do_not_fit_raise():
     assert not hasattr(model.config, "flexmoba")
 
 
+def indexed(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config(num_hidden_layers=4))
+
+
 @pytest.mark.parametrize(
     ("make", "options", "text"),
     [
         (lambda: BertModel(BertConfig(**SIZES)), {}, "BertModel has no causal self-attention that"),
         (lambda: BloomForCausalLM(BloomConfig(n_layer=1)), {}, "Bloom.* that it dispatches"),
+        (
+            lambda: indexed(DeepseekV32Config),
+            {},
+            "DeepseekV32Attention.* has an indexer of its own",
+        ),
+        (lambda: indexed(DeepseekV4Config), {}, "DeepseekV4Attention.* has an indexer of its own"),
         (lambda: model_of("llama"), {"sink_blocks": TOPK}, "topk=3 is too few for sink_blocks=3"),
     ],
 )

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from flexmoba.integrations.transformers.attention import attention
 from flexmoba.integrations.transformers.masks import padding_mask
 from flexmoba.integrations.transformers.packing import pass_positions
-from flexmoba.integrations.transformers.settings import CHILD, arguments_for, checked
+from flexmoba.integrations.transformers.settings import CHILD, arguments_for, checked, name_of
 from flexmoba.nn import FlexMoba
 
 NAME = "flexmoba"
@@ -56,7 +56,8 @@ def convert(
 
     Raises:
         TypeError: A setting is of the wrong type, or no option.
-        ValueError: A setting is out of its range, or the model dispatches no attention.
+        ValueError: A setting is out of its range, or the model dispatches no attention, or its
+            attention selects keys by an indexer of its own.
 
     Examples:
         >>> import torch
@@ -114,6 +115,12 @@ def _made(model: nn.Module, entry: Mapping[str, Any] | None) -> list[tuple[nn.Mo
             f"{type(model).__name__} has no causal self-attention that it dispatches, so it cannot "
             "be converted"
         )
+    for module in modules:
+        if any(name.split(".")[-1] == "indexer" for name, _ in module.named_modules()):
+            raise ValueError(
+                f"{name_of(module)} has an indexer of its own, which selects the keys of each "
+                "query, so it cannot be converted; keep its own attention"
+            )
     return [(module, FlexMoba(**arguments_for(module, entry))) for module in modules]
 
 
