@@ -4,6 +4,7 @@ Inference only; nothing here is differentiable.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,12 @@ from flexmoba.gate import (
 )
 from flexmoba.precision import without_autocast
 from flexmoba.score_mod import ScoreMod
+
+
+def storage(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """Zeros that may be written to in and out of ``torch.inference_mode``."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class MobaCache:
@@ -100,14 +107,14 @@ class MobaCache:
         n_blocks = -(-(max_len or 1) // block_size) + 1
         # Zeros, as what is not seen is multiplied by weights of 0.
         self.k, self.v, self.means = (
-            torch.zeros(batch, kv_heads, length, dim, dtype=dtype, device=device)
+            storage((batch, kv_heads, length, dim), dtype, device)
             for length, dim in (
                 (n_blocks * block_size, head_dim),
                 (n_blocks * block_size, value_dim),
                 (n_blocks, head_dim),
             )
         )
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.lengths = storage((batch,), torch.int32, device)
         self._most = 0  # tokens of the longest row, or more; known without asking the device
         # Under gate="tile", the first query of every tile: it chooses for those still to come.
         self._tile_queries: Tensor | None = None
@@ -274,7 +281,7 @@ class MobaCache:
                 if moved.shape == x.shape:
                     x.copy_(moved)
                 else:
-                    setattr(self, name, moved)
+                    setattr(self, name, storage(moved.shape, x.dtype, x.device).copy_(moved))
 
     def check_tiles(self, heads: int, new: int = 0) -> None:
         """That ``gate="tile"`` can go on: it kept the queries of all but the ``new`` tokens.
@@ -313,7 +320,7 @@ class MobaCache:
                 x = getattr(self, name)
                 if x is not None:
                     size = blocks * (x.shape[2] // n_blocks)
-                    grown = x.new_zeros((*x.shape[:2], size, x.shape[3]))
+                    grown = storage((*x.shape[:2], size, x.shape[3]), x.dtype, x.device)
                     grown[:, :, : x.shape[2]] = x
                     setattr(self, name, grown)
 
@@ -323,7 +330,7 @@ class MobaCache:
         self._untiled = 0
         if self._tile_queries is None:
             tiles = self.k.shape[2] // GATE_TILE
-            self._tile_queries = q.new_zeros(batch, heads, tiles, dim)
+            self._tile_queries = storage((batch, heads, tiles, dim), q.dtype, q.device)
         starts = (positions >= 0) & (positions < self.capacity) & (positions % GATE_TILE == 0)
         tile = torch.where(starts, positions // GATE_TILE, self.capacity // GATE_TILE)
         self._tile_queries.scatter_(2, tile.long()[:, None, :, None].expand_as(q), q)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexmoba.cache import MobaCache
+from flexmoba.cache import MobaCache, storage
 from flexmoba.checks import check_new, check_no_gradients, check_positive
 
 
@@ -129,7 +129,7 @@ class KeyConvCache(MobaCache):
     def __init__(self, *args: Any, **options: Any) -> None:
         """Makes an empty cache."""
         super().__init__(*args, **options)
-        self.projected = torch.zeros_like(self.k)
+        self.projected = storage(self.k.shape, self.k.dtype, self.k.device)
 
     def keep(self, k: Tensor, positions: Tensor) -> Tensor:
         """Remembers new keys ``(B, Hkv, n, D)`` at ``positions (B, n)``, and returns all."""
@@ -148,11 +148,11 @@ class KeyConvCache(MobaCache):
         if moved.shape == self.projected.shape:
             self.projected.copy_(moved)  # in place, for CUDA graphs
         else:
-            self.projected = moved
+            self.projected = storage(moved.shape, moved.dtype, moved.device).copy_(moved)
 
     def _make_room(self, n: int) -> None:
         super()._make_room(n)
         if self.projected.shape != self.k.shape:
-            grown = torch.zeros_like(self.k)
+            grown = storage(self.k.shape, self.k.dtype, self.k.device)
             grown[:, :, : self.projected.shape[2]] = self.projected
             self.projected = grown

@@ -149,6 +149,31 @@ def test_crop_reset_and_reorder():
     assert_bitwise_equal(decode(cache, problem, kept, 25, 40), expected[rows[fewer], :, 25:])
 
 
+@pytest.mark.parametrize("max_len", [None, 300])
+@pytest.mark.parametrize("gate", ["token", "tile"])
+def test_a_cache_of_inference_mode_goes_on_outside(gate, max_len):
+    problem = Problem(batch=2, q_len=300, kv_len=300, block_size=128, topk=2)
+    q, k, v = problem.tensors()
+    rows = torch.tensor([1, 0, 1])
+    expected = flex_moba(q, k, v, 128, 2, gate=gate)[rows]
+
+    def attend(tensors, start, end):
+        new = (x[:, :, start:end] for x in tensors)
+        return flex_moba(*new, 128, 2, gate=gate, cache=cache)
+
+    with torch.inference_mode():
+        cache = cache_for(problem, max_len)
+        attend((q, k, v), 0, 100)
+        attend((q, k, v), 100, 150)  # grows
+        cache.reorder(rows)
+        cache.crop(140)
+    moved = [x[rows] for x in (q, k, v)]
+    torch.testing.assert_close(attend(moved, 140, 300), expected[:, :, 140:])
+    with torch.inference_mode():
+        cache.crop(200)
+        torch.testing.assert_close(attend(moved, 200, 300), expected[:, :, 200:])
+
+
 def test_full_attention_and_a_replayed_step_without_room():
     problem = Problem(q_len=13, kv_len=13, kv_heads=2, group=2)
     q, k, v = problem.tensors()

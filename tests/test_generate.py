@@ -89,6 +89,17 @@ def test_padded_rows_decode_as_they_do_alone(family, cache, chunk):
         assert_whole_passes_choose(model, ids[here, -length:], new[here], logits[:, here])
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_prompts_with_padding_between_tokens_decode_as_they_do_without(cache):
+    model, ids = convert(model_of("llama"), BLOCK, TOPK), tokens(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[0, [3, 20, 21, 22]] = mask[1, 5:12] = 0
+    new, logits = generate(model, ids, attention_mask=mask, past_key_values=CACHES[cache]())
+    for row in range(2):
+        here, real = slice(row, row + 1), mask[row].bool()
+        assert_whole_passes_choose(model, ids[here, real], new[here], logits[:, here])
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -130,6 +141,19 @@ def test_assisted_decoding_is_greedy_decoding(draft, cache):
 def step(model, cache, ids: Tensor) -> Tensor:
     with torch.no_grad():
         return model(ids, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_prompt_cached_in_inference_mode_is_gone_on_from(beams, cache):
+    model, ids = convert(model_of("llama"), BLOCK, TOPK), tokens(2, LENGTH)
+    options = {"num_beams": beams}
+    expected = generate(model, ids, use_cache=False, **options)[0]
+    cache = CACHES[cache]()
+    with torch.inference_mode():
+        model(ids[:, :30], past_key_values=cache)
+        cache.batch_repeat_interleave(beams)
+    assert_bitwise_equal(generate(model, ids, past_key_values=cache, **options)[0], expected)
 
 
 @pytest.mark.parametrize("max_cache_len", [None, 64])

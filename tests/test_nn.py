@@ -256,6 +256,19 @@ def test_rows_of_different_lengths_are_decoded_on_their_own(sizes, data):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("max_len", "rows"), [(None, [1, 0]), (50, [1, 0, 1])])
+def test_a_cache_of_inference_mode_goes_on_outside(max_len, rows):
+    layer, x = EXAMPLE.layer(), EXAMPLE.x()
+    with torch.inference_mode():
+        cache = layer.make_cache(2, max_len)
+        layer(x[:, :10], cache=cache)
+        layer(x[:, 10:25], cache=cache)
+        cache.reorder(torch.tensor(rows))
+    out = [layer(part, cache=cache) for part in x[rows, 25:].split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(out, 1), layer(x)[rows, 25:])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("max_len", [None, 50])
 def test_a_cache_cropped_reset_or_reordered_goes_on_from_there(max_len):
     layer, x = EXAMPLE.layer(), EXAMPLE.x()

@@ -3,6 +3,7 @@
 `test_generate.py` has the cache.
 """
 
+import inspect
 from importlib.metadata import version
 
 import pytest
@@ -22,6 +23,9 @@ from transformers import (
     BloomForCausalLM,
     CLIPVisionConfig,
     DataCollatorWithFlattening,
+    DeepseekV4Config,
+    DeepseekV32Config,
+    DynamicCache,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -33,7 +37,7 @@ from flexmoba.integrations.transformers import attach, convert, register
 from flexmoba.integrations.transformers.masks import padding_mask
 from flexmoba.nn import FlexMoba
 from tests.conftest import assert_bitwise_equal
-from tests.tiny_models import FAMILIES, SIZES, VOCABULARY, model_of, register_oracle, tokens
+from tests.tiny_models import FAMILIES, HIDING, SIZES, VOCABULARY, model_of, register_oracle, tokens
 
 LENGTH, BLOCK, TOPK = 45, 8, 3
 # Newer versions of transformers call it activation checkpointing, and warn.
@@ -129,10 +133,14 @@ def check_padding(model, lengths, seed, *, positions_from):
     width = max(lengths) + 2
     place = torch.arange(width)
     ids = tokens(len(lengths), width, seed)
-    for side in ("left", "right"):
+    generator = torch.Generator().manual_seed(seed)
+    for side in ("left", "right", "holes"):
         inputs, real = ids.clone(), []
         for row, length in enumerate(lengths):
-            real.append(place >= width - length if side == "left" else place < length)
+            rank = place if side == "right" else width - 1 - place
+            if side == "holes":
+                rank = torch.randperm(width, generator=generator)
+            real.append(rank < length)
             inputs[row, real[row]] = ids[row, :length]
         mask = torch.stack(real)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -148,6 +156,83 @@ def check_padding(model, lengths, seed, *, positions_from):
         assert_bitwise_equal(again[mask], logits[mask])
 
 
+def test_padding_between_real_tokens_is_what_other_attentions_take_it_for():
+    model, ids = model_of("llama").train(), tokens(2, LENGTH)
+    model.set_attn_implementation("sdpa")
+    mask = torch.ones_like(ids)
+    mask[0, [4, 17, 18]] = mask[1, :9] = mask[1, 30] = 0
+
+    def results():
+        model.zero_grad()
+        logits = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        logits.logsumexp(-1).sum().backward()
+        return [logits, *(p.grad.clone() for p in model.parameters())]
+
+    expected = results()
+    convert(model, BLOCK, None)
+    torch.testing.assert_close(results(), expected)
+
+
+def prefix_of(model, length):
+    """Learned keys and values of every layer, and a cache of them as prefix tuning makes it."""
+    config = model.config
+    generator = torch.Generator().manual_seed(1)
+    shape = config.num_hidden_layers, 2, config.num_key_value_heads, length, config.head_dim
+    learned = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+
+    def cache(rows):
+        made = DynamicCache()
+        for i, (key, value) in enumerate(learned):
+            made.update(key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1), i)
+        return made
+
+    return learned, cache
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prefix_tuning_of_padded_rows(side):
+    """A prefix of keys that learn, before padding on the left: a hole."""
+    model, ids = model_of("qwen3"), tokens(2, LENGTH)
+    model.set_attn_implementation("sdpa")
+    learned, cache = prefix_of(model, 6)
+    padding = slice(None, 21) if side == "left" else slice(LENGTH - 21, None)
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, padding] = 0
+    inputs = {"attention_mask": torch.nn.functional.pad(mask, (6, 0), value=1)}
+    positions = (mask.cumsum(1) - 1).clamp(min=0) + 6
+    real = mask.bool()
+
+    def results():
+        logits = model(ids, **inputs, position_ids=positions, past_key_values=cache(2)).logits
+        return [logits[real], *torch.autograd.grad(logits[real].logsumexp(-1).sum(), learned)]
+
+    expected = results()
+    convert(model, BLOCK, None)
+    torch.testing.assert_close(results(), expected)
+
+    convert(model, BLOCK, 2)
+    sparse = results()
+    assert (sparse[0] - expected[0]).abs().max() > 0.1
+    alone = []
+    for row in range(2):
+        here = real[row]
+        one = model(
+            ids[row : row + 1, here],
+            position_ids=positions[row : row + 1, here],
+            past_key_values=cache(1),
+        )
+        alone.append(one.logits[0])
+    alone = torch.cat(alone)
+    alone = [alone, *torch.autograd.grad(alone.logsumexp(-1).sum(), learned)]
+    torch.testing.assert_close(sparse, alone)
+    with torch.no_grad():  # by a MobaCache
+        logits = model(ids, **inputs, position_ids=positions, past_key_values=cache(2)).logits
+    torch.testing.assert_close(logits[real], sparse[0])
+    convert(model, 128, 2, gate="tile")
+    with pytest.raises(NotImplementedError, match="have 45 queries for 51 keys"):
+        results()
+
+
 def packed(lengths):
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
@@ -155,30 +240,34 @@ def packed(lengths):
     return positions, ids, bounds
 
 
-WAYS = ("position_ids", "all-ones mask", "cu_seq_lens", "seq_idx", "two rows", "padding")
+WAYS = ("position_ids", "all-ones mask", "cu_seq_lens", "seq_idx", "two rows", "padding", "holes")
 
 
 def inputs_of(way, lengths):
-    """How a collator or user may say where documents are, and how many columns come before."""
+    """How a collator or user may say where documents are, rows, and the columns of their tokens."""
     positions, ids, bounds = packed(lengths)
+    columns = torch.arange(ids.shape[1])
     if way == "all-ones mask":
-        return {"position_ids": positions, "attention_mask": torch.ones_like(positions)}, 1, 0
+        return {"position_ids": positions, "attention_mask": torch.ones_like(positions)}, 1, columns
     if way == "cu_seq_lens":
         collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")
         batch = collator([{"input_ids": [0] * length} for length in lengths])
         assert_bitwise_equal(batch["cu_seq_lens_q"], bounds)
         del batch["input_ids"], batch["labels"]
-        return batch, 1, 0
+        return batch, 1, columns
     if way == "seq_idx":
         # Positions that count on say nothing.
-        return {"position_ids": torch.arange(ids.shape[1])[None], "seq_idx": ids.int()}, 1, 0
+        return {"position_ids": columns[None], "seq_idx": ids.int()}, 1, columns
     if way == "two rows":
-        return {"position_ids": positions}, 2, 0
-    if way == "padding":
-        mask = torch.nn.functional.pad(torch.ones_like(positions), (3, 2))
-        return {"position_ids": torch.nn.functional.pad(positions, (3, 2)),
-                "attention_mask": mask}, 1, 3  # fmt: skip
-    return {"position_ids": positions}, 1, 0
+        return {"position_ids": positions}, 2, columns
+    if way in ("padding", "holes"):
+        columns = columns + 3 if way == "padding" else columns * 7 // 5  # 0, 1, 2, 4, 5, 7, ...
+        inputs = {}
+        for name, x in [("position_ids", positions), ("attention_mask", torch.ones_like(ids))]:
+            inputs[name] = torch.zeros(1, int(columns[-1]) + 3, dtype=x.dtype)
+            inputs[name][:, columns] = x
+        return inputs, 1, columns
+    return {"position_ids": positions}, 1, columns
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -192,13 +281,57 @@ def test_packed_documents_are_alone_in_any_family(family):
     check_packing(convert(model_of(family), BLOCK, TOPK), [19, 25], "position_ids", True)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # transformers 5.22
+@pytest.mark.parametrize("family", HIDING)
+def test_packed_documents_are_alone_where_attention_is_not_told_positions(family):
+    model = convert(convert(model_of(family), 5, 1), BLOCK, TOPK)
+    assert max(len(part._forward_pre_hooks) for part in model.modules()) == 1
+    for way, use_cache in [("position_ids", True), ("two rows", False), ("padding", False)]:
+        check_packing(model, [19, 25], way, use_cache)
+
+
+def test_a_loaded_model_whose_attention_is_not_told_positions_raises(tmp_path):
+    model, ids = convert(model_of("persimmon"), BLOCK, TOPK), tokens(1, LENGTH)
+    positions, _, bounds = packed([20, 25])
+    expected = model(ids, position_ids=positions).logits
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float64, attn_implementation="flexmoba"
+    )
+    with pytest.raises(NotImplementedError, match=r"'persimmon' is not given.*\.attach\(model\)"):
+        loaded(ids, position_ids=positions)
+    for inputs in ({"cu_seq_lens_q": bounds}, {"use_cache": False}):
+        out = loaded(ids, position_ids=positions, **inputs).logits
+        torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(attach(loaded)(ids, position_ids=positions).logits, expected)
+    place = list(inspect.signature(loaded.forward).parameters).index("position_ids")
+    by_place = loaded(ids, *[None] * (place - 1), positions).logits
+    torch.testing.assert_close(by_place, expected)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("family", ["llama", "llama4_text", "granitemoehybrid"])
+def test_positions_that_jump_ahead_are_what_transformers_takes_them_for(family, use_cache):
+    """Documents where it looks for documents; else the same sequence, further apart."""
+    model, ids = model_of(family), tokens(2, LENGTH)
+    model.set_attn_implementation("sdpa")
+    positions = torch.arange(LENGTH).expand(2, -1) + (torch.arange(LENGTH) >= 20) * 80
+    ways = {"position_ids": positions, "use_cache": use_cache}
+    ways = [ways, ways | {"attention_mask": torch.ones_like(positions)}]
+    dense = [model(ids, **way).logits for way in ways]
+    convert(model, BLOCK, None)
+    for way, expected in zip(ways, dense, strict=True):
+        torch.testing.assert_close(model(ids, **way).logits, expected)
+    apart = (dense[0] - dense[1]).abs().max() > 0.1
+    assert apart == (not use_cache and family != "granitemoehybrid")
+
+
 def check_packing(model, lengths, way, use_cache):
-    inputs, rows, before = inputs_of(way, lengths)
+    inputs, rows, columns = inputs_of(way, lengths)
     ids = tokens(rows, inputs["position_ids"].shape[1])
     model.train()
     whole = model(ids, use_cache=use_cache, **inputs).logits
-    for i, length in enumerate(lengths):
-        part = slice(before + sum(lengths[:i]), before + sum(lengths[: i + 1]))
+    for part in columns.split(lengths):
         positions = inputs["position_ids"][:, part]
         alone = model(ids[:, part], position_ids=positions, use_cache=False).logits
         torch.testing.assert_close(whole[:, part], alone)
@@ -208,7 +341,7 @@ def check_packing(model, lengths, way, use_cache):
         same = torch.ones(ids.shape[1], dtype=torch.bool)
         same[part] = False
         assert_bitwise_equal(changed[:, same], whole[:, same])
-        assert (changed[:, part] - whole[:, part]).abs().max() > 0.1, length
+        assert (changed[:, part] - whole[:, part]).abs().max() > 0.1
 
 
 def test_what_positions_said_is_not_remembered_too_long():
@@ -235,15 +368,14 @@ def test_compiled_without_a_graph_break():
     for inputs in (
         {"position_ids": positions, "cu_seq_lens_q": bounds},
         {"attention_mask": real.int()},
+        {"attention_mask": (positions != 3).int()},
     ):
         expected = model(ids, use_cache=False, **inputs).logits
         actual = compiled(ids, use_cache=False, **inputs).logits
-        shown = real if "attention_mask" in inputs else torch.ones_like(real)
+        shown = inputs.get("attention_mask", torch.ones_like(ids)).bool()
         torch.testing.assert_close(actual[shown], expected[shown])
     with pytest.raises(RuntimeError, match="cu_seq_lens_q"):
         compiled(ids, position_ids=positions, use_cache=False)
-    with pytest.raises(RuntimeError, match="at the ends of a row"):
-        compiled(ids, attention_mask=(positions != 3).int(), use_cache=False)
 
 
 def test_settings_are_saved(tmp_path):
@@ -351,8 +483,6 @@ MASK_4D = torch.ones(1, 1, 20, 20).bool().tril()
         ("gpt2", {}, {"head_mask": IDS}, NotImplementedError, "GPT2Attention.* passes head_mask"),
         ("llama", {}, {"block_indices": IDS}, NotImplementedError, "block_indices"),
         ("llama", {}, {"output_attentions": True}, NotImplementedError, "attention weights"),
-        ("llama", {}, {"attention_mask": torch.tensor([[1] * 9 + [0] + [1] * 10])},
-         ValueError, "between real tokens in row 0"),
         ("llama", {}, {"attention_mask": torch.ones(1, 19)}, ValueError, "20 in all, got 19"),
         ("llama", {}, {"attention_mask": (torch.arange(20) > 2)[None],
                        "cu_seq_lens_q": torch.tensor([0, 20])}, ValueError, "cu_seq_lens_q"),
@@ -370,9 +500,10 @@ def test_what_is_not_there_raises(family, config, inputs, error, text):
 
 def test_masks_that_are_not_padding_raise():
     with pytest.raises(NotImplementedError, match="other than causal"):  # images that see ahead
-        padding_mask(q_length=8, kv_length=8, use_vmap=True)
+        padding_mask(batch_size=1, q_length=8, kv_length=8, use_vmap=True)
     with pytest.raises(NotImplementedError, match="shorter than the context of 21"):
-        padding_mask(q_length=1, kv_length=8, q_offset=20, kv_offset=13)  # of a window's cache
+        # Of a window's cache.
+        padding_mask(batch_size=1, q_length=1, kv_length=8, q_offset=20, kv_offset=13)
 
 
 def test_settings_that_do_not_fit_raise():
@@ -396,11 +527,22 @@ def test_settings_that_do_not_fit_raise():
     assert not hasattr(model.config, "flexmoba")
 
 
+def indexed(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config(num_hidden_layers=4))
+
+
 @pytest.mark.parametrize(
     ("make", "options", "text"),
     [
         (lambda: BertModel(BertConfig(**SIZES)), {}, "BertModel has no causal self-attention that"),
         (lambda: BloomForCausalLM(BloomConfig(n_layer=1)), {}, "Bloom.* that it dispatches"),
+        (
+            lambda: indexed(DeepseekV32Config),
+            {},
+            "DeepseekV32Attention.* has an indexer of its own",
+        ),
+        (lambda: indexed(DeepseekV4Config), {}, "DeepseekV4Attention.* has an indexer of its own"),
         (lambda: model_of("llama"), {"sink_blocks": TOPK}, "topk=3 is too few for sink_blocks=3"),
     ],
 )

@@ -8,15 +8,21 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
+    CTRLConfig,
     DiffLlamaConfig,
     Gemma2Config,
     Gemma3nTextConfig,
     Gemma4TextConfig,
     GPT2Config,
+    GPTBigCodeConfig,
     GPTNeoXConfig,
+    GraniteMoeHybridConfig,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    MoshiConfig,
+    PersimmonConfig,
     PhiConfig,
     PhimoeConfig,
     PreTrainedModel,
@@ -61,8 +67,30 @@ SHARING = GROUPED | {
     "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 256,
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
 }  # fmt: skip
+# Models that keep position_ids from their attention; the last one from its mask as well.
+HIDING = {
+    "llama4_text": lambda: Llama4TextConfig(
+        **COMMON, **GROUPED, head_dim=8, intermediate_size_mlp=48, moe_layers=[],
+    ),
+    "gpt_bigcode": lambda: GPTBigCodeConfig(
+        **COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=256,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    ),
+    "persimmon": lambda: PersimmonConfig(
+        **COMMON, **SIZES, hidden_dropout=0.0, attention_dropout=0.0,
+    ),
+    "ctrl": lambda: CTRLConfig(
+        **COMMON, n_embd=32, dff=48, n_layer=2, n_head=4, n_positions=256,
+        resid_pdrop=0.0, embd_pdrop=0.0,
+    ),
+    "moshi": lambda: MoshiConfig(**COMMON, **GROUPED, head_dim=8, ffn_dim=48),
+    "granitemoehybrid": lambda: GraniteMoeHybridConfig(
+        **COMMON, **GROUPED, layer_types=["attention"] * 2, num_local_experts=0,
+        shared_intermediate_size=48, position_embedding_type="rope", mamba_n_heads=4,
+    ),
+}  # fmt: skip
 # Of which a test or two is enough.
-CONFIGS |= {
+CONFIGS |= HIDING | {
     "diffllama": lambda: DiffLlamaConfig(**COMMON, **GROUPED),
     "lfm2": lambda: Lfm2Config(**COMMON, **GROUPED, layer_types=["conv", "full_attention"]),
     "phimoe": lambda: PhimoeConfig(**COMMON, **GROUPED, num_local_experts=2),

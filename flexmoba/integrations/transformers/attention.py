@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from flexmoba.attention import flex_moba
 from flexmoba.cache import MobaCache
 from flexmoba.integrations.transformers.cache import layer_of
-from flexmoba.integrations.transformers.packing import documents_of
-from flexmoba.integrations.transformers.settings import name_of, settings_of
+from flexmoba.integrations.transformers.packing import POSITIONS, documents_of
+from flexmoba.integrations.transformers.settings import CHILD, name_of, settings_of
 from flexmoba.precision import autocast_dtype
 from flexmoba.score_mod import ScoreMod
+from flexmoba.sequence import without_padding
 
 # Arguments of models whose attention is another one; None is no argument.
 UNKNOWN = ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices", "cache")
@@ -39,7 +40,8 @@ def attention(
         query: ``(B, Hq, L, D)``.
         key: ``(B, Hkv, S, D)``; only new ones if the others are in a `FlexMobaCache`.
         value: ``(B, Hkv, S, Dv)``.
-        attention_mask: ``(B, S)`` bool, which keys are real, as `padding_mask` makes it.
+        attention_mask: ``(B, S)``, as `padding_mask` makes it: bool, which keys are real, or int32,
+            the document of each.
         scaling: Factor on the scores.
         dropout: Must be 0.
         is_causal: Must be True, if given.
@@ -79,8 +81,13 @@ def attention(
         attention_mask,
         query.shape[0],
         (query.shape[2], key.shape[2]),
-        **{name: kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "seq_idx")},
+        position_ids=kwargs.get("position_ids", kwargs.get(POSITIONS)),
+        **{name: kwargs.get(name) for name in ("cu_seq_lens_q", "seq_idx")},
     )
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        attention_mask = None
+    elif query.shape[2] > 1 and not documents:
+        _check_positions(module, kwargs)
     if documents and (layer is not None or query.shape[2] != key.shape[2]):
         raise NotImplementedError(
             f"{name_of(module)} was given packed documents and {query.shape[2]} queries for "
@@ -88,7 +95,8 @@ def attention(
             "logits_to_keep=0, or give each document a row of its own"
         )
 
-    if layer is not None or (query.shape[2] != key.shape[2] and attention_mask is not None):
+    added = key.shape[2] - query.shape[2] if attention_mask is not None else 0
+    if layer is not None or (added and not _needs_gradients(query, key, value)):
         for name in ("impl", "kernel_options"):
             if options.get(name, "auto") not in ("auto", None):
                 raise NotImplementedError(
@@ -100,8 +108,19 @@ def attention(
         attend = layer.attend if layer is not None else _attend_to_rows
         out = attend(query, key, value, attention_mask, block_size, topk, scaling, gate)
     else:
-        if not documents and attention_mask is not None:
+        layout = None
+        if attention_mask is not None and documents:  # which are of the real tokens alone
+            layout = without_padding(attention_mask, 1)
+            query, key, value = (layout.spread(x) for x in (query, key, value))
+        elif attention_mask is not None:
+            if added and options.get("gate") == "tile":
+                raise NotImplementedError(
+                    'gate="tile" needs the queries of all tokens, and the padded rows of '
+                    f"{name_of(module)} have {query.shape[2]} queries for {key.shape[2]} keys; use "
+                    "another gate, or no padding"
+                )
             documents = {"key_padding_mask": attention_mask}
+            query = nn.functional.pad(query, (0, 0, added, 0))
         result: Any = flex_moba(
             query,
             key,
@@ -113,8 +132,12 @@ def attention(
             **documents,
             **options,
         )
-        out = result
+        out = result[:, :, added:] if layout is None else layout.collect(result)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _needs_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def softcap_of(cap: float) -> ScoreMod:
@@ -185,9 +208,20 @@ def _check(
             'transformers; use attn_implementation="sdpa" for it'
         )
     mask: Any = attention_mask
-    if mask is not None and (getattr(mask, "dtype", None) != torch.bool or len(mask.shape) != 2):
+    kinds = torch.bool, torch.int32
+    if mask is not None and (getattr(mask, "dtype", None) not in kinds or len(mask.shape) != 2):
         raise ValueError(
             f"{name_of(module)} was given as its mask a {type(mask).__name__} of shape "
             f"{tuple(mask.shape)}; flexmoba takes a padding mask, (B, S), as the model's "
             "attention_mask, and packed documents as position_ids or cu_seq_lens_q"
+        )
+
+
+def _check_positions(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """That documents would have been seen, had there been any: `convert` takes care of it."""
+    told = ("position_ids", POSITIONS, "cu_seq_lens_q", "seq_idx")
+    if CHILD not in module._modules and not any(name in kwargs for name in told):
+        raise NotImplementedError(
+            f"{name_of(module)} is not given position_ids by its model, so packed documents could "
+            "see each other; call flexmoba.integrations.transformers.attach(model) once"
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from flexmoba.cache import MobaCache
+from flexmoba.cache import MobaCache, storage
 from flexmoba.precision import autocast_dtype
 
 
@@ -103,7 +103,7 @@ class MobaLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes the counter; what is stored waits for the attention, which knows the blocks."""
         if self.max_cache_len is not None:
-            self.columns = torch.zeros((), dtype=torch.int64, device=key_states.device)
+            self.columns = storage((), torch.int64, key_states.device)
             _keep_in_place(self.columns)
         self.is_initialized = True
 

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from flexmoba.integrations.transformers.attention import attention
 from flexmoba.integrations.transformers.masks import padding_mask
-from flexmoba.integrations.transformers.settings import CHILD, arguments_for, checked
+from flexmoba.integrations.transformers.packing import pass_positions
+from flexmoba.integrations.transformers.settings import CHILD, arguments_for, checked, name_of
 from flexmoba.nn import FlexMoba
 
 NAME = "flexmoba"
@@ -55,7 +56,8 @@ def convert(
 
     Raises:
         TypeError: A setting is of the wrong type, or no option.
-        ValueError: A setting is out of its range, or the model dispatches no attention.
+        ValueError: A setting is out of its range, or the model dispatches no attention, or its
+            attention selects keys by an indexer of its own.
 
     Examples:
         >>> import torch
@@ -90,7 +92,8 @@ def attach(model: Model) -> Model:
     """Gives each attention module the `FlexMoba` that ``config.flexmoba`` describes.
 
     `convert` does so. After ``from_pretrained`` it is needed only to change settings by module, as
-    a schedule does in training.
+    a schedule does in training, and for models that keep ``position_ids`` from their attention:
+    they pass them on from then on, so that packed documents stay apart.
 
     Args:
         model: A transformers model whose config has the settings.
@@ -112,12 +115,22 @@ def _made(model: nn.Module, entry: Mapping[str, Any] | None) -> list[tuple[nn.Mo
             f"{type(model).__name__} has no causal self-attention that it dispatches, so it cannot "
             "be converted"
         )
+    for module in modules:
+        if any(name.split(".")[-1] == "indexer" for name, _ in module.named_modules()):
+            raise ValueError(
+                f"{name_of(module)} has an indexer of its own, which selects the keys of each "
+                "query, so it cannot be converted; keep its own attention"
+            )
     return [(module, FlexMoba(**arguments_for(module, entry))) for module in modules]
 
 
 def _given(model: Model, made: list[tuple[nn.Module, FlexMoba]]) -> Model:
     for module, own in made:
         module.add_module(CHILD, own.train(module.training))
+    config = _text_config(model)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config is config and part.base_model is part:
+            pass_positions(part)
     return model
 
 

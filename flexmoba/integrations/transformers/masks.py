@@ -1,4 +1,4 @@
-"""What transformers asks of an attention implementation's mask: here, which keys are padding.
+"""What transformers asks of an attention implementation's mask: here, padding or documents.
 
 Everything causal is up to the attention. What this mask cannot say is refused.
 """
@@ -17,6 +17,7 @@ NO_WINDOW = {"full_attention", "linear_attention"}  # among the layer_types of a
 
 def padding_mask(
     *,
+    batch_size: int,
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor = 0,
@@ -26,14 +27,19 @@ def padding_mask(
     local_size: int | None = None,
     use_vmap: bool = False,
     config: Any = None,
+    device: torch.device | str | None = None,
     **_: Any,
 ) -> Tensor | None:
-    """Which of the keys that the attention is given are real, ``(B, kv_length)``; None for all.
+    """Which of the attention's keys are real, ``(B, kv_length)`` bool; None for all of them.
+
+    Without ``attention_mask`` or a cache, transformers tells packed documents apart by their
+    positions. If there are any, the result is the document of each token, ``(B, kv_length)`` int32.
 
     Called once a forward pass, outside of layers. There it waits for the device, unless traced by a
     compiler or captured in a CUDA graph.
 
     Args:
+        batch_size: Rows ``B``.
         q_length: Queries.
         kv_length: Keys that the attention is given: all of them, or the queries' own if the rest
             is in a `FlexMobaCache`.
@@ -44,13 +50,14 @@ def padding_mask(
         local_size: Length of a sliding window or chunk.
         use_vmap: Whether the model changes the mask by a function of its own.
         config: The model's.
+        device: Where the mask is to be.
 
     Raises:
-        ValueError: The mask does not fit, or has padding between real tokens.
+        ValueError: The mask does not fit.
         NotImplementedError: A mask that is not causal with padding.
     """
     model = f"model type {getattr(config, 'model_type', None)!r}"
-    # "and_mask": packed documents, which the attention tells apart, or a window, see below.
+    # "and_mask": packed documents or a window, see below.
     causal = mask_function is causal_mask_function or mask_function.__name__ == "and_mask"
     if use_vmap or not causal:
         raise NotImplementedError(
@@ -70,24 +77,27 @@ def padding_mask(
                 f"new ones, {seen} in all, got {attention_mask.shape[1]} ({model})"
             )
     if attention_mask is None:
-        return None
+        first = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length > 1
+        if mask_function is causal_mask_function or not first:
+            return None
+        return _documents(mask_function, batch_size, q_length, device)
     real = attention_mask[:, attention_mask.shape[1] - kv_length :]
-    known = may_read(real)
-    if known and bool(real.all()):
+    if may_read(real) and bool(real.all()):
         return None
-    if kv_length == q_length and isinstance(q_offset, int) and q_offset == 0:
-        torn = (real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0] > 1
-        if not known:
-            torch._assert_async(
-                ~torn.any(), "attention_mask must have padding at the ends of a row only"
-            )
-        elif bool(torn.any()):
-            row = int(torn.int().argmax())
-            raise ValueError(
-                f"attention_mask must have padding at the ends of a row only; move it there: it is "
-                f"between real tokens in row {row} ({model})"
-            )
     return real
+
+
+def _documents(
+    mask_function: Callable[..., Any], batch: int, length: int, device: torch.device | str | None
+) -> Tensor | None:
+    """The document of each token: a new one begins where a token does not see the one before."""
+    rows = torch.arange(batch, device=device)[:, None]
+    tokens = torch.arange(1, length, device=device)[None]
+    starts = ~mask_function(rows, torch.zeros_like(rows), tokens, tokens - 1)
+    if may_read(starts) and not bool(starts.any()):
+        return None
+    ids = torch.nn.functional.pad(starts.cumsum(1, dtype=torch.int32), (1, 0))
+    return ids.expand(batch, -1)
 
 
 def _check_window(
