@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flexmoba.merge import combine, dispatch
-from flexmoba.portable import first_places
 from flexmoba.precision import without_autocast
-from flexmoba.routing import TILE, Tiles
+from flexmoba.routing import TILE, Tiles, first_places
 from flexmoba.score_mod import Modifier, ScoreMod
 
 _SCORES_AT_ONCE = 24 * TILE * 512

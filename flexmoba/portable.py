@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexmoba.merge import merge_parts
 from flexmoba.precision import without_autocast
-from flexmoba.routing import TILE, Tiles
+from flexmoba.routing import TILE, Tiles, first_places
 
 # Scores of one piece: 24 tiles of 512 keys. Where they are written down, in the backward pass, they
 # should stay in a core's share of the caches; smaller pieces cost more launches than that saves.
@@ -261,21 +261,6 @@ def _whole_pieces(
         F.pad(last_key_of_row.view(-1, rows), (0, 0, 0, missing), value=-1),
         F.pad(block_of_tile, (0, missing), value=n_blocks),
     )
-
-
-def first_places(
-    first_key: Tensor,
-    query_of_row: Tensor,
-    block_of_tile: Tensor,
-    q: Tensor,
-    k: Tensor,
-    block_size: int,
-) -> Tensor:
-    """Where in its block the first key of each row stands, ``(tiles, rows)``; below 0 if before."""
-    query = query_of_row.clamp(min=0)  # flat over batch, head and position
-    first = first_key[query // (q.shape[1] * q.shape[2]), query % q.shape[2]]
-    block = block_of_tile % -(-k.shape[2] // block_size)
-    return first - (block * block_size)[:, None]
 
 
 def _can_be_fused(*inputs: Tensor) -> bool:

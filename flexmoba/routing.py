@@ -98,6 +98,21 @@ def route(
     return Tiles(*tables, own_tiles_per_block, n_own_tiles)  # type: ignore[call-arg]
 
 
+def first_places(
+    first_key: Tensor,
+    query_of_row: Tensor,
+    block_of_tile: Tensor,
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+) -> Tensor:
+    """Where in its block the first key of each row stands, ``(tiles, rows)``; below 0 if before."""
+    query = query_of_row.clamp(min=0)  # flat over batch, head and position
+    first = first_key[query // (q.shape[1] * q.shape[2]), query % q.shape[2]]
+    block = block_of_tile % -(-k.shape[2] // block_size)
+    return first - (block * block_size)[:, None]
+
+
 def most_rows(
     shape: Sequence[int], kv_heads: int, kv_len: int, block_size: int, *, is_causal: bool
 ) -> int:

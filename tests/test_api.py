@@ -24,7 +24,8 @@ SIGNATURES = {
     "flex_moba": (
         "(q, k, v, block_size, topk, *, is_causal=True, scale=None, score_mod=None, gate='token', "
         "sink_blocks=0, local_blocks=0, impl='auto', kernel_options=None, return_aux=None, "
-        "cache=None, cu_seqlens=None, document_ids=None, key_padding_mask=None)"
+        "cache=None, cu_seqlens=None, document_ids=None, key_padding_mask=None, "
+        "max_seqlen=None)"
     ),
     "MobaCache": (
         "(batch, kv_heads, head_dim, *, block_size, value_dim=None, max_len=None, "
