@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from flexmoba.flex import why_not_compiled
+from flexmoba.flex import run_compiled, why_not_compiled
 from flexmoba.fused import attend_fused, why_not_fused
 from flexmoba.gate import own_block
 from flexmoba.masked import attend_dense, attend_masked, attend_windows
@@ -252,4 +252,6 @@ def attend_in_place(
     past, past_lse = attend_blocks(
         *(q, k, v, routed, None, blocks.block_size, scale, impl, kernel_options, False, modifier)
     )
-    return merge_two(out, lse, past, past_lse)
+    if impl == "portable":
+        return merge_two(out, lse, past, past_lse)
+    return run_compiled(merge_two, out, lse, past, past_lse, kernel_options=None)  # in one pass

@@ -88,7 +88,9 @@ def merge_parts(out_rows: Tensor, lse_rows: Tensor, row_of_pair: Tensor) -> tupl
     return out.to(out_rows.dtype, copy=True), highest + torch.log(total)
 
 
-def merge_two(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge_two(
+    out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, **_: Any
+) -> tuple[Tensor, Tensor]:
     """Merges two parts of every query's attention, ``(..., Dv)`` and ``(...)``; differentiable."""
     total = torch.logaddexp(lse, other_lse)
     # Where nothing was seen both are -inf: subtract 0 to get weights of 0, not NaN.

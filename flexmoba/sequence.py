@@ -18,9 +18,9 @@ from flexmoba.merge import dispatch
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# Slots of a layout for each token, beyond which documents stay in place. Attending to own blocks
-# apart costs about as much as this many empty slots do.
-_MOST_SLOTS = 1.25
+# Slots of a layout for each token, beyond which documents stay in place: on an H100 both take about
+# the same time there, and the layout more memory.
+_MOST_SLOTS = 2
 
 
 class Layout(NamedTuple):

@@ -230,6 +230,7 @@ def test_gate_kernel_selects_as_the_plain_gate(dtype, block_size, count, is_caus
     position = torch.arange(777, device="cuda") + 1300 - 777
     n_blocks = -(-1300 // block_size)
     end = position // block_size if is_causal else torch.full_like(position, n_blocks)
+    end = end[None]
 
     def plain(q, k):
         means = gate.block_means(k, block_size)
@@ -253,7 +254,7 @@ def test_a_group_chooses_as_the_plain_gate():
     group = gate.Gate("group")
     rows, means = gate.gate_queries(q, 2, group), gate.block_means(k, 128)
     chosen = gate.select_by_means(rows, means, 0, 128, 7, group, True)
-    end = torch.arange(8192, device="cuda") // 128
+    end = torch.arange(8192, device="cuda")[None] // 128
     expected = gate._select_in_pieces(rows, means, end.new_zeros(1, 1), end, 7)
     assert (chosen != expected).any(-1).float().mean() < 1e-3
 
@@ -534,6 +535,90 @@ def test_full_attention_of_packed_documents():
             torch.testing.assert_close(x, y, rtol=0.02, atol=0.02 * y.abs().max().item())
 
 
+def short_documents(length: int, n_short: int) -> list[int]:
+    """Bounds of a long document, of ``n_short`` short ones, and of one of all other tokens."""
+    return [0, 500, *range(500 + 9, 500 + 9 * n_short + 1, 9), length]
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_short_documents(dtype, is_causal):
+    """As exact as dense attention of the same selection, however tokens are laid out."""
+    problem = variant(batch=1, q_len=1500, kv_len=1500, dtype=dtype)
+    q, k, v = problem.tensors("cuda")
+    bounds = short_documents(1500, 40)
+    ids = torch.arange(len(bounds) - 1).repeat_interleave(torch.tensor(bounds).diff()).cuda()
+    where = {"cu_seqlens": torch.tensor(bounds, device="cuda"), "is_causal": is_causal}
+    selection = moba_select(q, k, 128, 3, **where)
+    # Of small integers means and scores are exact, and ties abound.
+    whole = [torch.randint(-2, 3, x.shape).to(dtype) for x in (q, k)]
+    on_cpu = moba_select(*whole, 128, 3, **where | {"cu_seqlens": torch.tensor(bounds)})
+    on_cuda = moba_select(*(x.cuda() for x in whole), 128, 3, **where)
+    assert_bitwise_equal(on_cuda.cpu(), on_cpu)
+    place = torch.arange(1500, device="cuda")
+    first = torch.tensor(bounds, device="cuda")[ids]
+    begins = (place - first) % 128 == 0
+    block = begins.cumsum(0) - 1
+    mask = (selection[..., None] == block).any(-2) & (ids[:, None] == ids)
+    mask = mask.tril() if is_causal else mask
+    for impl in ("auto", "routed", "masked"):
+        attend = with_lse(flex_moba, 128, 3, impl=impl, **where)
+        assert_as_exact_as_dense(attend, q, k, v, mask, gradients=True)
+        attend = with_lse(selected_attention, selection, 128, impl=impl, **where)
+        assert_as_exact_as_dense(attend, q, k, v, mask, gradients=True)
+
+
+def test_short_documents_take_time_and_memory_for_their_tokens():
+    inputs = variant(batch=1, q_len=16384, kv_len=16384).tensors("cuda", requires_grad=True)
+    cu_seqlens = torch.arange(0, 16385, 16, device="cuda")
+    used = {}
+    for name, topk, more in (("moba", 3, {}), ("full", None, {}), ("known", 3, {"max_seqlen": 16})):
+        for _ in range(2):  # compiles, and measures
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            out = flex_moba(*inputs, 512, topk, cu_seqlens=cu_seqlens, **more)
+            grads = torch.autograd.grad(out.float().square().sum(), inputs)
+            used[name] = torch.cuda.max_memory_allocated() - before
+        if name == "full":
+            expected = out, *grads
+        else:
+            actual = out, *grads
+            for x, y in zip(actual, expected if name == "known" else actual, strict=True):
+                assert_bitwise_equal(x, y)
+    # In whole blocks there would be 32 times as many tokens.
+    assert used["moba"] < 4 * used["full"]
+    assert used["known"] < 1.01 * used["full"]
+
+
+@pytest.mark.parametrize("impl", ["auto", "routed", "masked"])
+def test_padding_without_causality(impl):
+    problem = variant(q_len=600, kv_len=600, is_causal=False)
+    tensors = problem.tensors("cuda", requires_grad=True)
+    real = torch.rand(2, 600, generator=torch.Generator().manual_seed(0)) > 0.3
+    real = real.cuda()
+    attend = with_lse(flex_moba, 128, 3, impl=impl, is_causal=False, key_padding_mask=real)
+    out, lse = attend(*tensors)
+    grads = torch.autograd.grad(out.float().square().sum() + lse[lse.isfinite()].sum(), tensors)
+    for row in range(2):
+        alone = [x[row : row + 1, :, real[row]].detach().requires_grad_() for x in tensors]
+        selection = moba_select(*alone[:2], 128, 3, is_causal=False)
+        expected = with_lse(selected_attention, selection, 128, impl="routed", is_causal=False)
+        one, one_lse = expected(*alone)
+        torch.testing.assert_close(out[row : row + 1, :, real[row]], one, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(lse[row : row + 1, :, real[row]], one_lse, rtol=1e-3, atol=1e-3)
+        loss = one.float().square().sum() + one_lse.sum()
+        for x, y in zip(grads, torch.autograd.grad(loss, alone), strict=True):
+            close = {"rtol": 0.02, "atol": 0.02 * y.abs().max().item()}
+            torch.testing.assert_close(x[row : row + 1, :, real[row]], y, **close)
+
+
+def test_fused_kernels_are_not_named_for_documents_without_causality():
+    q = torch.randn(1, 2, 300, 64, device="cuda", dtype=torch.bfloat16)
+    cu_seqlens = torch.tensor([0, 100, 300], device="cuda")
+    with pytest.raises(NotImplementedError, match='"fused" takes no documents or padding'):
+        flex_moba(q, q, q, 64, 2, impl="fused", is_causal=False, cu_seqlens=cu_seqlens)
+
+
 @pytest.mark.parametrize("impl", ["fused", "routed"])
 def test_padding_on_the_left_and_on_the_right(impl):
     problem = variant(q_len=1200, kv_len=1200)
@@ -627,6 +712,8 @@ SCORE_MODS = {
     "masked": {"impl": "masked", "block_size": 128},
     "tile": {"gate": "tile", "block_size": 256},
     "documents": {"block_size": 128},
+    "short documents": {"block_size": 256},
+    "short documents, not causal": {"block_size": 256, "is_causal": False},
     "full": {"topk": None, "block_size": 128},
     "full documents": {"topk": None, "block_size": 128},
 }
@@ -642,7 +729,8 @@ def test_score_mod(name, q_len):
     options = {"topk": 3} | SCORE_MODS[name]
     if "documents" in name:
         inputs = [x[:1, :, -q_len:] for x in inputs]
-        edges = torch.tensor([0, 300, 301, q_len], device="cuda")
+        bounds = short_documents(q_len, 12) if "short" in name else [0, 300, 301, q_len]
+        edges = torch.tensor(bounds, device="cuda")
         options["cu_seqlens"] = edges
 
     def score_mod(score, b, h, q_idx, kv_idx):
