@@ -128,16 +128,17 @@ def test_the_gate_kernel_selects_as_the_plain_gate(block_size, count, options, i
     means, rows = gate.block_means(k, block_size), gate.gate_queries(q, 2, options)
     if not is_causal:
         options = options._replace(local_blocks=0)
-    firsts = [None]
+    first = (torch.arange(rows.shape[2]) // 25)[None].int()
+    spans = [(None, None), (first, (first + 7).clamp(max=means.shape[2]))]
     if is_causal:
-        firsts.append((torch.arange(rows.shape[2]) // 25)[None].int())
-    for first_block in firsts:
+        spans.append((first, None))
+    for span in spans:
         expected = gate.select_by_means(
-            rows, means, 128, block_size, count + 5, options, is_causal, first_block
+            rows, means, 128, block_size, count + 5, options, is_causal, *span
         )
         scored = count + 5 - options.sink_blocks - options.local_blocks
         best = select_on_cuda(
-            rows, means.to(rows.dtype), first_block, 128, block_size, scored, options, is_causal
+            *(rows, means.to(rows.dtype), *span, 128, block_size, scored, options, is_causal)
         )
         assert_bitwise_equal(best, expected[..., -scored:])
 
