@@ -20,7 +20,7 @@ demo: $(VENV)/.plot ## Train a small model, check and time its attention, draw w
 
 # By file, because each example uses the names of those before it in its file.
 test: $(VENV)/.dev ## Run the tests, examples in documents and docstrings included
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 5
 
 slow: $(VENV)/.dev ## Run the tests that `make test` leaves out because they take long
 	$(BIN)/python -m pytest -m slow

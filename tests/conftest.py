@@ -6,14 +6,16 @@ computations are given the same selection.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import AuxRequest
 
+from flexmoba import masked
 from flexmoba.reference import reference_attention
 
 settings.register_profile("dev", deadline=None, max_examples=50)
@@ -29,7 +31,35 @@ FACTORS = {"out": 2, "lse": 2} | dict.fromkeys(GRADIENTS, 3)
 # gets more than roundings add up to here, and far less than one of float32.
 ROUNDINGS = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 16, torch.float64: 1024}
 
+# Of the loops that cut work into pieces: sizes that make drawn problems of several pieces, most of
+# them of several tiles or queries.
+SMALL_PIECES = {
+    "flexmoba.gate._SCORES_AT_ONCE": 2**9,
+    "flexmoba.modified._SCORES_AT_ONCE": 4 * 128 * 16,
+    "flexmoba.portable._QUERIES_AT_ONCE": 13,
+    "flexmoba.portable._SCORES_AT_ONCE": 4 * 128 * 16,
+    "flexmoba.tune.quality._SCORES_AT_ONCE": 2**8,
+}
+
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def small_pieces() -> Iterator[None]:
+    """Makes every loop over pieces take several of them, however small the problem."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in SMALL_PIECES.items():
+            patch.setattr(name, size)
+        yield
+
+
+@pytest.fixture(scope="module")
+def uncompiled_flex() -> Iterator[None]:
+    """FlexAttention without torch.compile, whose tracing of every shape takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+        patch.setattr(masked, "run_compiled", lambda f, *tensors, **static: f(*tensors, **static))
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

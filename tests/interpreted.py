@@ -81,13 +81,24 @@ def test_some_queries_without_their_own_block():
     check(problem, selection, own)
 
 
-@pytest.mark.parametrize(("sorting", "parts"), [(0.01, 0.5), (0.01, 0.01)])
-def test_in_pieces(monkeypatch, sorting, parts):
+@pytest.mark.parametrize(
+    ("sorting", "parts", "forward", "backward"),
+    [
+        (0.01, 0.5, [1, 1, 1, 1], [1, 1, 1, 1]),  # calls of one KV head
+        (0.01, 0.01, [1] * 32, [1, 1, 1, 1]),  # calls of 64 queries
+        (1.0, 0.7, [4], [4]),  # one call, in pieces of one KV head
+    ],
+)
+def test_in_pieces(monkeypatch, sorting, parts, forward, backward):
     monkeypatch.setattr(pieces, "_SORTING_SHARE", sorting)
     monkeypatch.setattr(pieces, "_TOTAL_SHARE", parts)
-    monkeypatch.setattr(fused, "cut", pieces.cut.__wrapped__)  # not from its cache
+    cut = pieces.cut.__wrapped__  # not from its cache
+    monkeypatch.setattr(fused, "cut", cut)
+    shape = pieces.Shape(2, 4, 2, 200, 290, 64, 2, 16, 16)
+    for whole_kv_heads, expected in ((False, forward), (True, backward)):
+        calls = cut(shape, whole_kv_heads=whole_kv_heads)
+        assert [len(call.pieces) for call in calls] == expected
     problem = variant(batch=2)
-    assert len(pieces.cut.__wrapped__(pieces.Shape(2, 4, 2, 200, 290, 64, 2, 16, 16))) > 1
     check(problem, gated(problem))
 
 
@@ -106,27 +117,28 @@ def test_a_block_that_all_chose_is_shared_out(monkeypatch):
     ("block_size", "count", "options"),
     [
         (16, 3, gate.Gate()),
-        (7, 20, gate.Gate(sink_blocks=2, local_blocks=3)),
+        (7, 12, gate.Gate(sink_blocks=2, local_blocks=3)),
         (128, 1, gate.Gate("tile", sink_blocks=1)),
         (16, 3, gate.Gate("group")),
     ],
 )
 def test_the_gate_kernel_selects_as_the_plain_gate(block_size, count, options, is_causal):
-    problem = variant(block_size=block_size, kv_len=328)
+    problem = variant(block_size=block_size, q_len=100, kv_len=228)
     q, k, _ = problem.tied_tensors()
     means, rows = gate.block_means(k, block_size), gate.gate_queries(q, 2, options)
     if not is_causal:
         options = options._replace(local_blocks=0)
-    firsts = [None]
+    first = (torch.arange(rows.shape[2]) // 25)[None].int()
+    spans = [(None, None), (first, (first + 7).clamp(max=means.shape[2]))]
     if is_causal:
-        firsts.append((torch.arange(rows.shape[2]) // 50)[None].int())
-    for first_block in firsts:
+        spans.append((first, None))
+    for span in spans:
         expected = gate.select_by_means(
-            rows, means, 128, block_size, count + 5, options, is_causal, first_block
+            rows, means, 128, block_size, count + 5, options, is_causal, *span
         )
         scored = count + 5 - options.sink_blocks - options.local_blocks
         best = select_on_cuda(
-            rows, means.to(rows.dtype), first_block, 128, block_size, scored, options, is_causal
+            *(rows, means.to(rows.dtype), *span, 128, block_size, scored, options, is_causal)
         )
         assert_bitwise_equal(best, expected[..., -scored:])
 

@@ -11,6 +11,8 @@ from flexmoba.gate import block_means
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal, with_lse
 from tests.problems import Problem, problems
 
+pytestmark = pytest.mark.usefixtures("small_pieces")
+
 
 def cache_for(problem: Problem, max_len: int | None = None) -> MobaCache:
     return MobaCache(

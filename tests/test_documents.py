@@ -16,6 +16,8 @@ from tests.conftest import assert_bitwise_equal, with_lse
 from tests.problems import Problem, problems
 from tests.test_errors import assert_raises
 
+pytestmark = pytest.mark.usefixtures("small_pieces")
+
 few = settings(max_examples=20)
 self_attention = problems().map(lambda p: replace(p, q_len=p.kv_len))
 doubles = self_attention.map(lambda p: replace(p, dtype=torch.float64))

@@ -14,6 +14,8 @@ from tests.conftest import assert_bitwise_equal
 from tests.problems import Problem, as_bools, problems
 from tests.test_errors import assert_raises
 
+pytestmark = pytest.mark.usefixtures("small_pieces")
+
 few = settings(max_examples=15)
 
 

@@ -13,7 +13,8 @@ from flexmoba import flex_moba, moba_select, selected_attention
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal, with_lse
 from tests.problems import DTYPES, Problem, problems
 
-impls = st.sampled_from(("portable", "auto"))
+pytestmark = pytest.mark.usefixtures("small_pieces")
+
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -25,28 +26,28 @@ def gradients(problem: Problem, loss_of) -> tuple[Tensor, ...]:
 
 
 @every_dtype
-@given(problems(), impls)
-def test_are_as_exact_as_dense_attentions(dtype, problem, impl):
+@given(problems())
+def test_are_as_exact_as_dense_attentions(dtype, problem):
     problem = replace(problem, dtype=dtype)
     q, k, v = problem.tensors()
     args, options = (problem.block_size, problem.topk), {"is_causal": problem.is_causal}
     mask = problem.mask_of(moba_select(q, k, *args, **options))
-    attend = with_lse(flex_moba, *args, **options, impl=impl)
+    attend = with_lse(flex_moba, *args, **options)
     assert_as_exact_as_dense(attend, q, k, v, mask, gradients=True)
 
 
-@given(problems(), impls)
-def test_of_full_attention(problem, impl):
+@given(problems())
+def test_of_full_attention(problem):
     q, k, v = problem.tensors()
     everything = torch.arange(problem.n_blocks, dtype=torch.int32)
     mask = problem.mask_of(everything.expand(*q.shape[:3], -1))
-    attend = with_lse(flex_moba, problem.block_size, None, is_causal=problem.is_causal, impl=impl)
+    attend = with_lse(flex_moba, problem.block_size, None, is_causal=problem.is_causal)
     assert_as_exact_as_dense(attend, q, k, v, mask, gradients=True)
 
 
 @every_dtype
-@given(problems(), st.sampled_from((None, 0.3, -0.5)), impls)
-def test_of_any_selection(dtype, problem, scale, impl):
+@given(problems(), st.sampled_from((None, 0.3, -0.5)))
+def test_of_any_selection(dtype, problem, scale):
     problem = replace(problem, dtype=dtype)
     q, k, v = problem.tensors()
     selection = problem.selection()
@@ -56,7 +57,6 @@ def test_of_any_selection(dtype, problem, scale, impl):
         problem.block_size,
         is_causal=problem.is_causal,
         scale=scale,
-        impl=impl,
     )
     mask = problem.mask_of(selection)
     assert_as_exact_as_dense(attend, q, k, v, mask, scale=scale, gradients=True)
@@ -155,7 +155,8 @@ def two_threads() -> Iterator[None]:
     [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)],
     ids=str,
 )
-def test_two_runs_are_bitwise_equal(dtype, is_causal):
+def test_two_runs_are_bitwise_equal(dtype, is_causal, monkeypatch):
+    monkeypatch.setattr("flexmoba.portable._SCORES_AT_ONCE", 2**20)  # several tiles of a block
     problem = Problem(
         batch=2,
         kv_heads=2,

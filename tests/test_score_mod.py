@@ -19,6 +19,8 @@ from tests.problems import Problem, problems
 from tests.test_errors import assert_raises
 from tests.test_tiles import dense_flex
 
+pytestmark = pytest.mark.usefixtures("small_pieces")
+
 few = settings(max_examples=15)
 doubles = problems(dtype=st.just(torch.float64))
 

@@ -13,6 +13,8 @@ from flexmoba.reference import reference_selection
 from tests.conftest import assert_bitwise_equal
 from tests.problems import DTYPES, Problem, as_bools, problems
 
+pytestmark = pytest.mark.usefixtures("small_pieces")
+
 
 def select(problem: Problem, q: Tensor, k: Tensor) -> Tensor:
     return moba_select(q, k, problem.block_size, problem.topk, is_causal=problem.is_causal)

@@ -29,6 +29,8 @@ from flexmoba.tune import (
 from tests.conftest import assert_bitwise_equal
 from tests.problems import problems
 
+pytestmark = pytest.mark.usefixtures("small_pieces")
+
 # ---- Captured mass ------------------------------------------------------------------------------
 
 
