@@ -190,6 +190,16 @@ def test_tune_draws(tmp_path):
     assert file.stat().st_size > 10_000
 
 
+def test_a_picture_that_cannot_be_written_after_all_costs_no_result(monkeypatch, capsys):
+    monkeypatch.setattr("flexmoba.tune.command.check_writable", lambda **_: None)
+    with pytest.raises(SystemExit) as error:
+        main([*EXAMPLE, "--no-times", "--plot", "nowhere/x.png"])
+    assert error.value.code == 2
+    printed = capsys.readouterr()
+    assert "| block |" in printed.out
+    assert "--plot nowhere/x.png: not written (No such file or directory)" in printed.err
+
+
 def test_tune_says_that_a_picture_needs_matplotlib(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     error = fails([*EXAMPLE, "--plot", "x.png"], capsys)

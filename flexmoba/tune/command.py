@@ -25,7 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexmoba.console import UsageError, add_device, add_json, check_writable, positive, write_json
+from flexmoba.console import (
+    UsageError,
+    add_device,
+    add_json,
+    check_writable,
+    positive,
+    save_picture,
+    write_json,
+)
 from flexmoba.example import synthetic
 from flexmoba.tune.calls import Call, capture
 from flexmoba.tune.measure import sampled, tune
@@ -109,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         from flexmoba.plot import plot_report
 
-        plot_report(report, recommended).savefig(arguments.plot)
+        save_picture(plot_report(report, recommended), "plot", arguments.plot)
     return int(recommended is None)
 
 
