@@ -7,9 +7,14 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+
+from flexmoba.figure import can_draw
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 
@@ -113,13 +118,19 @@ def _check_file(option: str, file: Path) -> None:
 def _check_drawable(file: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib; pip install 'flexmoba[plot]'")
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    if file.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+    if not can_draw(file):
         raise UsageError(
             f"--plot {file}: matplotlib has no format {file.suffix!r}; let it end in .png, .svg "
             "or .pdf"
         )
+
+
+def save_picture(figure: "Figure", option: str, file: Path) -> None:
+    """Writes a picture of results that are printed already."""
+    try:
+        figure.savefig(file)
+    except OSError as error:
+        raise UsageError(f"--{option} {file}: not written ({error.strerror})") from error
 
 
 def progress(items: Sequence[T], label: str) -> Iterator[T]:

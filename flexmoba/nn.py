@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flexmoba.attention import flex_moba
 from flexmoba.cache import MobaCache
 from flexmoba.checks import (
+    DTYPES,
     check_block_size,
     check_documents,
     check_gate,
@@ -234,6 +235,7 @@ class MobaAttention(nn.Module):
         *,
         kv_heads: int | None = None,
         dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> MobaCache:
         """An empty cache for `forward`: a `MobaCache`, of the class that this layer needs.
 
@@ -241,17 +243,33 @@ class MobaAttention(nn.Module):
             batch: Rows.
             max_len: Tokens that each row has room for; None to grow as needed.
             kv_heads: KV heads of this device, where they are split over several; all by default.
-            dtype: Of keys and values; that of the parameters, or of autocast, by default.
+            dtype: Of keys and values, as the projections give them; that of autocast by default, or
+                the first of half, single or double precision among the parameters and buffers of
+                ``k_proj``, then of the layer. Quantised layers may compute in another: give it.
+            device: Where they are; where the first parameter or buffer is, by default.
+
+        Raises:
+            ValueError: The layer holds nothing that tells the dtype or the device.
         """
-        weight = self.k_proj.weight
+        held = [x for part in (self.k_proj, self) for x in (*part.parameters(), *part.buffers())]
+        if dtype is None:
+            dtype = next((y for x in held if (y := autocast_dtype(x)) in DTYPES), None)
+        if device is None:
+            device = next((x.device for x in held), None)
+        if dtype is None or device is None:
+            raise ValueError(
+                f"make_cache cannot tell where or in what dtype k_proj, a "
+                f"{type(self.k_proj).__name__}, gives keys, got dtype={dtype} and device={device}; "
+                "pass both"
+            )
         return (MobaCache if self.key_conv is None else KeyConvCache)(
             batch,
             self.kv_heads if kv_heads is None else kv_heads,
             self.head_dim,
             block_size=self.moba.block_size,
             max_len=max_len,
-            dtype=dtype or autocast_dtype(weight),
-            device=weight.device,
+            dtype=dtype,
+            device=device,
         )
 
     def forward(

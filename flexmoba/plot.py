@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexmoba.checks import check_block_size
+from flexmoba.figure import mpl, new_figure
 from flexmoba.tune.report import Choice, Cost, Report
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def plot_heads(
     heads = min(selection.shape[1], 8)
     columns = min(heads, 4)
     lines = -(-heads // columns)
-    figure = _figure((3.2 * columns + 0.6, 3.4 * lines + 0.7))
+    figure = new_figure((3.2 * columns + 0.6, 3.4 * lines + 0.7))
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for head, axes in enumerate(panels.flat):
         if head < heads:
@@ -267,7 +268,7 @@ def plot_report(report: Report, recommended: Choice | None = None) -> "Figure":
     """
     timed = report.timed
     named = len(report.layers) if len(report.layers) <= MAX_NAMES else 0
-    figure = _figure((5.4 * (2 + timed), max(4.6, 1.6 + 0.18 * named)))  # room for their names
+    figure = new_figure((5.4 * (2 + timed), max(4.6, 1.6 + 0.18 * named)))  # room for their names
     panels = figure.subplots(1, 2 + timed, squeeze=False)[0]
     plot_frontier(report, recommended=recommended, axes=panels[0])
     if timed:
@@ -344,44 +345,30 @@ def _chosen(selection: Tensor, block_size: int, kv_len: int | None) -> tuple[Ten
 
 
 def _axes(axes: "Axes | None", size: tuple[float, float]) -> "Axes":
-    return _figure(size).subplots() if axes is None else axes
-
-
-def _figure(size: tuple[float, float]) -> "Figure":
-    """A figure that belongs to no window, so that pictures are drawn the same everywhere."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib; pip install 'flexmoba[plot]'") from error
-    return Figure(figsize=size, dpi=120, layout="constrained", facecolor="white")
+    return new_figure(size).subplots() if axes is None else axes
 
 
 def _whole_numbers(axes: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(mpl("ticker").MaxNLocator(integer=True))
 
 
 def _log_scale(axes: "Axes", text: str, factor: float) -> None:
     """A logarithmic x axis with numbers at 1, 2 and 5, that one can read."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
+    ticker = mpl("ticker")
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: text.format(x * factor)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: text.format(x * factor)))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _patches(kinds: dict[str, str]) -> list[Any]:
-    from matplotlib.patches import Patch
-
-    return [Patch(facecolor=colour, edgecolor="0.5", label=name) for name, colour in kinds.items()]
+    patch = mpl("patches").Patch
+    return [patch(facecolor=colour, edgecolor="0.5", label=name) for name, colour in kinds.items()]
 
 
 def _rgb(colour: str) -> tuple[float, float, float]:
-    from matplotlib.colors import to_rgb
-
-    return to_rgb(colour)
+    rgb: tuple[float, float, float] = mpl("colors").to_rgb(colour)
+    return rgb
 
 
 def _cells(cells: Tensor) -> list[tuple[int, int]]:

@@ -185,9 +185,10 @@ def test_block_masks_are_not_made_by_evaluating_them():
 def test_runtime_dependencies():
     allowed = {"torch", "einops", "triton", "flexmoba"}  # triton: part of torch, where it is
     extras = {  # imported where they are used, if they are installed
-        "bench": {"tqdm", "matplotlib"},
+        "bench": {"matplotlib"},
         "console": {"tqdm", "matplotlib"},
         "demo": {"tqdm"},
+        "figure": {"matplotlib"},
         "plot": {"matplotlib"},
     }
     for module, tree in MODULES.items():

@@ -190,6 +190,16 @@ def test_tune_draws(tmp_path):
     assert file.stat().st_size > 10_000
 
 
+def test_a_picture_that_cannot_be_written_after_all_costs_no_result(monkeypatch, capsys):
+    monkeypatch.setattr("flexmoba.tune.command.check_writable", lambda **_: None)
+    with pytest.raises(SystemExit) as error:
+        main([*EXAMPLE, "--no-times", "--plot", "nowhere/x.png"])
+    assert error.value.code == 2
+    printed = capsys.readouterr()
+    assert "| block |" in printed.out
+    assert "--plot nowhere/x.png: not written (No such file or directory)" in printed.err
+
+
 def test_tune_says_that_a_picture_needs_matplotlib(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     error = fails([*EXAMPLE, "--plot", "x.png"], capsys)
@@ -229,13 +239,27 @@ def test_tune_reads_safetensors(tmp_path, capsys):
     [
         ({"q": torch.zeros(1, 1, 4, 2)}, 'needs "q" and "k", or pairs'),
         ({"keys": torch.zeros(1, 1, 4, 2)}, "it has keys"),
-        ([torch.zeros(1, 1, 4, 2)], "it must hold a dict of tensors"),
-        ({"q": torch.zeros(4, 2), "k": torch.zeros(4, 2)}, "q"),
+        (
+            {f"{i}.w": torch.zeros(1) for i in range(9)},
+            "it has 0.w, 1.w, 2.w, 3.w, 4.w, 5.w, 6.w, ",
+        ),
+        ([torch.zeros(1, 1, 4, 2)], "it must hold a dict of dense tensors"),
+        ({"q": {"a": torch.zeros(1, 1, 4, 2)}}, "it must hold a dict of dense tensors"),
+        ({"q": torch.zeros(1, 1, 4, 2).to_sparse()}, "it must hold a dict of dense tensors"),
+        ({"q": torch.zeros(4, 2), "k": torch.zeros(4, 2)}, "'k': q must have four dimensions"),
+        ({"q": torch.zeros(1, 1, 4, 2).int(), "k": torch.zeros(1, 1, 4, 2)}, "cast it first"),
+        (
+            {"a.q": torch.zeros(1, 1, 4, 2), "a.k": torch.zeros(1, 1, 4, 2).half()},
+            "x.pt, 'a.q' and 'a.k': q and k must have the same dtype",
+        ),
+        ({"q": torch.zeros(1, 1, 4, 2), "k": torch.zeros(1, 1, 3, 2)}, "at least as many keys"),
     ],
 )
 def test_tune_refuses_tensors(content, text, tmp_path, capsys):
     torch.save(content, tmp_path / "x.pt")
-    assert text in fails(["tune", "--tensors", str(tmp_path / "x.pt")], capsys)
+    error = fails(["tune", "--tensors", str(tmp_path / "x.pt")], capsys)
+    assert text in error
+    assert error.count("\n") == 1
 
 
 def test_tune_refuses_what_holds_no_tensors(tmp_path, capsys):

@@ -415,6 +415,81 @@ def test_activation_checkpointing_changes_no_bit(use_reentrant):
         assert_bitwise_equal(actual, expected)
 
 
+class Quantised(nn.Module):
+    """A linear map with weights of 8 bits, and scales, if any, as a buffer."""
+
+    def __init__(self, linear, scales=True, weight_dtype=torch.int8):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(weight_dtype))
+        if scales:
+            self.register_buffer("scale", scale)
+        else:
+            self.scale = scale
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) * self.scale.to(x.dtype)).T
+
+
+class Plain(nn.Module):
+    """What another library puts in the place of a projection: no module of torch, no weight."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.call = lambda x: x @ weight.T
+
+    def forward(self, x):
+        return self.call(x)
+
+
+def wrapped_all(layer, wrap):
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        setattr(layer, name, wrap(getattr(layer, name)))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("wrap", "options"),
+    [
+        (Quantised, {}),
+        (lambda linear: Quantised(linear, weight_dtype=torch.float8_e4m3fn), {}),
+        (lambda linear: Quantised(linear, scales=False), {"dtype": torch.float32}),
+        (nn.Sequential, {}),
+        (nn.Sequential, {"dtype": torch.float32}),
+        (lambda linear: torch.compile(linear, backend="eager"), {}),
+        (Plain, {"dtype": torch.float32, "device": "cpu"}),
+    ],
+)
+@torch.no_grad()
+def test_a_cache_for_projections_that_are_wrapped_or_quantised(wrap, options):
+    layer = wrapped_all(EXAMPLE.layer(torch.float32), wrap)
+    cache, x = layer.make_cache(2, **options), EXAMPLE.x().float()
+    outs = [layer(part, cache=cache) for part in x.split(30, dim=1)]
+    torch.testing.assert_close(torch.cat(outs, 1), layer(x))
+
+
+@torch.no_grad()
+def test_a_cache_for_quantised_projections_follows_autocast():
+    layer = wrapped_all(EXAMPLE.layer(torch.float32), lambda x: Quantised(x, scales=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.make_cache(2).k.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("wrap", "options", "text"),
+    [
+        (lambda x: Quantised(x, scales=False), {}, "a Quantised, .* dtype=None and device=cpu; "),
+        (Plain, {}, "a Plain, gives keys, got dtype=None and device=None; pass both"),
+        (Plain, {"dtype": torch.half}, "dtype=torch.float16 and device=None; pass both"),
+    ],
+)
+def test_a_cache_that_nothing_tells_the_dtype_of_is_refused(wrap, options, text):
+    layer = wrapped_all(MobaAttention(16, 4, block_size=8, topk=2), wrap)
+    with pytest.raises(ValueError, match=text):
+        layer.make_cache(2, **options)
+
+
 @pytest.mark.gpu
 def test_the_layer_on_cuda_and_a_step_in_a_cuda_graph():
     # Float32, so that hardly a gate chooses differently than in float64.

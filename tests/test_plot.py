@@ -1,7 +1,10 @@
 """Pictures: that what is drawn is what was selected, counted cell by cell."""
 
 import itertools
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +218,49 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'flexmoba\[plot\]'"):
         plot_heads(SELECTION, 2, kv_len=9)
+
+
+DRAW = """
+import os, sys
+import torch
+from flexmoba import moba_select
+from flexmoba.bench.report import plot
+from flexmoba.cli import main
+from flexmoba.plot import plot_block_mask, plot_selection
+from torch.nn.attention.flex_attention import create_block_mask
+
+result = {"batch": 1, "heads": 1, "kv_heads": 1, "length": 9, "block_size": 2, "topk": 2}
+result |= {"forward_ms": {"flex_moba": 1.0}}
+figures = [plot({"results": [result], "device": "x", "torch": "y", "dtype": "z"})]
+mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, 300, 300, device="cpu")
+figures += [plot_block_mask(mask).figure]
+figures += [plot_selection(moba_select(*torch.randn(2, 1, 1, 9, 2), 2, 2), 2).figure]
+for i, figure in enumerate(figures):
+    figure.savefig(f"{i}.svg")
+options = "tune --example --length 99 --block-sizes 9 --topks 2 --no-times --device cpu --mass 0.1"
+code = main([*options.split(), "--plot", "3.png"])
+assert os.environ["MPLBACKEND"] == sys.argv[1]
+raise SystemExit(code)
+"""
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_a_backend_that_is_not_installed_is_not_needed(backend, tmp_path):
+    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"MPLBACKEND": backend, "PYTHONPATH": path}
+    command = [sys.executable, "-c", DRAW, backend]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    assert {x.name for x in tmp_path.iterdir() if x.stat().st_size > 4_000} == {
+        *("0.svg", "1.svg", "2.svg", "3.png")
+    }
+
+
+def test_a_backend_that_is_installed_stays_chosen():
+    run = "import flexmoba.figure; flexmoba.figure.new_figure((1, 1)); import matplotlib"
+    run += "; print(matplotlib.get_backend())"
+    environment = os.environ | {"MPLBACKEND": "svg"}
+    output = subprocess.check_output([sys.executable, "-c", run], env=environment, text=True)
+    assert output == "svg\n"
 
 
 @pytest.mark.gpu

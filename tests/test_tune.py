@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+from collections import OrderedDict
 from statistics import NormalDist
 
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from flexmoba import flex_moba
@@ -260,43 +263,183 @@ def test_keeps_copies_and_gradients():
     assert not calls[0].q.requires_grad
 
 
-PADDED = torch.arange(50)[None] < 40
+POSITION = torch.arange(50)
+PADDED = POSITION[None] < 40
+PAST = torch.ones(50, 50).tril().bool()
+WINDOW = PAST & ~PAST.roll(16, 0).tril(-16)
+DOCUMENTS = PAST & ((POSITION < 20) == (POSITION[:, None] < 20))
+OF_ONE_HEAD = torch.stack([PAST, WINDOW, PAST])[None]
+DISTANCE = (POSITION - POSITION[:, None]).float()
+MASK = "a mask other than the causal one"
+
+
+def flex(mask_mod, score_mod=None):
+    mask = create_block_mask(mask_mod, 1, 3, 50, 50, device="cpu")
+    return Attention(lambda *x: compiled_flex(*x, score_mod=score_mod, block_mask=mask))
+
+
+def calls_of(model, *inputs, **options):
+    with torch.no_grad(), capture(model, **options) as calls:
+        model(*inputs)
+    return calls
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager", fullgraph=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (sdpa(), "no causal mask"),
+        (sdpa(attn_mask=PADDED), MASK),
+        (sdpa(attn_mask=PADDED.expand(50, 50)), MASK),
+        (sdpa(attn_mask=torch.zeros(50, 50).masked_fill(~PADDED, -math.inf)), MASK),
+        (sdpa(attn_mask=WINDOW), MASK),
+        (sdpa(attn_mask=torch.zeros(50, 50).masked_fill(~WINDOW, -math.inf)), MASK),
+        (sdpa(attn_mask=PAST & PADDED), MASK),
+        (sdpa(attn_mask=DOCUMENTS), MASK),
+        (sdpa(attn_mask=OF_ONE_HEAD), MASK),
+        (sdpa(attn_mask=DISTANCE.masked_fill(~PAST, -math.inf)), MASK),
+        (compiled(sdpa(attn_mask=WINDOW)), MASK),
+        (Attention(flex_attention), MASK),
+        (Attention(compiled_flex), MASK),
+        (flex(lambda b, h, i, j: (i >= j) & (i - j < 16)), MASK),
+        (flex(lambda b, h, i, j: OF_ONE_HEAD[b, h, i, j]), MASK),
+        (flex(lambda b, h, i, j: i >= j, lambda s, b, h, i, j: s - (i - j) / 9), MASK),
+        (flex(lambda b, h, i, j: i >= j, lambda s, b, h, i, j: s + (PADDED[0, j] - 1) * 1e9), MASK),
+        (Attention(FlexMoba(16, 2, is_causal=False)), "no causal mask"),
+        (
+            Attention(FlexMoba(16, 2, cu_seqlens=torch.tensor([0, 20, 50], dtype=torch.int32))),
+            "called with cu_seqlens, of ",
+        ),
+        (Attention(FlexMoba(16, 2, key_padding_mask=PADDED)), "called with key_padding_mask"),
+        (
+            Attention(FlexMoba(16, 2, score_mod=lambda s, b, h, i, j: s / 2)),
+            "called with score_mod",
+        ),
+        (
+            Attention(
+                lambda q, k, v: F.scaled_dot_product_attention(q[:, :, -1:], k, v, is_causal=True)
+            ),
+            "shapes other than (B, H, L, D) of as many queries as keys",
+        ),
+        (
+            Attention(lambda q, k, v: F.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0])),
+            "no causal mask",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_what_is_not_plain_causal_self_attention_is_left_out(model, reason):
+    x = torch.randn(1, 3, 50, 16)
+    with pytest.raises(ValueError, match=rf"was seen \({re.escape(reason)}.*sdpa"):
+        calls_of(model, x)
+    both = nn.Sequential(OrderedDict({"kept": sdpa(is_causal=True), "left out": model}))
+    text = rf"^capture left out attention calls: {re.escape(reason)}.*left out"
+    with pytest.warns(UserWarning, match=text):
+        calls = calls_of(both, x)
+    assert [call.name for call in calls] == ["kept"]
 
 
 @pytest.mark.parametrize(
     "model",
     [
-        sdpa(),  # not causal
-        sdpa(attn_mask=PADDED),
-        sdpa(attn_mask=PADDED.expand(50, 50)),
-        sdpa(attn_mask=torch.zeros(50, 50).masked_fill(~PADDED, -math.inf)),
-        Attention(flex_attention),
-        Attention(compiled_flex),
-        Attention(FlexMoba(16, 2, is_causal=False)),
-        Attention(FlexMoba(16, 2, cu_seqlens=torch.tensor([0, 20, 50], dtype=torch.int32))),
-        Attention(FlexMoba(16, 2, key_padding_mask=PADDED)),
-        Attention(
-            lambda q, k, v: F.scaled_dot_product_attention(q[:, :, -1:], k, v, is_causal=True)
-        ),
+        sdpa(attn_mask=PAST.expand(1, 3, 50, 50)),
+        sdpa(attn_mask=causal_lower_right(50, 50)),
+        compiled(sdpa(attn_mask=PAST)),
+        flex(lambda b, h, i, j: PAST[i, j]),
+        flex(lambda b, h, i, j: i >= j, lambda s, b, h, i, j: s + 0 * b),
+        flex(lambda b, h, i, j: (i >= j) & (i - j < 50)),
     ],
 )
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_what_is_not_causal_self_attention_is_left_out(model):
-    with (
-        pytest.raises(ValueError, match=r"was seen \(1 other attention calls\).*sdpa"),
-        capture(model) as calls,
-    ):
-        model(torch.randn(1, 1, 50, 16))
-    assert calls == []
+def test_a_mask_of_another_kind_that_is_causal_is_kept(model):
+    assert len(calls_of(model, torch.randn(1, 3, 50, 16))) == 1
+
+
+def test_many_calls_inside_torch_compile():
+    model = nn.Sequential(*(flex(lambda b, h, i, j: i >= j) for _ in range(4)))
+    with torch._dynamo.config.patch(recompile_limit=2):  # 8 by default
+        calls = calls_of(model, torch.randn(1, 3, 50, 16))
+    assert [call.name for call in calls] == ["0", "1", "2", "3"]
+
+
+def test_names_few_of_many_layers():
+    model = nn.Sequential(*(sdpa(attn_mask=WINDOW) for _ in range(6)), sdpa(is_causal=True))
+    with pytest.warns(UserWarning, match=r", of 0, 1, 2, 3 and 2 more$"):
+        calls = calls_of(model, torch.randn(1, 1, 50, 16))
+    assert [call.name for call in calls] == ["6"]
+
+
+@st.composite
+def masks(draw, length):
+    """Masks of two heads: causal, but for a window, padding, documents or a prefix, of some size.
+
+    Of some sizes, they hide or show nothing more than the causal one.
+    """
+    i, j = torch.arange(length)[:, None], torch.arange(length)
+    sizes = st.integers(0, length)
+    window, padding, edge, prefix = (draw(st.one_of(st.just(x), sizes)) for x in (length, 0, 0, 0))
+    causal = (j <= i) & (i - j <= window) & ((i < edge) == (j < edge))
+    mask = (causal | ((j < prefix) & (i < prefix))) & (j >= padding) | (j == i)
+    mask = torch.stack([mask, (j <= i) if draw(st.booleans()) else mask])[None]
+    return mask, torch.where(mask, 0.0, -math.inf) if draw(st.booleans()) else mask
+
+
+@given(st.data(), st.integers(2, 24), st.integers(1, 24))
+def test_what_is_kept_has_the_mass_that_its_mask_leaves(data, length, queries):
+    mask, given_mask = data.draw(masks(length))
+    x, model = torch.randn(1, 2, length, 8), sdpa(attn_mask=given_mask)
+    positions = sample_positions(length, queries)
+    causal = bool((mask[..., positions, :] == torch.ones(length, length).tril()[positions]).all())
+    if not causal:
+        with pytest.raises(ValueError, match=MASK):
+            calls_of(model, x, queries=queries)
+        return
+    (call,) = calls_of(model, x, queries=queries)
+    found = gate_quality(call.q, call.k, 4, 2, positions=call.positions, scale=call.scale)[4]
+    selected = reference_selection(2 * x, 3 * x, 4, 2, is_causal=True)
+    read = reference_mask(selected, 4, length, is_causal=True)
+    scores = ((2 * x) @ (3 * x).mT * 8**-0.5).masked_fill(~mask, -math.inf)
+    expected = scores.softmax(-1).masked_fill(~read, 0.0)[:, :, positions].sum(-1).mean((0, 2))
+    torch.testing.assert_close(found.mass[0], expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_of_transformers_models_layers_with_a_window_are_left_out(attention):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma3TextConfig(
+        **{"vocab_size": 9, "hidden_size": 16, "intermediate_size": 16, "head_dim": 8},
+        **{"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1},
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        sliding_window=16,
+        attn_implementation=attention,
+    )
+    model = transformers.Gemma3TextModel(config).eval()
+    tokens = torch.arange(50)[None] % 9
+    if attention == "eager":  # which calls none of torch's functions
+        with pytest.raises(ValueError, match="no attention call"):
+            calls_of(model, tokens)
+        return
+    with pytest.warns(UserWarning, match=rf"{MASK}.*layers.0.self_attn, layers.2.self_attn$"):
+        calls = calls_of(model, tokens)
+    assert [call.name for call in calls] == ["layers.1.self_attn"]
+    assert len(calls_of(model, tokens[:, :16])) == 3  # none is beyond its window
 
 
 def test_a_chunk_for_a_cache_is_left_out():
     layer = MobaAttention(32, 2, block_size=8, topk=2)
     cache = layer.make_cache(1)
-    with torch.no_grad(), capture(layer) as calls:
-        layer(torch.randn(1, 50, 32))
-        layer(torch.randn(1, 40, 32), cache=cache)
-        layer(torch.randn(1, 10, 32), cache=cache)
+
+    def steps():
+        with torch.no_grad(), capture(layer) as calls:
+            layer(torch.randn(1, 50, 32))
+            layer(torch.randn(1, 40, 32), cache=cache)
+            layer(torch.randn(1, 10, 32), cache=cache)
+        return calls
+
+    with pytest.warns(UserWarning, match="called with cache, of moba"):
+        calls = steps()
     assert [call.k.shape[2] for call in calls] == [50]
 
 

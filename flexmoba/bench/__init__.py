@@ -28,7 +28,15 @@ from flexmoba.bench.calls import ROUNDINGS, describe, matrix_rate, measure
 from flexmoba.bench.configs import PRESETS, Config
 from flexmoba.bench.report import plot, tables
 from flexmoba.bench.steps import measure_step
-from flexmoba.console import UsageError, add_device, add_json, check_writable, progress, write_json
+from flexmoba.console import (
+    UsageError,
+    add_device,
+    add_json,
+    check_writable,
+    progress,
+    save_picture,
+    write_json,
+)
 
 __all__ = ["PRESETS", "Config", "add_arguments", "run"]
 
@@ -72,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(tables(report))
     if arguments.plot:
         try:
-            plot(report, arguments.plot)
+            save_picture(plot(report), "plot", arguments.plot)
         except ValueError as error:  # nothing was right enough to be timed, which the code tells
             print(f"--plot: {error}", file=sys.stderr)
     return int(any(result["error"] > result["allowed"] for result in report["results"]))

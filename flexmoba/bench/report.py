@@ -1,10 +1,13 @@
 """Shows what was measured: tables in Markdown, and a picture."""
 
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexmoba.bench.configs import Config
+from flexmoba.figure import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def tables(report: dict[str, Any]) -> str:
@@ -93,10 +96,8 @@ def _table(heads: list[str], rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
+def plot(report: dict[str, Any]) -> "Figure":
     """Draws the times of a report as bars: of whole calls, and below of decoding steps."""
-    from matplotlib.figure import Figure
-
     kinds = (
         {"forward_ms": "forward", "both_ms": "forward and backward"},
         {"step_ms": "a decoding step"},
@@ -109,7 +110,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     if not groups:
         raise ValueError("nothing in this report was timed, so there is nothing to draw")
     counts = [len(rows) for rows, _ in groups]
-    figure = Figure(figsize=(11, 1.4 * len(groups) + 0.55 * sum(counts)), layout="constrained")
+    figure = new_figure((11, 1.4 * len(groups) + 0.55 * sum(counts)))
     parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=[n + 2 for n in counts])
     for (rows, titles), part in zip(groups, parts[:, 0], strict=True):
         panels = part.subplots(1, len(titles), sharey=True, squeeze=False)[0]
@@ -121,7 +122,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         panels[0].invert_yaxis()
         part.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     figure.suptitle(f"{report['device']}, torch {report['torch']}, {report['dtype']}")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _draw_bars(axes: Any, rows: list[dict[str, float]]) -> None:

@@ -1,7 +1,8 @@
 """The queries and keys that a model's attention sees, caught while it runs."""
 
 import functools
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 
 from flexmoba.nn import FlexMoba
 
-_NO_BLOCK_MASK = 1 << 30  # the size of the one block that FlexAttention makes up without a mask
-# Options of `flex_moba` under which a call's keys are not those of one whole sequence.
-_PARTS = ("cu_seqlens", "document_ids", "key_padding_mask", "cache")
+MAX_NAMES = 4  # of layers in a message
+_NO_LIMIT = 1 << 30
+# Why a call is left out.
+_SHAPES = "shapes other than (B, H, L, D) of as many queries as keys, two at least"
+_NO_MASK = "no causal mask"
+_MASK = "a mask other than the causal one (a window, padding, documents), or a bias on scores"
+# Options of `flex_moba` under which a call is not plain causal self-attention of whole sequences.
+_NOT_PLAIN = ("cu_seqlens", "document_ids", "key_padding_mask", "cache", "score_mod")
 
 
 @dataclass
@@ -46,10 +53,10 @@ def capture(
     Seen are calls of ``scaled_dot_product_attention`` and ``flex_attention``, also inside
     ``torch.compile``, and of `flexmoba.nn.FlexMoba` modules; not those of other kernels, of
     ``torch.nn.MultiheadAttention``, or of `flex_moba` called as a function. Kept are those of
-    causal self-attention: as many queries as keys, more than one, and ``is_causal`` or a mask that
-    hides from each query the next key. What else a mask hides is not looked at, and inside
-    ``torch.compile`` and of a ``BlockMask`` nothing is: batches should have no padding and no
-    packed documents. Calls of `flexmoba.nn.FlexMoba` with those, or with a cache, are left out.
+    plain causal self-attention: as many queries as keys, more than one, and ``is_causal`` or a mask
+    that shows each kept query all keys up to its own and no other, without a bias or a
+    ``score_mod`` that changes its scores. All others are left out with a warning that names their
+    layers: those with a window, with padding, with packed documents, with a cache.
 
     Args:
         model: Any module. Call it inside the ``with`` block, with gradients or without.
@@ -57,10 +64,11 @@ def capture(
         device: Where to keep them; where they are, by default. ``"cpu"`` spares GPU memory.
 
     Yields:
-        The list of calls, filled while the model runs.
+        The list of calls, filled while the model runs. The mask of a call inside ``torch.compile``
+        is judged at the end of the block.
 
     Raises:
-        ValueError: The block ended without any such call.
+        ValueError: The block ended without a call to keep.
 
     Examples:
         >>> import torch
@@ -84,16 +92,22 @@ def capture(
                 hooks.append(hook)
             for hook in hooks:
                 stack.callback(hook.remove)
+        # Each call inside torch.compile is another program, as it ends in another entry of a list.
+        stack.enter_context(torch._dynamo.config.patch(recompile_limit=_NO_LIMIT))
+        stack.enter_context(torch._dynamo.config.patch(accumulated_recompile_limit=_NO_LIMIT))
         with seen:
             yield seen.calls
+    seen.judge()
+    reasons = seen.reasons()
     if not seen.calls:
         raise ValueError(
-            f"no causal self-attention was seen ({seen.others} other attention calls): the model "
-            "must call scaled_dot_product_attention, flex_attention or flexmoba.nn.FlexMoba on "
-            "whole sequences inside the block, without padding, documents or a cache; a "
-            "model of transformers does if loaded with "
-            'attn_implementation="sdpa"'
+            f"no plain causal self-attention was seen ({reasons or 'no attention call'}); the "
+            "model must call scaled_dot_product_attention, flex_attention or flexmoba.nn.FlexMoba "
+            "on whole sequences inside the block, without a window, padding, documents or a cache; "
+            'a model of transformers does if loaded with attn_implementation="sdpa"'
         )
+    if reasons:
+        warnings.warn(f"capture left out attention calls: {reasons}", stacklevel=3)
 
 
 def sample_positions(length: int, queries: int) -> Tensor:
@@ -119,7 +133,8 @@ class _Seen(TorchFunctionMode):
         super().__init__()
         self.queries, self.device = queries, device
         self.calls: list[Call] = []
-        self.others = 0
+        self.plain: list[Tensor | bool] = []  # whether each call's mask is the causal one
+        self.left_out: list[tuple[str, str]] = []  # names and reasons
         self.names: list[str] = []
         self.inside: list[str] = []  # FlexMoba modules, whose own calls are not the model's
 
@@ -150,12 +165,36 @@ class _Seen(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> None:
-        self.keep(query, key, scale, masked=is_causal or _hides_the_next(attn_mask))
+        if is_causal or isinstance(attn_mask, CausalBias):
+            self.keep(query, key, scale)
+        elif attn_mask is None:
+            self.leave_out(_NO_MASK)
+        else:
+            self.keep(query, key, scale, functools.partial(_is_causal_mask, attn_mask))
 
     def flex(
-        self, query: Tensor, key: Tensor, value: Any, mod: Any, mask: Any, scale: float, *_: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Any,
+        score_mod: Any,
+        mask: Any,
+        scale: float,
+        options: Any = None,
+        score_buffers: Any = (),
+        mask_buffers: Any = (),
     ) -> None:
-        self.keep(query, key, scale, masked=mask[-2] < _NO_BLOCK_MASK)
+        def plain(positions: Tensor) -> Tensor:
+            def same(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                seen = mask[-1](b, h, i, j, *mask_buffers)
+                score = torch.full_like(j, 0.7, dtype=q.dtype)
+                unchanged = score_mod(score, b, h, i, j, *score_buffers) == score
+                plain: Tensor = (seen == (j <= i)) & (unchanged | ~seen)
+                return plain
+
+            return _of_each(same, q.shape[0], q.shape[1], positions, k.shape[2]).all()
+
+        self.keep(q, k, scale, plain)
 
     def flex_moba(self, module: FlexMoba, args: Any, kwargs: Any) -> None:
         def given(
@@ -164,35 +203,93 @@ class _Seen(TorchFunctionMode):
             return q, k, module.options | options
 
         q, k, options = given(*args, **kwargs)
-        whole = all(options.get(name) is None for name in _PARTS)
-        self.keep(q, k, options.get("scale"), masked=whole and options.get("is_causal", True))
+        parts = [name for name in _NOT_PLAIN if options.get(name) is not None]
+        if parts:
+            self.leave_out(f"called with {' and '.join(parts)}")
+        elif not options.get("is_causal", True):
+            self.leave_out(_NO_MASK)
+        else:
+            self.keep(q, k, options.get("scale"))
         self.inside.append(self.names[-1])
 
-    def keep(self, q: Tensor, k: Tensor, scale: float | None, *, masked: bool) -> None:
+    def keep(
+        self,
+        q: Tensor,
+        k: Tensor,
+        scale: float | None,
+        plain: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Keeps a call if its mask is causal: where that is not sure, ``plain(positions)`` tells.
+
+        It tells by a tensor, which inside torch.compile nobody can read yet.
+        """
         if self.inside:
             return
-        if q.dim() != 4 or not masked or not 1 < q.shape[2] == k.shape[2]:
-            self.others += 1
+        if q.dim() != 4 or not 1 < q.shape[2] == k.shape[2]:
+            self.leave_out(_SHAPES)
             return
         positions = sample_positions(q.shape[2], self.queries)
-        sampled = q.detach()[:, :, positions.to(q.device)]
+        at = positions.to(q.device)
+        causal = True if plain is None else plain(at)
+        if not torch.compiler.is_compiling() and not causal:
+            self.leave_out(_MASK)
+            return
+        self.plain.append(causal)
         self.calls.append(
             Call(
-                name=self.names[-1] if self.names else "",
-                q=sampled.to(self.device or q.device),
+                name=self.caller(),
+                q=q.detach()[:, :, at].to(self.device or q.device),
                 k=k.detach().to(self.device or k.device, copy=True),
                 positions=positions,
                 scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
             )
         )
 
+    def leave_out(self, reason: str) -> None:
+        if not self.inside:
+            self.left_out.append((self.caller(), reason))
 
-def _hides_the_next(mask: Tensor | None) -> bool:
-    """Whether no query sees the key after it: so a causal mask is told from one of padding."""
-    if mask is None or mask.dim() < 2 or mask.shape[-2] < 2:
-        return False
-    if torch.compiler.is_compiling():  # which cannot read values
-        return True
-    following = mask.diagonal(1, -2, -1)
-    seen = following if mask.dtype == torch.bool else following > torch.finfo(mask.dtype).min / 2
-    return not bool(seen.any())
+    def caller(self) -> str:
+        return self.names[-1] if self.names else ""
+
+    def judge(self) -> None:
+        """Leaves out what was kept inside torch.compile and has another mask."""
+        judged = list(zip(self.calls, map(bool, self.plain), strict=True))
+        self.calls[:] = [call for call, causal in judged if causal]
+        self.left_out += [(call.name, _MASK) for call, causal in judged if not causal]
+
+    def reasons(self) -> str:
+        """Why calls were left out, and of which layers."""
+        layers: dict[str, dict[str, None]] = {}
+        for name, reason in self.left_out:
+            layers.setdefault(reason, {})[name or "the model itself"] = None
+        texts = []
+        for reason, names in layers.items():
+            more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+            texts.append(f"{reason}, of {', '.join(list(names)[:MAX_NAMES])}{more}")
+        return "; ".join(texts)
+
+
+def _is_causal_mask(mask: Tensor, positions: Tensor) -> Tensor:
+    """Whether queries at ``positions`` see all keys up to their own and no other, unbiased."""
+    length = mask.shape[-1]
+    rows = mask.expand(*mask.shape[:-2], length, length)[..., positions, :]
+    past = torch.arange(length, device=mask.device) <= positions[:, None]
+    if mask.dtype == torch.bool:
+        return (rows == past).all()
+    return torch.where(past, rows == 0, rows <= torch.finfo(mask.dtype).min / 2).all()
+
+
+def _of_each(
+    function: Callable[..., Tensor], batch: int, heads: int, positions: Tensor, length: int
+) -> Tensor:
+    """A function of single (b, h, i, j), as FlexAttention calls a mask_mod, of all of them."""
+    for dims in (
+        (None, None, None, 0),
+        (None, None, 0, None),
+        (None, 0, None, None),
+        (0,) + 3 * (None,),
+    ):
+        function = torch.vmap(function, in_dims=dims)
+    b, h, j = (torch.arange(n, device=positions.device) for n in (batch, heads, length))
+    return function(b, h, positions, j)

@@ -16,16 +16,25 @@ Queries and keys come from one of
 import argparse
 import functools
 import importlib
+import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexmoba.console import UsageError, add_device, add_json, check_writable, positive, write_json
+from flexmoba.console import (
+    UsageError,
+    add_device,
+    add_json,
+    check_writable,
+    positive,
+    save_picture,
+    write_json,
+)
 from flexmoba.example import synthetic
 from flexmoba.tune.calls import Call, capture
 from flexmoba.tune.measure import sampled, tune
@@ -98,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             show_progress=True,
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
     budget, recommended = _recommend(report, arguments)
     example = "synthetic, no model's" if arguments.example else None
@@ -109,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         from flexmoba.plot import plot_report
 
-        plot_report(report, recommended).savefig(arguments.plot)
+        save_picture(plot_report(report, recommended), "plot", arguments.plot)
     return int(recommended is None)
 
 
@@ -206,17 +215,38 @@ def _from_file(file: Path, queries: int) -> list[Call]:
             f"--tensors {file}: {reader} cannot read it as tensors; write it by "
             f'{writer}({{"q": q, "k": k}}, FILE)'
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
-        raise UsageError(f"--tensors {file}: it must hold a dict of tensors")
+    if not isinstance(tensors, dict) or not all(map(_is_dense, tensors.values())):
+        raise UsageError(
+            f"--tensors {file}: it must hold a dict of dense tensors; write it by "
+            f'{writer}({{"q": q, "k": k}}, FILE)'
+        )
     names = [name for name in tensors if name == "q" or str(name).endswith(".q")]
     pairs = {name[:-1].rstrip("."): (name, f"{name[:-1]}k") for name in names}
     missing = [k for _, k in pairs.values() if k not in tensors]
     if missing or not pairs:
         raise UsageError(
             f'--tensors {file}: needs "q" and "k", or pairs "NAME.q" and "NAME.k"; it has '
-            f"{', '.join(map(str, tensors)) or 'nothing'}"
+            f"{_few(tensors) or 'nothing'}"
         )
-    return [sampled(tensors[q], tensors[k], queries, name) for name, (q, k) in pairs.items()]
+    calls = []
+    for name, (q, k) in pairs.items():
+        try:
+            calls.append(sampled(tensors[q], tensors[k], queries, name))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"--tensors {file}, {q!r} and {k!r}: {error}") from error
+    return calls
+
+
+def _is_dense(x: object) -> bool:
+    if not isinstance(x, Tensor):
+        return False
+    return x.layout == torch.strided and not x.is_nested and not x.is_meta
+
+
+def _few(names: Iterable[Any]) -> str:
+    """The first of some names, as text."""
+    first = [str(name) for name in itertools.islice(names, 9)]
+    return ", ".join(first[:8]) + ", ..." * (len(first) > 8)
 
 
 def _from_model(arguments: argparse.Namespace) -> list[Call]:
