@@ -326,7 +326,7 @@ def test_positions_that_jump_ahead_are_what_transformers_takes_them_for(family, 
     assert apart == (not use_cache and family != "granitemoehybrid")
 
 
-def check_packing(model, lengths, way, use_cache):
+def check_packing(model, lengths, way, use_cache, *, padding_as_well=True):
     inputs, rows, columns = inputs_of(way, lengths)
     ids = tokens(rows, inputs["position_ids"].shape[1])
     model.train()
@@ -338,7 +338,8 @@ def check_packing(model, lengths, way, use_cache):
         other = ids.clone()
         other[:, part] = VOCABULARY - ids[:, part]
         changed = model(other, use_cache=use_cache, **inputs).logits
-        same = torch.ones(ids.shape[1], dtype=torch.bool)
+        same = torch.full((ids.shape[1],), padding_as_well)
+        same[columns] = True
         same[part] = False
         assert_bitwise_equal(changed[:, same], whole[:, same])
         assert (changed[:, part] - whole[:, part]).abs().max() > 0.1
@@ -460,7 +461,7 @@ def test_one_step_of_trainer(tmp_path, device):
 
 
 def test_a_window_that_no_layer_has_does_not_matter():
-    model = model_of("gemma2", sliding_window=19, layer_types=["full_attention"] * 2)
+    model = model_of("gemma2", sliding_window=19)
     assert convert(model, BLOCK, TOPK)(IDS).logits.isfinite().all()
 
 
@@ -474,11 +475,12 @@ MASK_4D = torch.ones(1, 1, 20, 20).bool().tril()
         ("gpt2", {"attn_pdrop": 0.1}, {}, NotImplementedError, "GPT2Attention.*'gpt2'.*dropout"),
         ("llama", {"attention_dropout": 0.1}, {}, NotImplementedError, "attention dropout of 0.1"),
         ("mistral", {"sliding_window": 19}, {}, NotImplementedError, "'mistral'.*of 19 tokens"),
-        ("gemma2", {"sliding_window": 19}, {}, NotImplementedError, "'gemma2'.*of 19 tokens"),
+        ("gemma2", {"sliding_window": 19, "layer_types": ["sliding_attention"] * 2}, {},
+         NotImplementedError, "'gemma2'.*of 19 tokens.*sliding_window=20 or more"),
         ("llama", {}, {"attention_mask": MASK_4D}, ValueError, r"'llama'.*\(1, 1, 20, 20\)"),
         ("llama", {}, {"is_causal": False}, NotImplementedError, "'llama'.*causal"),
         ("llama", {"is_causal": False}, {}, NotImplementedError, "'llama'.*causal"),
-        ("llama", {}, {"s_aux": IDS}, NotImplementedError, "LlamaAttention.*s_aux"),
+        ("llama", {}, {"sinks": IDS}, NotImplementedError, "LlamaAttention.*sinks"),
         ("llama", {}, {"position_bias": IDS}, NotImplementedError, "position_bias"),
         ("gpt2", {}, {"head_mask": IDS}, NotImplementedError, "GPT2Attention.* passes head_mask"),
         ("llama", {}, {"block_indices": IDS}, NotImplementedError, "block_indices"),

@@ -5,23 +5,30 @@ from functools import cache
 import torch
 from torch import Tensor
 from transformers import (
+    AfmoeConfig,
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
+    Cohere2Config,
     CTRLConfig,
     DiffLlamaConfig,
+    Exaone4Config,
     Gemma2Config,
     Gemma3nTextConfig,
+    Gemma3TextConfig,
     Gemma4TextConfig,
     GPT2Config,
     GPTBigCodeConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteMoeHybridConfig,
     Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
     MoshiConfig,
+    Olmo3Config,
     PersimmonConfig,
     PhiConfig,
     PhimoeConfig,
@@ -44,6 +51,7 @@ SIZES = {
     "max_position_embeddings": 256,
 }
 GROUPED = SIZES | {"num_key_value_heads": 2}
+WINDOW = 8
 CONFIGS = {
     "llama": lambda: LlamaConfig(**COMMON, **GROUPED),
     "qwen2": lambda: Qwen2Config(**COMMON, **GROUPED),
@@ -58,13 +66,13 @@ CONFIGS = {
     # A cap and a scale that change much.
     "gemma2": lambda: Gemma2Config(
         **COMMON, **GROUPED, head_dim=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=3,
-        sliding_window=256,
+        layer_types=["full_attention"] * 2,
     ),
 }  # fmt: skip
 FAMILIES = list(CONFIGS)
 SHARING = GROUPED | {
     "num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8,
-    "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 256,
+    "layer_types": ["full_attention"] * 4,
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
 }  # fmt: skip
 # Models that keep position_ids from their attention; the last one from its mask as well.
@@ -89,16 +97,49 @@ HIDING = {
         shared_intermediate_size=48, position_embedding_type="rope", mamba_n_heads=4,
     ),
 }  # fmt: skip
+LOCAL = GROUPED | {
+    "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+SHARING_LOCAL = SHARING | {"sliding_window": WINDOW, "layer_types": LOCAL["layer_types"] * 2}
+# Models of a local and a global layer.
+WINDOWED = {
+    "local gemma2": lambda: Gemma2Config(
+        **COMMON, **LOCAL, head_dim=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=3,
+    ),
+    "local gemma3": lambda: Gemma3TextConfig(**COMMON, **LOCAL, head_dim=8),
+    "local olmo3": lambda: Olmo3Config(**COMMON, **LOCAL),
+    "local qwen3": lambda: Qwen3Config(**COMMON, **LOCAL, head_dim=8, use_sliding_window=True),
+    "local ministral": lambda: MinistralConfig(**COMMON, **LOCAL, head_dim=8),
+    "local cohere2": lambda: Cohere2Config(**COMMON, **LOCAL, logit_scale=1.0),
+    "local exaone4": lambda: Exaone4Config(**COMMON, **LOCAL),
+    "local afmoe": lambda: AfmoeConfig(
+        **COMMON, **LOCAL, head_dim=8, num_experts=2, num_experts_per_tok=1,
+        moe_intermediate_size=16, num_dense_layers=2,
+    ),
+    "local llama4": lambda: Llama4TextConfig(
+        **COMMON, **GROUPED, head_dim=8, intermediate_size_mlp=48, moe_layers=[],
+        attention_chunk_size=WINDOW, layer_types=["chunked_attention", "full_attention"],
+        no_rope_layers=[1, 0],
+    ),
+    "local gpt_oss": lambda: GptOssConfig(
+        **COMMON, **LOCAL, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+}  # fmt: skip
 # Of which a test or two is enough.
-CONFIGS |= HIDING | {
+CONFIGS |= HIDING | WINDOWED | {
     "diffllama": lambda: DiffLlamaConfig(**COMMON, **GROUPED),
     "lfm2": lambda: Lfm2Config(**COMMON, **GROUPED, layer_types=["conv", "full_attention"]),
     "phimoe": lambda: PhimoeConfig(**COMMON, **GROUPED, num_local_experts=2),
-    # Their last two layers attend to keys of the first two.
+    # Their last two layers attend to keys of the layers before.
     "gemma3n": lambda: Gemma3nTextConfig(
         **COMMON, **SHARING, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4,
     ),
     "gemma4": lambda: Gemma4TextConfig(**COMMON, **SHARING, global_head_dim=8),
+    "local gemma3n": lambda: Gemma3nTextConfig(
+        **COMMON, **SHARING_LOCAL, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4,
+    ),
+    "local gemma4": lambda: Gemma4TextConfig(**COMMON, **SHARING_LOCAL, global_head_dim=8),
 }  # fmt: skip
 
 

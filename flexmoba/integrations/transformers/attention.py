@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import AuxRequest
 
 from flexmoba.attention import flex_moba
 from flexmoba.cache import MobaCache
@@ -17,7 +18,7 @@ from flexmoba.score_mod import ScoreMod
 from flexmoba.sequence import without_padding
 
 # Arguments of models whose attention is another one; None is no argument.
-UNKNOWN = ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices", "cache")
+UNKNOWN = ("sinks", "position_bias", "head_mask", "indices", "block_indices", "cache")
 
 
 def attention(
@@ -31,6 +32,7 @@ def attention(
     is_causal: bool | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Mixture of Block Attention as transformers calls it (arXiv 2502.13189, Sec. 2.2).
@@ -47,6 +49,7 @@ def attention(
         is_causal: Must be True, if given.
         softcap: Scores are ``softcap * tanh(score / softcap)``.
         sliding_window: Must be no less than the context.
+        s_aux: ``(Hq,)``, the score of each head's attention sink, a key without a value.
         kwargs: What else the model passes on: ``position_ids``, ``cu_seq_lens_q`` and ``seq_idx``
             tell packed documents apart.
 
@@ -73,8 +76,8 @@ def attention(
     if sliding_window is not None and length > sliding_window:
         raise NotImplementedError(
             f"{name_of(module)} has a sliding window of {sliding_window} tokens, shorter than the "
-            f"context of {length}, which flexmoba does not have; set config.sliding_window to "
-            "None, or use a shorter context"
+            f"context of {length}, which flexmoba does not have; use a shorter context, or "
+            f"load the model with sliding_window={length} or more"
         )
     score_mod = None if softcap is None else softcap_of(softcap)
     documents: dict[str, Any] = documents_of(
@@ -106,7 +109,7 @@ def attention(
         gate = {x: y for x, y in options.items() if x not in ("impl", "kernel_options")}
         gate["score_mod"] = score_mod
         attend = layer.attend if layer is not None else _attend_to_rows
-        out = attend(query, key, value, attention_mask, block_size, topk, scaling, gate)
+        out, lse = attend(query, key, value, attention_mask, block_size, topk, scaling, gate)
     else:
         layout = None
         if attention_mask is not None and documents:  # which are of the real tokens alone
@@ -129,10 +132,18 @@ def attention(
             topk,
             scale=scaling,
             score_mod=score_mod,
+            return_aux=AuxRequest(lse=True),
             **documents,
             **options,
         )
-        out = result[:, :, added:] if layout is None else layout.collect(result)
+        out, lse = result[0], result[1].lse[..., None]
+        if layout is not None:
+            out, lse = layout.collect(out), layout.collect(lse)
+        out, lse = out[:, :, added:], lse[:, :, added:, 0]
+    if s_aux is not None:
+        # One more term in the sum of the softmax: keys keep this share of the weight.
+        share = torch.sigmoid(lse - s_aux.reshape(-1, 1))
+        out = (out * share[..., None]).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -164,7 +175,7 @@ def _attend_to_rows(
     topk: int | None,
     scale: float | None,
     gate: Mapping[str, Any],
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """New queries against all keys of padded rows, from another cache: each row on its own."""
     cache = MobaCache(
         *(key.shape[0], key.shape[1], key.shape[3]),
@@ -175,7 +186,7 @@ def _attend_to_rows(
         device=key.device,
     )
     positions = cache.append(key, value, real)[:, -query.shape[2] :]
-    return cache.attend(query, positions, topk, scale=scale, **gate)[0]
+    return cache.attend(query, positions, topk, scale=scale, **gate)
 
 
 def _check(

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from flexmoba.cache import MobaCache, storage
+from flexmoba.integrations.transformers.settings import local_layers
 from flexmoba.precision import autocast_dtype
 
 
@@ -24,6 +25,8 @@ class FlexMobaCache(Cache):
         max_cache_len: Tokens that each row has room for, the prompt included: storage that never
             moves, for ``torch.compile`` and CUDA graphs, into which ``generate`` compiles its
             steps on a GPU. None to grow as needed.
+        config: The model's. Only models whose local layers keep a sliding window or chunks need it:
+            these layers get a cache of transformers, which holds no more than a window.
 
     Raises:
         ValueError: ``max_cache_len`` is not positive.
@@ -50,12 +53,23 @@ class FlexMobaCache(Cache):
         (torch.Size([1, 55]), 54)
     """
 
-    def __init__(self, max_cache_len: int | None = None) -> None:
+    def __init__(self, max_cache_len: int | None = None, *, config: Any = None) -> None:
         """Makes an empty cache; its layers are made as the model comes to them."""
         if max_cache_len is not None and max_cache_len < 1:
             raise ValueError(f"max_cache_len must be at least 1 or None, got {max_cache_len}")
         self.max_cache_len = max_cache_len
         super().__init__(layer_class_to_replicate=partial(MobaLayer, max_cache_len))
+        local = () if config is None else local_layers(config.get_text_config(decoder=True))
+        if local:  # masks are made for the first layer of each kind, so layers must be there
+            usual = (
+                DynamicCache(config=config)
+                if max_cache_len is None
+                else StaticCache(config, max_cache_len)
+            )
+            self.layers = [
+                layer if index in local else MobaLayer(max_cache_len)
+                for index, layer in enumerate(usual.layers)
+            ]
 
     @property
     def is_compileable(self) -> bool:
@@ -138,7 +152,7 @@ class MobaLayer(CacheLayerMixin):
         topk: int | None,
         scale: float | None,
         options: Mapping[str, Any],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Adds the new keys and values, and attends to all that there are.
 
         Layers that share keys come with those of the first one, which are added once.
@@ -154,7 +168,7 @@ class MobaLayer(CacheLayerMixin):
             options: The gate's options, as `MobaCache.attend` takes them.
 
         Returns:
-            ``(B, Hq, L, Dv)``.
+            The output ``(B, Hq, L, Dv)`` and the log-sum-exp ``(B, Hq, L)``.
         """
         self._unattended = False
         if self._cache is None:
@@ -186,7 +200,7 @@ class MobaLayer(CacheLayerMixin):
                 "model share its keys; use another gate, or no FlexMobaCache"
             )
         positions = positions[:, positions.shape[1] - query.shape[2] :]
-        return self._cache.attend(query, positions, topk, scale=scale, **options)[0]
+        return self._cache.attend(query, positions, topk, scale=scale, **options)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many keys the attention is given, and the column of the first: the new ones."""

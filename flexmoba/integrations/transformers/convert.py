@@ -6,10 +6,18 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from flexmoba.integrations.transformers.attention import attention
-from flexmoba.integrations.transformers.masks import padding_mask
+from flexmoba.integrations.transformers.local import layer_attention, layer_mask
 from flexmoba.integrations.transformers.packing import pass_positions
-from flexmoba.integrations.transformers.settings import CHILD, arguments_for, checked, name_of
+from flexmoba.integrations.transformers.settings import (
+    CHILD,
+    LOCAL,
+    LOCAL_ATTENTIONS,
+    arguments_for,
+    checked,
+    is_local,
+    local_layers,
+    name_of,
+)
 from flexmoba.nn import FlexMoba
 
 NAME = "flexmoba"
@@ -22,8 +30,8 @@ def register() -> None:
 
     A model loaded with it takes its settings from ``config.flexmoba``, which `convert` writes.
     """
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, padding_mask)
+    AttentionInterface.register(NAME, layer_attention)
+    AttentionMaskInterface.register(NAME, layer_mask)
 
 
 def convert(
@@ -37,16 +45,18 @@ def convert(
     """Makes a transformers model attend by `flex_moba`, in place; its weights stay as they are.
 
     Every causal self-attention of its (text) decoder then computes Eq. 2 to 6 of arXiv 2502.13189,
-    Sec. 2.2. The settings go to the model's config, so ``save_pretrained`` saves them; load with
-    ``from_pretrained(..., attn_implementation="flexmoba")`` after `register`. Each attention module
-    gets a `FlexMoba` of its own, without parameters, whose settings hold for this session.
+    Sec. 2.2. If some layers are global and others have a sliding window or chunks, these keep the
+    attention that the model had. The settings go to the model's config, so ``save_pretrained``
+    saves them; load with ``from_pretrained(..., attn_implementation="flexmoba")`` after `register`.
+    Each converted module gets a `FlexMoba` of its own, without parameters, whose settings hold for
+    this session.
 
     Args:
         model: A transformers model that dispatches its attention.
         block_size: Keys in a block, at least 1.
         topk: Blocks that each query attends to, its own included; None for full attention. Or one
             value for each layer: ``[3] * 29 + [None] * 3`` keeps the last three layers full, as in
-            the paper's Sec. 2.3.
+            the paper's Sec. 2.3. None for layers that keep their window or chunks.
         eval_topk: The same outside training (``model.eval()``); ``"same"`` for no other.
         options: Of `flex_moba`: ``gate``, ``sink_blocks``, ``local_blocks``, ``impl``,
             ``kernel_options``.
@@ -56,8 +66,8 @@ def convert(
 
     Raises:
         TypeError: A setting is of the wrong type, or no option.
-        ValueError: A setting is out of its range, or the model dispatches no attention, or its
-            attention selects keys by an indexer of its own.
+        ValueError: A setting is out of its range, or the model dispatches no attention, or has one
+            that cannot be kept, or its attention selects keys by an indexer of its own.
 
     Examples:
         >>> import torch
@@ -81,6 +91,8 @@ def convert(
     """
     config = _text_config(model)
     entry = checked(config, block_size, topk, eval_topk, options)
+    if local_layers(config):
+        entry[LOCAL] = _own_attention(model, config)
     made = _made(model, entry)  # before anything changes, so that a refusal changes nothing
     register()
     _dispatch(model, config)
@@ -147,8 +159,25 @@ def _attention_modules(model: nn.Module) -> Iterator[nn.Module]:
             getattr(module, "config", None) is config
             and isinstance(getattr(module, "layer_idx", None), int)
             and getattr(module, "is_causal", False)
+            and not is_local(module)
         ):
             yield module
+
+
+def _own_attention(model: nn.Module, config: Any) -> str:
+    """What the model attends by before it is converted: its local layers go on with it."""
+    name: str = config._attn_implementation
+    if name == NAME:  # converted before, or loaded with that name
+        own = next(x for x in model.modules() if getattr(x, "config", None) is config)
+        usual = "sdpa" if getattr(own, "_supports_sdpa", False) else "eager"
+        name = (getattr(config, CHILD, None) or {}).get(LOCAL, usual)
+    if name not in LOCAL_ATTENTIONS:
+        raise ValueError(
+            f"{type(model).__name__} has attn_implementation={name!r}, which its layers with a "
+            "sliding window or chunks cannot keep beside flexmoba; call "
+            'model.set_attn_implementation with "sdpa", "eager" or "flex_attention" before convert'
+        )
+    return name
 
 
 def _dispatch(model: Any, config: Any) -> None:

@@ -120,10 +120,12 @@ def _check_window(
             ~beyond, f"{model} has a sliding window or chunks of {local_size} tokens, and more came"
         )
     elif beyond:
+        window = getattr(config, "sliding_window", None) is not None
+        name = "sliding_window" if window else "attention_chunk_size"
         raise NotImplementedError(
             f"{model} has a sliding window or chunks of {local_size} tokens, shorter than the "
-            f"context of {int(seen)}, which flexmoba does not have; set config.sliding_window to "
-            "None, or use a shorter context"
+            f"context of {int(seen)}, which flexmoba does not have; use a shorter context, or "
+            f"load the model with {name}={int(seen)} or more"
         )
 
 

@@ -13,8 +13,8 @@ from flexmoba.sequence import without_padding
 POSITIONS = "flexmoba_position_ids"  # how `pass_positions` names what models keep from attention
 
 # The tensors asked about last, their versions, and what they said: all layers of a forward pass ask
-# the same.
-_last: tuple[list[weakref.ref[Tensor]], list[int], dict[str, Tensor]] | None = None
+# the same; where some keep a window, these and the others, so there are two.
+_last: list[tuple[list[weakref.ref[Tensor]], list[int], dict[str, Tensor]]] = []
 
 
 def documents_of(
@@ -108,17 +108,15 @@ def may_read(x: Tensor) -> bool:
 def _remembered(
     source: Tensor, real: Tensor | None, positions: bool, batch: int
 ) -> dict[str, Tensor]:
-    global _last
     given = [x for x in (source, real) if x is not None]
     if any(x.is_inference() for x in given):
         return _read(source, real, positions, batch)  # such a tensor may change without a trace
     state = [batch, positions, *(x._version for x in given)]
-    if _last is not None:
-        known, known_state, result = _last
+    for known, known_state, result in _last:
         if known_state == state and all(ref() is x for ref, x in zip(known, given, strict=True)):
             return result
     result = _read(source, real, positions, batch)
-    _last = [weakref.ref(x) for x in given], state, result
+    _last[:] = [([weakref.ref(x) for x in given], state, result), *_last[:1]]
     return result
 
 

@@ -10,6 +10,10 @@ from flexmoba.nn import FlexMoba
 
 CHILD = "flexmoba"  # the name of a layer's own module, and of the entry in the config
 OPTIONS = ("gate", "sink_blocks", "local_blocks", "impl", "kernel_options")
+# How the layers attend that are not converted: the name of the model's own attention.
+LOCAL = "local_attention"
+LOCAL_ATTENTIONS = ("sdpa", "eager", "flex_attention")  # those that ask no config for their name
+LOCAL_TYPES = ("sliding_attention", "chunked_attention")  # among the layer_types of a config
 
 
 class Settings(NamedTuple):
@@ -42,14 +46,46 @@ def arguments_for(module: nn.Module, entry: Mapping[str, Any] | None) -> dict[st
         )
     layer: Any = module.layer_idx
     return {"eval_topk": "same"} | {
-        name: value[layer] if isinstance(value, list) else value for name, value in entry.items()
+        name: value[layer] if isinstance(value, list) else value
+        for name, value in entry.items()
+        if name != LOCAL
     }
+
+
+def local_layers(config: Any) -> list[int]:
+    """The layers of a sliding window or of chunks, if others are global.
+
+    They keep the model's own attention, which already is sparse. Where all layers have a window,
+    all are converted, and serve contexts up to its length.
+    """
+    types = getattr(config, "layer_types", None) or ()
+    if "full_attention" not in types:
+        return []
+    return [layer for layer, kind in enumerate(types) if kind in LOCAL_TYPES]
+
+
+def is_local(module: nn.Module) -> bool:
+    """Whether an attention module keeps the model's own attention."""
+    return getattr(module, "layer_idx", None) in local_layers(getattr(module, "config", None))
+
+
+def local_attention_of(config: Any) -> str:
+    """The name of the model's own attention, as `convert` wrote it into the config."""
+    name: str | None = (getattr(config, CHILD, None) or {}).get(LOCAL)
+    if name not in LOCAL_ATTENTIONS:
+        raise ValueError(
+            f"local_attention in config.flexmoba must be one of {', '.join(LOCAL_ATTENTIONS)}, for "
+            f"the layers of model type {config.model_type!r} that keep their sliding window or "
+            f"chunks, got {name!r}; call flexmoba.integrations.transformers.convert, which sets it"
+        )
+    return name
 
 
 def checked(
     config: Any, block_size: int, topk: Any, eval_topk: Any, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The entry for a config. ``topk`` and ``eval_topk`` may be sequences, a value per layer."""
+    local = local_layers(config)
     check_block_size(block_size)
     for name in options:
         if name not in OPTIONS:
@@ -64,6 +100,13 @@ def checked(
                     f"{name} must be one value, or one for each of the "
                     f"{config.num_hidden_layers} layers, got {len(value)}"
                 )
+            for layer in local:
+                if value[layer] not in (None, "same"):
+                    raise ValueError(
+                        f"{name} must be None for layer {layer}, which keeps its sliding window or "
+                        f"chunks (config.layer_types), got {value[layer]}; pass None, or one value "
+                        "for all global layers"
+                    )
         for k in value if isinstance(value, list) else [value]:
             if name == "topk" or k != "same":
                 check_topk(k, none_allowed=True)
