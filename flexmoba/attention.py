@@ -26,6 +26,7 @@ from flexmoba.checks import (
     check_selection,
     check_topk,
     check_values,
+    values_readable,
 )
 from flexmoba.gate import GATE_TILE, Candidates, Gate, choose, own_block, shared_out
 from flexmoba.impls import (
@@ -418,7 +419,7 @@ def selected_attention(
     packing = packing_of(k.shape[2], cu_seqlens, document_ids)
     layout = arrange(*(k.shape[2], block_size, packing, key_padding_mask), is_causal=is_causal)
     if isinstance(layout, InPlace):
-        if selection.device.type == "cpu" and not torch.compiler.is_compiling():
+        if values_readable(selection):
             last = layout.end_block + layout.other_blocks
             check_selected_blocks(selection, int(last.max()) + 1)
         shift = layout.other_blocks[:, None, :, None]
@@ -436,7 +437,7 @@ def selected_attention(
         q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
     modifier = modifier_of(score_mod, q, k, None if layout is None else layout.token_of_slot)
     n_blocks = -(-k.shape[2] // block_size)
-    if selection.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_readable(selection):
         check_selected_blocks(selection, n_blocks)
 
     # A block that does not exist, unchecked, must not lead out of the tables.

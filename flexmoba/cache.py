@@ -22,6 +22,8 @@ from flexmoba.checks import (
     check_options,
     check_positive,
     check_topk,
+    has_values,
+    values_readable,
 )
 from flexmoba.decode import FEW, NO_ROOM, attend_few, has_kernels
 from flexmoba.gate import (
@@ -233,10 +235,10 @@ class MobaCache:
         if score_mod is None:
             out, lse = _attend(*tensors, *options)
             return out, lse
-        if torch.compiler.is_compiling() and n > FEW:
+        if n > FEW and not has_values(positions):
             raise NotImplementedError(
                 f"a chunk of {n} tokens with score_mod reads lengths back to the host, which "
-                f"torch.compile does not take; compile steps of at most {FEW} tokens alone"
+                f"torch.compile and fake tensors do not take; trace steps of at most {FEW} tokens"
             )
         return _attend_cached(*tensors, *options, score_mod)
 
@@ -254,8 +256,7 @@ class MobaCache:
                 is negative counts as 0.
         """
         if isinstance(length, Tensor):
-            readable = length.device.type == "cpu" and not torch.compiler.is_compiling()
-            if readable and bool((length < 0).any()):
+            if values_readable(length) and bool((length < 0).any()):
                 raise ValueError(f"length must be at least 0, got {length.tolist()}")
             left = length.to(self.lengths).clamp(min=0)
             self.lengths.copy_(torch.minimum(self.lengths, left))
@@ -306,23 +307,26 @@ class MobaCache:
             if self.grows:
                 raise ValueError("a cache that grows cannot be compiled; give it max_len")
             return
-        if self._most + n > self.capacity:  # perhaps; rows were cropped, say
-            self._most = int(self.lengths.max())
-        if self._most + n > self.capacity:
-            if not self.grows:
+        if self._most + n > self.capacity and has_values(self.lengths):
+            self._most = int(self.lengths.max())  # fewer, if rows were cropped, say
+        if self._most + n <= self.capacity:
+            return
+        if not self.grows:
+            if has_values(self.lengths):
                 raise ValueError(
                     f"the cache has room for {self.capacity} tokens, of which {self._most} are "
                     f"taken, so {n} more do not fit; make it with a larger max_len"
                 )
-            blocks = -(-max(2 * self.capacity, self._most + n) // self.block_size) + 1
-            n_blocks = self.means.shape[2]
-            for name in ("k", "v", "means", "_tile_queries"):
-                x = getattr(self, name)
-                if x is not None:
-                    size = blocks * (x.shape[2] // n_blocks)
-                    grown = storage((*x.shape[:2], size, x.shape[3]), x.dtype, x.device)
-                    grown[:, :, : x.shape[2]] = x
-                    setattr(self, name, grown)
+            return
+        blocks = -(-max(2 * self.capacity, self._most + n) // self.block_size) + 1
+        n_blocks = self.means.shape[2]
+        for name in ("k", "v", "means", "_tile_queries"):
+            x = getattr(self, name)
+            if x is not None:
+                size = blocks * (x.shape[2] // n_blocks)
+                grown = storage((*x.shape[:2], size, x.shape[3]), x.dtype, x.device)
+                grown[:, :, : x.shape[2]] = x
+                setattr(self, name, grown)
 
     def _keep_tile_queries(self, q: Tensor, positions: Tensor) -> Tensor:
         batch, heads, n, dim = q.shape

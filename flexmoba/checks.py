@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.attention.flex_attention import AuxRequest
 
 if TYPE_CHECKING:
@@ -18,6 +20,22 @@ if TYPE_CHECKING:
 GateName = Literal["token", "group", "tile"]
 GATES: tuple[GateName, ...] = get_args(GateName)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there are values to read: not while tracing, of fake tensors or inside torch.func."""
+    return not (
+        torch.compiler.is_compiling()
+        or x.is_meta
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or detect_fake_mode(x) is not None
+        or get_proxy_mode() is not None
+    )
+
+
+def values_readable(x: Tensor) -> bool:
+    """Whether there are values, which reading does not wait for."""
+    return x.device.type == "cpu" and has_values(x)
 
 
 def check_queries_and_keys(q: Tensor, k: Tensor) -> None:
@@ -224,13 +242,12 @@ def check_documents(
         raise ValueError(
             f"{name} must be (B, Lk) = {(k.shape[0], k.shape[2])}, got {tuple(x.shape)}"
         )
-    if torch.compiler.is_compiling():
-        if name == "document_ids":
-            raise NotImplementedError(
-                "document_ids in torch.compile would read how many documents there are from the "
-                "device; pass cu_seqlens"
-            )
-    elif x.device.type == "cpu" and name == "cu_seqlens":
+    if name == "document_ids" and not has_values(x):
+        raise NotImplementedError(
+            "document_ids tell by their values alone how many documents there are, and "
+            "torch.compile, fake tensors and torch.func have none; pass cu_seqlens"
+        )
+    if name == "cu_seqlens" and values_readable(x):
         _check_bounds(x, k.shape[2], max_seqlen)
 
 

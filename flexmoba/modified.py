@@ -108,4 +108,4 @@ def _blocks(x: Tensor, block_size: int) -> Tensor:
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """``x[index]`` whose gradient adds in a fixed order, on CPU and on CUDA."""
-    return x[index] if x.is_cuda else x.index_select(0, index)
+    return x.index_select(0, index) if x.device.type == "cpu" else x[index]

@@ -5,7 +5,9 @@ rows. The backward pass recomputes each tile's weights from the final log-sum-ex
 inputs, output, log-sum-exp and integers is saved. Half precision is computed in float32.
 """
 
+import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,7 +97,12 @@ def _attend(
         first_place = first_places(first_key, query_of_row, block_of_tile, q, k, block_size)
     # May a routed block hide any of its room? Past blocks are full.
     ragged = n_own_tiles == 0 or block_size % _VECTOR != 0 or first_key is not None
-    fused = _can_be_fused(q, k, v)
+    attend = _attend_tiles
+    if q.device.type == "cpu":  # which alone has that kernel, and whose values can be read at once
+        # Below it, no score overflows before the softmax.
+        limit = math.sqrt(torch.finfo(precise).max / (q.shape[-1] * max(1.0, abs(scale))))
+        is_small = all(_is_within(limit, x) for x in (queries, keys, values))
+        attend = _attend_tiles_fused if is_small else partial(_attend_rows_apart, limit=limit)
     out_rows = queries.new_empty((*query_of_row.shape, values.shape[-1]), dtype=precise)
     lse_rows = queries.new_empty(query_of_row.shape, dtype=precise)
     for tiles, whole, seen in _pieces(
@@ -105,7 +112,6 @@ def _attend(
         tile_q = _take(queries, query_of_row[tiles].clamp(min=0), precise)
         key, value = _take(keys[:, :seen], block, precise), _take(values[:, :seen], block, precise)
         hidden = _hidden(last_place, first_place, tiles, n_own_tiles, slice(whole, seen))
-        attend = _attend_tiles_fused if fused else _attend_tiles
         out_rows[tiles], lse_rows[tiles] = attend(tile_q, key, value, hidden, scale)
     out_rows, lse_rows = out_rows.flatten(0, 1), lse_rows.flatten()
     out, lse = v.new_empty(queries.shape[0], v.shape[-1]), lse_rows.new_empty(queries.shape[0])
@@ -229,7 +235,7 @@ def _pieces(
         for start in range(i, n_own_tiles, step):
             yield slice(start, min(start + step, n_own_tiles), own_tiles_per_block), whole, seen
     used = block_of_tile.shape[0]
-    if not block_of_tile.is_cuda:  # where reading a value waits for nothing
+    if block_of_tile.device.type == "cpu":  # where reading a value waits for nothing
         used = n_own_tiles + int((block_of_tile[n_own_tiles:] < n_blocks).sum())
     whole, step = 0 if ragged else room, _tiles_at_once(rows, room)
     for start in range(n_own_tiles, used, step):
@@ -263,18 +269,36 @@ def _whole_pieces(
     )
 
 
-def _can_be_fused(*inputs: Tensor) -> bool:
-    """Whether torch's fused attention can serve: on CPU, inputs that are finite.
+def _attend_rows_apart(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, limit: float
+) -> tuple[Tensor, Tensor]:
+    """`_attend_tiles_fused`, but rows that reach something beyond the limit by `_attend_tiles`.
 
-    Those sum up to something finite, and reading a value waits for nothing there.
+    The two round differently: what other rows hold, or see, must not choose for a row.
     """
-    return all(not x.is_cuda and bool(x.sum().isfinite()) for x in inputs)
+    if all(_is_within(limit, x) for x in (q, k, v)):
+        return _attend_tiles_fused(q, k, v, hidden, scale)
+    small_q, small_k, small_v = (x.abs() <= limit for x in (q, k, v))
+    large = ~(small_k.all(-1) & small_v.all(-1))[:, None].repeat(1, q.shape[1], 1)
+    if hidden.shape[-1]:
+        large[..., -hidden.shape[-1] :].masked_fill_(hidden, False)
+    apart = large.any(-1) | ~small_q.all(-1)
+    out, lse = _attend_tiles_fused(
+        q.where(small_q, 0.0), k.where(small_k, 0.0), v.where(small_v, 0.0), hidden, scale
+    )
+    large_out, large_lse = _attend_tiles(q, k, v, hidden, scale)
+    return torch.where(apart[..., None], large_out, out), torch.where(apart, large_lse, lse)
+
+
+def _is_within(limit: float, x: Tensor) -> bool:
+    lowest, highest = x.aminmax()
+    return -limit <= float(lowest) and float(highest) <= limit  # neither of a NaN
 
 
 def _attend_tiles_fused(
     q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`_attend_tiles` of finite inputs, by the kernel behind torch's attention on CPU."""
+    """`_attend_tiles` by the kernel behind torch's attention on CPU, of what cannot overflow."""
     mask = None
     if hidden.shape[-1]:
         mask = q.new_zeros((hidden.shape[0], 1, q.shape[1], k.shape[1]))
@@ -348,7 +372,7 @@ def _whole_vectors(x: Tensor) -> Tensor:
 
 def _add_to_blocks(blocks: Tensor, index: Tensor, x: Tensor) -> None:
     """Adds a tile's share to its block, several tiles a block, always in the same order."""
-    if x.is_cuda:
-        blocks.index_put_((index,), x, accumulate=True)  # sorts; index_add_ would be atomic
-    else:
+    if x.device.type == "cpu":
         blocks.index_add_(0, index, x)  # one after the other; index_put_ would be atomic
+    else:
+        blocks.index_put_((index,), x, accumulate=True)  # sorts; index_add_ would be atomic

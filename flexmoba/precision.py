@@ -18,7 +18,7 @@ def without_autocast(
 
     @functools.wraps(function)
     def wrapped(x: Tensor, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        if x.is_meta:  # which has no autocast
+        if not torch.amp.is_autocast_available(x.device.type):
             return function(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)
@@ -28,7 +28,8 @@ def without_autocast(
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """What autocast makes of ``x`` before a matrix product; the dtype of ``x`` where it is off."""
-    # Autocast leaves float64 alone, and meta tensors have none.
-    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
-        return x.dtype
-    return torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    available = torch.amp.is_autocast_available(device)
+    if not available or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype  # autocast leaves float64 alone
+    return torch.get_autocast_dtype(device)

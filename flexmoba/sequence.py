@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexmoba.checks import check_longest
+from flexmoba.checks import check_longest, values_readable
 from flexmoba.merge import dispatch
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -123,7 +123,7 @@ def packing_of(
     first_token = first_tokens(length, cu_seqlens, document_ids)
     if cu_seqlens is not None:
         longest = length
-        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if values_readable(cu_seqlens):
             longest = max(1, int(cu_seqlens.diff().max()))
         elif max_seqlen is not None:
             torch._assert_async(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexmoba.checks import has_values
 from flexmoba.sequence import without_padding
 
 POSITIONS = "flexmoba_position_ids"  # how `pass_positions` names what models keep from attention
@@ -100,9 +101,7 @@ def _with_positions(
 
 def may_read(x: Tensor) -> bool:
     """Whether values can be read: not while tracing, nor while capturing a CUDA graph."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return has_values(x) and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _remembered(
