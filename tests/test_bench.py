@@ -60,6 +60,7 @@ def test_measures_gates_documents_and_steps(monkeypatch, tmp_path, capsys):
         replace(SMALL, gate="group"),
         replace(SMALL, block_size=128, gate="tile"),
         replace(SMALL, documents=5),
+        replace(SMALL, documents=5, longest_known=True),
         replace(SMALL, batch=2, gate="group", decode=True, backward=False),
     ]
     monkeypatch.setitem(bench.PRESETS, "cpu", configs)
@@ -69,6 +70,7 @@ def test_measures_gates_documents_and_steps(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| 1 x 2/1 x 300, 64, 3, by group |" in printed
     assert "| 1 x 2/1 x 300, 64, 3, 5 documents |" in printed
+    assert "| 1 x 2/1 x 300, 64, 3, 5 documents, longest known |" in printed
     assert "| one sequence |" in printed
     assert printed.count("| 2 x 2/1 x 300, 64, 3, by group |") == 1
     assert picture.stat().st_size > 10_000

@@ -57,8 +57,10 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
     if config.documents > 1:
         options["cu_seqlens"] = _edges(config, device)
 
+    more = {"max_seqlen": max(config.lengths)} if config.longest_known else {}
+
     def moba() -> Tensor:
-        out: Tensor = flex_moba(q, k, v, config.block_size, config.topk, **options)
+        out: Tensor = flex_moba(q, k, v, config.block_size, config.topk, **options, **more)
         return out
 
     def gate() -> Tensor:

@@ -22,6 +22,7 @@ class Config:
     dense: str = "all"  # what it is compared with: all, SDPA (without FlexAttention) or nothing
     gate: GateName = "token"
     documents: int = 1  # packed in each row
+    longest_known: bool = False  # whether the call is told how long the longest document is
     decode: bool = False  # one token for each row of the batch against so many before
 
     def __str__(self) -> str:
@@ -36,7 +37,8 @@ class Config:
             f"{self.block_size}, {self.topk}"
         )
         text += "" if self.gate == "token" else f", by {self.gate}"
-        return text + ("" if self.documents == 1 else f", {self.documents} documents")
+        text += "" if self.documents == 1 else f", {self.documents} documents"
+        return text + (", longest known" if self.longest_known else "")
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -99,7 +101,8 @@ PRESETS = {
         for gate in (("token", "tile") if heads == kv_heads else ("token", "group", "tile"))
     ],
     "documents": [
-        Config(1, 16, 16, 65536, 512, 3, documents=n) for n in (1, 16, 128, 1024)
+        *(Config(1, 16, 16, 65536, 512, 3, documents=n) for n in (1, 16, 128, 1024)),
+        Config(1, 16, 16, 65536, 512, 3, documents=1024, longest_known=True),
     ],
     "decode": [
         Config(batch, 32, 8, length, 512, 8, backward=False, decode=True, gate=gate)
