@@ -15,8 +15,9 @@ export NO_MKDOCS_2_WARNING := 1
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# Threads that wait for others do not keep them, or other programs, from a core.
 demo: $(VENV)/.plot ## Train a small model, check and time its attention, draw what it chose
-	$(BIN)/python -m flexmoba demo
+	OMP_WAIT_POLICY=passive $(BIN)/python -m flexmoba demo
 
 # By file, because each example uses the names of those before it in its file.
 test: $(VENV)/.dev ## Run the tests, examples in documents and docstrings included

@@ -15,7 +15,7 @@ EXIT_CODES = """exit codes:
   1    done, and what was measured is not as it should be: a result differs from MoBA in float64,
        or (tune) nothing keeps to the budget
   2    not done: wrong options, or something is missing; the message says what to do
-  130  interrupted by Ctrl-C; what bench has measured by then is printed"""
+  130  interrupted by Ctrl-C; what was measured by then is printed, and written where --json says"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

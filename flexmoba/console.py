@@ -1,10 +1,12 @@
-"""What the commands of `flexmoba.cli` share: options, tables, progress bars, errors of usage."""
+"""What the commands of `flexmoba.cli` share: options, tables, progress, errors of usage."""
 
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -133,20 +135,57 @@ def save_picture(figure: "Figure", option: str, file: Path) -> None:
         raise UsageError(f"--{option} {file}: not written ({error.strerror})") from error
 
 
-def progress(items: Sequence[T], label: str) -> Iterator[T]:
-    """The items, beside a bar on a terminal if tqdm is there to draw it."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield from items
+def note(text: str) -> None:
+    """Says on standard error what goes on."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def note_load(device: str) -> None:
+    """Notes that other programs run on the cores of a CPU, where its threads wait for each other.
+
+    A thread of OpenMP that waits keeps its core from the other one that it waits for, unless the
+    policy is passive.
+    """
+    passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+    if device != "cpu" or passive or not hasattr(os, "getloadavg"):
         return
-    yield from tqdm(items, desc=label, file=sys.stderr, leave=False, disable=None)
+    load, cores, threads = os.getloadavg()[0], os.cpu_count() or 1, torch.get_num_threads()
+    if threads > 1 and load + threads > cores + 1:
+        note(
+            f"{threads} threads on {cores} cores with a load of {load:.1f}: if other programs run, "
+            "they slow flex_moba more than dense attention; start with OMP_WAIT_POLICY=passive"
+        )
+
+
+def say(text: str, json: str | None) -> None:
+    """Prints a result at once: where JSON is printed to standard output, on standard error."""
+    print(text, file=sys.stderr if json == "-" else sys.stdout, flush=True)
+
+
+def progress(items: Sequence[T], label: str, *, seconds: float = 10.0) -> Iterator[T]:
+    """The items; every so many seconds it notes how many are done."""
+    noted = time.monotonic()
+    for i, item in enumerate(items):
+        if time.monotonic() - noted > seconds:
+            noted = time.monotonic()
+            note(f"{label}: {i} of {len(items)}")
+        yield item
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table whose columns are aligned, numbers to the right."""
     lines = [list(heads), *(list(row) for row in rows)]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(heads))]
-    cells = [[x.rjust(width) for x, width in zip(line, widths, strict=True)] for line in lines]
-    cells.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    head, *rest = (table_row(line, widths) for line in lines)
+    return "\n".join([head, table_rule(widths), *rest])
+
+
+def table_row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """One line of a table, for those that are printed line by line."""
+    padded = [x.rjust(width) for x, width in zip(cells, widths, strict=True)]
+    return f"| {' | '.join(padded)} |"
+
+
+def table_rule(widths: Sequence[int]) -> str:
+    """The line below the heads."""
+    return table_row(["-" * (width - 1) + ":" for width in widths], widths)

@@ -4,19 +4,20 @@
    standard library for about a minute.
 2. The trained model reads one long text; its queries, keys and values are put through `flex_moba`
    and compared with the oracle, `moba_reference`.
-3. The same attention is timed beside full attention, at growing lengths.
-4. Pictures show which blocks the queries chose, and how often each.
+3. Pictures show which blocks the queries chose on unseen text, and how often each.
+4. The same attention is timed beside full attention, at growing lengths.
 
-Everything runs on this machine's best device; nothing is downloaded.
+Everything runs on this machine's best device; nothing is downloaded. On two cores it takes about
+two minutes; every result is printed at once.
 """
 
 import argparse
 import importlib.util
 import math
 import platform
-import sys
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +31,25 @@ from flexmoba.console import (
     add_device,
     add_json,
     check_writable,
+    note,
+    note_load,
     positive,
-    progress,
-    table,
+    save_picture,
+    say,
+    table_row,
+    table_rule,
     write_json,
 )
 from flexmoba.hybrid import set_attention
 from flexmoba.nn import FlexMoba, MobaAttention
-from flexmoba.timing import median_ms
-from flexmoba.tune import gate_quality, sample_positions
+from flexmoba.timing import median_ms, pays_from
+from flexmoba.tune import gate_quality
 from flexmoba.versions import versions
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 64, 2
-BLOCK, TOPK = 64, 4  # while training, on sequences of LENGTH
-LENGTH, BATCH = 1024, 4
-LONG_BLOCK, LONG_TOPK = 512, 3  # where it is timed, on long ones
+BLOCK, TOPK = 64, 4
+LENGTH, BATCH = 1024, 4  # of the training
+PICTURES = ("selection.png", "choices.png")
 
 
 class Layer(nn.Module):
@@ -103,32 +108,29 @@ def standard_library() -> Tensor:
     return torch.frombuffer(bytearray(b"".join(x.read_bytes() for x in files)), dtype=torch.uint8)
 
 
-def train(text: Tensor, seconds: int, device: torch.device) -> tuple[ByteModel, dict[str, float]]:
-    """Trains for some seconds on all but the last tenth of the text; bits per byte on that."""
-    from tqdm import tqdm
-
+def train(
+    text: Tensor, held_out: Tensor, seconds: int, device: torch.device
+) -> tuple[ByteModel, dict[str, float]]:
+    """Trains on a text for some seconds; bits per byte on held-out sequences."""
     model = ByteModel().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     parameters = sum(x.numel() for x in model.parameters())
     size = f"{parameters / 1e6:.1f}M parameters on {len(text) / 1e6:.0f} MB of Python"
-    print(f"Training {size} for {seconds} s", file=sys.stderr)
-    seen, unseen = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
-    starts = torch.linspace(0, len(unseen) - LENGTH - 1, 16).long()
-    held_out = windows(unseen, starts).to(device)
+    note(f"Training {size} for {seconds} s")
     model.bits_per_byte(held_out[:1]).backward()  # compiles, on a GPU, outside the time budget
-    began, step = time.perf_counter(), 0
-    with tqdm(total=seconds, bar_format="{l_bar}{bar}| {postfix}", disable=None) as bar:
-        while (elapsed := time.perf_counter() - began) < seconds:
-            for group in optimizer.param_groups:  # up, then linearly down to nothing
-                group["lr"] = 2e-3 * min(1.0, (step + 1) / 20) * (1 - elapsed / seconds)
-            batch = windows(seen, torch.randint(len(seen) - LENGTH - 1, (BATCH,))).to(device)
-            loss = model.bits_per_byte(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
-            bar.set_postfix_str(f"step {step}, {loss.item():.2f} bits per byte")
-            bar.update(min(round(elapsed), bar.total) - bar.n)
+    began, step, noted = time.perf_counter(), 0, 0.0
+    while (elapsed := time.perf_counter() - began) < seconds:
+        for group in optimizer.param_groups:  # up, then linearly down to nothing
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 20) * (1 - elapsed / seconds)
+        batch = windows(text, torch.randint(len(text) - LENGTH - 1, (BATCH,))).to(device)
+        loss = model.bits_per_byte(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        if elapsed - noted > 10:
+            noted = elapsed
+            note(f"{elapsed:.0f} s: step {step}, {loss.item():.2f} bits per byte")
     bits = {}
     for name, topk in (("full", None), ("moba", TOPK)):
         set_attention(model, topk=topk)
@@ -143,14 +145,14 @@ def windows(text: Tensor, starts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def long_qkv(model: ByteModel, text: Tensor, length: int, device: torch.device) -> list[Tensor]:
-    """The last layer's queries, keys and values on the beginning of the text."""
+def qkv_of(model: ByteModel, texts: Tensor) -> list[Tensor]:
+    """The last layer's queries, keys and values on texts ``(B, L)``."""
     *_, attend = (module for module in model.modules() if isinstance(module, FlexMoba))
     caught: list[Tensor] = []
     hook = attend.register_forward_pre_hook(lambda _, qkv: caught.extend(qkv))
-    model(text[None, :length].long().to(device))
+    model(texts)
     hook.remove()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if texts.is_cuda else torch.float32
     return [x.to(dtype).contiguous() for x in caught]
 
 
@@ -170,21 +172,18 @@ def check(qkv: list[Tensor]) -> dict[str, float]:
 
 def captured(qkv: list[Tensor]) -> dict[str, float]:
     """What the chosen blocks capture of the attention that full attention would pay."""
-    q, k, _ = (x[:, :, :4096] for x in qkv)
-    positions = sample_positions(q.shape[2], 256).to(q.device)
-    quality = gate_quality(q[:, :, positions], k, BLOCK, TOPK, positions=positions)[BLOCK]
+    q, k, _ = qkv
+    quality = gate_quality(q, k, BLOCK, TOPK)[BLOCK]
     return {"mass": float(quality.mass.mean()), "best_mass": float(quality.best_mass.mean())}
 
 
-def time_lengths(qkv: list[Tensor], max_length: int) -> list[dict[str, float]]:
+def time_lengths(qkv: list[Tensor], max_length: int) -> Iterator[dict[str, float]]:
     """Milliseconds beside full attention's, at lengths doubled up to the longest."""
-    rows = []
-    lengths = [1024 << i for i in range(20) if 1024 << i <= max_length]
-    for length in progress(lengths, "times"):
+    for length in (max_length >> i for i in (3, 2, 1, 0) if max_length >> i >= 1024):
         q, k, v = (x[:, :, :length].detach().requires_grad_() for x in qkv)
 
         def moba(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Any:
-            return flex_moba(q, k, v, LONG_BLOCK, LONG_TOPK)
+            return flex_moba(q, k, v, BLOCK, TOPK)
 
         def full(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -199,36 +198,45 @@ def time_lengths(qkv: list[Tensor], max_length: int) -> list[dict[str, float]]:
             with torch.no_grad():
                 row[f"{name}_forward_ms"] = median_ms(attend, q.device)
             row[f"{name}_both_ms"] = median_ms(both, q.device)
-        rows.append(row)
-    return rows
+        yield row
 
 
-def times_table(rows: list[dict[str, float]]) -> str:
-    """The times as a table."""
-    heads = ["length", "full, forward", "MoBA", "speed-up", "full, both ways", "MoBA", "speed-up"]
-    lines = []
-    for row in rows:
-        line = [f"{row['length']:,}"]
-        for way in ("forward_ms", "both_ms"):
-            full, moba = row[f"full_{way}"], row[f"moba_{way}"]
-            line += [f"{full:.1f}", f"{moba:.1f}", f"{full / moba:.1f}x"]
-        lines.append(line)
-    return table(heads, lines)
+HEADS_OF_TIMES = ["length", "full, forward", "MoBA, forward", "speed-up"]
+HEADS_OF_TIMES += ["full, both ways", "MoBA, both ways", "speed-up"]
+WIDTHS = [len(head) for head in HEADS_OF_TIMES]
+
+
+def times_row(row: dict[str, float]) -> str:
+    """The times of one length as a line of the table."""
+    line = [f"{row['length']:,}"]
+    for way in ("forward_ms", "both_ms"):
+        full, moba = row[f"full_{way}"], row[f"moba_{way}"]
+        line += [f"{full:.1f}", f"{moba:.1f}", f"{full / moba:.1f}x"]
+    return table_row(line, WIDTHS)
+
+
+def summary(rows: list[dict[str, float]]) -> str:
+    """From which length on MoBA is the faster."""
+    texts = []
+    for way, name in (("forward_ms", "forward"), ("both_ms", "forward and backward")):
+        start = pays_from(
+            [(int(row["length"]), row[f"moba_{way}"], row[f"full_{way}"]) for row in rows]
+        )
+        texts.append(f"{name} from {start:,} tokens on" if start else f"{name} at none of these")
+    return f"Here MoBA is the faster {', '.join(texts)}"
 
 
 def draw(qkv: list[Tensor], folder: Path) -> list[str]:
-    """Which blocks the queries of each head chose on the first 4,096 positions, and how often."""
+    """Which blocks the queries of each head chose on the first text, and how often on it."""
     from flexmoba.plot import plot_choices, plot_heads
 
-    q, k, _ = (x[:, :, :4096] for x in qkv)
+    q, k, _ = qkv
     selection = moba_select(q, k, BLOCK, TOPK)
-    figures: dict[str, Any] = {
-        "selection.png": plot_heads(selection, BLOCK),
-        "choices.png": plot_choices(selection, BLOCK).figure,
-    }
-    for name, figure in figures.items():
-        figure.savefig(folder / name)
-    return [str(folder / name) for name in figures]
+    figures: list[Any] = [plot_heads(selection, BLOCK), plot_choices(selection, BLOCK).figure]
+    files = [folder / name for name in PICTURES]
+    for file, figure in zip(files, figures, strict=True):
+        save_picture(figure, "output", file)
+    return [str(file) for file in files]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -256,14 +264,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains, checks, times and draws; 1 if flex_moba disagrees with the oracle."""
-    if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "tqdm")):
-        raise UsageError("the demo needs matplotlib and tqdm; pip install 'flexmoba[plot]'")
+    """Trains, checks, draws and times; 1 if flex_moba disagrees with the oracle."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("the demo needs matplotlib; pip install 'flexmoba[plot]'")
     check_writable(json=arguments.json)
-    # What is said on the way goes where it does not mix with JSON.
-    out = sys.stderr if arguments.json == "-" else sys.stdout
     torch.manual_seed(arguments.seed)
-    device, text = torch.device(arguments.device), standard_library()
+    text = standard_library()
     if not 1024 <= arguments.max_length <= len(text):
         raise UsageError(
             f"--max-length {arguments.max_length}: must lie from 1024 to {len(text)}, the bytes of "
@@ -276,43 +282,59 @@ def run(arguments: argparse.Namespace) -> int:
             f"--output {arguments.output}: no such folder can be made ({error.strerror}); name "
             "another"
         ) from error
+    for name in PICTURES:
+        check_writable(output=arguments.output / name)
+    report: dict[str, Any] = {"captured": None, "times": [], "pictures": []}
+    try:
+        return measure(text, report, arguments)
+    finally:  # an interruption or a failure loses nothing that was measured
+        if "bits_per_byte" in report:
+            write_json(report, arguments.json)
+
+
+def measure(text: Tensor, report: dict[str, Any], arguments: argparse.Namespace) -> int:
+    """Fills in the report, and prints each part at once."""
+
+    def tell(result: str) -> None:
+        say(result, arguments.json)
+
+    device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else platform.machine()
-    print(f"Device: {name}, torch {torch.__version__}", file=out)
-    model, bits = train(text, arguments.seconds, device)
-    print(
+    report |= {"device": name, **versions()}
+    tell(f"Device: {name}, torch {torch.__version__}")
+    note_load(arguments.device)
+    seen, unseen = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+    held_out = windows(unseen, torch.linspace(0, len(unseen) - LENGTH - 1, 16).long()).to(device)
+    model, bits = train(seen, held_out, arguments.seconds, device)
+    report["bits_per_byte"] = bits
+    tell(
         f"Unseen text: {bits['moba']:.3f} bits per byte, {bits['full']:.3f} if it attends fully "
-        "(8 is chance)",
-        file=out,
+        "(8 is chance)"
     )
-    qkv = long_qkv(model, text, max(arguments.max_length, 4096), device)
-    agreement = check(qkv)
-    print(
+    long = qkv_of(model, text[None, : max(arguments.max_length, 2048)].long().to(device))
+    report["oracle"] = agreement = check(long)
+    tell(
         f"Against the oracle, 2,048 positions: largest error {agreement['error']:.1e} (allowed "
         f"{agreement['allowed']:.1e}), {agreement['other_block']:.2%} of the queries chose "
-        "another, equally good block",
-        file=out,
+        "another, equally good block"
     )
-    report: dict[str, Any] = {
-        "device": name,
-        **versions(),
-        "bits_per_byte": bits,
-        "oracle": agreement,
-    }
     if not agreement["other_block"] < 1e-3:
-        print("flex_moba disagrees with the oracle", file=sys.stderr)
-        write_json(report | {"captured": None, "times": [], "pictures": []}, arguments.json)
+        note("flex_moba disagrees with the oracle")
         return 1
-    share = captured(qkv)
-    print(
-        f"The chosen blocks capture {share['mass']:.1%} of full attention on 4,096 positions; the "
-        f"best {TOPK} blocks would {share['best_mass']:.1%}",
-        file=out,
+    qkv = qkv_of(model, held_out[:, :-1])
+    report["captured"] = share = captured(qkv)
+    tell(
+        f"The chosen blocks capture {share['mass']:.1%} of full attention on unseen text of "
+        f"{LENGTH:,} bytes, as in training; the best {TOPK} of {LENGTH // BLOCK} blocks would "
+        f"{share['best_mass']:.1%}"
     )
-    times = time_lengths(qkv, arguments.max_length)
-    report |= {"captured": share, "times": times, "pictures": draw(qkv, arguments.output)}
-    if write_json(report, arguments.json):
-        print(f"\nMilliseconds, block {LONG_BLOCK}, topk {LONG_TOPK}, {qkv[0].dtype}\n")
-        print(times_table(times))
-        print(f"\nPictures: {', '.join(report['pictures'])}")
+    report["pictures"] = draw(qkv, arguments.output)
+    tell(f"Pictures of that: {', '.join(report['pictures'])}")
+    tell(f"\nMilliseconds, block {BLOCK}, topk {TOPK}, {long[0].dtype}\n")
+    tell(f"{table_row(HEADS_OF_TIMES, WIDTHS)}\n{table_rule(WIDTHS)}")
+    for row in time_lengths(long, arguments.max_length):
+        report["times"].append(row)
+        tell(times_row(row))
+    tell(f"\n{summary(report['times'])}")
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -40,6 +41,15 @@ def new_figure(size: tuple[float, float]) -> "Figure":
         figsize=size, dpi=120, layout="constrained", facecolor="white"
     )
     return figure
+
+
+def log_scale(axes: "Axes", text: str = "{:g}", factor: float = 1.0) -> None:
+    """A logarithmic x axis with numbers at 1, 2 and 5, which do not overlap."""
+    ticker = mpl("ticker")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: text.format(x * factor)))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def can_draw(file: Path) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexmoba.checks import check_block_size
-from flexmoba.figure import mpl, new_figure
+from flexmoba.figure import log_scale, mpl, new_figure
 from flexmoba.tune.report import Choice, Cost, Report
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def plot_selection(
     extent = (0, n_blocks, kv_len, kv_len - q_len)
     axes.imshow(picture.numpy(), extent=extent, aspect="auto", interpolation="none")
     axes.set(title=f"head {head}", xlabel=f"block of {block_size} keys", ylabel="query position")
+    _whole_numbers(axes)
     return axes
 
 
@@ -244,7 +245,7 @@ def plot_frontier(
     if recommended is not None:
         at = price(recommended), recommended.mass
         axes.plot(*at, "o", ms=17, mfc="none", mec="black", mew=1.5, label="recommended")
-    _log_scale(axes, "{:.3g}%" if cost == "sparsity" else "{:g}", 100 if cost == "sparsity" else 1)
+    log_scale(axes, "{:.3g}%" if cost == "sparsity" else "{:g}", 100 if cost == "sparsity" else 1)
     if cost == "sparsity":
         axes.set_xlabel("share of keys read")
     else:
@@ -350,15 +351,6 @@ def _axes(axes: "Axes | None", size: tuple[float, float]) -> "Axes":
 
 def _whole_numbers(axes: "Axes") -> None:
     axes.xaxis.set_major_locator(mpl("ticker").MaxNLocator(integer=True))
-
-
-def _log_scale(axes: "Axes", text: str, factor: float) -> None:
-    """A logarithmic x axis with numbers at 1, 2 and 5, that one can read."""
-    ticker = mpl("ticker")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: text.format(x * factor)))
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _patches(kinds: dict[str, str]) -> list[Any]:

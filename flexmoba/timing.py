@@ -1,8 +1,8 @@
-"""How long a call takes."""
+"""How long a call takes, and from which length on one is faster than another."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,16 @@ def median_ms(function: Callable[[], Any], device: torch.device, *, seconds: flo
     while len(times) < least or (time.perf_counter() - began < seconds and len(times) < 100):
         times.append(_once(function, device))
     return statistics.median(times)
+
+
+def pays_from(times: Sequence[tuple[int, float, float]]) -> int | None:
+    """The length from which on the first time is below the second, of those measured, or None.
+
+    Args:
+        times: ``(length, time, time)`` of each measurement.
+    """
+    slow = max((length for length, ours, other in times if ours >= other), default=-1)
+    return min((length for length, _, _ in times if length > slow), default=None)
 
 
 def _once(function: Callable[[], Any], device: torch.device) -> float:

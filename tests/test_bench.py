@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +129,45 @@ def test_what_ends_a_run_costs_no_result_before_it(error, code, monkeypatch, cap
         main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"])
     assert "| 1 x 2/1 x 300, 64, 3 |" in capsys.readouterr().out
     assert not code or raised.value.code == code
+
+
+def test_prints_each_result_before_the_next_is_measured(monkeypatch, capsys):
+    printed = []
+
+    def measured(config, *_):
+        printed.append(capsys.readouterr())
+        return calls.measure(config, *_)
+
+    monkeypatch.setitem(bench.PRESETS, "cpu", [SMALL, replace(SMALL, topk=2)])
+    monkeypatch.setattr(bench, "measure", measured)
+    assert main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"]) == 0
+    assert printed[0].err.endswith("1 of 2: 1 x 2/1 x 300, 64, 3\n")
+    line = r"1 x 2/1 x 300, 64, 3: forward \S+ ms, SDPA \S+ \(\S+x\); both ways .*\n"
+    assert re.fullmatch(line, printed[1].out)
+    assert printed[1].err == "2 of 2: 1 x 2/1 x 300, 64, 2\n"
+
+
+def test_on_a_cpu_quick_is_quick(monkeypatch, capsys):
+    monkeypatch.setitem(bench.PRESETS, "quick", None)
+    assert main(["bench", "--preset", "quick", "--device", "cpu", "--dtype", "float32"]) == 0
+    assert "| 1 x 2/1 x 300, 64, 3 |" in capsys.readouterr().out
+
+
+def result_of(length, ours, *dense, **changes):
+    times = {"flex_moba": ours} | dict(zip(("SDPA flash", "SDPA cuDNN"), dense, strict=False))
+    timed = {"forward_ms": times, "both_ms": None, "forward_MiB": None}
+    return asdict(replace(SMALL, length=length, **changes)) | timed | {"error": 0, "allowed": 1}
+
+
+def test_says_where_it_begins_to_pay():
+    results = [result_of(1024, 3, 4, 2), result_of(4096, 3, 5, 4, dense="SDPA")]
+    results += [result_of(1024, 3, 4, topk=2), result_of(2048, 3, 2, topk=2)]
+    results += [result_of(1024, 3, 4, topk=5), result_of(2048, 3, topk=5)]
+    lines = bench.tables({"results": results, "matrix_tflops": 1.0}).splitlines()
+    assert lines[-2:] == [
+        "2/1 heads, block 64, topk 3, forward: faster than dense attention from 4K tokens on",
+        "2/1 heads, block 64, topk 2, forward: not faster at 2K tokens",
+    ]
 
 
 @pytest.mark.parametrize("file", sorted((DOCS / "benchmarks").glob("*.json")), ids=lambda x: x.stem)

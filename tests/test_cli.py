@@ -2,16 +2,20 @@
 
 import json
 import math
+import re
 import sys
 from subprocess import PIPE, Popen
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flexmoba import cli, demo, info
 from flexmoba.cli import main
-from flexmoba.console import check_writable, progress, table
+from flexmoba.console import check_writable, note_load, progress, table
 from flexmoba.example import synthetic
+from flexmoba.timing import pays_from
 from flexmoba.tune import sample_positions, tune
 from flexmoba.versions import versions
 
@@ -184,6 +188,29 @@ def test_tune_fails_if_nothing_keeps_to_the_budget(capsys):
     assert json.loads(capsys.readouterr().out)["recommended"] is None
 
 
+def test_tune_says_each_result_and_loses_none(tmp_path, monkeypatch, capsys):
+    timed, file = [], tmp_path / "tune.json"
+
+    def interrupted(*_, **__):
+        timed.append(capsys.readouterr())
+        if len(timed) == 4:  # dense attention, two choices, and the third
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr("flexmoba.tune.measure.median_ms", interrupted)
+    with pytest.raises(SystemExit) as error:
+        main([*EXAMPLE, "--json", str(file)])
+    assert error.value.code == 130
+    assert timed[1].err == "time 1 of 4: block 16, topk 2\n"
+    line = r"block 16, topk 2: captures \S+%, 1.00 ms forward \(1.0x\)\n"
+    assert re.fullmatch(line, timed[2].out)
+    assert timed[2].err == "time 2 of 4: block 16, topk 4\n"
+    printed = capsys.readouterr()
+    assert printed.out.count("\n|") == 2 + 2
+    assert printed.err == "flexmoba: interrupted\n"
+    assert [x["topk"] for x in json.loads(file.read_text())["choices"]] == [2, 4]
+
+
 def test_tune_draws(tmp_path):
     file = tmp_path / "tune.png"
     assert main([*EXAMPLE, "--no-times", "--mass", "0.1", "--plot", str(file)]) == 0
@@ -319,7 +346,7 @@ DEMO = ["demo", "--device", "cpu", "--seconds", "1", "--max-length", "1024"]
 
 
 def test_demo_trains_checks_times_and_draws(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "LENGTH", 128)
+    monkeypatch.setattr(demo, "LENGTH", 320)
     assert main([*DEMO, "--output", str(tmp_path / "made"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report.items() >= versions().items()
@@ -330,6 +357,45 @@ def test_demo_trains_checks_times_and_draws(tmp_path, monkeypatch, capsys):
     for name in ("selection.png", "choices.png"):
         assert str(tmp_path / "made" / name) in report["pictures"]
         assert (tmp_path / "made" / name).stat().st_size > 5_000
+
+
+def test_demo_says_each_result_and_loses_none(tmp_path, monkeypatch, capsys):
+    lengths, file = [], tmp_path / "demo.json"
+
+    def timed(call, device, **_):
+        lengths.append(capsys.readouterr().out)
+        if len(lengths) == 5:  # one length is done
+            raise KeyboardInterrupt
+        return 2.0 + len(lengths)
+
+    monkeypatch.setattr(demo, "LENGTH", 128)
+    monkeypatch.setattr(demo, "median_ms", timed)
+    options = ["demo", "--device", "cpu", "--seconds", "1", "--max-length", "2100"]
+    with pytest.raises(SystemExit) as error:
+        main([*options, "--output", str(tmp_path), "--json", str(file)])
+    assert error.value.code == 130
+    assert lengths[0].splitlines()[-1].startswith("| -----: |")
+    row = "|  1,050 |           3.0 |           5.0 |     0.6x |"
+    row += "             4.0 |             6.0 |     0.7x |\n"
+    assert lengths[4] == row
+    report = json.loads(file.read_text())
+    assert [x["length"] for x in report["times"]] == [1050]
+    assert report["oracle"]["error"] <= report["oracle"]["allowed"]
+    assert {x.name for x in tmp_path.iterdir()} == {"demo.json", *demo.PICTURES}
+
+
+def test_demo_draws_at_the_length_of_the_training(tmp_path, monkeypatch):
+    drawn = []
+
+    def plot(selection, block_size):
+        drawn.append(selection.shape)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "LENGTH", 192)
+    monkeypatch.setattr("flexmoba.plot.plot_heads", plot)
+    with pytest.raises(SystemExit):
+        main([*DEMO, "--output", str(tmp_path)])
+    assert drawn[0][2] == 192
 
 
 def test_demo_fails_if_the_oracle_disagrees(tmp_path, monkeypatch, capsys):
@@ -364,10 +430,35 @@ def test_a_table_is_aligned():
     ]
 
 
-def test_progress_needs_no_tqdm(monkeypatch):
+def test_progress_is_noted_now_and_then(capsys):
     assert list(progress([1, 2], "x")) == [1, 2]
-    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
-    assert list(progress([1, 2], "x")) == [1, 2]
+    assert capsys.readouterr().err == ""
+    assert list(progress([1, 2], "x", seconds=0)) == [1, 2]
+    assert capsys.readouterr().err == "x: 0 of 2\nx: 1 of 2\n"
+
+
+@pytest.mark.parametrize(
+    ("load", "policy", "noted"), [(0.2, "", False), (6.0, "", True), (6.0, "PASSIVE", False)]
+)
+def test_a_load_that_slows_threads_is_noted(load, policy, noted, monkeypatch, capsys):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    note_load("cpu")
+    note_load("cuda")
+    expected = "2 threads on 2 cores with a load of 6.0: "
+    assert capsys.readouterr().err.startswith(expected) == noted
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(1, 3)), max_size=6))
+def test_where_it_begins_to_pay(times):
+    expected = None
+    for length in sorted({x for x, _, _ in times}):
+        if all(ours < other for x, ours, other in times if x >= length):
+            expected = length
+            break
+    assert pays_from(times) == expected
 
 
 def test_the_example_has_a_structure_that_is_kept():

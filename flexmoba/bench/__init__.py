@@ -2,11 +2,12 @@
 
 Every configuration is first compared with float64 attention on sampled queries; one that disagrees
 is reported as wrong and not timed. Times are medians over repeated calls (CUDA events on a GPU),
-of the whole call, gate included; all of one run, on one device.
+of the whole call, gate included; all of one run, on one device. Each result is printed at once, and
+all of them as tables at the end, with the length from which on MoBA is faster, where several tell.
 
 Presets are
   cpu          4K to 16K tokens, for a CPU
-  quick        8K and 32K tokens
+  quick        8K and 32K tokens; on a CPU it is cpu
   flashmoba    8K to 128K tokens
   paper        128K and 1M tokens, block 4096, topk 12
   longest      1M and 10M tokens, forward
@@ -26,15 +27,17 @@ import torch
 
 from flexmoba.bench.calls import ROUNDINGS, describe, matrix_rate, measure
 from flexmoba.bench.configs import PRESETS, Config
-from flexmoba.bench.report import plot, tables
+from flexmoba.bench.report import line, plot, tables
 from flexmoba.bench.steps import measure_step
 from flexmoba.console import (
     UsageError,
     add_device,
     add_json,
     check_writable,
-    progress,
+    note,
+    note_load,
     save_picture,
+    say,
     write_json,
 )
 
@@ -77,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
             _measure_all(report, arguments)
     finally:  # an interruption or a failure loses nothing that was measured
         if report["results"] and write_json(report, arguments.json):
-            print(tables(report))
+            print(f"\n{tables(report)}")
     if arguments.plot:
         try:
             save_picture(plot(report), "plot", arguments.plot)
@@ -113,9 +116,13 @@ def _heading(arguments: argparse.Namespace) -> dict[str, Any]:
 def _measure_all(report: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Fills in the results."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    configs = [config for preset in arguments.preset for config in PRESETS[preset]]
-    for config in progress(configs, "bench"):
+    note_load(arguments.device)
+    small = {"quick": "cpu"} if device.type == "cpu" else {}
+    configs = [config for name in arguments.preset for config in PRESETS[small.get(name, name)]]
+    for i, config in enumerate(configs, 1):
+        note(f"{i} of {len(configs)}: {config}")
         measured = (measure_step if config.decode else measure)(config, device, dtype)
         report["results"].append(asdict(config) | measured)
+        say(line(report["results"][-1]), arguments.json)
         if arguments.json not in (None, "-"):  # after every row, in case this is killed
             write_json(report, arguments.json)

@@ -27,13 +27,8 @@ class Config:
 
     def __str__(self) -> str:
         """The first cell of its row."""
-        length = str(self.length)
-        for unit, size in (("M", 2**20), ("K", 2**10)):
-            if self.length % size == 0:
-                length = f"{self.length // size}{unit}"
-                break
         text = (
-            f"{self.batch} x {self.heads}/{self.kv_heads} x {length}, "
+            f"{self.batch} x {self.heads}/{self.kv_heads} x {size(self.length)}, "
             f"{self.block_size}, {self.topk}"
         )
         text += "" if self.gate == "token" else f", by {self.gate}"
@@ -67,6 +62,14 @@ class Config:
         """Floating point operations of its matrix products; the backward pass has 5 for 2."""
         products = 7 if backward else 2
         return 2 * products * self.batch * self.heads * self.pairs * self.head_dim
+
+
+def size(length: int) -> str:
+    """A number of tokens, in K or M where it is whole."""
+    for unit, tokens in (("M", 2**20), ("K", 2**10)):
+        if length % tokens == 0:
+            return f"{length // tokens}{unit}"
+    return str(length)
 
 
 @functools.cache

@@ -1,10 +1,11 @@
 """Shows what was measured: tables in Markdown, and a picture."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from flexmoba.bench.configs import Config
-from flexmoba.figure import new_figure
+from flexmoba.bench.configs import Config, size
+from flexmoba.figure import log_scale, new_figure
+from flexmoba.timing import pays_from
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,12 +38,52 @@ def tables(report: dict[str, Any]) -> str:
     if splits:
         stages = list(dict.fromkeys(stage for row in splits for stage in row))
         parts.append(f"Where the forward time goes, in ms\n\n{_table(stages, splits)}")
+    parts += _begins_to_pay(report["results"])
     return "\n\n".join(parts)
 
 
 DENSE = ("SDPA", "SDPA flash", "SDPA cuDNN", "FlexAttention", "varlen flash", "one sequence")
 _CONFIG, _MIB = "batch x heads x length, block, topk", "peak MiB"
 _STEP = "batch x heads x context, block, topk"
+
+
+def line(result: dict[str, Any]) -> str:
+    """What was measured of one configuration, in a line."""
+    if result["error"] > result["allowed"]:
+        return f"{_config(result)}: {_wrong(result)}"
+    parts = []
+    for key, name in (("step_ms", "step"), ("forward_ms", "forward"), ("both_ms", "both ways")):
+        if times := result.get(key):
+            ours = times["flex_moba"]
+            others = [f", {x} {ms:.4g} ({ms / ours:.1f}x)" for x, ms in times.items() if x in DENSE]
+            parts.append(f"{name} {ours:.4g} ms{''.join(others)}")
+    return f"{_config(result)}: {'; '.join(parts)}"
+
+
+def _begins_to_pay(results: list[dict[str, Any]]) -> list[str]:
+    """From which length on MoBA is faster than the fastest dense attention, where several tell."""
+    alike: dict[Config, list[dict[str, Any]]] = {}
+    for result in results:
+        config = replace(_config(result), length=0, backward=True, dense="all")
+        if not config.decode and config.documents == 1:
+            alike.setdefault(config, []).append(result)
+    texts = []
+    for key, name in (("forward_ms", "forward"), ("both_ms", "forward and backward")):
+        for config, several in alike.items():
+            times = [
+                (result["length"], result[key]["flex_moba"], min(dense))
+                for result in several
+                if (dense := [ms for x, ms in (result.get(key) or {}).items() if x in DENSE])
+            ]
+            if len(times) > 1:
+                start, longest = pays_from(times), max(times)[0]
+                heads = f"{config.heads}/{config.kv_heads} heads"
+                texts.append(
+                    f"{heads}, block {config.block_size}, topk {config.topk}, {name}: "
+                    + ("faster than dense attention " if start else "not faster ")
+                    + (f"from {size(start)} tokens on" if start else f"at {size(longest)} tokens")
+                )
+    return ["\n".join(texts)] if texts else []
 
 
 def _config(result: dict[str, Any]) -> Config:
@@ -116,7 +157,8 @@ def plot(report: dict[str, Any]) -> "Figure":
         panels = part.subplots(1, len(titles), sharey=True, squeeze=False)[0]
         for axes, (key, title) in zip(panels, titles.items(), strict=True):
             _draw_bars(axes, [row.get(key) or {} for row in rows])
-            axes.set(title=f"{title}, milliseconds", xscale="log")
+            axes.set(title=f"{title}, milliseconds")
+            log_scale(axes)
             axes.grid(axis="x", alpha=0.3)
         panels[0].set_yticks(range(len(rows)), [str(_config(row)) for row in rows])
         panels[0].invert_yaxis()

@@ -31,13 +31,15 @@ from flexmoba.console import (
     add_device,
     add_json,
     check_writable,
+    note_load,
     positive,
     save_picture,
+    say,
     write_json,
 )
 from flexmoba.example import synthetic
 from flexmoba.tune.calls import Call, capture
-from flexmoba.tune.measure import sampled, tune
+from flexmoba.tune.measure import reports, sampled
 from flexmoba.tune.report import Choice, Report
 
 
@@ -96,8 +98,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--latency-ms and --backward need times; leave --no-times out")
     if (arguments.model is None) != (arguments.text is None):
         raise UsageError("--model and --text go together: a model reads a text")
+    if not arguments.no_times:
+        note_load(arguments.device)
+    report: Report | None = None
+    recommended = None
     try:
-        report = tune(
+        for report in reports(
             _calls(arguments),
             arguments.block_sizes,
             arguments.topks,
@@ -106,20 +112,44 @@ def run(arguments: argparse.Namespace) -> int:
             backward=arguments.backward,
             device=arguments.device,
             show_progress=True,
-        )
+        ):
+            if report.timed:
+                say(_line(report), arguments.json)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
+    finally:  # an interruption or a failure loses nothing that was measured
+        if report is not None:
+            recommended = _show(report, arguments)
+    if arguments.plot:
+        from flexmoba.plot import plot_report
+
+        assert report is not None  # of one choice at least
+        save_picture(plot_report(report, recommended), "plot", arguments.plot)
+    return int(recommended is None)
+
+
+def _show(report: Report, arguments: argparse.Namespace) -> Choice | None:
+    """Prints, or writes, a report; what it recommends."""
     budget, recommended = _recommend(report, arguments)
     example = "synthetic, no model's" if arguments.example else None
     asked = {"budget": budget, "recommended": recommended, "example": example}
     if write_json(_json(report, asked), arguments.json):
-        print(_heading(report, example), report.table(recommended), sep="\n\n", end="\n\n")
-        print(_advice(report, budget, recommended))
-    if arguments.plot:
-        from flexmoba.plot import plot_report
+        tables = report.table(recommended)
+        print(
+            "", _heading(report, example), tables, _advice(report, budget, recommended), sep="\n\n"
+        )
+    return recommended
 
-        save_picture(plot_report(report, recommended), "plot", arguments.plot)
-    return int(recommended is None)
+
+def _line(report: Report) -> str:
+    """What was measured last."""
+    x = report.choices[-1]
+    text = (
+        f"block {x.block_size}, topk {x.topk}: captures {x.mass:.1%}, {x.forward_ms:.2f} ms forward"
+    )
+    if report.dense_forward_ms is not None and x.forward_ms is not None:
+        text += f" ({report.dense_forward_ms / x.forward_ms:.1f}x)"
+    return text
 
 
 def _share(text: str) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexmoba.attention import flex_moba
 from flexmoba.checks import check_queries_and_keys
-from flexmoba.console import progress
+from flexmoba.console import note, progress
 from flexmoba.timing import median_ms
 from flexmoba.tune.calls import Call, sample_positions
 from flexmoba.tune.quality import Quality, gate_quality, required_snr
@@ -49,7 +49,7 @@ def tune(
         timed: Whether to time.
         backward: Whether to time forward and backward, too.
         device: Where to measure; where the first call's tensors are, by default.
-        show_progress: Whether to draw a bar, if tqdm is there.
+        show_progress: Whether to note on standard error what is measured.
 
     Returns:
         A `Report`. What fails while it is timed, for want of memory, say, is left out of it with a
@@ -68,6 +68,31 @@ def tune(
         >>> [(x.block_size, x.topk, round(x.sparsity, 2)) for x in report.choices]
         [(50, 2, 0.65), (50, 3, 0.47), (100, 2, 0.37), (100, 3, 0.12)]
     """
+    *_, report = reports(
+        calls,
+        block_sizes,
+        topks,
+        queries=queries,
+        timed=timed,
+        backward=backward,
+        device=device,
+        show_progress=show_progress,
+    )
+    return report
+
+
+def reports(
+    calls: Sequence[Call | tuple[Tensor, Tensor]],
+    block_sizes: Sequence[int],
+    topks: Sequence[int],
+    *,
+    queries: int,
+    timed: bool,
+    backward: bool,
+    device: torch.device | str | None,
+    show_progress: bool,
+) -> Iterator[Report]:
+    """What `tune` returns, after every choice: the report of those measured by then."""
     samples = [x if isinstance(x, Call) else sampled(*x, queries) for x in calls]
     if not samples:
         raise ValueError("nothing to measure: calls is empty; `capture` catches a model's")
@@ -85,13 +110,10 @@ def tune(
             "keys; take smaller blocks, a smaller topk or a longer sequence"
         )
 
-    def steps(items: Sequence[Any], label: str) -> Iterator[Any]:
-        return progress(items, label) if show_progress else iter(items)
-
     topks = sorted({topk for kept in grid.values() for topk in kept})
     measured: dict[str, list[dict[int, Quality]]] = {}
     heads: dict[str, int] = {}
-    for call in steps(samples, "captured mass"):
+    for call in progress(samples, "captured mass") if show_progress else samples:
         q, k = call.q.to(device), call.k.to(device)
         quality = gate_quality(q, k, tuple(grid), topks, positions=call.positions, scale=call.scale)
         if not all(x.mass.isfinite().all() for x in quality.values()):
@@ -111,11 +133,13 @@ def tune(
             dense = timer(_dense)
         except RuntimeError as error:  # memory, mostly, which costs no other result
             warnings.warn(
-                f"dense attention was not timed, it failed: {_first_line(error)}", stacklevel=2
+                f"dense attention was not timed, it failed: {_first_line(error)}", stacklevel=3
             )
     choices: list[Choice] = []
     pairs = [(size, topk) for size in grid for topk in grid[size]]
-    for block_size, topk in steps(pairs, "times"):
+    for i, (block_size, topk) in enumerate(pairs, 1):
+        if timed and show_progress:
+            note(f"time {i} of {len(pairs)}: block {block_size}, topk {topk}")
         row = topks.index(topk)
         layers = [[x[block_size] for x in several] for several in measured.values()]
         of_all = [x for several in layers for x in several]
@@ -127,7 +151,7 @@ def tune(
             forward_ms, both_ms = timer(moba) if timer else (None, None)
         except RuntimeError as error:
             what = f"block_size={block_size}, topk={topk} was left out, it failed"
-            warnings.warn(f"{what}: {_first_line(error)}", stacklevel=2)
+            warnings.warn(f"{what}: {_first_line(error)}", stacklevel=3)
             if (block_size, topk) == pairs[-1] and not choices:
                 raise
             continue
@@ -149,16 +173,15 @@ def tune(
                 ],
             )
         )
-    on_gpu = device.type == "cuda"
-    return Report(
-        device=torch.cuda.get_device_name(device) if on_gpu else device.type,
-        versions=versions(),
-        inputs=_inputs(longest),
-        layers=list(measured),
-        dense_forward_ms=dense[0],
-        dense_both_ms=dense[1],
-        choices=choices,
-    )
+        yield Report(
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            versions=versions(),
+            inputs=_inputs(longest),
+            layers=list(measured),
+            dense_forward_ms=dense[0],
+            dense_both_ms=dense[1],
+            choices=list(choices),
+        )
 
 
 def sampled(q: Tensor, k: Tensor, queries: int, name: str = "") -> Call:
