@@ -153,12 +153,20 @@ CACHES = {
 @pytest.mark.parametrize("family", [*WINDOWED, "local gemma3n", "local gemma4"])
 def test_greedy_decoding_is_what_whole_passes_compute(family):
     model, ids = convert(windowed(family), BLOCK, TOPK), tokens(2, LENGTH)
-    for chunk in (None, 7, 33):
-        for make in CACHES.values():
-            cache = make(model.config)
-            new, logits = generate(model, ids, past_key_values=cache, prefill_chunk_size=chunk)
-            assert_whole_passes_choose(model, ids, new, logits)
+    for chunk, make in zip((33, 7, None), CACHES.values(), strict=True):
+        cache = make(model.config)
+        new, logits = generate(model, ids, past_key_values=cache, prefill_chunk_size=chunk)
+        assert_whole_passes_choose(model, ids, new, logits)
     assert cache.layers[0].keys.shape[2] == WINDOW - 1
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_shorter_than_the_window(cache):
+    """In a static cache there are more keys than queries, unwritten ones."""
+    model = convert(windowed("local gemma3", sliding_window=256), BLOCK, TOPK)
+    ids = tokens(2, 40)
+    new, logits = generate(model, ids, past_key_values=CACHES[cache](model.config))
+    assert_whole_passes_choose(model, ids, new, logits)
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -194,7 +202,7 @@ def test_layers_that_drop_queries_see_what_they_saw():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
-@pytest.mark.parametrize("family", DIFFERENT)
+@pytest.mark.parametrize("family", ["local gemma2", "local llama4"])
 def test_compiled_without_a_graph_break(family):
     model, ids = convert(windowed(family), BLOCK, TOPK), tokens(1, LENGTH)
     positions, _, bounds = packed([20, 25])
@@ -226,6 +234,27 @@ def test_the_models_own_attention_is_what_it_was(tmp_path):
         with pytest.raises(ValueError, match=r"local_attention.* sdpa, eager.*got None.*convert"):
             fresh(ids)
         assert convert(fresh, BLOCK, TOPK).config.flexmoba["local_attention"] == name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["local gemma3", "local gpt_oss"])
+def test_flex_attention_in_local_layers(family):
+    """Which needs no mask of all queries and keys."""
+    model = windowed(family, head_dim=16).float().cuda()
+    ids, mask = tokens(2, 200).cuda(), torch.ones(2, 200, dtype=torch.int, device="cuda")
+    mask[0, :30], mask[1, 70] = 0, 0
+    restarts = {"position_ids": torch.arange(200, device="cuda")[None] % 90}
+    ways = [{"attention_mask": mask}, restarts, restarts | {"use_cache": False}]
+    results = {}
+    for name in (model.config._attn_implementation, "flex_attention"):
+        model.set_attn_implementation(name)
+        convert(model, BLOCK, None)
+        results[name] = logits_and_gradients(model, ids)
+        results[name] += [model(ids, **way).logits[mask.bool()] for way in ways]
+        cache = FlexMobaCache(config=model.config)
+        results[name] += generate(model, ids, attention_mask=mask, past_key_values=cache)
+    expected, actual = results.values()
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_schedules_change_global_layers_alone():
