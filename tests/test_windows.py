@@ -28,6 +28,7 @@ from flexmoba.integrations.transformers import (
     local,
     register,
 )
+from flexmoba.tune import capture
 from tests.conftest import assert_bitwise_equal
 from tests.test_generate import assert_whole_passes_choose, generate, step
 from tests.test_transformers import WAYS, check_packing, inputs_of, logits_and_gradients, packed
@@ -263,6 +264,15 @@ def test_schedules_change_global_layers_alone():
     convert(model, BLOCK, TOPK)
     set_attention(model, topk=None, layers=0)  # the first that is converted
     torch.testing.assert_close(model(ids).logits, dense)
+
+
+def test_a_capture_does_not_take_local_layers_for_converted_ones():
+    for window in (WINDOW, 256):
+        model, ids = windowed("local gemma3", sliding_window=window), tokens(1, LENGTH)
+        convert(model, BLOCK, TOPK)
+        left_out = r"converted to flexmoba, of model\.layers\.0\.self_attn.*\"sdpa\""
+        with pytest.raises(ValueError, match=left_out), capture(model):
+            model(ids)
 
 
 def test_the_text_model_of_a_larger_one():

@@ -146,9 +146,8 @@ def _document_mask(
     if mask is not None and may_read(begins) and not bool((begins[:, 1:] & _sees(mask, 1)).any()):
         return mask  # transformers looked for documents, too
     positions = place - torch.where(begins, place, 0).cummax(1).values
-    if (
-        config.layer_types[module.layer_idx] == "chunked_attention"
-    ):  # counted from the beginning of each document
+    # Chunks are counted from the beginning of each document.
+    if config.layer_types[module.layer_idx] == "chunked_attention":
         no_padding = torch.zeros(rows, dtype=torch.int64, device=query.device)
         window = chunked_causal_mask_function(config.attention_chunk_size, no_padding)
     else:
