@@ -1,7 +1,10 @@
 """transformers models of local layers, which keep their window or chunks, and global ones."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
+from packaging.version import Version
 from torch.nn.attention.flex_attention import AuxOutput
 
 pytest.importorskip("transformers")
@@ -28,6 +31,7 @@ from flexmoba.integrations.transformers import (
     local,
     register,
 )
+from flexmoba.tune import capture
 from tests.conftest import assert_bitwise_equal
 from tests.test_generate import assert_whole_passes_choose, generate, step
 from tests.test_transformers import WAYS, check_packing, inputs_of, logits_and_gradients, packed
@@ -37,6 +41,13 @@ LENGTH, BLOCK, TOPK = 45, 8, 2
 EAGER = ("local gemma2", "local gpt_oss")  # which have no sdpa; their softmax is in float32
 SINKS = "local gpt_oss"
 DIFFERENT = ["local gemma2", "local gemma3", "local llama4", "local gpt_oss"]
+CHUNKS = pytest.param(
+    "local llama4",
+    marks=pytest.mark.skipif(
+        Version(version("transformers")) < Version("5.23"),
+        reason="before 5.23 transformers counts chunks from the row's beginning, not a document's",
+    ),
+)
 
 
 def windowed(family, **config):
@@ -97,8 +108,11 @@ def test_packed_documents_are_alone(family, way):
     model = convert(windowed(family), BLOCK, TOPK)
     # Padding sees real tokens in local layers.
     check_packing(model, [19, 1, 13], way, use_cache=True, padding_as_well=False)
-    if way == "position_ids":
-        check_packing(model, [19, 26], way, use_cache=False)
+
+
+@pytest.mark.parametrize("family", [*DIFFERENT[:2], CHUNKS, SINKS])
+def test_packed_documents_that_transformers_tells_apart(family):
+    check_packing(convert(windowed(family), BLOCK, TOPK), [19, 26], "position_ids", use_cache=False)
 
 
 @pytest.mark.parametrize("family", DIFFERENT)
@@ -153,12 +167,20 @@ CACHES = {
 @pytest.mark.parametrize("family", [*WINDOWED, "local gemma3n", "local gemma4"])
 def test_greedy_decoding_is_what_whole_passes_compute(family):
     model, ids = convert(windowed(family), BLOCK, TOPK), tokens(2, LENGTH)
-    for chunk in (None, 7, 33):
-        for make in CACHES.values():
-            cache = make(model.config)
-            new, logits = generate(model, ids, past_key_values=cache, prefill_chunk_size=chunk)
-            assert_whole_passes_choose(model, ids, new, logits)
+    for chunk, make in zip((33, 7, None), CACHES.values(), strict=True):
+        cache = make(model.config)
+        new, logits = generate(model, ids, past_key_values=cache, prefill_chunk_size=chunk)
+        assert_whole_passes_choose(model, ids, new, logits)
     assert cache.layers[0].keys.shape[2] == WINDOW - 1
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_shorter_than_the_window(cache):
+    """In a static cache there are more keys than queries, unwritten ones."""
+    model = convert(windowed("local gemma3", sliding_window=256), BLOCK, TOPK)
+    ids = tokens(2, 40)
+    new, logits = generate(model, ids, past_key_values=CACHES[cache](model.config))
+    assert_whole_passes_choose(model, ids, new, logits)
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -194,7 +216,7 @@ def test_layers_that_drop_queries_see_what_they_saw():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
-@pytest.mark.parametrize("family", DIFFERENT)
+@pytest.mark.parametrize("family", ["local gemma2", CHUNKS])
 def test_compiled_without_a_graph_break(family):
     model, ids = convert(windowed(family), BLOCK, TOPK), tokens(1, LENGTH)
     positions, _, bounds = packed([20, 25])
@@ -228,12 +250,42 @@ def test_the_models_own_attention_is_what_it_was(tmp_path):
         assert convert(fresh, BLOCK, TOPK).config.flexmoba["local_attention"] == name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["local gemma3", "local gpt_oss"])
+def test_flex_attention_in_local_layers(family):
+    """Which needs no mask of all queries and keys."""
+    model = windowed(family, head_dim=16).float().cuda()
+    ids, mask = tokens(2, 200).cuda(), torch.ones(2, 200, dtype=torch.int, device="cuda")
+    mask[0, :30], mask[1, 70] = 0, 0
+    restarts = {"position_ids": torch.arange(200, device="cuda")[None] % 90}
+    ways = [{"attention_mask": mask}, restarts, restarts | {"use_cache": False}]
+    results = {}
+    for name in (model.config._attn_implementation, "flex_attention"):
+        model.set_attn_implementation(name)
+        convert(model, BLOCK, None)
+        results[name] = logits_and_gradients(model, ids)
+        results[name] += [model(ids, **way).logits[mask.bool()] for way in ways]
+        cache = FlexMobaCache(config=model.config)
+        results[name] += generate(model, ids, attention_mask=mask, past_key_values=cache)
+    expected, actual = results.values()
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_schedules_change_global_layers_alone():
     model, ids = windowed("local gemma3"), tokens(2, LENGTH)
     dense = model(ids).logits
     convert(model, BLOCK, TOPK)
     set_attention(model, topk=None, layers=0)  # the first that is converted
     torch.testing.assert_close(model(ids).logits, dense)
+
+
+def test_a_capture_does_not_take_local_layers_for_converted_ones():
+    for window in (WINDOW, 256):
+        model, ids = windowed("local gemma3", sliding_window=window), tokens(1, LENGTH)
+        convert(model, BLOCK, TOPK)
+        left_out = r"converted to flexmoba, of model\.layers\.0\.self_attn.*\"sdpa\""
+        with pytest.raises(ValueError, match=left_out), capture(model):
+            model(ids)
 
 
 def test_the_text_model_of_a_larger_one():

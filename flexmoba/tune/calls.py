@@ -21,6 +21,7 @@ _NO_LIMIT = 1 << 30
 _SHAPES = "shapes other than (B, H, L, D) of as many queries as keys, two at least"
 _NO_MASK = "no causal mask"
 _MASK = "a mask other than the causal one (a window, padding, documents), or a bias on scores"
+_CONVERTED = "a model converted to flexmoba"
 # Options of `flex_moba` under which a call is not plain causal self-attention of whole sequences.
 _NOT_PLAIN = ("cu_seqlens", "document_ids", "key_padding_mask", "cache", "score_mod")
 
@@ -56,7 +57,8 @@ def capture(
     plain causal self-attention: as many queries as keys, more than one, and ``is_causal`` or a mask
     that shows each kept query all keys up to its own and no other, without a bias or a
     ``score_mod`` that changes its scores. All others are left out with a warning that names their
-    layers: those with a window, with padding, with packed documents, with a cache.
+    layers: those with a window, with padding, with packed documents, with a cache; and those of
+    transformers models after ``convert``.
 
     Args:
         model: Any module. Call it inside the ``with`` block, with gradients or without.
@@ -80,7 +82,12 @@ def capture(
         >>> calls[0].q.shape, calls[0].k.shape
         (torch.Size([1, 2, 32, 16]), torch.Size([1, 2, 500, 16]))
     """
-    seen = _Seen(queries, device)
+    converted = {
+        name
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "config", None), "_attn_implementation", None) == "flexmoba"
+    }
+    seen = _Seen(queries, device, converted)
     with ExitStack() as stack:
         for name, module in model.named_modules():
             hooks = [
@@ -129,9 +136,12 @@ def sample_positions(length: int, queries: int) -> Tensor:
 class _Seen(TorchFunctionMode):
     """Sees the functions of torch that are called; dynamo traces it like other code."""
 
-    def __init__(self, queries: int, device: torch.device | str | None) -> None:
+    def __init__(
+        self, queries: int, device: torch.device | str | None, converted: set[str]
+    ) -> None:
         super().__init__()
         self.queries, self.device = queries, device
+        self.converted = converted  # names of transformers modules that dispatch to flexmoba
         self.calls: list[Call] = []
         self.plain: list[Tensor | bool] = []  # whether each call's mask is the causal one
         self.left_out: list[tuple[str, str]] = []  # names and reasons
@@ -224,6 +234,9 @@ class _Seen(TorchFunctionMode):
         It tells by a tensor, which inside torch.compile nobody can read yet.
         """
         if self.inside:
+            return
+        if self.caller() in self.converted:  # a local layer: converted ones call a function
+            self.leave_out(_CONVERTED)
             return
         if q.dim() != 4 or not 1 < q.shape[2] == k.shape[2]:
             self.leave_out(_SHAPES)

@@ -12,7 +12,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import (
     chunked_causal_mask_function,
-    packed_sequence_compatibility_function,
     sliding_window_causal_mask_function,
 )
 
@@ -145,22 +144,25 @@ def _document_mask(
     begins = torch.nn.functional.pad(ids.diff(dim=1) != 0, (1, 0))
     if mask is not None and may_read(begins) and not bool((begins[:, 1:] & _sees(mask, 1)).any()):
         return mask  # transformers looked for documents, too
-    positions = place - torch.where(begins, place, 0).cummax(1).values
-    if (
-        config.layer_types[module.layer_idx] == "chunked_attention"
-    ):  # counted from the beginning of each document
+    ids = ids.expand(rows, -1)
+    positions = (place - torch.where(begins, place, 0).cummax(1).values).expand(rows, -1)
+    # Chunks are counted from the beginning of each document.
+    if config.layer_types[module.layer_idx] == "chunked_attention":
         no_padding = torch.zeros(rows, dtype=torch.int64, device=query.device)
         window = chunked_causal_mask_function(config.attention_chunk_size, no_padding)
     else:
         window = sliding_window_causal_mask_function(config.sliding_window)
+
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen: Tensor = window(b, h, positions[b, i], positions[b, j])
+        return seen & (ids[b, i] == ids[b, j])
+
     return local_mask(
         config=config,
         batch_size=rows,
         q_length=n,
         kv_length=n,
-        mask_function=packed_sequence_compatibility_function(
-            window, positions.expand(rows, -1), ids.expand(rows, -1)
-        ),
+        mask_function=sees,
         attention_mask=real,
         allow_is_causal_skip=False,
         dtype=query.dtype,
