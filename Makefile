@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SECONDS := 60
+DEVICE := cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -10,7 +12,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test slow lint format docs check-site package clean
+.PHONY: help demo test slow fuzz lint format docs check-site package clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +27,9 @@ test: $(VENV)/.dev ## Run the tests, examples in documents and docstrings includ
 
 slow: $(VENV)/.dev ## Run the tests that `make test` leaves out because they take long
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/.dev ## Compare random calls with the oracle for SECONDS=60, on DEVICE=cpu or cuda
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --device $(DEVICE)
 
 lint: $(VENV)/.dev ## Check style and types, those of the examples included
 	$(BIN)/python -m ruff check .

@@ -256,7 +256,7 @@ def flex_moba(
     layout = arrange(
         *(k.shape[2], block_size, packing, key_padding_mask),
         is_causal=is_causal,
-        tiled=gate == "tile",
+        stride=options.stride,
     )
     if isinstance(layout, InPlace):
         chosen = choose(

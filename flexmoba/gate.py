@@ -142,7 +142,7 @@ def moba_select(
     where = arrange(
         *(k.shape[2], block_size, packing, key_padding_mask),
         is_causal=is_causal,
-        tiled=gate == "tile",
+        stride=options.stride,
     )
     if isinstance(where, InPlace):
         return _select_in_place(q, k, where, topk, options)

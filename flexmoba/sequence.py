@@ -145,7 +145,7 @@ def arrange(
     key_padding_mask: Tensor | None,
     *,
     is_causal: bool,
-    tiled: bool = False,
+    stride: int = 1,
 ) -> Layout | InPlace | None:
     """Where the tokens of each sequence go; None if every row is one sequence.
 
@@ -155,18 +155,20 @@ def arrange(
         packing: Documents, or None.
         key_padding_mask: ``(B, L)`` bools, True for real tokens, or None.
         is_causal: Whether queries see only keys at or before their positions.
-        tiled: Whether tiles of queries choose together, which a layout alone aligns.
+        stride: Queries that choose together; blocks are whole multiples of it.
     """
     if packing is None and key_padding_mask is None:
         return None
-    block_size = min(block_size, length if packing is None else packing.longest)
+    longest = length if packing is None else packing.longest
+    # No longer than a sequence, but queries of two documents never choose together.
+    block_size = min(block_size, -(-longest // stride) * stride)
     if packing is None:
         assert key_padding_mask is not None
         return without_padding(key_padding_mask, block_size, is_causal=is_causal)
     # Each document opens at most one block more than its share of the tokens.
     n_blocks = (length + packing.n_documents * (block_size - 1)) // block_size
     n_blocks = min(n_blocks, length)
-    if is_causal and not tiled and n_blocks * block_size > _MOST_SLOTS * length:
+    if is_causal and stride == 1 and n_blocks * block_size > _MOST_SLOTS * length:
         return _in_place(packing.first_token.int(), block_size)
     return _by_documents(packing.first_token, block_size, n_blocks, is_causal=is_causal)
 

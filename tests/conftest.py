@@ -7,6 +7,7 @@ computations are given the same selection.
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -44,21 +45,29 @@ SMALL_PIECES = {
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def make_pieces_small(patch: pytest.MonkeyPatch) -> None:
+    """Makes every loop over pieces take several of them, however small the problem."""
+    for name, size in SMALL_PIECES.items():
+        patch.setattr(name, size)
+
+
+def leave_flex_uncompiled(patch: pytest.MonkeyPatch) -> None:
+    """FlexAttention without torch.compile, whose tracing of every shape takes a second."""
+    patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    patch.setattr(masked, "run_compiled", lambda f, *tensors, **static: f(*tensors, **static))
+
+
 @pytest.fixture(scope="module")
 def small_pieces() -> Iterator[None]:
-    """Makes every loop over pieces take several of them, however small the problem."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in SMALL_PIECES.items():
-            patch.setattr(name, size)
+        make_pieces_small(patch)
         yield
 
 
 @pytest.fixture(scope="module")
 def uncompiled_flex() -> Iterator[None]:
-    """FlexAttention without torch.compile, whose tracing of every shape takes a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-        patch.setattr(masked, "run_compiled", lambda f, *tensors, **static: f(*tensors, **static))
+        leave_flex_uncompiled(patch)
         yield
 
 
@@ -86,6 +95,7 @@ def assert_as_exact_as_dense(
     *,
     scale: float | None = None,
     gradients: bool = False,
+    **options: Any,
 ) -> None:
     """Holds ``attend(q, k, v)``, output and log-sum-exp, to the policy; on any device.
 
@@ -98,10 +108,11 @@ def assert_as_exact_as_dense(
         scale: Factor on the scores.
         gradients: Whether to compare the gradients of q, k and v, too, given random gradients of
             both results.
+        options: Others of `reference_attention`.
     """
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return reference_attention(q, k, v, mask, scale=scale)
+        return reference_attention(q, k, v, mask, scale=scale, **options)
 
     lse_dtype = torch.promote_types(q.dtype, torch.float32)  # also of half precision
     actual = _results(attend, q, k, v, q.dtype, gradients)
@@ -126,6 +137,33 @@ def assert_as_exact_as_dense(
             f"{name} of {q.dtype} inputs: error {error:.3g}, allowed {allowed:.3g}; "
             f"dense attention has {dense_error:.3g}, the largest value is {largest[name]:.3g}"
         )
+
+
+def block_scores(q: Tensor, k: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """The gate's scores in float64, ``(B, Hq, Lq, blocks)``, and how far others may be from them.
+
+    Summed in another order, an element of a mean may round to a neighbour, and a score with it.
+    """
+    blocks = k.double().split(block_size, dim=2)
+    means = torch.stack([block.mean(2) for block in blocks], dim=2)
+    means = means.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    eps = torch.finfo(k.dtype).eps
+    return q.double() @ means.mT, 2 * eps * (q.double().abs() @ means.mT.abs())
+
+
+def assert_near_ties(actual: Tensor, expected: Tensor, scores: tuple[Tensor, Tensor]) -> Tensor:
+    """That selections, as bools, differ in near ties only; which rows do.
+
+    ``scores`` are those of `block_scores`.
+    """
+    score, uncertainty = scores
+    differ = (actual != expected).any(-1)
+    only_here, only_there = actual & ~expected, expected & ~actual
+    highest = (score - uncertainty).where(only_there, -torch.inf).amax(-1)
+    lowest = (score + uncertainty).where(only_here, torch.inf).amin(-1)
+    assert (actual.sum(-1) == expected.sum(-1)).all()
+    assert (lowest >= highest)[differ].all(), "a block was left out for one that scores less"
+    return differ
 
 
 def assert_bitwise_equal(actual: Tensor, expected: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexmoba import gate, moba_select
 from flexmoba.reference import reference_selection
-from tests.conftest import assert_bitwise_equal
+from tests.conftest import assert_bitwise_equal, assert_near_ties, block_scores
 from tests.problems import DTYPES, Problem, as_bools, problems
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
@@ -71,22 +71,7 @@ def disagreement(problem: Problem, device: str = "cpu") -> float:
     """The share of rows that differ from the oracle's, all of them shown to be near-ties."""
     q, k, _ = problem.tensors(device)
     actual, expected = as_bools(select(problem, q, k), problem.n_blocks), oracle(problem, q, k)
-    differ = (actual != expected).any(-1)
-
-    blocks = k.double().split(problem.block_size, dim=2)
-    means = torch.stack([block.mean(2) for block in blocks], dim=2).repeat_interleave(
-        problem.group, dim=1
-    )
-    scores = q.double() @ means.mT
-    # Summed in another order, an element of a mean may round to a neighbour, and a score with it.
-    eps = torch.finfo(problem.dtype).eps
-    uncertainty = 2 * eps * (q.double().abs() @ means.mT.abs())
-    infinity = float("inf")
-    only_here, only_there = actual & ~expected, expected & ~actual
-    highest = (scores - uncertainty).where(only_there, -infinity).amax(-1)
-    lowest = (scores + uncertainty).where(only_here, infinity).amin(-1)
-    assert (actual.sum(-1) == expected.sum(-1)).all()
-    assert (lowest >= highest)[differ].all(), "a block was left out for one that scores less"
+    differ = assert_near_ties(actual, expected, block_scores(q, k, problem.block_size))
     return float(differ.double().mean())
 
 
