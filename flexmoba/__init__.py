@@ -1,5 +1,6 @@
 """Mixture of Block Attention (MoBA, arXiv 2502.13189) by Triton kernels and FlexAttention."""
 
+import flexmoba.flops  # noqa: F401 (tells torch how many operations there are)
 from flexmoba.attention import flex_moba, selected_attention
 from flexmoba.cache import MobaCache
 from flexmoba.gate import moba_select

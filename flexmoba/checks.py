@@ -3,6 +3,7 @@
 Every message names the offending values and the remedy.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -270,6 +271,29 @@ def check_longest(longest: int, max_seqlen: int | None) -> None:
         )
 
 
+def _takes_five(score_mod: Any) -> bool:
+    """Whether it may be called with five arguments; not looked at while compiling."""
+    if not callable(score_mod) or torch.compiler.is_compiling():
+        return callable(score_mod)
+    try:
+        inspect.signature(_called(score_mod)).bind(*range(5))
+    except TypeError:
+        return False
+    except ValueError:  # has no signature, as some functions of C
+        return True
+    return True
+
+
+def _called(score_mod: Any) -> Any:
+    return score_mod.forward if isinstance(score_mod, torch.nn.Module) else score_mod
+
+
+def _signature_of(score_mod: Any) -> str:
+    if not callable(score_mod):
+        return type(score_mod).__name__
+    return f"one that takes {inspect.signature(_called(score_mod))}"
+
+
 def check_options(
     scale: float | None,
     score_mod: Callable[..., Tensor] | None,
@@ -285,10 +309,10 @@ def check_options(
             )
         if not -math.inf < scale < math.inf:  # as math.isfinite, of compiled symbols too
             raise ValueError(f"scale must be finite, got {scale}; None means 1 / sqrt(head dim)")
-    if score_mod is not None and not callable(score_mod):
+    if score_mod is not None and not _takes_five(score_mod):
         raise TypeError(
             f"score_mod must be a function (score, b, h, q_idx, kv_idx) -> score or None, got "
-            f"{type(score_mod).__name__}"
+            f"{_signature_of(score_mod)}"
         )
     if kernel_options is not None and not isinstance(kernel_options, Mapping):
         raise TypeError(
@@ -310,6 +334,18 @@ def check_options(
 def _check_tensor(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(
+            f"{name} must be a strided tensor, got one of layout {x.layout}; of nested tensors of "
+            "(length, heads, head dim) pass values().transpose(0, 1)[None], and offsets() as "
+            "cu_seqlens"
+        )
+    if not torch.compiler.is_compiling() and is_transformed(x):
+        raise NotImplementedError(
+            f"attention takes no part in transforms of torch.func, but {name} comes from one; use "
+            "torch.autograd.grad or .backward() in place of grad, vjp and jacrev, and the batch "
+            "dimension in place of vmap"
+        )
     if x.ndim != 4:
         raise ValueError(
             f"{name} must have four dimensions (batch, heads, length, head dim), got "
@@ -319,6 +355,20 @@ def _check_tensor(name: str, x: Tensor) -> None:
         raise TypeError(
             f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; cast it first"
         )
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether ``x`` is what a function sees inside `torch.func.grad`, ``jvp`` or ``vmap``."""
+    functorch = torch._C._functorch
+    return functorch.is_gradtrackingtensor(x) or functorch.is_batchedtensor(x)
+
+
+def no_second_derivatives(*_: Any) -> Any:
+    """The backward pass of a backward pass."""
+    raise NotImplementedError(
+        "attention has no second derivatives: its gradients cannot be differentiated; use "
+        "moba_reference, which is dense, where they are needed"
+    )
 
 
 def _check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

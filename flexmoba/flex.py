@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import itertools
 import types
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from flexmoba.checks import has_values
 from flexmoba.score_mod import ScoreMod
 
 MIN_HEAD_DIM = 16
@@ -91,6 +93,12 @@ def run_compiled(
     """
     if torch.compiler.is_compiling():
         return function(*tensors, **static)
+    if tensors[0] is not None and not has_values(
+        tensors[0]
+    ):  # fake tensors, of which FlexAttention knows the shapes itself
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+            return function(*tensors, **static)
     if not torch.is_grad_enabled():  # spares a compilation, and the CPU refuses the flag itself
         tensors = tuple(x if x is None else x.detach() for x in tensors)
     options = static.pop("kernel_options") or {}

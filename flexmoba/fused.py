@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexmoba.checks import no_second_derivatives
 from flexmoba.pieces import QUERY_TILE, Call, Shape, cut
 from flexmoba.score_mod import ScoreMod
 
@@ -284,6 +285,7 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)
+_attend_backward.register_autograd(no_second_derivatives)
 
 
 # ---- Routing ------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from flexmoba.merge import combine, dispatch
 from flexmoba.precision import without_autocast
 from flexmoba.routing import TILE, Tiles, first_places
-from flexmoba.score_mod import Modifier, ScoreMod
+from flexmoba.score_mod import Modifier, ScoreMod, of_one_score
 
 _SCORES_AT_ONCE = 24 * TILE * 512
 
@@ -82,7 +82,7 @@ def _attend_tiles(
 ) -> tuple[Tensor, Tensor]:
     """Attention of tiles ``(tiles, rows, D)``, each row from one place in its block to another."""
     modify: Callable[..., Tensor] = torch.vmap(
-        score_mod, in_dims=(0, None, None, None, 0)
+        of_one_score(score_mod), in_dims=(0, None, None, None, 0)
     )  # over keys,
     modify = torch.vmap(modify, in_dims=(0, 0, 0, 0, None))  # rows
     modify = torch.vmap(modify)  # and tiles

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from flexmoba.checks import no_second_derivatives
 from flexmoba.merge import merge_parts
 from flexmoba.precision import without_autocast
 from flexmoba.routing import TILE, Tiles, first_places
@@ -211,6 +212,7 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)
+_attend_backward.register_autograd(no_second_derivatives)
 
 
 def _pieces(

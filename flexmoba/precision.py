@@ -18,7 +18,7 @@ def without_autocast(
 
     @functools.wraps(function)
     def wrapped(x: Tensor, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        if not torch.amp.is_autocast_available(x.device.type):
+        if not _has_autocast(x.device.type):
             return function(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)
@@ -29,7 +29,17 @@ def without_autocast(
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """What autocast makes of ``x`` before a matrix product; the dtype of ``x`` where it is off."""
     device = x.device.type
-    available = torch.amp.is_autocast_available(device)
-    if not available or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if (
+        not _has_autocast(device)
+        or x.dtype == torch.float64
+        or not torch.is_autocast_enabled(device)
+    ):
         return x.dtype  # autocast leaves float64 alone
     return torch.get_autocast_dtype(device)
+
+
+def _has_autocast(device: str) -> bool:
+    # Dynamo of torch 2.11 cannot trace the question.
+    if torch.compiler.is_compiling():
+        return device != "meta"
+    return torch.amp.is_autocast_available(device)

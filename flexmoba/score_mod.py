@@ -86,5 +86,31 @@ def modify(score_mod: ScoreMod, scores: Tensor, *places: Tensor) -> Tensor:
     Each is shown alone, as FlexAttention does.
     """
     flat = [x.expand(scores.shape).flatten() for x in (scores, *places)]
-    modified: Tensor = torch.vmap(score_mod)(*flat)
+    modified: Tensor = torch.vmap(of_one_score(score_mod))(*flat)
     return modified.view(scores.shape)
+
+
+def of_one_score(score_mod: ScoreMod) -> ScoreMod:
+    """A ``score_mod`` whose result has the dtype of the score, as FlexAttention makes it.
+
+    Raises:
+        TypeError: It returns no floating point tensor.
+        ValueError: It returns other than one score.
+    """
+
+    def modified(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        result = score_mod(score, b, h, query, key)
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            kind = result.dtype if isinstance(result, Tensor) else type(result).__name__
+            raise TypeError(
+                f"score_mod must return the modified score, a floating point tensor, got {kind}; "
+                "for a mask, return torch.where(mask, score, -torch.inf)"
+            )
+        if result.shape != score.shape:
+            raise ValueError(
+                f"score_mod must return one score, a tensor of shape {tuple(score.shape)}, got "
+                f"{tuple(result.shape)}; it is called for each score alone"
+            )
+        return result.to(score.dtype)
+
+    return modified

@@ -258,7 +258,7 @@ def test_what_a_token_holds_reaches_only_rows_that_could_see_it(name, problem, v
     poisoned = {key: x.clone() for key, x in inputs.items()}
     x = poisoned[name]
     head, index = head % x.shape[1], index % x.shape[2]
-    x[1, head, index] = value
+    x[1, head, index] = torch.tensor(value, dtype=torch.float64).to(x.dtype)
 
     rows = torch.zeros(2, problem.heads, problem.q_len, dtype=torch.bool)  # that could see it
     cols = torch.zeros(2, 2, problem.kv_len, dtype=torch.bool)  # keys that those could see

@@ -8,8 +8,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import AuxRequest
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from flexmoba import MobaCache, flex_moba, moba_select, selected_attention
+from flexmoba import MobaCache, flex_moba, moba_reference, moba_select, selected_attention
+from flexmoba.flops import pairs
+from flexmoba.masks import realize
 from tests.problems import Problem
 
 PROBLEM = Problem(kv_heads=2, group=2, q_len=150, kv_len=150, block_size=16, topk=3)
@@ -126,3 +130,167 @@ def test_fake_tensors_on_cuda(topk, dtype):
         grads = torch.autograd.grad(out.sum() + aux.lse.sum(), inputs)
     assert (out.shape, out.dtype) == (inputs[0].shape, dtype)
     assert all(x.shape == y.shape for x, y in zip(grads, inputs, strict=True))
+
+
+# ---- opcheck ------------------------------------------------------------------------------------
+
+# Of these CUDA has kernels of its own; `test_operators_of_cuda` checks them there.
+CUDA_ALONE = {"attend_fused", "attend_fused_backward", "move_rows"}
+DIFFERENTIABLE = {"attend_fused", "attend_portable", "move_rows"}
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers the first call of each of flexmoba's operators, and its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "flexmoba":
+            name = function.name().removeprefix("flexmoba::")
+            copies = torch.utils._pytree.tree_map_only(Tensor, torch.clone, args)
+            self.calls.setdefault(name, (function, copies))
+        return function(*args, **(kwargs or {}))
+
+
+def operators() -> set[str]:
+    prefix = "flexmoba::"
+    names = torch._C._dispatch_get_all_op_names()
+    return {x.removeprefix(prefix).split(".")[0] for x in names if x.startswith(prefix)}
+
+
+def check_operators(recorder: Recorder) -> None:
+    for name, (function, args) in recorder.calls.items():
+        if name in DIFFERENTIABLE:
+            args = [
+                x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+                for x in args
+            ]
+        torch.library.opcheck(function, tuple(args))
+
+
+def test_operators():
+    inputs = PROBLEM.tensors(requires_grad=True)
+    real = torch.arange(150)[None] >= 9
+    with Recorder() as recorder:
+        flex_moba(*inputs, 16, 3, key_padding_mask=real).sum().backward()
+        realize(real)
+        cache = MobaCache(1, 2, 8, block_size=16, dtype=torch.float64)
+        flex_moba(*(x.detach() for x in inputs), 16, 3, cache=cache)
+        cache.next_positions(1)
+    assert recorder.calls.keys() == operators() - CUDA_ALONE
+    check_operators(recorder)
+
+
+@pytest.mark.gpu
+def test_operators_of_cuda():
+    sizes = {"q_len": 150, "kv_len": 150, "head_dim": 16, "value_dim": 16, "block_size": 32}
+    problem = Problem(kv_heads=2, dtype=torch.bfloat16, **sizes)
+    inputs = problem.tensors("cuda", requires_grad=True)
+    real = torch.arange(150, device="cuda")[None] >= 9
+    with Recorder() as recorder:
+        flex_moba(*inputs, 32, 2, key_padding_mask=real).float().sum().backward()
+    assert recorder.calls.keys() >= CUDA_ALONE
+    check_operators(recorder)
+
+
+# ---- FLOPs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(150, 150), (37, 150), (1, 150)])
+@pytest.mark.parametrize(("block_size", "routed"), [(16, 2), (7, 30), (200, 0)])
+def test_pairs_are_those_of_a_mask(q_len, kv_len, block_size, routed):
+    expected = 0
+    for position in range(kv_len - q_len, kv_len):
+        own = position // block_size
+        expected += position % block_size + 1 + min(routed, own) * block_size
+    assert pairs(q_len, kv_len, block_size, routed, is_causal=True) == expected
+    expected = q_len * min(routed * block_size, kv_len)
+    assert pairs(q_len, kv_len, block_size, routed, is_causal=False) == expected
+
+
+def flops_of(step) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_flops_of_a_step_of_training(device):
+    problem = Problem(
+        batch=2, kv_heads=2, group=2, q_len=150, kv_len=150, head_dim=16, value_dim=32,
+        block_size=16, topk=3, dtype=torch.float32 if device == "cpu" else torch.bfloat16,
+    )  # fmt: skip
+    inputs = problem.tensors(device, requires_grad=True)
+    gate = flops_of(lambda: moba_select(*inputs[:2], 16, 3))
+    forward = flops_of(lambda: flex_moba(*inputs, 16, 3))
+    both = flops_of(lambda: flex_moba(*inputs, 16, 3).sum().backward())
+    n_pairs = 2 * 4 * pairs(150, 150, 16, 2, is_causal=True)
+    assert gate == 2 * 2 * 4 * 16 * (150 * 10 // 2)
+    assert forward - gate == 2 * n_pairs * (16 + 32)
+    assert both - forward == 2 * n_pairs * (3 * 16 + 2 * 32)
+
+
+def test_flops_of_decoding_are_those_of_the_room():
+    cache = MobaCache(2, 2, 16, block_size=16, max_len=160)
+    x, q = torch.zeros(2, 2, 1, 16), torch.zeros(2, 4, 1, 16)
+    counted = flops_of(lambda: flex_moba(q, x, x, 16, 3, cache=cache))
+    assert counted == 2 * 2 * 4 * (16 * cache.means.shape[2] + 3 * 16 * 32)
+
+
+# ---- Derivatives --------------------------------------------------------------------------------
+
+LOSS = {
+    "grad": lambda f: torch.func.grad(f),
+    "vjp": lambda f: lambda x: torch.func.vjp(f, x),
+    "jacrev": lambda f: torch.func.jacrev(f),
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x,)),
+    "vmap": lambda f: lambda x: torch.vmap(f)(x[None]),
+    "vmap of grad": lambda f: lambda x: torch.vmap(torch.func.grad(f))(x[None]),
+    "hessian": lambda f: torch.func.hessian(f),
+}
+
+
+# Said of what torch itself imports for jvp.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("name", LOSS)
+@pytest.mark.parametrize("attends", [True, False])
+def test_transforms_are_refused_by_name(name, attends):
+    q, k, v = PROBLEM.tensors()
+
+    def loss(q: Tensor) -> Tensor:
+        return (flex_moba(q, k, v, 16, 3) if attends else moba_select(q, k, 16, 3)).sum()
+
+    with pytest.raises(NotImplementedError, match=r"no part in transforms of torch\.func, but q"):
+        LOSS[name](loss)(q)
+
+
+def test_second_derivatives_are_refused_by_name():
+    inputs = PROBLEM.tensors(requires_grad=True)
+    (grad,) = torch.autograd.grad(
+        flex_moba(*inputs, 16, 3).square().sum(), inputs[:1], create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match=r"no second derivatives.*moba_reference"):
+        grad.sum().backward()
+    # The remedy.
+    small = [x.detach()[:, :, :20].requires_grad_() for x in inputs]
+    out = moba_reference(*small, 4, 2)
+    (grad,) = torch.autograd.grad(out.square().sum(), small[:1], create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), small[:1])
+    assert second.abs().max() > 0
+
+
+# ---- Nested tensors -----------------------------------------------------------------------------
+
+
+def test_nested_tensors_are_refused_with_a_remedy():
+    parts = [torch.randn(n, 2, 8) for n in (5, 1, 9)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"values\(\).transpose\(0, 1\)\[None\], and offsets\(\)"):
+        flex_moba(*3 * [nested.transpose(1, 2)], 4, 2)
+    q = nested.values().transpose(0, 1)[None]
+    out = flex_moba(q, q, q, 4, 2, cu_seqlens=nested.offsets())
+    alone = [x.transpose(0, 1)[None] for x in parts]
+    expected = torch.cat([flex_moba(x, x, x, 4, 2) for x in alone], dim=2)
+    torch.testing.assert_close(out, expected)

@@ -302,3 +302,59 @@ def test_a_step_with_a_cache_compiles():
     with pytest.raises(torch._dynamo.exc.Unsupported, match="reads lengths back"):
         compiled(q[:, :, :20], k[:, :, :20], v[:, :, :20])
     torch._dynamo.reset()
+
+
+class Bias(torch.nn.Module):
+    """A table of float64, as NumPy makes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("slopes", torch.tensor([0.5, 0.25], dtype=torch.float64))
+
+    def forward(self, score, b, h, q_idx, kv_idx):
+        return score - self.slopes[h] * (q_idx - kv_idx)
+
+
+# Said of what torch.compile itself does with an autograd.Function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("impl", ["portable", "masked"])
+def test_a_module_of_another_dtype(impl):
+    problem = Problem(kv_heads=2, q_len=40, kv_len=40, dtype=torch.float32)
+    inputs, bias = problem.tensors(), Bias()
+    expected = moba_reference(*inputs, 4, 2, score_mod=bias)
+    out = flex_moba(*inputs, 4, 2, score_mod=bias, impl=impl)
+    torch.testing.assert_close(out, expected)
+    if impl == "portable":
+        compiled = torch.compile(flex_moba, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*inputs, 4, 2, score_mod=bias), expected)
+        cache = MobaCache(1, 2, 8, block_size=4)
+        parts = [
+            flex_moba(*(x[:, :, i:j] for x in inputs), 4, 2, score_mod=bias, cache=cache)
+            for i, j in ((0, 30), (30, 33), (33, 40))
+        ]
+        torch.testing.assert_close(torch.cat(parts, 2), expected)
+
+
+WRONG = {
+    "few arguments": (lambda score, b, h: score, TypeError, r"takes \(score, b, h\)"),
+    "many": (lambda score, b, h, q, k, more: score, TypeError, "takes .*more"),
+    "none": (lambda *x: None, TypeError, "NoneType"),
+    "mask": (lambda score, b, h, q, k: q >= k, TypeError, "torch.bool"),
+    "shape": (lambda score, b, h, q, k: score[None].expand(2), ValueError, r"\(2,\)"),
+}
+
+
+@pytest.mark.parametrize(("score_mod", "error", "match"), WRONG.values(), ids=WRONG)
+def test_functions_of_the_wrong_kind(score_mod, error, match):
+    inputs = Problem().tensors()
+    with pytest.raises(error, match=f"score_mod must .*{match}"):
+        flex_moba(*inputs, 4, 2, score_mod=score_mod)
+    with pytest.raises(error, match=f"score_mod must .*{match}"):
+        flex_moba(
+            *inputs,
+            4,
+            2,
+            score_mod=score_mod,
+            cache=MobaCache(1, 1, 8, block_size=4, dtype=torch.float64),
+        )

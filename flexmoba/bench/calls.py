@@ -57,10 +57,12 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
     if config.documents > 1:
         options["cu_seqlens"] = _edges(config, device)
 
-    more = {"max_seqlen": max(config.lengths)} if config.longest_known else {}
+    longest = max(config.lengths) if config.longest_known else None
 
     def moba() -> Tensor:
-        out: Tensor = flex_moba(q, k, v, config.block_size, config.topk, **options, **more)
+        out: Tensor = flex_moba(
+            q, k, v, config.block_size, config.topk, **options, max_seqlen=longest
+        )
         return out
 
     def gate() -> Tensor:

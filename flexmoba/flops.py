@@ -1,0 +1,117 @@
+"""Floating point operations of flexmoba's operators, for `torch.utils.flop_counter`.
+
+A product of ``(m, n)`` and ``(n, k)`` counts ``2 m n k``, as everywhere in PyTorch. The backward
+pass of attention counts five products, the forward pass two. They count the pairs of a query and a
+key that Mixture of Block Attention multiplies: the own block up to the query, and as many whole
+past blocks as are selected and exist. Values are not read: a query for which a selection holds
+fewer blocks counts as if it held all of them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+import flexmoba.cache  # noqa: F401 (defines the operators, with what it imports)
+
+Shape = Sequence[int]
+
+
+def pairs(q_len: int, kv_len: int, block_size: int, routed: int, *, is_causal: bool) -> int:
+    """Pairs of a query and a key, of one head, with ``routed`` blocks beside the own one."""
+    n_blocks = -(-kv_len // block_size)
+    if not is_causal:
+        return q_len * min(routed * block_size, kv_len)
+    total = 0
+    for block in range((kv_len - q_len) // block_size, n_blocks):
+        first = max(block * block_size, kv_len - q_len)
+        last = min((block + 1) * block_size, kv_len)  # the one after
+        own = sum(x - block * block_size for x in (first + 1, last)) * (last - first) // 2
+        total += own + (last - first) * min(routed, block) * block_size
+    return total
+
+
+def _attention(q: Shape, v: Shape, n_pairs: int, *, backward: bool) -> int:
+    batch, heads, _, dim = q
+    products = 3 * dim + 2 * v[3] if backward else dim + v[3]
+    return 2 * batch * heads * n_pairs * products
+
+
+@register_flop_formula(torch.ops.flexmoba.attend_portable)
+def _portable(
+    q: Shape, k: Shape, v: Shape, *tables: Any, out_shape: Any = None, backward: bool = False
+) -> int:
+    (_, _, row_of_pair, _, _), (_, n_own_tiles, block_size, _) = tables[:5], tables[5:]
+    count = pairs(q[2], k[2], block_size, row_of_pair[1] - 1, is_causal=n_own_tiles > 0)
+    return _attention(q, v, count, backward=backward)
+
+
+@register_flop_formula(torch.ops.flexmoba.attend_portable_backward)
+def _portable_backward(
+    grad_out: Shape, grad_lse: Shape, out: Shape, lse: Shape, *inputs: Any, out_shape: Any = None
+) -> int:
+    return _portable(*inputs, backward=True)
+
+
+@register_flop_formula(torch.ops.flexmoba.attend_fused)
+def _fused(
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    routed: Shape,
+    own: Shape | None,
+    block_size: int,
+    scale: float,
+    is_causal: bool,
+    out_shape: Any = None,
+    *,
+    backward: bool = False,
+) -> int:
+    count = pairs(q[2], k[2], block_size, routed[3], is_causal=is_causal)
+    return _attention(q, v, count, backward=backward)
+
+
+@register_flop_formula(torch.ops.flexmoba.attend_fused_backward)
+def _fused_backward(
+    grad_out: Shape, grad_lse: Shape, out: Shape, lse: Shape, *inputs: Any, out_shape: Any = None
+) -> int:
+    return _fused(*inputs, backward=True)
+
+
+@register_flop_formula(torch.ops.flexmoba.select)
+def _select(
+    rows: Shape,
+    k: Shape,
+    first_block: Shape | None,
+    end_block: Shape | None,
+    keys_of_block: Shape | None,
+    offset: int,
+    block_size: int,
+    *options: Any,
+    out_shape: Any = None,
+) -> int:
+    """The scores of all mean keys; half of them where the gate is causal, in the long run."""
+    batch, heads, n_rows, dim = rows
+    *_, is_causal = options
+    scores = n_rows * -(-k[2] // block_size)
+    return 2 * batch * heads * dim * (scores // 2 if is_causal else scores)
+
+
+@register_flop_formula(torch.ops.flexmoba.attend_cached)
+def _cached(
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    means: Shape,
+    positions: Shape,
+    tile_queries: Shape | None,
+    block_size: int,
+    topk: int,
+    *options: Any,
+    out_shape: Any = None,
+) -> int:
+    """A full cache, as its lengths are values."""
+    batch, heads, n, dim = q
+    gate = 2 * batch * heads * n * dim * means[2]
+    return gate + _attention(q, v, n * min(topk * block_size, k[2]), backward=False)
