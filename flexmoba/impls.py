@@ -158,7 +158,9 @@ def _attend_portably(
     kv_heads, kv_len = k.shape[1:3]
     # Short blocks fill short tiles: so many queries stand in a block.
     queries = q.shape[1] // kv_heads * block_size
-    tile = min(TILE, max(_LEAST_TILE, 1 << (queries - 1).bit_length()))
+    tile = TILE
+    while tile > _LEAST_TILE and queries <= tile // 2:  # of a length that compilers keep symbolic
+        tile //= 2
     tiles = route(
         *(routed, own, kv_heads, kv_len, block_size, block_size),
         is_causal=is_causal,
