@@ -184,8 +184,9 @@ def window_mask(first_key: Tensor, longest: int) -> BlockMask:
     before = torch.where(place < n_before, first_visited[..., None] + place, tile[:, None])
     whole = first_whole[..., None] + place
     # Of a tile of keys: the diagonal, tiles that see all of it, tiles that see the end of it.
-    end = torch.searchsorted(first_visited, tile.expand_as(first_visited).contiguous(), right=True)
-    end_whole = torch.searchsorted(first_whole, tile.expand_as(end).contiguous(), right=True)
+    # Counted, as Inductor of torch 2.11 does not compile searchsorted of few values.
+    end = (first_visited[..., None, :] <= tile[:, None]).sum(-1)
+    end_whole = (first_whole[..., None, :] <= tile[:, None]).sum(-1)
     after = torch.where(place > 0, end_whole[..., None] + place - 1, tile[:, None])
 
     first_key = realize(first_key.int())  # see `selection_mask`

@@ -381,6 +381,8 @@ def test_one_flex_attention_call_at_changing_lengths(topk):
     ids=str,
 )
 def test_each_scale_compiles_at_most_once(options):
+    torch._dynamo.reset()  # which counts compilations of one code, of all options together
+
     def scaled(q, k, v, scale):
         return flex_moba(q, k, v, BF16.block_size, scale=scale, **options)
 
@@ -610,6 +612,16 @@ def test_padding_without_causality(impl):
         for x, y in zip(grads, torch.autograd.grad(loss, alone), strict=True):
             close = {"rtol": 0.02, "atol": 0.02 * y.abs().max().item()}
             torch.testing.assert_close(x[row : row + 1, :, real[row]], y, **close)
+
+
+@pytest.mark.parametrize("length", [1, 100, 130])
+def test_windows_of_few_tiles(length):
+    problem = variant(batch=1, q_len=length, kv_len=length)
+    inputs = problem.tensors("cuda")
+    ids = (torch.arange(length, device="cuda") >= length // 3)[None].int()
+    mask = (ids[:, :, None] == ids[:, None, :]).tril()[:, None].expand(1, 4, -1, -1)
+    attend = with_lse(flex_moba, 128, 3, document_ids=ids)
+    assert_as_exact_as_dense(attend, *inputs, mask, gradients=True)
 
 
 def test_fused_kernels_are_not_named_for_documents_without_causality():
