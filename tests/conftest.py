@@ -76,6 +76,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs CUDA")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_compilations() -> None:
+    """Dynamo counts compilations of one code: each file's, whatever its process ran before."""
+    torch._dynamo.reset()
+
+
 def with_lse(function: Callable, *args, **options) -> Attend:
     """``function(q, k, v, *args, **options)`` as a map from q, k, v to output and log-sum-exp."""
 
