@@ -129,7 +129,9 @@ def _attend_routed_tiles(
     tiles = route(
         *(routed, own, kv_heads, kv_len, block_size, block_stride),
         is_causal=is_causal,
-        fuse=True,
+        # How many blocks a chunk of queries stands in, against keys of a symbolic length, is an
+        # expression whose range Inductor of torch 2.11 gets wrong.
+        fuse=q.shape[2] == kv_len,
         keys_of_block=keys_of_block,
     )
     mask = tile_mask(

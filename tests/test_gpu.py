@@ -614,6 +614,18 @@ def test_padding_without_causality(impl):
             torch.testing.assert_close(x[row : row + 1, :, real[row]], y, **close)
 
 
+@pytest.mark.parametrize("n", [148, 74])
+def test_chunks_of_one_length(n):
+    """Through FlexAttention, where keys become more and queries do not."""
+    problem = variant(dtype=torch.float32, batch=1, q_len=8 * n, kv_len=8 * n)
+    tensors = problem.tensors("cuda")
+    cache = MobaCache(1, 2, 128, block_size=128, device="cuda")
+    chunks = zip(*(x.split(n, dim=2) for x in tensors), strict=True)
+    parts = [flex_moba(*chunk, 128, 3, cache=cache) for chunk in chunks]
+    expected = flex_moba(*tensors, 128, 3)
+    torch.testing.assert_close(torch.cat(parts, 2), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("length", [1, 100, 130])
 def test_windows_of_few_tiles(length):
     problem = variant(batch=1, q_len=length, kv_len=length)
