@@ -91,7 +91,10 @@ def merge_parts(out_rows: Tensor, lse_rows: Tensor, row_of_pair: Tensor) -> tupl
 def merge_two(
     out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Merges two parts of every query's attention, ``(..., Dv)`` and ``(...)``; differentiable."""
+    """Merges two parts of every query's attention, ``(..., Dv)`` and ``(...)``; differentiable.
+
+    Other arguments are those that `flex.run_compiled` gives to all functions, of no use here.
+    """
     total = torch.logaddexp(lse, other_lse)
     # Where nothing was seen both are -inf: subtract 0 to get weights of 0, not NaN.
     origin = total.masked_fill(total == float("-inf"), 0.0)

@@ -573,7 +573,7 @@ def test_short_documents(dtype, is_causal):
 def test_short_documents_take_time_and_memory_for_their_tokens():
     inputs = variant(batch=1, q_len=16384, kv_len=16384).tensors("cuda", requires_grad=True)
     cu_seqlens = torch.arange(0, 16385, 16, device="cuda")
-    used = {}
+    used, results = {}, {}
     for name, topk, more in (("moba", 3, {}), ("full", None, {}), ("known", 3, {"max_seqlen": 16})):
         for _ in range(2):  # compiles, and measures
             before = torch.cuda.memory_allocated()
@@ -581,12 +581,11 @@ def test_short_documents_take_time_and_memory_for_their_tokens():
             out = flex_moba(*inputs, 512, topk, cu_seqlens=cu_seqlens, **more)
             grads = torch.autograd.grad(out.float().square().sum(), inputs)
             used[name] = torch.cuda.max_memory_allocated() - before
-        if name == "full":
-            expected = out, *grads
-        else:
-            actual = out, *grads
-            for x, y in zip(actual, expected if name == "known" else actual, strict=True):
-                assert_bitwise_equal(x, y)
+        results[name] = out, *grads
+    for x, y in zip(results["known"], results["full"], strict=True):
+        assert_bitwise_equal(x, y)
+    for x, y in zip(results["moba"], results["full"], strict=True):
+        torch.testing.assert_close(x, y, rtol=0.02, atol=0.02 * y.abs().max().item())
     # In whole blocks there would be 32 times as many tokens.
     assert used["moba"] < 4 * used["full"]
     assert used["known"] < 1.01 * used["full"]
