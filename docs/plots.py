@@ -4,9 +4,8 @@ import argparse
 from pathlib import Path
 
 from flexmoba import moba_block_mask, moba_select
-from flexmoba.example import synthetic
 from flexmoba.plot import plot_block_mask, plot_choices, plot_heads, plot_report
-from flexmoba.tune import tune
+from flexmoba.tune import synthetic, tune
 
 
 def main() -> None:

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
-from flexmoba.console import add_device, positive, progress, table
-from flexmoba.demo import standard_library
+from flexmoba.commands.demo import standard_library
 from flexmoba.hybrid import set_attention
 from flexmoba.integrations.transformers import convert, register
+from flexmoba.reporting import add_device, positive, progress, table
 
 
 def tiny_llama() -> PreTrainedModel:

@@ -42,9 +42,9 @@ from transformers import (
     StaticCache,
 )
 
-from flexmoba.console import add_device, positive, table
-from flexmoba.demo import standard_library
+from flexmoba.commands.demo import standard_library
 from flexmoba.integrations.transformers import FlexMobaCache, convert
+from flexmoba.reporting import add_device, positive, table
 
 
 class Clock:

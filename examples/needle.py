@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexmoba.console import add_device, positive, progress, table
 from flexmoba.nn import MobaAttention
+from flexmoba.reporting import add_device, positive, progress, table
 
 KINDS = 16  # of keys, and of values
 NEEDLES = 8  # in a context

@@ -39,10 +39,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexmoba.console import UsageError, add_device, check_writable, positive, progress, table
-from flexmoba.demo import standard_library
+from flexmoba.commands.demo import standard_library
 from flexmoba.hybrid import HybridSchedule, set_attention
 from flexmoba.nn import MobaAttention
+from flexmoba.reporting import UsageError, add_device, check_writable, positive, progress, table
 
 BUCKETS = 8  # of positions, in the report
 

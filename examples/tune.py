@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from train import GPT, loss_by_position, read, windows
 
-from flexmoba.console import UsageError, add_device, check_writable, positive
 from flexmoba.hybrid import set_attention
+from flexmoba.reporting import UsageError, add_device, check_writable, positive
 from flexmoba.tune import Report, capture, tune
 
 

@@ -2,9 +2,9 @@
 
 import flexmoba.flops  # noqa: F401 (tells torch how many operations there are)
 from flexmoba.attention import flex_moba, selected_attention
+from flexmoba.block_mask import moba_block_mask
 from flexmoba.cache import MobaCache
 from flexmoba.gate import moba_select
-from flexmoba.masks import moba_block_mask
 from flexmoba.reference import moba_reference
 
 __version__ = "0.1.0"

@@ -2,6 +2,6 @@
 
 import sys
 
-from flexmoba.cli import main
+from flexmoba.commands import main
 
 sys.exit(main())

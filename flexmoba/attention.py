@@ -1,48 +1,37 @@
-"""`flex_moba` and `selected_attention`: validate, choose the implementation, run it.
-
-q, k -> gate -> selection -> routing -> masks -> flex -> merge -> out
-               |                |                                  |
-               |                +-----------> portable ------------+
-               +------------------> fused -------------------------+
-"""
+"""`flex_moba` and `selected_attention`: validate, lay out, gate, attend, put back."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
+from flexmoba.backends import (
+    AttentionOptions,
+    ImplName,
+    ScoreMod,
+    attend,
+    attend_selected,
+    check_selected_values,
+    resolve,
+)
+from flexmoba.blocks import ceil_div
+from flexmoba.cache import MobaCache
 from flexmoba.checks import (
     GateName,
     check_block_size,
-    check_cache,
     check_documents,
     check_gate,
     check_no_tangents,
     check_options,
     check_queries_and_keys,
-    check_selected_blocks,
     check_selection,
     check_topk,
     check_values,
-    values_readable,
 )
-from flexmoba.gate import GATE_TILE, Candidates, Gate, choose, own_block, shared_out
-from flexmoba.impls import (
-    ImplName,
-    attend_blocks,
-    attend_from,
-    attend_fully,
-    attend_in_place,
-    resolve,
-)
-from flexmoba.masked import attend_shared
-from flexmoba.score_mod import ScoreMod, modifier_of
-from flexmoba.sequence import InPlace, arrange, packing_of
-
-if TYPE_CHECKING:
-    from flexmoba.cache import MobaCache
+from flexmoba.gate import GateOptions, select_for_attention
+from flexmoba.sequence import WindowLayout, lay_out, packing_of
 
 
 @overload
@@ -62,7 +51,7 @@ def flex_moba(
     impl: ImplName = "auto",
     kernel_options: Mapping[str, Any] | None = None,
     return_aux: None = None,
-    cache: "MobaCache | None" = None,
+    cache: MobaCache | None = None,
     cu_seqlens: Tensor | None = None,
     document_ids: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
@@ -87,7 +76,7 @@ def flex_moba(
     impl: ImplName = "auto",
     kernel_options: Mapping[str, Any] | None = None,
     return_aux: AuxRequest,
-    cache: "MobaCache | None" = None,
+    cache: MobaCache | None = None,
     cu_seqlens: Tensor | None = None,
     document_ids: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
@@ -111,7 +100,7 @@ def flex_moba(
     impl: ImplName = "auto",
     kernel_options: Mapping[str, Any] | None = None,
     return_aux: AuxRequest | None = None,
-    cache: "MobaCache | None" = None,
+    cache: MobaCache | None = None,
     cu_seqlens: Tensor | None = None,
     document_ids: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
@@ -213,25 +202,26 @@ def flex_moba(
     check_options(scale, score_mod, kernel_options, return_aux)
     check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, max_seqlen=max_seqlen)
     named = impl
-    tiles_choose = gate == "tile" and is_causal and q.is_cuda and cache is None
     sequences = (cu_seqlens, document_ids, key_padding_mask)
-    uneven = not is_causal and any(x is not None for x in sequences)
+    tiles_choose = gate == "tile" and is_causal and q.is_cuda and cache is None
     impl = resolve(
-        impl, q, k, v, kernel_options, score_mod, tiles_choose=tiles_choose, uneven=uneven
+        *(impl, q, k, v, kernel_options, score_mod),
+        tiles_choose=tiles_choose,
+        uneven=not is_causal and any(x is not None for x in sequences),
     )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    options = Gate(gate, sink_blocks, local_blocks)
     if cache is not None:
-        for name, given in (("cu_seqlens", cu_seqlens), ("document_ids", document_ids)):
-            if given is not None:
-                raise ValueError(
-                    f"{name} and cache do not go together; give every document a row of the cache"
-                )
-        check_cache(cache, q, k, block_size, is_causal, gate, named, kernel_options)
+        _check_no_documents(cu_seqlens=cu_seqlens, document_ids=document_ids)
+        cache.check_call(
+            *(q, k, block_size),
+            is_causal=is_causal,
+            gate=gate,
+            impl=named,
+            kernel_options=kernel_options,
+        )
+        positions = cache.append(k, v, key_padding_mask)
         out, lse = cache.attend(
-            q,
-            cache.append(k, v, key_padding_mask),
-            topk,
+            *(q, positions, topk),
             scale=scale,
             score_mod=score_mod,
             gate=gate,
@@ -241,61 +231,28 @@ def flex_moba(
         return _output(out, lse, return_aux)
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)
+    options = AttentionOptions(impl, scale, is_causal, kernel_options)
+    gate_options = GateOptions(gate, sink_blocks, local_blocks)
 
     packing = packing_of(k.shape[2], cu_seqlens, document_ids, max_seqlen)
-    n_blocks = -(-(k.shape[2] if packing is None else packing.longest) // block_size)
+    n_blocks = ceil_div(k.shape[2] if packing is None else packing.longest, block_size)
     if topk is None or topk > n_blocks:  # no sequence has more blocks
         topk = n_blocks
-    if packing is not None and is_causal and topk == n_blocks:
-        first_key = packing.first_token.int().expand(k.shape[0], -1)
-        modifier = modifier_of(score_mod, q, k, None)
-        out, lse = attend_from(
-            q, k, v, first_key, packing.longest, scale, impl, kernel_options, modifier
-        )
-        return _output(out, lse, return_aux)
-    layout = arrange(
+    layout = lay_out(
         *(k.shape[2], block_size, packing, key_padding_mask),
         is_causal=is_causal,
-        stride=options.stride,
+        is_full=topk == n_blocks,
+        stride=gate_options.stride,
     )
-    if isinstance(layout, InPlace):
-        chosen = choose(
-            *(q, layout.full_blocks.spread(k.detach()), layout.full_blocks.block_size, topk - 1),
-            *(options, Candidates(layout.first_block, layout.end_block)),
-            is_causal=True,
-        )
-        past = shared_out(chosen, q.shape[1], q.shape[2], options)
-        out, lse = attend_in_place(
-            q, k, v, past, None, layout, scale, impl, kernel_options, score_mod
-        )
-        return _output(out, lse, return_aux)
-    candidates = Candidates()
-    if layout is not None:
-        candidates = Candidates(layout.first_block, layout.end_block, layout.keys_of_block)
-        block_size = layout.block_size
-        q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
-    modifier = modifier_of(score_mod, q, k, None if layout is None else layout.token_of_slot)
-
-    full = topk == n_blocks
-    if full and candidates.first is None and candidates.end is None:
-        out, lse = attend_fully(q, k, v, scale, impl, kernel_options, is_causal, modifier)
-    else:
-        wanted = topk - 1 if is_causal else topk
-        if full:  # all blocks of a sequence, which needs no scores
-            options = options._replace(sink_blocks=wanted, local_blocks=0)
-        chosen = choose(q, k, block_size, wanted, options, candidates, is_causal=is_causal)
-        if tiles_choose and impl == "masked" and block_size % GATE_TILE == 0:
-            out, lse = attend_shared(q, k, v, chosen, block_size, scale, kernel_options, modifier)
-        else:
-            routed = shared_out(chosen, q.shape[1], q.shape[2], options)
-            out, lse = attend_blocks(
-                *(q, k, v, routed, None, block_size, scale, impl, kernel_options, is_causal),
-                *(modifier, candidates.keys_of_block),
-            )
-    if layout is not None:
-        out, lse = layout.collect(out), layout.collect(lse[..., None])[..., 0]
-        lse = lse.masked_fill(layout.is_padding(), float("-inf"))
-    return _output(out, lse, return_aux)
+    q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
+    selection = select_for_attention(
+        *(q, k, layout, topk, gate_options),
+        is_causal=is_causal,
+        is_full=topk == n_blocks,
+        per_tile=tiles_choose and impl == "masked",
+    )
+    out, lse = attend(q, k, v, selection, layout, options, score_mod)
+    return _output(*layout.collect_results(out, lse), return_aux)
 
 
 @overload
@@ -416,54 +373,23 @@ def selected_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)
-    packing = packing_of(k.shape[2], cu_seqlens, document_ids)
-    layout = arrange(*(k.shape[2], block_size, packing, key_padding_mask), is_causal=is_causal)
-    if isinstance(layout, InPlace):
-        if values_readable(selection):
-            last = layout.end_block + layout.other_blocks
-            check_selected_blocks(selection, int(last.max()) + 1)
-        shift = layout.other_blocks[:, None, :, None]
-        first, own_index = (x[:, None, :, None] + shift for x in layout[2:4])
-        here = (selection >= first) & (selection < own_index)
-        past = torch.where(here, selection - shift, -1).int()
-        chosen = (selection == own_index).any(-1)
-        out, lse = attend_in_place(
-            q, k, v, past, chosen, layout, scale, impl, kernel_options, score_mod
-        )
-        return _output(out, lse, return_aux)
-    keys_of_block = None
-    if layout is not None:
-        block_size, keys_of_block = layout.block_size, layout.keys_of_block
-        q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
-    modifier = modifier_of(score_mod, q, k, None if layout is None else layout.token_of_slot)
-    n_blocks = -(-k.shape[2] // block_size)
-    if values_readable(selection):
-        check_selected_blocks(selection, n_blocks)
+    options = AttentionOptions(impl, scale, is_causal, kernel_options)
 
-    # A block that does not exist, unchecked, must not lead out of the tables.
-    selection = torch.where(selection < n_blocks, selection, -1).int()
-    if layout is not None:
-        selection = layout.spread_selection(selection)
-    if block_size >= k.shape[2] and keys_of_block is None:  # one block: all of it, or nothing
-        out, lse = attend_fully(q, k, v, scale, impl, kernel_options, is_causal, modifier)
-        chosen = (selection == 0).any(-1)
-        out = torch.where(chosen[..., None], out, 0.0)
-        lse = torch.where(chosen, lse, float("-inf"))
-    else:
-        own: Tensor | None = None
-        routed = selection
-        if is_causal:
-            here = own_block(q.shape[2], k.shape[2], block_size, q.device)[:, None]
-            own = (selection == here).any(-1)
-            routed = torch.where(selection < here, selection, -1)
-        out, lse = attend_blocks(
-            *(q, k, v, routed, own, block_size, scale, impl, kernel_options, is_causal),
-            *(modifier, keys_of_block),
-        )
-    if layout is not None:
-        out, lse = layout.collect(out), layout.collect(lse[..., None])[..., 0]
-        lse = lse.masked_fill(layout.is_padding(), float("-inf"))
-    return _output(out, lse, return_aux)
+    packing = packing_of(k.shape[2], cu_seqlens, document_ids)
+    layout = lay_out(*(k.shape[2], block_size, packing, key_padding_mask), is_causal=is_causal)
+    assert not isinstance(layout, WindowLayout)  # they are of full attention
+    q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
+    check_selected_values(selection, k.shape[2], layout)
+    out, lse = attend_selected(q, k, v, selection, layout, options, score_mod)
+    return _output(*layout.collect_results(out, lse), return_aux)
+
+
+def _check_no_documents(**given: Tensor | None) -> None:
+    for name, x in given.items():
+        if x is not None:
+            raise ValueError(
+                f"{name} and cache do not go together; give every document a row of the cache"
+            )
 
 
 def _empty(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

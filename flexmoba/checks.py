@@ -6,37 +6,19 @@ Every message names the offending values and the remedy.
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.attention.flex_attention import AuxRequest
 
-if TYPE_CHECKING:
-    from flexmoba.cache import MobaCache
+from flexmoba.blocks import TILE
+from flexmoba.runtime import has_values, is_transformed, values_readable
 
 GateName = Literal["token", "group", "tile"]
 GATES: tuple[GateName, ...] = get_args(GateName)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def has_values(x: Tensor) -> bool:
-    """Whether there are values to read: not while tracing, of fake tensors or inside torch.func."""
-    return not (
-        torch.compiler.is_compiling()
-        or x.is_meta
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
-        or detect_fake_mode(x) is not None
-        or get_proxy_mode() is not None
-    )
-
-
-def values_readable(x: Tensor) -> bool:
-    """Whether there are values, which reading does not wait for."""
-    return x.device.type == "cpu" and has_values(x)
 
 
 def check_queries_and_keys(q: Tensor, k: Tensor) -> None:
@@ -138,15 +120,16 @@ def check_gate(
             f"{' and the own block' if is_causal else ''}; use at least {always}"
         )
     if gate == "tile":
-        if block_size % 128 != 0:
+        if block_size % TILE != 0:
             raise NotImplementedError(
-                f'gate="tile" needs a block_size of whole tiles of 128 queries, got '
-                f'block_size={block_size}; use a multiple of 128, or gate="token"'
+                f'gate="tile" needs blocks of full tiles, got block_size={block_size}; use a '
+                f'multiple of {TILE}, or gate="token"'
             )
-        if offset is not None and offset % 128 != 0:
+        if offset is not None and offset % TILE != 0:
             raise NotImplementedError(
-                f'gate="tile" needs the first query of every tile of 128, got queries from '
-                f"position {offset} on; begin at a multiple of 128, or pass a cache, which keeps it"
+                f'gate="tile" needs the first query of every tile, got queries from '
+                f"position {offset} on; begin at a multiple of {TILE}, or pass a cache, which "
+                "keeps it"
             )
 
 
@@ -357,20 +340,6 @@ def _check_tensor(name: str, x: Tensor) -> None:
         )
 
 
-def is_transformed(x: Tensor) -> bool:
-    """Whether ``x`` is what a function sees inside `torch.func.grad`, ``jvp`` or ``vmap``."""
-    functorch = torch._C._functorch
-    return functorch.is_gradtrackingtensor(x) or functorch.is_batchedtensor(x)
-
-
-def no_second_derivatives(*_: Any) -> Any:
-    """The backward pass of a backward pass."""
-    raise NotImplementedError(
-        "attention has no second derivatives: its gradients cannot be differentiated; use "
-        "moba_reference, which is dense, where they are needed"
-    )
-
-
 def _check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.dtype != other.dtype:
         raise ValueError(
@@ -390,62 +359,3 @@ def check_positive(name: str, value: Any, remedy: str) -> None:
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__}); {remedy}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}; {remedy}")
-
-
-def check_new(name: str, new: Tensor, old: Tensor, length: int | None = None) -> None:
-    """That new tokens ``(B, Hkv, n, D)`` fit to those of a cache ``(B, Hkv, capacity, D)``."""
-    if length is None and new.ndim == 4:
-        length = new.shape[2]
-    want = (*old.shape[:2], "n" if length is None else length, old.shape[3])
-    if tuple(new.shape) != want:
-        raise ValueError(f"{name} must be {want} for this cache, got {tuple(new.shape)}")
-    check_like_cache(name, new, old)
-
-
-def check_like_cache(name: str, new: Tensor, old: Tensor) -> None:
-    """That new tokens have the dtype and device of a cache."""
-    if (new.dtype, new.device) != (old.dtype, old.device):
-        raise ValueError(
-            f"{name} must be {old.dtype} on {old.device} like the cache, got {new.dtype} on "
-            f"{new.device}"
-        )
-
-
-def check_no_gradients(*tensors: Tensor) -> None:
-    """That nothing would be differentiated."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise NotImplementedError(
-            "attention to a cache has no gradients; call it under torch.no_grad(), or without a "
-            "cache to train"
-        )
-
-
-def check_cache(
-    cache: "MobaCache",
-    q: Tensor,
-    k: Tensor,
-    block_size: int,
-    is_causal: bool,
-    gate: str,
-    impl: str,
-    kernel_options: Mapping[str, Any] | None,
-) -> None:
-    """That a call may go through a cache, before anything is added to it."""
-    if cache.block_size != block_size:
-        raise ValueError(
-            f"block_size must be that of the cache, {cache.block_size}, got {block_size}"
-        )
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"with a cache, q, k and v are of the same new tokens, got Lq={q.shape[2]} and "
-            f"Lk={k.shape[2]}"
-        )
-    if not is_causal:
-        raise ValueError("is_causal=False and cache do not go together; leave one out")
-    if impl != "auto":
-        raise NotImplementedError(f'impl="{impl}" does not go with cache; use impl="auto"')
-    if kernel_options:
-        raise NotImplementedError("kernel_options do not go with cache; leave them out")
-    check_no_gradients(q)
-    if gate == "tile":
-        cache.check_tiles(q.shape[1])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import flexmoba.cache  # noqa: F401 (defines the operators, with what it imports)
+import flexmoba.cache  # noqa: F401 (defines the operators, with the rooms below it)
 
 Shape = Sequence[int]
 

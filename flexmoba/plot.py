@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexmoba.checks import check_block_size
-from flexmoba.figure import log_scale, mpl, new_figure
-from flexmoba.tune.report import Choice, Cost, Report
+from flexmoba.reporting import log_scale, mpl, new_figure
+from flexmoba.tune import Choice, Cost, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import AuxRequest
 
-from flexmoba import masked
+from flexmoba.backends.flex import masked
 from flexmoba.reference import reference_attention
 
 settings.register_profile("dev", deadline=None, max_examples=50)
@@ -35,10 +35,10 @@ ROUNDINGS = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 16, torch.float
 # Of the loops that cut work into pieces: sizes that make drawn problems of several pieces, most of
 # them of several tiles or queries.
 SMALL_PIECES = {
-    "flexmoba.gate._SCORES_AT_ONCE": 2**9,
-    "flexmoba.modified._SCORES_AT_ONCE": 4 * 128 * 16,
-    "flexmoba.portable._QUERIES_AT_ONCE": 13,
-    "flexmoba.portable._SCORES_AT_ONCE": 4 * 128 * 16,
+    "flexmoba.gate.scores._SCORES_AT_ONCE": 2**9,
+    "flexmoba.backends.portable.modified_scores._SCORES_AT_ONCE": 4 * 128 * 16,
+    "flexmoba.backends.portable.operator._QUERIES_AT_ONCE": 13,
+    "flexmoba.backends.portable.operator._SCORES_AT_ONCE": 4 * 128 * 16,
     "flexmoba.tune.quality._SCORES_AT_ONCE": 2**8,
 }
 

@@ -6,10 +6,16 @@ The interpreter must be chosen before Triton is imported, for the whole process.
 import pytest
 import torch
 
-from flexmoba import MobaCache, cache, decode, fused, gate, moba_select, pieces
-from flexmoba.decode_kernels import append_few_on_cuda, attend_few_on_cuda
-from flexmoba.gate_kernel import select_on_cuda
-from flexmoba.move_kernel import move_on_cuda
+from flexmoba import MobaCache, gate, moba_select
+from flexmoba.backends.fused import fused_attention, schedule
+from flexmoba.backends.options import AttentionOptions
+from flexmoba.cache.append import append_scattered
+from flexmoba.cache.decode import attend_gathered
+from flexmoba.cache.kernels import append_on_cuda, attend_step_on_cuda
+from flexmoba.cache.options import CachedCall
+from flexmoba.gate.kernel import select_on_cuda
+from flexmoba.selection import BlockSelection
+from flexmoba.sequence.kernel import move_on_cuda
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal
 from tests.problems import Problem
 
@@ -33,8 +39,9 @@ def check(
     q, k, v = problem.tensors()
 
     def attend(q, k, v):
-        return fused.attend_fused(
-            q, k, v, routed, own, problem.block_size, scale, problem.is_causal
+        selected = BlockSelection(routed, problem.block_size, own)
+        return fused_attention(
+            q, k, v, selected, AttentionOptions("fused", scale, problem.is_causal)
         )
 
     if own is not None:
@@ -90,21 +97,22 @@ def test_some_queries_without_their_own_block():
     ],
 )
 def test_in_pieces(monkeypatch, sorting, parts, forward, backward):
-    monkeypatch.setattr(pieces, "_SORTING_SHARE", sorting)
-    monkeypatch.setattr(pieces, "_TOTAL_SHARE", parts)
-    cut = pieces.cut.__wrapped__  # not from its cache
-    monkeypatch.setattr(fused, "cut", cut)
-    shape = pieces.Shape(2, 4, 2, 200, 290, 64, 2, 16, 16)
+    monkeypatch.setattr(schedule, "_SORTING_SHARE", sorting)
+    monkeypatch.setattr(schedule, "_TOTAL_SHARE", parts)
+    cut = schedule.cut.__wrapped__  # not from its cache
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(f"flexmoba.backends.fused.{name}.cut", cut)
+    sizes = schedule.Sizes(2, 4, 2, 200, 290, 64, 2, 16, 16)
     for whole_kv_heads, expected in ((False, forward), (True, backward)):
-        calls = cut(shape, whole_kv_heads=whole_kv_heads)
-        assert [len(call.pieces) for call in calls] == expected
+        groups = cut(sizes, whole_kv_heads=whole_kv_heads)
+        assert [len(group.pieces) for group in groups] == expected
     problem = variant(batch=2)
     check(problem, gated(problem))
 
 
 def test_a_block_that_all_chose_is_shared_out(monkeypatch):
-    monkeypatch.setattr(fused, "_LEAST_ITEM", 16)
-    monkeypatch.setattr(fused, "_ITEM_FACTOR", 1)
+    monkeypatch.setattr("flexmoba.backends.fused.backward._LEAST_ITEM", 16)
+    monkeypatch.setattr("flexmoba.backends.fused.backward._ITEM_FACTOR", 1)
     problem = variant(block_size=32)
     selection = gated(problem)
     selection[..., 1] = torch.where(selection[..., 0] > 0, 0, -1)
@@ -116,41 +124,39 @@ def test_a_block_that_all_chose_is_shared_out(monkeypatch):
 @pytest.mark.parametrize(
     ("block_size", "count", "options"),
     [
-        (16, 3, gate.Gate()),
-        (7, 12, gate.Gate(sink_blocks=2, local_blocks=3)),
-        (128, 1, gate.Gate("tile", sink_blocks=1)),
-        (16, 3, gate.Gate("group")),
+        (16, 3, gate.GateOptions()),
+        (7, 12, gate.GateOptions(sink_blocks=2, local_blocks=3)),
+        (128, 1, gate.GateOptions("tile", sink_blocks=1)),
+        (16, 3, gate.GateOptions("group")),
     ],
 )
 def test_the_gate_kernel_selects_as_the_plain_gate(block_size, count, options, is_causal):
     problem = variant(block_size=block_size, q_len=100, kv_len=228)
     q, k, _ = problem.tied_tensors()
-    means, rows = gate.block_means(k, block_size), gate.gate_queries(q, 2, options)
+    means, rows = gate.block_means(k, block_size), gate.gate_rows(q, 2, options)
     if not is_causal:
         options = options._replace(local_blocks=0)
     first = (torch.arange(rows.shape[2]) // 25)[None].int()
     spans = [(None, None), (first, (first + 7).clamp(max=means.shape[2]))]
     if is_causal:
         spans.append((first, None))
+    sizes = gate.GateSizes(block_size, count + 5, 128, is_causal)
+    scored = sizes.scored(options)
     for span in spans:
-        expected = gate.select_by_means(
-            rows, means, 128, block_size, count + 5, options, is_causal, *span
-        )
-        scored = count + 5 - options.sink_blocks - options.local_blocks
-        best = select_on_cuda(
-            *(rows, means.to(rows.dtype), *span, 128, block_size, scored, options, is_causal)
-        )
+        candidates = gate.Candidates(*span)
+        expected = gate.select_by_means(rows, means, sizes, options, candidates)
+        best = select_on_cuda(rows, means.to(rows.dtype), sizes, options, candidates)
         assert_bitwise_equal(best, expected[..., -scored:])
 
 
 @pytest.mark.parametrize(
     ("block_size", "topk", "q_len", "n_blocks", "dims", "options"),
     [
-        (8, 3, 1, 40, (16, 16), gate.Gate()),
-        (70, 6, 3, 5, (24, 40), gate.Gate("group", 1, 1)),
-        (200, 1, 2, 3, (16, 16), gate.Gate()),
-        (4, 9, 1, 300, (16, 16), gate.Gate(sink_blocks=3, local_blocks=2)),
-        (8, 6, 2, 40, (16, 16), gate.Gate("group", 2, 3)),  # nothing is left to score
+        (8, 3, 1, 40, (16, 16), gate.GateOptions()),
+        (70, 6, 3, 5, (24, 40), gate.GateOptions("group", 1, 1)),
+        (200, 1, 2, 3, (16, 16), gate.GateOptions()),
+        (4, 9, 1, 300, (16, 16), gate.GateOptions(sink_blocks=3, local_blocks=2)),
+        (8, 6, 2, 40, (16, 16), gate.GateOptions("group", 2, 3)),  # nothing is left to score
     ],
 )
 def test_the_decoding_kernels_attend_as_plain_operations(
@@ -165,12 +171,12 @@ def test_the_decoding_kernels_attend_as_plain_operations(
     means = gate.block_means(k, block_size)
     positions = torch.tensor([[length - q_len], [block_size], [0]]) + torch.arange(q_len)
     positions[1, 0], positions[2, -1] = -1, 2**30  # padding, and no room
-    rows = gate.gate_queries(q, 2, options)
-    rest = (k, v, means, positions.int(), rows, block_size, topk, 0.3, options)
-    plain, plain_lse = decode._attend_gathered(q, *rest)
+    rows = gate.gate_rows(q, 2, options)
+    rest = (k, v, means, positions.int(), rows, CachedCall(topk, 0.3, options, block_size))
+    plain, plain_lse = attend_gathered(q, *rest)
     assert not plain[1, :, 0].any()
     assert plain[2, :, -1].isnan().all()
-    out, lse = attend_few_on_cuda(q, *rest)
+    out, lse = attend_step_on_cuda(q, *rest)
     torch.testing.assert_close(out, plain, equal_nan=True)
     torch.testing.assert_close(lse, plain_lse, equal_nan=True)
 
@@ -187,9 +193,8 @@ def test_the_kernel_appends_as_plain_operations(block_size, n):
     for x in (plain, kernel):
         x.lengths.copy_(torch.tensor([block_size - 1, room - n + 1]))
         x.k[:, :, :block_size] = 1.0
-    append = cache._append_scattered
-    expected = append(plain.k, plain.v, plain.means, plain.lengths, k, v, None)
-    positions = append_few_on_cuda(kernel.k, kernel.v, kernel.means, kernel.lengths, k, v)
+    expected = append_scattered(plain.k, plain.v, plain.means, plain.lengths, k, v, None)
+    positions = append_on_cuda(kernel.k, kernel.v, kernel.means, kernel.lengths, k, v)
     assert_bitwise_equal(positions, expected)
     assert_bitwise_equal(kernel.lengths, plain.lengths)
     for x, y in ((kernel.k, plain.k), (kernel.v, plain.v)):

@@ -1,4 +1,4 @@
-"""The public surface, and which module may import which."""
+"""The public surface, and the libraries that the package imports."""
 
 import ast
 import inspect
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput
 
 import flexmoba
+from flexmoba.backends import ImplName
 from flexmoba.checks import GateName
-from flexmoba.impls import ImplName
 
 PACKAGE = Path(flexmoba.__file__).parent
 MODULES = {
@@ -47,23 +47,6 @@ SIGNATURES = {
     ),
 }
 
-# A leaf does one step, and imports no other except for what is named here.
-LEAVES = {
-    "shared_mask",
-    "gate", "routing", "masks", "flex", "portable", "modified", "merge", "fused", "decode",
-}  # fmt: skip
-ALLOWED = {
-    ("masks", "routing"),  # the tiles that it reads
-    ("portable", "routing"),  # likewise
-    ("masks", "gate"),  # `moba_block_mask` is given no selection
-    ("decode", "gate"),  # its queries choose where they attend
-    ("portable", "merge"),  # merging is a part of its operator, outside autograd
-    ("shared_mask", "masks"),  # how a BlockMask is written
-    ("shared_mask", "routing"),  # the size of a tile
-    ("modified", "merge"),  # likewise
-    ("modified", "routing"),  # likewise
-}
-
 
 def imports_of(module: str) -> set[str]:
     """Everything that a module imports, as dotted names; imports for the types alone count, too."""
@@ -75,12 +58,6 @@ def imports_of(module: str) -> set[str]:
             assert node.level == 0, f"{module} has a relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
-
-
-def siblings_of(module: str) -> set[str]:
-    """The modules of the package that a module imports."""
-    parts = (name.split(".") for name in imports_of(module))
-    return {name[1] for name in parts if name[0] == "flexmoba" and len(name) > 1}
 
 
 def test_public_names():
@@ -133,33 +110,6 @@ def test_types_are_shipped():
     assert (PACKAGE / "py.typed").is_file()
 
 
-def test_the_oracle_shares_no_code():
-    assert not siblings_of("reference")
-    users = {module for module in MODULES if "reference" in siblings_of(module)}
-    assert users == {"__init__"}
-
-
-def test_leaves_do_not_import_leaves():
-    found = {(leaf, other) for leaf in LEAVES for other in siblings_of(leaf) & LEAVES}
-    assert found <= ALLOWED
-
-
-def test_nothing_below_the_operator_imports_it():
-    for module in LEAVES | {"checks", "gate_kernel"}:
-        assert "attention" not in siblings_of(module), module
-
-
-def test_modules_stand_above_the_operator():
-    above = {"nn": {"key_conv"}, "hybrid": {"nn"}, "key_conv": set(), "rotary": set()}
-    higher = {x for x in MODULES if x.split(".")[0] in {"tune", "integrations", "demo"}}
-    for module in MODULES.keys() - above.keys() - higher:
-        assert not siblings_of(module) & (above.keys() - {"rotary"}), module
-    for module, parts in above.items():
-        assert siblings_of(module) & (above.keys() - {"rotary"}) == parts, module
-    assert not siblings_of("rotary")
-    assert siblings_of("hybrid") == {"nn"}
-
-
 def test_only_flex_calls_flex_attention():
     prefix = "torch.nn.attention.flex_attention."
     types = {"AuxOutput", "AuxRequest", "BlockMask", "FlexKernelOptions"}
@@ -167,17 +117,12 @@ def test_only_flex_calls_flex_attention():
         module: {name.removeprefix(prefix) for name in imports_of(module) if prefix in name}
         for module in MODULES
     }
-    assert "flex_attention" in users["flex"]
+    assert "flex_attention" in users["backends.flex.compiled"]
+    masks = {"block_mask", "integrations.transformers.local", "plot"}
     for module, names in users.items():
-        if module != "flex":
+        if module != "backends.flex.compiled":
             assert names <= types, module
-        if module not in {
-            "flex",
-            "integrations.transformers.local",
-            "masks",
-            "plot",
-            "shared_mask",
-        }:
+        if not module.startswith("backends.flex.") and module not in masks:
             assert "BlockMask" not in names, module
 
 
@@ -190,12 +135,8 @@ def test_block_masks_are_not_made_by_evaluating_them():
 
 def test_runtime_dependencies():
     allowed = {"torch", "einops", "triton", "flexmoba"}  # triton: part of torch, where it is
-    extras = {  # imported where they are used, if they are installed
-        "bench": {"matplotlib"},
-        "console": {"matplotlib"},
-        "figure": {"matplotlib"},
-        "plot": {"matplotlib"},
-    }
+    # Imported where they are used, if they are installed.
+    extras = {room: {"matplotlib"} for room in ("bench", "plot", "reporting")}
     for module, tree in MODULES.items():
         roots = {name.split(".")[0] for name in imports_of(module)}
         more = extras.get(module.split(".")[0], set())
@@ -204,8 +145,3 @@ def test_runtime_dependencies():
         assert roots - sys.stdlib_module_names <= allowed | more, module
         at_once = ast.unparse([x for x in tree.body if isinstance(x, (ast.Import, ast.ImportFrom))])
         assert "matplotlib" not in at_once, module
-
-
-def test_nothing_imports_an_integration():
-    for module in MODULES:
-        assert module.startswith("integrations.") or "integrations" not in siblings_of(module)

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexmoba import bench
-from flexmoba.bench import calls, steps
-from flexmoba.cli import main
-from flexmoba.gate import moba_select
+from flexmoba import moba_select
+from flexmoba.bench import Config, calls, steps
+from flexmoba.commands import bench
+from flexmoba.commands.cli import main
 from flexmoba.reference import reference_mask, reference_selection
-from flexmoba.versions import versions
+from flexmoba.reporting import versions
 
 DOCS = Path(__file__).parent.parent / "docs"
-SMALL = bench.Config(1, 2, 1, 300, 64, 3, head_dim=16)
+SMALL = Config(1, 2, 1, 300, 64, 3, head_dim=16)
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def _small(monkeypatch):
 @pytest.mark.parametrize("topk", [1, 3, 9])
 def test_counts_the_products_that_the_oracle_makes(block_size, topk):
     q, k = torch.randn(2, 1, 1, 300, 4)
-    config = bench.Config(1, 1, 1, 300, block_size, topk)
+    config = Config(1, 1, 1, 300, block_size, topk)
     selected = reference_selection(q, k, block_size, topk, is_causal=True)
     assert config.pairs == int(reference_mask(selected, block_size, 300, is_causal=True).sum())
     everything = torch.ones(1, 1, 300, 1, dtype=torch.bool)
@@ -46,11 +46,11 @@ def test_prints_json_alone(capsys):
 
 
 def test_counts_documents_apart():
-    config = bench.Config(1, 1, 1, 1000, 50, 3, documents=7)
+    config = Config(1, 1, 1, 1000, 50, 3, documents=7)
     assert len(config.lengths) == 7
     assert min(config.lengths) > 0
     assert sum(config.lengths) == 1000
-    alone = [bench.Config(1, 1, 1, n, 50, 3) for n in config.lengths]
+    alone = [Config(1, 1, 1, n, 50, 3) for n in config.lengths]
     assert config.pairs == sum(one.pairs for one in alone)
     assert config.dense_pairs == sum(one.dense_pairs for one in alone)
 

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.functional import pad
 
 from flexmoba import moba_block_mask, moba_select
-from flexmoba.masks import window_mask
+from flexmoba.backends.flex.block_masks import window_mask
 from flexmoba.reference import reference_mask, reference_selection
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal
 from tests.problems import DTYPES, Problem, problems

@@ -11,13 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmoba import cli, demo, info
-from flexmoba.cli import main
-from flexmoba.console import check_writable, note_load, progress, table
-from flexmoba.example import synthetic
-from flexmoba.timing import pays_from
-from flexmoba.tune import sample_positions, tune
-from flexmoba.versions import versions
+from flexmoba.commands import cli, demo, info
+from flexmoba.commands.cli import main
+from flexmoba.reporting import check_writable, note_load, pays_from, progress, table, versions
+from flexmoba.tune import sample_positions, synthetic, tune
 
 COMMANDS = ("demo", "bench", "tune", "info")
 SMALL = ["--block-sizes", "16", "32", "--topks", "2", "4", "--device", "cpu"]
@@ -114,7 +111,8 @@ def test_a_key_that_interrupts_leaves_no_traceback(monkeypatch, capsys):
 
 
 def test_a_reader_that_has_enough_leaves_no_traceback():
-    run = 'from flexmoba.cli import main; raise SystemExit(main(["info", "--device", "cpu"]))'
+    run = "from flexmoba.commands.cli import main\n"
+    run += 'raise SystemExit(main(["info", "--device", "cpu"]))'
     with Popen([sys.executable, "-c", run], stdout=PIPE, stderr=PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
@@ -218,7 +216,7 @@ def test_tune_draws(tmp_path):
 
 
 def test_a_picture_that_cannot_be_written_after_all_costs_no_result(monkeypatch, capsys):
-    monkeypatch.setattr("flexmoba.tune.command.check_writable", lambda **_: None)
+    monkeypatch.setattr("flexmoba.commands.tune.check_writable", lambda **_: None)
     with pytest.raises(SystemExit) as error:
         main([*EXAMPLE, "--no-times", "--plot", "nowhere/x.png"])
     assert error.value.code == 2

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flexmoba import MobaCache, flex_moba
-from flexmoba.cache import FEW
+from flexmoba.cache.decode import MAX_STEP_QUERIES
 from tests.problems import Problem
 
 DEVICE = torch.device("lazy")
@@ -119,8 +119,8 @@ def test_a_cache_there():
                 1, 2, 16, block_size=16, value_dim=24, max_len=150, device=place(q).device
             )
             parts = []
-            for start in range(0, 150, FEW):
-                step = (place(x[:, :, start : start + FEW]) for x in (q, k, v))
+            for start in range(0, 150, MAX_STEP_QUERIES):
+                step = (place(x[:, :, start : start + MAX_STEP_QUERIES]) for x in (q, k, v))
                 parts.append(flex_moba(*step, 16, 3, cache=cache))
             outs.append(torch.cat([getattr(x, "here", x) for x in parts], 2))
     torch.testing.assert_close(*outs)

@@ -123,7 +123,7 @@ def test_blocks_are_counted_from_the_first_real_token(problem):
 
 @pytest.mark.parametrize("gate", ["token", "group", "tile"])
 def test_full_attention_scores_no_blocks(gate, monkeypatch):
-    monkeypatch.setattr("flexmoba.gate._select_in_pieces", None)
+    monkeypatch.setattr("flexmoba.gate.select.top_blocks_in_pieces", None)
     q, k, v = Problem(kv_heads=2, group=2, q_len=700, kv_len=700).tensors()
     options = {"gate": gate, "sink_blocks": 1, "cu_seqlens": torch.tensor([0, 0, 270, 271, 700])}
     out = flex_moba(q, k, v, 128, None, **options)

@@ -266,7 +266,7 @@ def moba_densely(q, k, v, block_size, topk, **options):
 def test_a_key_convolution_helps_the_gate_find_needles(example, monkeypatch):
     q, k, v = torch.randn(3, 1, 2, 60, 16)
     torch.testing.assert_close(moba_densely(q, k, v, 8, 3), flex_moba(q, k, v, 8, 3))
-    monkeypatch.setattr("flexmoba.nn.flex_moba", moba_densely)
+    monkeypatch.setattr("flexmoba.nn.flex_moba.flex_moba", moba_densely)
     sparse = ["moba", "moba+conv"]
     found = example("needle").main(["--variants", *sparse, "--lengths", "64", "--device", "cpu"])
     moba, conv = (sum(found[name][64]) / 5 for name in sparse)

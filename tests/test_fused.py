@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmoba import flex_moba, fused, pieces
-from flexmoba.pieces import QUERY_TILE, Shape
+from flexmoba import flex_moba
+from flexmoba.backends.fused import schedule, why_not_fused
+from flexmoba.backends.fused.schedule import QUERY_TILE, Sizes
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,10 +36,10 @@ def test_its_kernels_by_the_interpreter():
 
 
 @st.composite
-def shapes(draw):
+def all_sizes(draw):
     group, kv_heads = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     q_len = draw(st.integers(1, 1000))
-    return Shape(
+    return Sizes(
         batch=draw(st.integers(1, 3)),
         heads=group * kv_heads,
         kv_heads=kv_heads,
@@ -51,46 +52,44 @@ def shapes(draw):
     )
 
 
-@given(shapes(), st.booleans())
-def test_every_query_is_in_one_piece(shape, whole_kv_heads):
+@given(all_sizes(), st.booleans())
+def test_every_query_is_in_one_piece(sizes, whole_kv_heads):
     queries = tiles = 0
-    for call in pieces.cut(shape, whole_kv_heads=whole_kv_heads):
-        assert call.first_query == queries
-        assert call.first_kv_head == queries // (shape.group * shape.q_len)
+    for group in schedule.cut(sizes, whole_kv_heads=whole_kv_heads):
+        assert group.first_query == queries
+        assert group.first_kv_head == queries // (sizes.group * sizes.q_len)
         blocks = 0
-        for piece in call.pieces:
+        for piece in group.pieces:
             assert (piece.first_query, piece.first_tile) == (queries, tiles)
             queries, tiles = queries + piece.n_queries, tiles + piece.n_tiles
-            if len(call.pieces) > 1:  # of whole KV heads, whose blocks follow each other
+            if len(group.pieces) > 1:  # of whole KV heads, whose blocks follow each other
                 assert piece.first_block == blocks
                 blocks += piece.n_blocks
-        assert call.first_query + call.n_queries == queries
-    assert queries == shape.batch * shape.heads * shape.q_len
-    assert tiles == shape.batch * shape.heads * -(-shape.q_len // QUERY_TILE)
+        assert group.first_query + group.n_queries == queries
+    assert queries == sizes.batch * sizes.heads * sizes.q_len
+    assert tiles == sizes.batch * sizes.heads * -(-sizes.q_len // QUERY_TILE)
 
 
-@given(shapes())
-def test_a_forward_call_allocates_twice_the_queries_and_the_output_at_most(shape):
-    queries = shape.batch * shape.heads * shape.q_len
-    size = 2 * (shape.dim + shape.value_dim) * queries
-    selection = 4 * queries * shape.count
-    least = QUERY_TILE * shape.count * (2 * shape.value_dim + 4)  # one tile at a time
-    for call in pieces.cut(shape):
-        pairs = call.n_queries * shape.count
-        parts = call.most_queries * shape.count * (2 * shape.value_dim + 4)
+@given(all_sizes())
+def test_a_forward_call_allocates_twice_the_queries_and_the_output_at_most(sizes):
+    queries = sizes.batch * sizes.heads * sizes.q_len
+    size = 2 * (sizes.dim + sizes.value_dim) * queries
+    selection = 4 * queries * sizes.count
+    least = QUERY_TILE * sizes.count * (2 * sizes.value_dim + 4)  # one tile at a time
+    for group in schedule.cut(sizes):
+        pairs = group.n_queries * sizes.count
+        parts = group.most_queries * sizes.count * (2 * sizes.value_dim + 4)
         assert selection + pairs * 8 + parts <= 2 * size + least
-        assert selection + pairs * pieces._SORTING_BYTES <= 2 * size + least
+        assert selection + pairs * schedule._SORTING_BYTES <= 2 * size + least
 
 
 def test_names_what_it_cannot_serve():
     q = torch.zeros(1, 1, 4, 16)
     with pytest.raises(NotImplementedError, match=r'impl="fused" needs CUDA.*use impl="auto"'):
         flex_moba(q, q, q, 2, 1, impl="fused")
-    assert "float32" in (fused.why_not_fused(q, q, None) or "")
+    assert "float32" in (why_not_fused(q, q, None) or "")
     wide = torch.zeros(1, 1, 4, 256, dtype=torch.bfloat16)
-    assert "at most 128, got 256" in (fused.why_not_fused(wide, wide, None) or "")
+    assert "at most 128, got 256" in (why_not_fused(wide, wide, None) or "")
     half = q.bfloat16()
-    assert "kernel_options={'num_warps': 4}" in (
-        fused.why_not_fused(half, half, {"num_warps": 4}) or ""
-    )
-    assert fused.why_not_fused(half, half, None) is None
+    assert "kernel_options={'num_warps': 4}" in (why_not_fused(half, half, {"num_warps": 4}) or "")
+    assert why_not_fused(half, half, None) is None

@@ -13,18 +13,25 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flexmoba import (
     MobaCache,
-    flex,
     flex_moba,
-    fused,
-    gate,
     moba_block_mask,
     moba_reference,
     moba_select,
-    pieces,
-    routed,
     selected_attention,
-    sequence,
 )
+from flexmoba.backends.flex import compiled as compiled_flex
+from flexmoba.backends.flex import routed
+from flexmoba.backends.fused import operator, schedule
+from flexmoba.gate import (
+    GateOptions,
+    GateSizes,
+    block_means,
+    gate_rows,
+    select_by_means,
+    select_rows,
+)
+from flexmoba.gate.scores import top_blocks_in_pieces
+from flexmoba.sequence import lay_out
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal, with_lse
 from tests.problems import DTYPES, Problem
 
@@ -82,7 +89,7 @@ def test_routed(name):
 FUSED = {
     name: problem
     for name, problem in ROUTED.items()
-    if problem.dtype in fused.DTYPES and problem.head_dim <= fused.MAX_HEAD_DIM
+    if problem.dtype in operator._DTYPES and problem.head_dim <= operator._MAX_HEAD_DIM
 } | {
     "many heads": variant(batch=1, kv_heads=16, group=1, topk=8, q_len=2048, kv_len=2048),
     "large topk": variant(topk=20, block_size=16, head_dim=32, value_dim=64),
@@ -124,9 +131,10 @@ def test_a_block_that_does_not_exist_is_none(is_causal):
 def test_fused_in_pieces(monkeypatch, sorting, parts):
     problem = variant(kv_heads=3, q_len=900, kv_len=1111)
     whole = run(problem, *problem.tensors("cuda"), impl="fused")
-    monkeypatch.setattr(pieces, "_SORTING_SHARE", sorting)
-    monkeypatch.setattr(pieces, "_TOTAL_SHARE", parts)
-    monkeypatch.setattr(fused, "cut", pieces.cut.__wrapped__)  # not from its cache
+    monkeypatch.setattr(schedule, "_SORTING_SHARE", sorting)
+    monkeypatch.setattr(schedule, "_TOTAL_SHARE", parts)
+    for name in ("forward", "backward"):  # not from its cache
+        monkeypatch.setattr(f"flexmoba.backends.fused.{name}.cut", schedule.cut.__wrapped__)
     cut = run(problem, *problem.tensors("cuda"), impl="fused")
     for x, y in zip(cut, whole, strict=True):
         assert_bitwise_equal(x, y)
@@ -134,8 +142,8 @@ def test_fused_in_pieces(monkeypatch, sorting, parts):
 
 @pytest.mark.parametrize("block_size", [128, 512])
 def test_fused_shares_the_work_of_a_block_that_all_chose(monkeypatch, block_size):
-    monkeypatch.setattr(fused, "_LEAST_ITEM", 64)
-    monkeypatch.setattr(fused, "_ITEM_FACTOR", 1)
+    monkeypatch.setattr("flexmoba.backends.fused.backward._LEAST_ITEM", 64)
+    monkeypatch.setattr("flexmoba.backends.fused.backward._ITEM_FACTOR", 1)
     problem = variant(block_size=block_size, q_len=2048, kv_len=2048)
     q, k, v = problem.tensors("cuda")
     q[..., 0], k[..., :block_size, 0] = 100.0, 100.0  # the first block
@@ -233,11 +241,12 @@ def test_gate_kernel_selects_as_the_plain_gate(dtype, block_size, count, is_caus
     end = end[None]
 
     def plain(q, k):
-        means = gate.block_means(k, block_size)
-        return gate._select_in_pieces(q, means, position.new_zeros(1, 1), end, count)
+        means = block_means(k, block_size)
+        return top_blocks_in_pieces(q, means, position.new_zeros(1, 1), end, count)
 
     def fast(q, k):
-        return gate.select_candidates(q, k, block_size, count, gate.Gate(), is_causal=is_causal)
+        sizes = GateSizes(block_size, count, 1300 - 777, is_causal)
+        return select_rows(q, k, sizes, GateOptions())
 
     q, k, _ = problem.tied_tensors("cuda")
     q[0, 0, 5], k[0, 0, 9] = torch.nan, torch.inf
@@ -251,11 +260,11 @@ def test_a_group_chooses_as_the_plain_gate():
     """By products that drop bits of the sum of the group's queries."""
     problem = variant(q_len=8192, kv_len=8192, group=4, batch=1)
     q, k, _ = problem.tensors("cuda")
-    group = gate.Gate("group")
-    rows, means = gate.gate_queries(q, 2, group), gate.block_means(k, 128)
-    chosen = gate.select_by_means(rows, means, 0, 128, 7, group, True)
+    group = GateOptions("group")
+    rows, means = gate_rows(q, 2, group), block_means(k, 128)
+    chosen = select_by_means(rows, means, GateSizes(128, 7, 0, is_causal=True), group)
     end = torch.arange(8192, device="cuda")[None] // 128
-    expected = gate._select_in_pieces(rows, means, end.new_zeros(1, 1), end, 7)
+    expected = top_blocks_in_pieces(rows, means, end.new_zeros(1, 1), end, 7)
     assert (chosen != expected).any(-1).float().mean() < 1e-3
 
 
@@ -336,7 +345,7 @@ def test_block_mask_in_ones_own_attention():
 def test_lengths_do_not_recompile_without_bound():
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
-    flex.run_compiled.__globals__["_compiled"].cache_clear()
+    compiled_flex._compiled.cache_clear()
     before = counters["stats"]["unique_graphs"]
     with torch.no_grad():
         for i in range(20):
@@ -707,7 +716,7 @@ def test_rows_move_as_by_plain_operations(strides, dim):
         x = x.contiguous()
     x.requires_grad_()
     mask = torch.arange(300, device="cuda") >= torch.tensor([[0], [70]], device="cuda")
-    layout = sequence.arrange(300, 64, None, mask, is_causal=True)
+    layout = lay_out(300, 64, None, mask, is_causal=True)
     out = layout.spread(x)
     expected = torch.zeros_like(out)
     expected[0], expected[1, :, :230] = x[0], x[1, :, 70:]

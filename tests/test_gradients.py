@@ -157,7 +157,9 @@ def two_threads() -> Iterator[None]:
     ids=str,
 )
 def test_two_runs_are_bitwise_equal(dtype, is_causal, monkeypatch):
-    monkeypatch.setattr("flexmoba.portable._SCORES_AT_ONCE", 2**20)  # several tiles of a block
+    monkeypatch.setattr(
+        "flexmoba.backends.portable.operator._SCORES_AT_ONCE", 2**20
+    )  # several tiles of a block
     problem = Problem(
         batch=2,
         kv_heads=2,

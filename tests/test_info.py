@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexmoba import flex_moba
-from flexmoba.cli import main
+from flexmoba.commands.cli import main
 
 
 def test_says_what_auto_chooses_and_why(capsys):

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from flexmoba import MobaCache, flex_moba, moba_reference, moba_select, selected_attention
+from flexmoba.backends.flex.block_masks import materialize
 from flexmoba.flops import pairs
-from flexmoba.masks import realize
 from tests.problems import Problem
 
 PROBLEM = Problem(kv_heads=2, group=2, q_len=150, kv_len=150, block_size=16, topk=3)
@@ -175,7 +175,7 @@ def test_operators():
     real = torch.arange(150)[None] >= 9
     with Recorder() as recorder:
         flex_moba(*inputs, 16, 3, key_padding_mask=real).sum().backward()
-        realize(real)
+        materialize(real)
         cache = MobaCache(1, 2, 8, block_size=16, dtype=torch.float64)
         flex_moba(*(x.detach() for x in inputs), 16, 3, cache=cache)
         cache.next_positions(1)

@@ -225,7 +225,7 @@ import os, sys
 import torch
 from flexmoba import moba_select
 from flexmoba.bench.report import plot
-from flexmoba.cli import main
+from flexmoba.commands.cli import main
 from flexmoba.plot import plot_block_mask, plot_selection
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -256,7 +256,7 @@ def test_a_backend_that_is_not_installed_is_not_needed(backend, tmp_path):
 
 
 def test_a_backend_that_is_installed_stays_chosen():
-    run = "import flexmoba.figure; flexmoba.figure.new_figure((1, 1)); import matplotlib"
+    run = "from flexmoba.reporting import new_figure; new_figure((1, 1)); import matplotlib"
     run += "; print(matplotlib.get_backend())"
     environment = os.environ | {"MPLBACKEND": "svg"}
     output = subprocess.check_output([sys.executable, "-c", run], env=environment, text=True)

@@ -11,9 +11,11 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexmoba import MobaCache, flex_moba, moba_reference, moba_select, selected_attention
+from flexmoba.backends.flex.routed import routed_attention
+from flexmoba.backends.options import AttentionOptions
+from flexmoba.backends.score_mod import score_modifier
 from flexmoba.reference import reference_attention
-from flexmoba.routed import attend_routed
-from flexmoba.score_mod import modifier_of
+from flexmoba.selection import BlockSelection
 from tests.conftest import assert_bitwise_equal
 from tests.problems import Problem, problems
 from tests.test_errors import assert_raises
@@ -101,7 +103,7 @@ def test_many_tiles_are_attended_in_pieces(monkeypatch):
     inputs = problem.tensors(requires_grad=True)
     results = []
     for scores in (24 * 128 * 512, 128 * 32 * 3):
-        monkeypatch.setattr("flexmoba.modified._SCORES_AT_ONCE", scores)
+        monkeypatch.setattr("flexmoba.backends.portable.modified_scores._SCORES_AT_ONCE", scores)
         out = flex_moba(*inputs, 32, 4, score_mod=by_place)
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     torch.testing.assert_close(*results)
@@ -127,14 +129,17 @@ def test_routed(pieces, q_len, monkeypatch):
         batch=2, kv_heads=2, group=2, q_len=q_len, kv_len=300, block_size=130, head_dim=16,
         value_dim=16, dtype=torch.float32,
     )  # fmt: skip
-    monkeypatch.setattr("flexmoba.routed.call_flex", dense_flex)
-    monkeypatch.setattr("flexmoba.routed.run_compiled", lambda f, *x, **static: f(*x, **static))
+    monkeypatch.setattr("flexmoba.backends.flex.routed.call_flex", dense_flex)
+    monkeypatch.setattr(
+        "flexmoba.backends.flex.routed.run_compiled", lambda f, *x, **static: f(*x, **static)
+    )
     if pieces:
-        monkeypatch.setattr("flexmoba.routed._MAX_ELEMENTS", 128 * 16 * 5)
+        monkeypatch.setattr("flexmoba.backends.flex.routed._MAX_ELEMENTS", 128 * 16 * 5)
     inputs = problem.tensors(requires_grad=True)
     past = moba_select(*inputs[:2], 130, 2)[..., 1:]
-    modifier = modifier_of(by_place, *inputs[:2], None)
-    out, _ = attend_routed(*inputs, past, None, 130, 0.25, None, True, modifier)
+    modifier = score_modifier(by_place, *inputs[:2], None)
+    selected, options = BlockSelection(past, 130), AttentionOptions("routed", 0.25)
+    out, _ = routed_attention(*inputs, selected, options, modifier)
     expected = moba_reference(*inputs, 130, 2, score_mod=by_place)
     torch.testing.assert_close(out, expected)
     grads = (torch.autograd.grad(x.square().sum(), inputs) for x in (out, expected))

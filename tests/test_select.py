@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexmoba import gate, moba_select
+from flexmoba import moba_select
+from flexmoba.gate import scores as gate
 from flexmoba.reference import reference_selection
 from tests.conftest import assert_bitwise_equal, assert_near_ties, block_scores
 from tests.problems import DTYPES, Problem, as_bools, problems
@@ -133,8 +134,8 @@ def test_many_blocks_are_chosen_like_few(dtype):
         -torch.inf,
     )
     first, end = torch.tensor([0, 0, 3, 0, 38]), torch.tensor([40, 40, 30, 17, 40])
-    many = gate.highest(scores, first, end, 50)
+    many = gate.top_blocks(scores, first, end, 50)
     for count in (1, 5, gate._MOST_ROUNDS):
-        assert_bitwise_equal(gate.highest(scores, first, end, count), many[:, :count])
+        assert_bitwise_equal(gate.top_blocks(scores, first, end, count), many[:, :count])
     for row, a, b in zip(many, first, end, strict=True):
         assert (row >= 0).sum() == b - a

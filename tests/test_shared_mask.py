@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
-from flexmoba import flex_moba, masked, moba_reference, moba_select
-from flexmoba.masked import attend_shared
+from flexmoba import flex_moba, moba_reference, moba_select
+from flexmoba.backends.flex import masked
+from flexmoba.backends.flex.masked import tile_gate_attention
+from flexmoba.backends.flex.tile_gate_mask import tile_gate_mask
+from flexmoba.backends.options import AttentionOptions
+from flexmoba.backends.score_mod import score_modifier
 from flexmoba.reference import reference_attention
-from flexmoba.score_mod import modifier_of
-from flexmoba.shared_mask import shared_mask
+from flexmoba.selection import BlockSelection
 from tests.conftest import assert_as_exact_as_dense
 from tests.problems import Problem
 from tests.test_score_mod import looked_up
@@ -103,10 +106,10 @@ def tiled(draw) -> Problem:
 def test_attends_to_what_each_tile_chose(problem):
     q, k, v = problem.tensors()
     selection = moba_select(q, k, problem.block_size, problem.topk, gate="tile")
-    chosen = selection[:, :, ::128, 1:]
+    selected = BlockSelection(selection[:, :, ::128, 1:], problem.block_size, per_tile=True)
 
     def attend(q, k, v):
-        return attend_shared(q, k, v, chosen, problem.block_size, 0.3, None)
+        return tile_gate_attention(q, k, v, selected, AttentionOptions("masked", 0.3))
 
     mask = problem.mask_of(selection)
     assert_as_exact_as_dense(attend, q, k, v, mask, scale=0.3, gradients=True)
@@ -120,8 +123,9 @@ def test_a_score_mod_sees_the_places_of_the_user(problem):
     options = {"gate": "tile", "block_size": problem.block_size, "topk": problem.topk}
     chosen = moba_select(q, k, **options)[:, :, ::128, 1:]
     score_mod = looked_up(problem)
-    modifier = modifier_of(score_mod, q, k, None)
-    out, _ = attend_shared(q, k, v, chosen, problem.block_size, 8**-0.5, None, modifier)
+    modifier = score_modifier(score_mod, q, k, None)
+    selected = BlockSelection(chosen, problem.block_size, per_tile=True)
+    out, _ = tile_gate_attention(q, k, v, selected, AttentionOptions("masked", 8**-0.5), modifier)
     torch.testing.assert_close(out, moba_reference(q, k, v, **options, score_mod=score_mod))
 
 
@@ -129,7 +133,7 @@ def test_only_the_diagonal_is_masked_in_few_stretches():
     problem = Problem(q_len=4096, kv_len=8192, block_size=4096)
     q, k, _ = problem.tensors()
     chosen = moba_select(q, k, 4096, 2, gate="tile")[:, :, ::128, 1:]
-    mask = shared_mask(chosen, 4096, 8192, 4096, backward=False)
+    mask = tile_gate_mask(chosen, 4096, 8192, 4096, backward=False)
     assert mask.BLOCK_SIZE == (128, 1024)
     assert mask.q_indices is None
     found = stretches(mask)

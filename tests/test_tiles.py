@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexmoba import moba_select, routed
-from flexmoba.gate import own_block
-from flexmoba.masks import tile_mask
+from flexmoba import moba_select
+from flexmoba.backends.flex import routed
+from flexmoba.backends.flex.block_masks import routed_mask
+from flexmoba.backends.flex.routed import routed_attention
+from flexmoba.backends.options import AttentionOptions
+from flexmoba.backends.routing import most_rows, route
+from flexmoba.blocks import TILE, own_block
 from flexmoba.reference import reference_attention
-from flexmoba.routed import attend_routed
-from flexmoba.routing import TILE, most_rows, route
+from flexmoba.selection import BlockSelection
 from tests.conftest import assert_as_exact_as_dense
 from tests.problems import Problem, problems
 
@@ -72,7 +75,7 @@ def _dense(monkeypatch):
 
 
 def check(problem: Problem) -> None:
-    """`attend_routed` given an arbitrary selection, or the gate's."""
+    """`routed_attention` given an arbitrary selection, or the gate's."""
     for selection in (problem.selection(), gated(problem)):
         own, past = None, selection
         if problem.is_causal:
@@ -80,10 +83,11 @@ def check(problem: Problem) -> None:
             own = (selection == here[:, None]).any(-1)
             past = torch.where(selection < here[:, None], selection, -1)
 
-        def attend(q, k, v, past=past, own=own):
-            return attend_routed(
-                q, k, v, past, own, problem.block_size, 0.3, None, problem.is_causal
-            )
+        selected = BlockSelection(past, problem.block_size, own)
+        options = AttentionOptions("routed", 0.3, problem.is_causal)
+
+        def attend(q, k, v, selected=selected, options=options):
+            return routed_attention(q, k, v, selected, options)
 
         q, k, v = problem.tensors()
         mask = problem.mask_of(selection)
@@ -137,8 +141,9 @@ def test_calls_too_large_for_32_bit_offsets_are_cut(monkeypatch, limit):
 def test_a_block_of_many_tiles_is_visited_in_few_stretches():
     problem = Problem(q_len=5000, kv_len=5000, block_size=4096)
     selection = gated(problem)[..., 1:]
-    tiles = route(selection, None, 1, 5000, 4096, 4096, is_causal=True, fuse=True)
-    mask = tile_mask(tiles, (1, 1, 5000, 8), 1, 5000, 4096, 4096, is_causal=True, backward=False)
+    selected = BlockSelection(selection, 4096)
+    tiles = route(selected, 1, 5000, 4096, is_causal=True, fuse=True)
+    mask = routed_mask(tiles, (1, 1, 5000, 8), 1, 5000, 4096, 4096, backward=False)
     partial, full = stretches(mask)
     assert mask.BLOCK_SIZE == (TILE, 256)
     own = slice(tiles.n_own_tiles)
@@ -153,12 +158,13 @@ def test_shapes_are_known_beforehand(problem):
     options = {"is_causal": problem.is_causal}
     if problem.is_causal:
         selection = selection[..., 1:]
-    traced = route(selection, None, *sizes, problem.block_size, **options, fuse=True)
-    opaque = route(selection, None, *sizes, problem.block_size, **options, fuse=False)
+    selected = BlockSelection(selection, problem.block_size)
+    traced = route(selected, *sizes, **options, fuse=True)
+    opaque = route(selected, *sizes, **options, fuse=False)
     fake_mode = torch._subclasses.FakeTensorMode()
     with fake_mode:
-        fake_selection = fake_mode.from_tensor(selection)
-        fake = route(fake_selection, None, *sizes, problem.block_size, **options, fuse=False)
+        fake_selection = selected._replace(routed=fake_mode.from_tensor(selection))
+        fake = route(fake_selection, *sizes, **options, fuse=False)
     for x, y, z in zip(traced[:-2], opaque[:-2], fake[:-2], strict=True):
         assert torch.equal(x, y)
         assert (x.shape, x.dtype) == (z.shape, z.dtype)

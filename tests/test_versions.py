@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import flexmoba
-from flexmoba.cli import main
-from flexmoba.versions import _commit, versions
+from flexmoba.commands.cli import main
+from flexmoba.reporting import versions
+from flexmoba.reporting.versions import _commit
 
 
 @pytest.mark.parametrize(

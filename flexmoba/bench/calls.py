@@ -14,9 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flexmoba.attention import flex_moba
 from flexmoba.bench.configs import Config
-from flexmoba.gate import Gate, choose, moba_select
-from flexmoba.timing import median_ms
-from flexmoba.versions import versions
+from flexmoba.gate import GateOptions, GateSizes, moba_select, select_rows
+from flexmoba.reporting import median_ms, versions
 
 call_ms = functools.partial(median_ms, seconds=1)
 
@@ -68,8 +67,8 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
     def gate() -> Tensor:
         if config.documents > 1:
             return moba_select(q, k, config.block_size, config.topk, **options)
-        wanted = config.topk - 1
-        return choose(q, k, config.block_size, wanted, Gate(config.gate), is_causal=True)
+        sizes = GateSizes(config.block_size, config.topk - 1, offset=0, is_causal=True)
+        return select_rows(q, k, sizes, GateOptions(config.gate))
 
     result: dict[str, Any] = {}
     with torch.no_grad():

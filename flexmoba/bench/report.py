@@ -4,8 +4,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from flexmoba.bench.configs import Config, size
-from flexmoba.figure import log_scale, new_figure
-from flexmoba.timing import pays_from
+from flexmoba.reporting import log_scale, new_figure, pays_from
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

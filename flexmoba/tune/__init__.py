@@ -1,18 +1,23 @@
 """Choosing block size and topk for a model's own queries and keys, on this device."""
 
 from flexmoba.tune.calls import Call, capture, sample_positions
-from flexmoba.tune.measure import tune
+from flexmoba.tune.example import synthetic
+from flexmoba.tune.measure import reports, sampled, tune
 from flexmoba.tune.quality import Quality, gate_quality, required_snr
-from flexmoba.tune.report import Choice, Report
+from flexmoba.tune.report import Choice, Cost, Report
 
 __all__ = [
     "Call",
     "Choice",
+    "Cost",
     "Quality",
     "Report",
     "capture",
     "gate_quality",
+    "reports",
     "required_snr",
     "sample_positions",
+    "sampled",
+    "synthetic",
     "tune",
 ]

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexmoba.attention import flex_moba
+from flexmoba.blocks import ceil_div
 from flexmoba.checks import check_queries_and_keys
-from flexmoba.console import note, progress
-from flexmoba.timing import median_ms
+from flexmoba.reporting import median_ms, note, progress, versions
 from flexmoba.tune.calls import Call, sample_positions
 from flexmoba.tune.quality import Quality, gate_quality, required_snr
 from flexmoba.tune.report import Choice, Report
-from flexmoba.versions import versions
 
 
 def tune(
@@ -97,34 +96,11 @@ def reports(
     if not samples:
         raise ValueError("nothing to measure: calls is empty; `capture` catches a model's")
     longest = max(samples, key=lambda x: x.k.shape[2])
-    length = longest.k.shape[2]
     device = torch.device(device or longest.q.device)
-    grid = {
-        size: kept
-        for size in sorted(set(block_sizes))
-        if (kept := [topk for topk in sorted(set(topks)) if topk < -(-length // max(1, size))])
-    }
-    if not grid:
-        raise ValueError(
-            f"block_sizes {tuple(block_sizes)} with topks {tuple(topks)} select all of {length} "
-            "keys; take smaller blocks, a smaller topk or a longer sequence"
-        )
-
+    grid = _grid(longest.k.shape[2], block_sizes, topks)
     topks = sorted({topk for kept in grid.values() for topk in kept})
-    measured: dict[str, list[dict[int, Quality]]] = {}
-    heads: dict[str, int] = {}
-    for call in progress(samples, "captured mass") if show_progress else samples:
-        q, k = call.q.to(device), call.k.to(device)
-        quality = gate_quality(q, k, tuple(grid), topks, positions=call.positions, scale=call.scale)
-        if not all(x.mass.isfinite().all() for x in quality.values()):
-            raise ValueError(f"q or k of {call.name or 'a call'} hold NaN or inf; check the model")
-        heads.setdefault(call.name, call.q.shape[1])
-        if call.q.shape[1] != heads[call.name]:
-            raise ValueError(
-                f"calls of one layer must have as many query heads, got {heads[call.name]} and "
-                f"{call.q.shape[1]} of {call.name!r}; give each layer a name, as a `Call` has"
-            )
-        measured.setdefault(call.name, []).append(quality)
+    shown = progress(samples, "captured mass") if show_progress else samples
+    measured = _qualities(shown, grid, topks, device)
 
     timer = _Timer(longest, device, backward=backward) if timed else None
     dense: tuple[float | None, float | None] = (None, None)
@@ -140,39 +116,21 @@ def reports(
     for i, (block_size, topk) in enumerate(pairs, 1):
         if timed and show_progress:
             note(f"time {i} of {len(pairs)}: block {block_size}, topk {topk}")
-        row = topks.index(topk)
-        layers = [[x[block_size] for x in several] for several in measured.values()]
-        of_all = [x for several in layers for x in several]
 
         def moba(q: Tensor, k: Tensor, v: Tensor, size: int = block_size, topk: int = topk) -> Any:
             return flex_moba(q, k, v, size, topk)
 
         try:
-            forward_ms, both_ms = timer(moba) if timer else (None, None)
+            times = timer(moba) if timer else (None, None)
         except RuntimeError as error:
             what = f"block_size={block_size}, topk={topk} was left out, it failed"
             warnings.warn(f"{what}: {_first_line(error)}", stacklevel=3)
             if (block_size, topk) == pairs[-1] and not choices:
                 raise
             continue
-        choices.append(
-            Choice(
-                block_size=block_size,
-                topk=topk,
-                sparsity=_sparsity(length, block_size, topk),
-                mass=float(torch.cat([x.mass[row] for x in of_all]).mean()),
-                best_mass=float(torch.cat([x.best_mass[row] for x in of_all]).mean()),
-                found=_mean([x.found[row] for x in of_all]),
-                snr=_mean([x.snr for x in of_all]),
-                required_snr=required_snr(-(-length // block_size), topk),
-                forward_ms=forward_ms,
-                both_ms=both_ms,
-                heads=[
-                    torch.stack([x.mass[row] for x in several]).mean(0).tolist()
-                    for several in layers
-                ],
-            )
-        )
+        layers = [[x[block_size] for x in several] for several in measured.values()]
+        row = topks.index(topk)
+        choices.append(_choice(longest.k.shape[2], block_size, topk, row, layers, times))
         yield Report(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             versions=versions(),
@@ -182,6 +140,70 @@ def reports(
             dense_both_ms=dense[1],
             choices=list(choices),
         )
+
+
+def _grid(length: int, block_sizes: Sequence[int], topks: Sequence[int]) -> dict[int, list[int]]:
+    """The topks of each block size that do not select all keys."""
+    grid = {
+        size: kept
+        for size in sorted(set(block_sizes))
+        if (kept := [topk for topk in sorted(set(topks)) if topk < ceil_div(length, max(1, size))])
+    }
+    if not grid:
+        raise ValueError(
+            f"block_sizes {tuple(block_sizes)} with topks {tuple(topks)} select all of {length} "
+            "keys; take smaller blocks, a smaller topk or a longer sequence"
+        )
+    return grid
+
+
+def _qualities(
+    samples: Iterable[Call],
+    grid: Mapping[int, Sequence[int]],
+    topks: Sequence[int],
+    device: torch.device,
+) -> dict[str, list[dict[int, Quality]]]:
+    """The quality of the gate in each call of each layer, by block size."""
+    measured: dict[str, list[dict[int, Quality]]] = {}
+    heads: dict[str, int] = {}
+    for call in samples:
+        q, k = call.q.to(device), call.k.to(device)
+        quality = gate_quality(q, k, tuple(grid), topks, positions=call.positions, scale=call.scale)
+        if not all(x.mass.isfinite().all() for x in quality.values()):
+            raise ValueError(f"q or k of {call.name or 'a call'} hold NaN or inf; check the model")
+        heads.setdefault(call.name, call.q.shape[1])
+        if call.q.shape[1] != heads[call.name]:
+            raise ValueError(
+                f"calls of one layer must have as many query heads, got {heads[call.name]} and "
+                f"{call.q.shape[1]} of {call.name!r}; give each layer a name, as a `Call` has"
+            )
+        measured.setdefault(call.name, []).append(quality)
+    return measured
+
+
+def _choice(
+    length: int,
+    block_size: int,
+    topk: int,
+    row: int,
+    layers: list[list[Quality]],
+    times: tuple[float | None, float | None],
+) -> Choice:
+    """What was measured of one block size and topk; ``row`` is the index of topk in a quality."""
+    of_all = [x for several in layers for x in several]
+    return Choice(
+        block_size=block_size,
+        topk=topk,
+        sparsity=_sparsity(length, block_size, topk),
+        mass=float(torch.cat([x.mass[row] for x in of_all]).mean()),
+        best_mass=float(torch.cat([x.best_mass[row] for x in of_all]).mean()),
+        found=_mean([x.found[row] for x in of_all]),
+        snr=_mean([x.snr for x in of_all]),
+        required_snr=required_snr(ceil_div(length, block_size), topk),
+        forward_ms=times[0],
+        both_ms=times[1],
+        heads=[torch.stack([x.mass[row] for x in several]).mean(0).tolist() for several in layers],
+    )
 
 
 def sampled(q: Tensor, k: Tensor, queries: int, name: str = "") -> Call:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexmoba.checks import check_block_size, check_queries_and_keys, check_topk
-from flexmoba.gate import block_means, highest
+from flexmoba.gate import block_means, top_blocks
 
 _SCORES_AT_ONCE = 2**24
 
@@ -195,7 +195,7 @@ class _Sums:
         scores = q.to(precise) @ means.to(precise).T
         width = min(max(topks) - 1, n_blocks)
         zero = torch.zeros_like(own[:, 0])
-        chosen = highest(scores, zero, own[:, 0], width).long()  # by descending score
+        chosen = top_blocks(scores, zero, own[:, 0], width).long()  # by descending score
         captured = share.gather(1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0.0)
         best = share.masked_fill(~past, 0.0).topk(width, dim=-1).values
         hit = (chosen == strongest) & (own > 0)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from flexmoba.console import table
+from flexmoba.reporting import table
 
 Cost = Literal["sparsity", "forward_ms"]
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexmoba.attention import flex_moba
+from flexmoba.backends import ScoreMod
 from flexmoba.cache import MobaCache
-from flexmoba.integrations.transformers.cache import layer_of
+from flexmoba.integrations.transformers.cache import MobaLayer, layer_of
 from flexmoba.integrations.transformers.packing import POSITIONS, documents_of
 from flexmoba.integrations.transformers.settings import CHILD, name_of, settings_of
-from flexmoba.precision import autocast_dtype
-from flexmoba.score_mod import ScoreMod
+from flexmoba.runtime import autocast_dtype
 from flexmoba.sequence import without_padding
 
 # Arguments of models whose attention is another one; None is no argument.
@@ -62,24 +62,12 @@ def attention(
     """
     _check(module, attention_mask, dropout, is_causal, kwargs)
     block_size, topk, options = settings_of(module)
-    layer = layer_of(key)
-    if layer is not layer_of(value):
-        raise NotImplementedError(
-            f"{name_of(module)} changes keys or values between its cache and its attention, which "
-            "a FlexMobaCache cannot follow; use a cache of transformers"
-        )
+    layer = _layer_of(module, key, value)
     # As other attentions have it; rotary embeddings may have left queries and keys in float32.
     query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
-    length: Any = key.shape[2]
-    if layer is not None:  # of a static cache, the room: how many tokens there are is on the device
-        length = layer.columns if layer.max_cache_len is None else layer.max_cache_len
-    if sliding_window is not None and length > sliding_window:
-        raise NotImplementedError(
-            f"{name_of(module)} has a sliding window of {sliding_window} tokens, shorter than the "
-            f"context of {length}, which flexmoba does not have; use a shorter context, or "
-            f"load the model with sliding_window={length} or more"
-        )
-    score_mod = None if softcap is None else softcap_of(softcap)
+    _check_window(module, layer, key.shape[2], sliding_window)
+    options = {**options, "scale": scaling}
+    options["score_mod"] = None if softcap is None else softcap_of(softcap)
     documents: dict[str, Any] = documents_of(
         attention_mask,
         query.shape[0],
@@ -98,53 +86,98 @@ def attention(
             "logits_to_keep=0, or give each document a row of its own"
         )
 
-    added = key.shape[2] - query.shape[2] if attention_mask is not None else 0
-    if layer is not None or (added and not _needs_gradients(query, key, value)):
-        for name in ("impl", "kernel_options"):
-            if options.get(name, "auto") not in ("auto", None):
-                raise NotImplementedError(
-                    f"{name}={options[name]!r} does not go with a cache; leave it out of "
-                    "config.flexmoba"
-                )
-        gate = {x: y for x, y in options.items() if x not in ("impl", "kernel_options")}
-        gate["score_mod"] = score_mod
-        attend = layer.attend if layer is not None else _attend_to_rows
-        out, lse = attend(query, key, value, attention_mask, block_size, topk, scaling, gate)
+    inputs = query, key, value
+    added = attention_mask is not None and key.shape[2] > query.shape[2]
+    if layer is not None or (added and not _needs_gradients(*inputs)):
+        out, lse = _attend_with_cache(layer, inputs, attention_mask, block_size, topk, options)
     else:
-        layout = None
-        if attention_mask is not None and documents:  # which are of the real tokens alone
-            layout = without_padding(attention_mask, 1)
-            query, key, value = (layout.spread(x) for x in (query, key, value))
-        elif attention_mask is not None:
-            if added and options.get("gate") == "tile":
-                raise NotImplementedError(
-                    'gate="tile" needs the queries of all tokens, and the padded rows of '
-                    f"{name_of(module)} have {query.shape[2]} queries for {key.shape[2]} keys; use "
-                    "another gate, or no padding"
-                )
-            documents = {"key_padding_mask": attention_mask}
-            query = nn.functional.pad(query, (0, 0, added, 0))
-        result: Any = flex_moba(
-            query,
-            key,
-            value,
-            block_size,
-            topk,
-            scale=scaling,
-            score_mod=score_mod,
-            return_aux=AuxRequest(lse=True),
-            **documents,
-            **options,
-        )
-        out, lse = result[0], result[1].lse[..., None]
-        if layout is not None:
-            out, lse = layout.collect(out), layout.collect(lse)
-        out, lse = out[:, :, added:], lse[:, :, added:, 0]
+        out, lse = _attend(module, inputs, attention_mask, documents, (block_size, topk), options)
     if s_aux is not None:
         # One more term in the sum of the softmax: keys keep this share of the weight.
         share = torch.sigmoid(lse - s_aux.reshape(-1, 1))
         out = (out * share[..., None]).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_with_cache(
+    layer: MobaLayer | None,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    real: Tensor | None,
+    block_size: int,
+    topk: int | None,
+    options: Mapping[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Attention by the layer of a `FlexMobaCache`, or to padded rows by a cache for this call."""
+    for name in ("impl", "kernel_options"):
+        if options.get(name, "auto") not in ("auto", None):
+            raise NotImplementedError(
+                f"{name}={options[name]!r} does not go with a cache; leave it out of "
+                "config.flexmoba"
+            )
+    options = {x: y for x, y in options.items() if x not in ("impl", "kernel_options")}
+    attend = _attend_to_rows if layer is None else layer.attend
+    return attend(*inputs, real, block_size, topk, options)
+
+
+def _attend(
+    module: nn.Module,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    real: Tensor | None,
+    documents: dict[str, Any],
+    blocks: tuple[int, int | None],
+    options: Mapping[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Attention by `flex_moba`; ``blocks`` are the block size and topk."""
+    query, key, value = inputs
+    added = 0 if real is None else key.shape[2] - query.shape[2]
+    layout = None
+    if real is not None and documents:  # which are of the real tokens alone
+        layout = without_padding(real, 1)
+        query, key, value = (layout.spread(x) for x in inputs)
+    elif real is not None:
+        if added and options.get("gate") == "tile":
+            raise NotImplementedError(
+                'gate="tile" needs the queries of all tokens, and the padded rows of '
+                f"{name_of(module)} have {query.shape[2]} queries for {key.shape[2]} keys; use "
+                "another gate, or no padding"
+            )
+        documents = {"key_padding_mask": real}
+        query = nn.functional.pad(query, (0, 0, added, 0))
+    block_size, topk = blocks
+    everything: dict[str, Any] = {**documents, **options}
+    result: Any = flex_moba(
+        query, key, value, block_size, topk, return_aux=AuxRequest(lse=True), **everything
+    )
+    out, lse = result[0], result[1].lse[..., None]
+    if layout is not None:
+        out, lse = layout.collect(out), layout.collect(lse)
+    return out[:, :, added:], lse[:, :, added:, 0]
+
+
+def _layer_of(module: nn.Module, key: Tensor, value: Tensor) -> MobaLayer | None:
+    """The layer of a `FlexMobaCache` that keys and values have just come through, if any."""
+    layer = layer_of(key)
+    if layer is not layer_of(value):
+        raise NotImplementedError(
+            f"{name_of(module)} changes keys or values between its cache and its attention, which "
+            "a FlexMobaCache cannot follow; use a cache of transformers"
+        )
+    return layer
+
+
+def _check_window(
+    module: nn.Module, layer: MobaLayer | None, keys: int, sliding_window: int | None
+) -> None:
+    """Refuses a sliding window that is shorter than the context."""
+    length: Any = keys
+    if layer is not None:  # of a static cache, the room: how many tokens there are is on the device
+        length = layer.columns if layer.max_cache_len is None else layer.max_cache_len
+    if sliding_window is not None and length > sliding_window:
+        raise NotImplementedError(
+            f"{name_of(module)} has a sliding window of {sliding_window} tokens, shorter than the "
+            f"context of {length}, which flexmoba does not have; use a shorter context, or "
+            f"load the model with sliding_window={length} or more"
+        )
 
 
 def _needs_gradients(*tensors: Tensor) -> bool:
@@ -173,8 +206,7 @@ def _attend_to_rows(
     real: Tensor | None,
     block_size: int,
     topk: int | None,
-    scale: float | None,
-    gate: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """New queries against all keys of padded rows, from another cache: each row on its own."""
     cache = MobaCache(
@@ -186,7 +218,7 @@ def _attend_to_rows(
         device=key.device,
     )
     positions = cache.append(key, value, real)[:, -query.shape[2] :]
-    return cache.attend(query, positions, topk, scale=scale, **gate)
+    return cache.attend(query, positions, topk, **options)
 
 
 def _check(

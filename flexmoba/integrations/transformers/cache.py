@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Stati
 
 from flexmoba.cache import MobaCache, storage
 from flexmoba.integrations.transformers.settings import local_layers
-from flexmoba.precision import autocast_dtype
+from flexmoba.runtime import autocast_dtype
 
 
 class FlexMobaCache(Cache):
@@ -150,7 +150,6 @@ class MobaLayer(CacheLayerMixin):
         real: Tensor | None,
         block_size: int,
         topk: int | None,
-        scale: float | None,
         options: Mapping[str, Any],
     ) -> tuple[Tensor, Tensor]:
         """Adds the new keys and values, and attends to all that there are.
@@ -164,8 +163,7 @@ class MobaLayer(CacheLayerMixin):
             real: ``(B, L)`` bool, which of them are no padding; None for all of them.
             block_size: Keys in a block.
             topk: Blocks that each query attends to; None for all.
-            scale: Factor on the scores.
-            options: The gate's options, as `MobaCache.attend` takes them.
+            options: Keyword arguments of `MobaCache.attend`.
 
         Returns:
             The output ``(B, Hq, L, Dv)`` and the log-sum-exp ``(B, Hq, L)``.
@@ -200,7 +198,7 @@ class MobaLayer(CacheLayerMixin):
                 "model share its keys; use another gate, or no FlexMobaCache"
             )
         positions = positions[:, positions.shape[1] - query.shape[2] :]
-        return self._cache.attend(query, positions, topk, scale=scale, **options)
+        return self._cache.attend(query, positions, topk, **options)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many keys the attention is given, and the column of the first: the new ones."""

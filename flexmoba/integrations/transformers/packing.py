@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexmoba.checks import has_values
+from flexmoba.runtime import has_values
 from flexmoba.sequence import without_padding
 
 POSITIONS = "flexmoba_position_ids"  # how `pass_positions` names what models keep from attention
@@ -136,6 +136,7 @@ def _starts(source: Tensor, real: Tensor | None, positions: bool) -> Tensor:
     token = None
     if real is not None:
         token = without_padding(real[:, -source.shape[1] :], 1).token_of_slot
+        assert token is not None
         source = source.expand(token.shape).gather(1, token.clamp(min=0).long())
     step = source.diff(dim=1)
     starts = step <= 0 if positions else step != 0

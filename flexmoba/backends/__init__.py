@@ -1,0 +1,26 @@
+"""The backends: attention over a selection, by the one that ``impl`` names.
+
+`resolve` chooses the backend; `attend` calls it. `flex` uses FlexAttention, `fused` Triton kernels,
+and `portable` plain tensor operations.
+"""
+
+from flexmoba.backends.attend import attend, attend_selected, check_selected_values
+from flexmoba.backends.choice import resolve, why_not
+from flexmoba.backends.flex import full_mask, selection_mask
+from flexmoba.backends.options import IMPLS, AttentionOptions, ImplName
+from flexmoba.backends.score_mod import ScoreMod, modify
+
+__all__ = [
+    "IMPLS",
+    "AttentionOptions",
+    "ImplName",
+    "ScoreMod",
+    "attend",
+    "attend_selected",
+    "check_selected_values",
+    "full_mask",
+    "modify",
+    "resolve",
+    "selection_mask",
+    "why_not",
+]

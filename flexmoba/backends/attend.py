@@ -1,0 +1,229 @@
+"""Attention over a selection, by the backend that the options name."""
+
+import torch
+from torch import Tensor
+
+from flexmoba.backends import flex
+from flexmoba.backends.flex import run_compiled
+from flexmoba.backends.fused import fused_attention
+from flexmoba.backends.merge import merge_two
+from flexmoba.backends.options import AttentionOptions
+from flexmoba.backends.portable import portable_attention
+from flexmoba.backends.score_mod import ScoreMod, ScoreModifier, score_modifier
+from flexmoba.blocks import ceil_div, own_block
+from flexmoba.checks import check_selected_blocks
+from flexmoba.runtime import values_readable
+from flexmoba.selection import BlockSelection
+from flexmoba.sequence import InPlaceLayout, Layout, Sequences, WindowLayout
+
+_SHORTEST_WINDOW_BLOCK, _LONGEST_WINDOW_BLOCK = 64, 512  # keys, of the portable backend
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection | None,
+    layout: Sequences,
+    options: AttentionOptions,
+    score_mod: ScoreMod | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query to its selected blocks and, if causal, to its own block.
+
+    Args:
+        q: Queries in the layout, ``(B, Hq, Lq, D)``.
+        k: Keys in the layout, ``(B, Hkv, Lk, D)``.
+        v: Values in the layout, ``(B, Hkv, Lk, Dv)``.
+        selection: The selection of a gate; None for full attention.
+        layout: The layout of all of them.
+        options: The backend and its options.
+        score_mod: A function of every score, or None.
+
+    Returns:
+        The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``.
+    """
+    if isinstance(layout, WindowLayout):
+        modifier = score_modifier(score_mod, q, k, None)
+        return window_attention(q, k, v, layout.first_key, layout.longest, options, modifier)
+    if isinstance(layout, InPlaceLayout):
+        assert selection is not None
+        return in_place_attention(q, k, v, selection, layout, options, score_mod)
+    modifier = score_modifier(score_mod, q, k, layout.token_of_slot)
+    if selection is None:
+        return full_attention(q, k, v, options, modifier)
+    if selection.per_tile:
+        return flex.tile_gate_attention(q, k, v, selection, options, modifier)
+    return block_attention(q, k, v, selection, options, modifier)
+
+
+def attend_selected(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    layout: Layout | InPlaceLayout,
+    options: AttentionOptions,
+    score_mod: ScoreMod | None,
+) -> tuple[Tensor, Tensor]:
+    """`attend` over a selection that names the own block like any other, in any column.
+
+    Args:
+        q: Queries in the layout, ``(B, Hq, Lq, D)``.
+        k: Keys in the layout, ``(B, Hkv, Lk, D)``.
+        v: Values in the layout, ``(B, Hkv, Lk, Dv)``.
+        selected: ``(B, Hq, L, topk)``, block indices of tokens, as `selected_attention` takes them.
+        layout: The layout of q, k and v.
+        options: The backend and its options.
+        score_mod: A function of every score, or None.
+    """
+    if isinstance(layout, InPlaceLayout):
+        selection = _full_blocks_of(selected, layout)
+        return in_place_attention(q, k, v, selection, layout, options, score_mod)
+    modifier = score_modifier(score_mod, q, k, layout.token_of_slot)
+    n_blocks = ceil_div(k.shape[2], layout.block_size)
+    # An index that was not checked must not be out of the tables' range.
+    selected = torch.where(selected < n_blocks, selected, -1).int()
+    selected = layout.spread_selection(selected)
+    if layout.block_size >= k.shape[2] and layout.keys_of_block is None:  # there is one block
+        out, lse = full_attention(q, k, v, options, modifier)
+        seen = (selected == 0).any(-1)
+        return torch.where(seen[..., None], out, 0.0), torch.where(seen, lse, float("-inf"))
+    own: Tensor | None = None
+    if options.is_causal:
+        here = own_block(q.shape[2], k.shape[2], layout.block_size, q.device)[:, None]
+        own = (selected == here).any(-1)
+        selected = torch.where(selected < here, selected, -1)
+    keys_of_block = layout.keys_of_block_and_head(k.shape[1])
+    selection = BlockSelection(selected, layout.block_size, own, keys_of_block)
+    return block_attention(q, k, v, selection, options, modifier)
+
+
+def check_selected_values(selected: Tensor, kv_len: int, layout: Layout | InPlaceLayout) -> None:
+    """Raises unless every index is a block of the layout, or -1; reads values on CPU only."""
+    if not values_readable(selected):
+        return
+    if isinstance(layout, InPlaceLayout):
+        n_blocks = int((layout.end_block + layout.short_blocks).max()) + 1
+    else:
+        n_blocks = ceil_div(kv_len, layout.block_size)
+    check_selected_blocks(selected, n_blocks)
+
+
+def _full_blocks_of(selected: Tensor, layout: InPlaceLayout) -> BlockSelection:
+    """A selection that counts all blocks of a row as one of full blocks and own blocks."""
+    shift = layout.short_blocks[:, None, :, None]
+    first = layout.first_block[:, None, :, None] + shift
+    own = layout.end_block[:, None, :, None] + shift
+    is_past = (selected >= first) & (selected < own)
+    past = torch.where(is_past, selected - shift, -1).int()
+    return BlockSelection(past, layout.full_blocks.block_size, (selected == own).any(-1))
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    options: AttentionOptions,
+    modifier: ScoreModifier | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query to its routed blocks and, if causal, its own block.
+
+    Args:
+        q: ``(B, Hq, Lq, D)``.
+        k: ``(B, Hkv, Lk, D)``.
+        v: ``(B, Hkv, Lk, Dv)``.
+        selection: The blocks of each query.
+        options: The backend and its options.
+        modifier: A ``score_mod`` and the positions that it takes, or None.
+
+    Returns:
+        The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``.
+    """
+    if options.impl == "masked":
+        return flex.masked_attention(q, k, v, selection, options, modifier)
+    if options.impl == "fused":
+        return fused_attention(q, k, v, selection, options)
+    if options.impl == "routed":
+        return flex.routed_attention(q, k, v, selection, options, modifier)
+    return portable_attention(q, k, v, selection, options, modifier)
+
+
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    modifier: ScoreModifier | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Full attention, by the fastest means of the backend."""
+    if options.impl != "portable":
+        return flex.full_attention(q, k, v, options, modifier)
+    # One block of all keys.
+    width = int(not options.is_causal)
+    routed = torch.zeros((*q.shape[:3], width), dtype=torch.int32, device=q.device)
+    selection = BlockSelection(routed, k.shape[2])
+    return portable_attention(q, k, v, selection, options, modifier)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_key: Tensor,
+    longest: int,
+    options: AttentionOptions,
+    modifier: ScoreModifier | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention from the key ``first_key (B, L)`` on, of as many queries as keys.
+
+    First keys never fall along a row, and no query sees more than ``longest`` keys. Time and memory
+    are in proportion to the pairs of queries and keys in the windows.
+    """
+    length = k.shape[2]
+    # Compiled code depends on it, so few values.
+    longest = min(length, 1 << (longest - 1).bit_length())
+    if options.impl != "portable":
+        return flex.window_attention(q, k, v, first_key, longest, options, modifier)
+    size = min(length, max(_SHORTEST_WINDOW_BLOCK, min(_LONGEST_WINDOW_BLOCK, longest)))
+    own = own_block(length, length, size, q.device)[:, None]
+    past = own - 1 - torch.arange(ceil_div(longest - 1, size), device=q.device)
+    past = torch.where(past * size + size > first_key[..., None], past, -1).int()
+    selection = BlockSelection(past[:, None].expand(-1, q.shape[1], -1, -1), size)
+    return portable_attention(q, k, v, selection, options, modifier, first_key=first_key)
+
+
+def in_place_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    layout: InPlaceLayout,
+    options: AttentionOptions,
+    score_mod: ScoreMod | None,
+) -> tuple[Tensor, Tensor]:
+    """`block_attention` of documents that stay in place; full blocks before the own are routed.
+
+    Own blocks and past blocks are attended to separately, and merged by their log-sum-exps.
+    """
+    modifier = score_modifier(score_mod, q, k, None)
+    full_blocks = layout.full_blocks
+    out, lse = window_attention(
+        q, k, v, layout.first_key, full_blocks.block_size, options, modifier
+    )
+    if selection.own is not None:
+        out = torch.where(selection.own[..., None], out, 0.0)
+        lse = torch.where(selection.own, lse, float("-inf"))
+    if selection.routed.shape[-1] == 0:
+        return out, lse
+    if modifier is not None:
+        assert full_blocks.token_of_slot is not None
+        position = full_blocks.token_of_slot.clamp(min=0)[:, None].expand(-1, k.shape[1], -1)
+        modifier = modifier._replace(key_position=position, moved=True)
+    k, v = full_blocks.spread(k), full_blocks.spread(v)
+    past, past_lse = block_attention(
+        *(q, k, v, selection._replace(own=None), options._replace(is_causal=False), modifier)
+    )
+    if options.impl == "portable":
+        return merge_two(out, lse, past, past_lse)
+    return run_compiled(merge_two, out, lse, past, past_lse, kernel_options=None)  # in one pass

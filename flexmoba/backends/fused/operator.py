@@ -1,0 +1,132 @@
+"""The fused backend as an operator with a backward pass; the inputs that it can serve."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexmoba.backends.options import AttentionOptions
+from flexmoba.backends.score_mod import ScoreMod
+from flexmoba.runtime import no_second_derivatives
+from flexmoba.selection import BlockSelection
+
+_DTYPES = (torch.float16, torch.bfloat16)
+_MAX_HEAD_DIM = 128
+
+
+def why_not_fused(
+    q: Tensor,
+    v: Tensor,
+    kernel_options: Mapping[str, Any] | None,
+    score_mod: ScoreMod | None = None,
+    *,
+    uneven: bool = False,
+) -> str | None:
+    """Why the fused kernels cannot take inputs that compiled ones can; None if they can."""
+    if torch.version.hip:
+        return "has tiles for NVIDIA GPUs alone"
+    if q.dtype not in _DTYPES:
+        return f"needs float16 or bfloat16, got {q.dtype}"
+    if max(q.shape[-1], v.shape[-1]) > _MAX_HEAD_DIM:
+        return f"needs head dims of at most {_MAX_HEAD_DIM}, got {q.shape[-1]} and {v.shape[-1]}"
+    if kernel_options:
+        return f"does not call FlexAttention, to which kernel_options={dict(kernel_options)} belong"
+    if uneven:
+        return "takes no documents or padding with is_causal=False"
+    return None if score_mod is None else "takes no score_mod"
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    """`block_attention` by the fused kernels.
+
+    Args:
+        q: ``(B, Hq, Lq, D)``, float16 or bfloat16, on CUDA.
+        k: ``(B, Hkv, Lk, D)``.
+        v: ``(B, Hkv, Lk, Dv)``.
+        selection: The blocks of each query; blocks other than the last one are full.
+        options: Their scale and causality.
+
+    Returns:
+        The output ``(B, Hq, Lq, Dv)`` in the dtype of ``q`` and the log-sum-exp ``(B, Hq, Lq)``,
+        float32.
+    """
+    assert selection.keys_of_block is None
+    scale = options.scale
+    if scale < 0:  # the kernels keep the maximum of scores before they are scaled
+        q, scale = -q, -scale
+    out, lse = _attend(
+        *(q, k, v, selection.routed, selection.own, selection.block_size, scale),
+        options.is_causal,
+    )
+    return out, lse
+
+
+# Opaque to compilers: inside torch.compile and outside it is the same. The arguments are flat
+# because the schema of an operator has no tuples.
+@torch.library.custom_op("flexmoba::attend_fused", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routed: Tensor,
+    own: Tensor | None,
+    block_size: int,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    from flexmoba.backends.fused.forward import attend_on_cuda
+
+    return attend_on_cuda(q, k, v, BlockSelection(routed, block_size, own), scale, is_causal)
+
+
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("flexmoba::attend_fused_backward", mutates_args=())
+def _attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routed: Tensor,
+    own: Tensor | None,
+    block_size: int,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flexmoba.backends.fused.backward import attend_backward_on_cuda
+
+    return attend_backward_on_cuda(
+        *(grad_out, grad_lse, out, lse, (q, k, v)),
+        *(BlockSelection(routed, block_size, own), scale, is_causal),
+    )
+
+
+@_attend_backward.register_fake
+def _(
+    grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *inputs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = inputs[:3]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[:5])
+    ctx.numbers = inputs[5:]
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attend_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.numbers)
+    return (*grads, *(None for _ in range(5)))
+
+
+_attend.register_autograd(_differentiate, setup_context=_save)
+_attend_backward.register_autograd(no_second_derivatives)

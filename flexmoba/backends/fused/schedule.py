@@ -1,0 +1,143 @@
+"""Cuts the work of a fused call into pieces: its buffers stay small beside q and the output.
+
+A *tile* is a stretch of at most `QUERY_TILE` queries of one head, counted over all heads. Sorting
+works on a *sort group* of many tiles; the partial outputs, which take most memory, exist for the
+tiles of one *piece* of it at a time.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+QUERY_TILE = 64
+
+# What sorting, and what all buffers together, the selection included, may take of memory, in the
+# size of q and the output.
+_SORTING_SHARE, _TOTAL_SHARE = 0.4, 1.98
+_SORTING_BYTES = 24  # of a pair: its bin, before and after, its index, and the sort's own
+_SORTED_BYTES = 8  # of those, what is kept
+_SELECTION_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a call; ``count`` blocks are routed for each query."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    block_size: int
+    count: int
+    dim: int
+    value_dim: int
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor, routed: Tensor, block_size: int) -> "Sizes":
+        """The sizes of these tensors, laid out as in `fused.attend_fused`."""
+        batch, heads, q_len, dim = q.shape
+        kv_heads, kv_len = k.shape[1:3]
+        count, value_dim = routed.shape[3], v.shape[3]
+        return Sizes(batch, heads, kv_heads, q_len, kv_len, block_size, count, dim, value_dim)
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of a KV head."""
+        return -(-self.kv_len // self.block_size)
+
+
+class Piece(NamedTuple):
+    """Queries whose parts exist at the same time, and the blocks of their KV heads."""
+
+    first_tile: int
+    n_tiles: int
+    first_query: int
+    n_queries: int
+    first_block: int  # counted over the KV heads of the sort group
+    n_blocks: int
+
+
+class SortGroup(NamedTuple):
+    """Queries whose pairs are sorted together."""
+
+    first_query: int
+    n_queries: int
+    first_kv_head: int
+    n_kv_heads: int
+    pieces: list[Piece]
+
+    @property
+    def most_queries(self) -> int:
+        """In one piece."""
+        return max(piece.n_queries for piece in self.pieces)
+
+
+@functools.lru_cache(maxsize=1024)
+def cut(sizes: Sizes, *, whole_kv_heads: bool = False) -> list[SortGroup]:
+    """Cuts the work.
+
+    Sort groups and pieces hold as many KV heads as fit. If not even one fits, a sort group has one
+    piece, some of the queries of a KV head, unless ``whole_kv_heads``.
+    """
+    tiles_per_head = -(-sizes.q_len // QUERY_TILE)
+    per_kv_head, n_kv_heads = sizes.group * tiles_per_head, sizes.batch * sizes.kv_heads
+    n_tiles = n_kv_heads * per_kv_head
+    # Bytes of half precision of each query: q and the output, and its parts.
+    size, parts = 2 * (sizes.dim + sizes.value_dim), (2 * sizes.value_dim + 4) * sizes.count
+    most_in_group = int(_SORTING_SHARE * size * n_tiles / max(_SORTING_BYTES * sizes.count, 1))
+    taken = sizes.count * (
+        _SELECTION_BYTES * n_tiles + _SORTED_BYTES * min(n_tiles, max(most_in_group, per_kv_head))
+    )
+    most_in_piece = max(1, int((_TOTAL_SHARE * size * n_tiles - taken) / max(parts, 1)))
+    if most_in_piece < per_kv_head and not whole_kv_heads:
+        return [
+            _sort_group(sizes, [tiles])
+            for first in range(0, n_kv_heads * per_kv_head, per_kv_head)
+            for tiles in _evenly(first, first + per_kv_head, most_in_piece)
+        ]
+    heads_in_piece = max(1, most_in_piece // per_kv_head)
+    heads_in_group = max(heads_in_piece, most_in_group // per_kv_head)
+    return [
+        _sort_group(
+            sizes,
+            [(x * per_kv_head, y * per_kv_head) for x, y in _evenly(start, end, heads_in_piece)],
+        )
+        for start, end in _evenly(0, n_kv_heads, heads_in_group)
+    ]
+
+
+def _evenly(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
+    """Ranges of nearly equal length, none longer than ``most``."""
+    n = -(-(end - start) // max(1, most))
+    return itertools.pairwise(start + (end - start) * i // n for i in range(n + 1))
+
+
+def _sort_group(sizes: Sizes, tiles: list[tuple[int, int]]) -> SortGroup:
+    def query(tile: int) -> int:
+        head, tile = divmod(tile, -(-sizes.q_len // QUERY_TILE))
+        return head * sizes.q_len + tile * QUERY_TILE
+
+    def kv_head(query: int) -> int:
+        return query // (sizes.group * sizes.q_len)
+
+    first_query, end_query = query(tiles[0][0]), query(tiles[-1][1])
+    first_head, end_head = kv_head(first_query), kv_head(end_query - 1) + 1
+    pieces = []
+    for start, end in tiles:
+        first, last = query(start), query(end) - 1
+        first_block = (kv_head(first) - first_head) * sizes.n_blocks
+        n_blocks = (kv_head(last) + 1 - kv_head(first)) * sizes.n_blocks
+        pieces.append(Piece(start, end - start, first, last + 1 - first, first_block, n_blocks))
+    return SortGroup(
+        first_query, end_query - first_query, first_head, end_head - first_head, pieces
+    )

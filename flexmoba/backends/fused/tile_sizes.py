@@ -1,0 +1,99 @@
+"""The constants that the fused kernels are compiled for."""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from flexmoba.backends.fused.schedule import QUERY_TILE, Sizes
+
+DELTA_ROWS = 64
+
+
+@functools.lru_cache(maxsize=1024)
+def forward_constants(
+    sizes: Sizes, layout: tuple[int, ...], is_causal: bool, has_own: bool, roomy: bool
+) -> list[dict[str, int]]:
+    """The constants of `attend_kernel` and `finish_kernel`."""
+    constants = _constants(sizes, layout, is_causal, has_own)
+    return [constants | tile for tile in _forward_tiles(sizes, is_causal, roomy)]
+
+
+@functools.lru_cache(maxsize=1024)
+def backward_constants(
+    sizes: Sizes, layout: tuple[int, ...], is_causal: bool, has_own: bool, roomy: bool
+) -> list[dict[str, int]]:
+    """The constants of the kernels for keys, items and tiles of queries, and `delta_kernel`."""
+    constants = _constants(sizes, layout, is_causal, has_own)
+    tiles = [constants | tile for tile in _backward_tiles(sizes, is_causal, roomy)]
+    return [*tiles, constants | {"ROWS": DELTA_ROWS}]
+
+
+def _constants(
+    sizes: Sizes, layout: tuple[int, ...], is_causal: bool, has_own: bool
+) -> dict[str, int]:
+    names = ("UNIT", "Q_STRIDE", "K_STRIDE", "V_STRIDE", "GRAD_STRIDE")
+    return {
+        "IS_CAUSAL": is_causal,
+        "HAS_OWN": has_own,
+        "GROUP": sizes.group,
+        "COUNT": sizes.count,
+        "BLOCK_SIZE": sizes.block_size,
+        "DIM": sizes.dim,
+        "TILE_DIM": _next_power_of_2(sizes.dim),
+        "VALUE_DIM": sizes.value_dim,
+        "TILE_VALUE_DIM": _next_power_of_2(sizes.value_dim),
+        **dict(zip(names, layout, strict=False)),  # no gradients in the forward pass
+    }
+
+
+def _forward_tiles(sizes: Sizes, is_causal: bool, roomy: bool) -> Iterator[dict[str, int]]:
+    """Tile sizes of `attend_kernel` and `finish_kernel`, measured on one NVIDIA H200."""
+    some_keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
+    if sizes.block_size <= 128:
+        keys = max(16, _next_power_of_2(sizes.block_size))
+        attend = {"SHARE": 1024, "ROWS": 64, "KEYS": keys, "num_warps": 4, "num_stages": 1}
+    elif sizes.block_size <= 1024 or not roomy:
+        stages = 3 if roomy else 2
+        attend = {"SHARE": 128, "ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": stages}
+    else:
+        attend = {"SHARE": 256, "ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}
+    yield attend | {"RAGGED": _is_ragged(sizes, attend["KEYS"], is_causal)}
+    stages = (2 if sizes.block_size <= 128 else 3) if roomy else 1
+    yield {"ROWS": QUERY_TILE, "KEYS": some_keys, "num_warps": 4, "num_stages": stages}
+
+
+def _backward_tiles(sizes: Sizes, is_causal: bool, roomy: bool) -> Iterator[dict[str, int]]:
+    """Of `key_grads_kernel`, `item_query_grads_kernel` and `finish_query_grads_kernel`."""
+    some_keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
+    if sizes.block_size <= 128 and roomy:
+        keys = max(16, _next_power_of_2(sizes.block_size))
+        key = {"ROWS": 64, "KEYS": keys, "num_warps": 8, "num_stages": 4}
+    else:
+        stages = 2 if roomy else 1
+        key = {"ROWS": 64, "KEYS": some_keys, "num_warps": 4, "num_stages": stages}
+    yield key | {"RAGGED": _is_ragged(sizes, key["KEYS"], is_causal)}
+    if roomy:
+        query = {"ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}
+    else:
+        query = {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 1}
+    yield query | {"RAGGED": _is_ragged(sizes, query["KEYS"], is_causal)}
+    stages = 2 if roomy else 1
+    yield {"ROWS": QUERY_TILE, "KEYS": some_keys, "num_warps": 4, "num_stages": stages}
+
+
+def _is_ragged(sizes: Sizes, keys: int, is_causal: bool) -> bool:
+    """Whether a routed block may end within a tile of keys; if causal, it is not the last one."""
+    return sizes.block_size % keys != 0 or (not is_causal and sizes.kv_len % sizes.block_size != 0)
+
+
+def _next_power_of_2(x: int) -> int:
+    return 1 << (x - 1).bit_length()
+
+
+@functools.cache
+def is_roomy(device: torch.device) -> bool:
+    """Whether programs have the shared memory of an H100, 227 KiB."""
+    if device.type != "cuda":  # Triton's interpreter
+        return True
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -1,0 +1,327 @@
+"""Triton kernels for a few tokens and a cache, in the order in which they are launched.
+
+The new tokens are written down. *Splits* of the blocks are scored in parallel, each keeping its
+best; every program of the attention then picks its block from all of them and takes a *chunk* of
+its keys; the last kernel merges the chunks. Queries are rows, ``(b * Hq + h) * Lq + i``; scores are
+in units of log2.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flexmoba.cache.options import NO_ROOM, CachedCall
+from flexmoba.gate.kernel import NOTHING, keep_best, nothing_yet, score_keys
+from flexmoba.runtime.triton_launch import kernel, launch, packed
+
+MAX_TOPK = 64
+
+_LN_2 = tl.constexpr(0.6931471805599453)
+_NO_ROOM = tl.constexpr(NO_ROOM)
+_LEAST_SPLIT, _MOST_SPLITS = 128, 16
+_KEYS, _CHUNK = 64, 256  # measured on one NVIDIA H200
+
+
+def attend_step_on_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    positions: Tensor,
+    gate_rows: Tensor,
+    call: CachedCall,
+) -> tuple[Tensor, Tensor]:
+    """What `attend_step` describes."""
+    topk, scale, gate, block_size = call
+    batch, heads, q_len, dim = q.shape
+    kv_heads, n_blocks, value_dim = k.shape[1], means.shape[2], v.shape[3]
+    q, k, v, means, positions = (packed(x) for x in (q, k, v, means, positions))
+    gate_rows = packed(gate_rows)
+    rows, group = batch * heads * q_len, heads // kv_heads
+    n_gate_rows, gate_group = gate_rows.shape[:3].numel(), gate_rows.shape[1] // kv_heads
+    scored = call.scored
+    split = max(_LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(n_blocks, _MOST_SPLITS)))
+    splits = triton.cdiv(n_blocks, split)
+    chunks = triton.cdiv(block_size, _CHUNK)
+    parts = topk * chunks
+    constants = {
+        "GROUP": group,
+        "Q_LEN": q_len,
+        "GATE_GROUP": gate_group,
+        "BY_PARTS": gate_rows.dtype == torch.float32 and means.dtype != torch.float32,
+        "SINKS": gate.sink_blocks,
+        "LOCALS": gate.local_blocks,
+        "COUNT": scored,
+        "SLOTS": triton.next_power_of_2(max(1, scored)),
+        "SPLIT": split,
+        "SPLITS": splits,
+        "ALL_SPLITS": triton.next_power_of_2(splits),
+        "TILE_Q": min(64, max(16, triton.next_power_of_2(gate_group * q_len))),
+        "TILE_N": 32,
+        "BLOCK_SIZE": block_size,
+        "CHUNK": _CHUNK,
+        "CHUNKS": chunks,
+        "PARTS": parts,
+        "ALL_PARTS": triton.next_power_of_2(parts),
+        "SOME_PARTS": min(32, triton.next_power_of_2(parts)),
+        "KEYS": _KEYS,
+        "DIM": dim,
+        "TILE_D": max(16, triton.next_power_of_2(dim)),
+        "VALUE_DIM": value_dim,
+        "TILE_VALUE_D": max(16, triton.next_power_of_2(value_dim)),
+        "num_warps": 4,
+    }
+    dtypes = (q.dtype, gate_rows.dtype)
+    best = torch.empty(
+        n_gate_rows * splits * constants["SLOTS"], dtype=torch.int64, device=q.device
+    )
+    part = torch.empty(rows, parts, value_dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(rows, parts, dtype=torch.float32, device=q.device)
+    out = q.new_empty(batch, heads, q_len, value_dim)
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
+    factor = scale / math.log(2)
+    with torch.cuda.device_of(q):
+        if scored > 0:
+            tiles = triton.cdiv(gate_group * q_len, constants["TILE_Q"])
+            launch(
+                _score_kernel,
+                batch * kv_heads * tiles * splits,
+                (gate_rows, means, positions, best, kv_heads, n_blocks),
+                constants,
+                dtypes,
+            )
+        launch(
+            _attend_kernel,
+            rows * parts,
+            (q, k, v, positions, best, part, part_lse, kv_heads, n_blocks, factor),
+            constants,
+            dtypes,
+        )
+        launch(
+            _merge_kernel,
+            rows,
+            (part, part_lse, positions, out, lse, kv_heads, n_blocks),
+            constants,
+            dtypes,
+        )
+    return out, lse
+
+
+def append_on_cuda(
+    k_cache: Tensor, v_cache: Tensor, means: Tensor, lengths: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Adds a few tokens to every row, in one launch; returns their positions, ``(B, n)`` int32.
+
+    Those beyond the last block but one are not written.
+    """
+    batch, kv_heads, n, dim = k.shape
+    n_blocks, value_dim = means.shape[2], v.shape[3]
+    positions = lengths.new_empty(batch, n)
+    constants = {
+        "N": n,
+        "BLOCK_SIZE": k_cache.shape[2] // n_blocks,
+        "KEYS": 64,
+        "DIM": dim,
+        "TILE_D": max(16, triton.next_power_of_2(dim)),
+        "VALUE_DIM": value_dim,
+        "TILE_VALUE_D": max(16, triton.next_power_of_2(value_dim)),
+        "num_warps": 4,
+    }
+    with torch.cuda.device_of(k):
+        tensors = (k_cache, v_cache, means, lengths, packed(k), packed(v), positions)
+        launch(
+            _append_kernel, batch * kv_heads, (*tensors, kv_heads, n_blocks), constants, (k.dtype,)
+        )
+    lengths += n
+    return positions
+
+
+@kernel
+def _append_kernel(
+    k_cache_ptr, v_cache_ptr, means_ptr, lengths_ptr, k_ptr, v_ptr, positions_ptr,
+    kv_heads: tl.int32, n_blocks: tl.int32,
+    N: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
+):  # fmt: skip
+    """The new tokens of one KV head, and the means of the blocks that they fill."""
+    head = tl.program_id(0).to(tl.int64)  # counted over the batch
+    length = tl.load(lengths_ptr + head // kv_heads)
+    room = (n_blocks - 1) * BLOCK_SIZE
+    dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
+    first = head * (n_blocks * BLOCK_SIZE)
+    for i in range(N):
+        position = length + i
+        k = tl.load(k_ptr + (head * N + i) * DIM + dim, mask=dim < DIM)
+        v = tl.load(v_ptr + (head * N + i) * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM)
+        if position < room:
+            at = first + position
+            tl.store(k_cache_ptr + at * DIM + dim, k, mask=dim < DIM)
+            tl.store(v_cache_ptr + at * VALUE_DIM + value_dim, v, mask=value_dim < VALUE_DIM)
+        if head % kv_heads == 0:
+            where = tl.where(position < room, position, _NO_ROOM)
+            tl.store(positions_ptr + head // kv_heads * N + i, where)
+    tl.debug_barrier()  # the means read what other threads wrote
+    for block in range(length // BLOCK_SIZE, tl.minimum((length + N) // BLOCK_SIZE, n_blocks - 1)):
+        total = tl.zeros([TILE_D], tl.float32)
+        for start in range(0, BLOCK_SIZE, KEYS):
+            key = start + tl.arange(0, KEYS)
+            at = first + block * BLOCK_SIZE + key
+            mask = (key < BLOCK_SIZE)[:, None] & (dim < DIM)[None, :]
+            x = tl.load(k_cache_ptr + at[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
+            total += tl.sum(x.to(tl.float32), 0)
+        mean = (total / BLOCK_SIZE).to(means_ptr.dtype.element_ty)
+        tl.store(means_ptr + (head * n_blocks + block) * DIM + dim, mean, mask=dim < DIM)
+
+
+@kernel
+def _score_kernel(
+    q_ptr, means_ptr, positions_ptr, best_ptr, kv_heads: tl.int32, n_blocks: tl.int32,
+    GATE_GROUP: tl.constexpr, BY_PARTS: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr,
+    Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
+    SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILE_Q: tl.constexpr, TILE_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
+):  # fmt: skip
+    """The best blocks of one split for the queries of one KV head."""
+    tiles: tl.constexpr = (GATE_GROUP * Q_LEN + TILE_Q - 1) // TILE_Q
+    split = tl.program_id(0) % SPLITS
+    tile = tl.program_id(0) // SPLITS % tiles
+    kv_head = tl.program_id(0) // (SPLITS * tiles)  # counted over the batch
+    query = tile * TILE_Q + tl.arange(0, TILE_Q)
+    there = query < GATE_GROUP * Q_LEN
+    query = tl.minimum(query, GATE_GROUP * Q_LEN - 1)
+    position = tl.load(positions_ptr + kv_head // kv_heads * Q_LEN + query % Q_LEN)
+    first = tl.full([TILE_Q], SINKS, tl.int32)
+    candidates = tl.minimum(tl.maximum(position, 0) // BLOCK_SIZE, n_blocks) - LOCALS
+    row = kv_head.to(tl.int64) * (GATE_GROUP * Q_LEN) + query
+    dim = tl.arange(0, TILE_D)
+    in_dim = (dim < DIM)[None, :]
+    q = tl.load(q_ptr + row[:, None] * DIM + dim[None, :], mask=in_dim, other=0.0)
+    means_ptr += kv_head.to(tl.int64) * n_blocks * DIM
+    slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
+    end = tl.minimum(tl.max(candidates, 0), (split + 1) * SPLIT)
+    for start in range(split * SPLIT, end, TILE_N):
+        block = start + tl.arange(0, TILE_N)
+        mean = tl.load(
+            means_ptr + block[:, None] * DIM + dim[None, :],
+            mask=(block < n_blocks)[:, None] & in_dim,
+            other=0.0,
+        )
+        best = keep_best(best, score_keys(q, mean.to(q.dtype), block, first, candidates, BY_PARTS))
+    best = tl.where(slot < COUNT, best, NOTHING)
+    at = (row * SPLITS + split) * SLOTS
+    tl.store(best_ptr + at[:, None] + slot, best, mask=there[:, None])
+
+
+@kernel
+def _attend_kernel(
+    q_ptr, k_ptr, v_ptr, positions_ptr, best_ptr, part_ptr, part_lse_ptr,
+    kv_heads: tl.int32, n_blocks: tl.int32, factor: tl.float32,
+    GROUP: tl.constexpr, GATE_GROUP: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr,
+    Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
+    SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
+    DIM: tl.constexpr, TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
+):  # fmt: skip
+    """Attention of one query to a chunk of one of its blocks, the own one first."""
+    row = (tl.program_id(0) // PARTS).to(tl.int64)
+    place = tl.program_id(0) % PARTS // CHUNKS
+    chunk = tl.program_id(0) % CHUNKS
+    head = row // Q_LEN  # counted over the batch
+    position = tl.load(positions_ptr + head // (GROUP * kv_heads) * Q_LEN + row % Q_LEN)
+    block = tl.where(position < n_blocks * BLOCK_SIZE, position // BLOCK_SIZE, -1)
+    block = tl.where(position >= 0, block, -1)
+    own, chosen = block, place - (1 + LOCALS + SINKS)
+    if place > 0:
+        block = own - place
+        if block < SINKS:  # a sink already
+            block = -1
+        if place > LOCALS:
+            block = place - (1 + LOCALS)
+            if block >= own:
+                block = -1
+    if COUNT > 0:  # known when compiling  # noqa: SIM102
+        if chosen >= 0:
+            gate_row = head // (GROUP // GATE_GROUP) * Q_LEN + row % Q_LEN
+            index = tl.arange(0, ALL_SPLITS * SLOTS)
+            keys = tl.load(
+                best_ptr + gate_row * (SPLITS * SLOTS) + index,
+                mask=index < SPLITS * SLOTS,
+                other=NOTHING,
+            )
+            keys = tl.sort(keys, descending=True)
+            wanted = tl.max(tl.where(index == chosen, keys, NOTHING), 0)
+            exists = (own >= 0) & (wanted >= NOTHING + SLOTS)
+            block = tl.where(exists, (wanted & 0xFFFFFFFF).to(tl.int32), -1)
+    part = row * PARTS + tl.program_id(0) % PARTS
+    first = block * BLOCK_SIZE + chunk * CHUNK
+    end = tl.minimum(tl.minimum(first + CHUNK, (block + 1) * BLOCK_SIZE), position + 1)
+    if (block < 0) | (first >= end):
+        tl.store(part_lse_ptr + part, float("-inf"))
+        return
+    dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
+    q = tl.load(q_ptr + row * DIM + dim, mask=dim < DIM, other=0.0).to(tl.float32)
+    kv_head = head // GROUP * (n_blocks * BLOCK_SIZE)
+    highest, total = float("-inf"), 0.0
+    out = tl.zeros([TILE_VALUE_D], tl.float32)
+    for start in range(first, end, KEYS):
+        key = start + tl.arange(0, KEYS)
+        at = kv_head + tl.minimum(key, end - 1)
+        mask = (dim < DIM)[None, :]
+        k = tl.load(k_ptr + at[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
+        mask = (value_dim < VALUE_DIM)[None, :]
+        v = tl.load(v_ptr + at[:, None] * VALUE_DIM + value_dim[None, :], mask=mask, other=0.0)
+        scores = tl.sum(k.to(tl.float32) * q[None, :], 1) * factor
+        scores = tl.where(key < end, scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 0))
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weights = tl.exp2(scores - base)
+        decay = tl.exp2(highest - base)
+        total = total * decay + tl.sum(weights, 0)
+        out = out * decay + tl.sum(weights[:, None] * v.to(tl.float32), 0)
+        highest = new_highest
+    tl.store(part_lse_ptr + part, highest + tl.log2(total))
+    at = part * VALUE_DIM + value_dim
+    tl.store(part_ptr + at, out * (1.0 / total), mask=value_dim < VALUE_DIM)
+
+
+@kernel
+def _merge_kernel(
+    part_ptr, part_lse_ptr, positions_ptr, out_ptr, lse_ptr,
+    kv_heads: tl.int32, n_blocks: tl.int32,
+    GROUP: tl.constexpr, Q_LEN: tl.constexpr, BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr,
+    ALL_PARTS: tl.constexpr, SOME_PARTS: tl.constexpr, VALUE_DIM: tl.constexpr,
+    TILE_VALUE_D: tl.constexpr,
+):  # fmt: skip
+    """The output of one query from its parts, by their log-sum-exps."""
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions_ptr + row // (Q_LEN * GROUP * kv_heads) * Q_LEN + row % Q_LEN)
+    every = tl.arange(0, ALL_PARTS)
+    part_lse_ptr += row * PARTS
+    all_lse = tl.load(part_lse_ptr + every, mask=every < PARTS, other=float("-inf"))
+    highest = tl.max(all_lse, 0)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.exp2(all_lse - highest), 0)
+    value_dim = tl.arange(0, TILE_VALUE_D)
+    out = tl.zeros([TILE_VALUE_D], tl.float32)
+    for start in range(0, PARTS, SOME_PARTS):
+        part = start + tl.arange(0, SOME_PARTS)
+        part_lse = tl.load(part_lse_ptr + part, mask=part < PARTS, other=float("-inf"))
+        there = part_lse > float("-inf")
+        there = there | (part_lse != part_lse)
+        x = tl.load(
+            part_ptr + (row * PARTS + part)[:, None] * VALUE_DIM + value_dim[None, :],
+            mask=there[:, None] & (value_dim < VALUE_DIM)[None, :],
+            other=0.0,  # a part without keys was never written
+        )
+        out += tl.sum(x * tl.exp2(part_lse - highest)[:, None], 0)
+    out *= 1.0 / tl.where(total == 0.0, 1.0, total)
+    lse = (highest + tl.log2(total)) * _LN_2
+    beyond = position >= n_blocks * BLOCK_SIZE
+    out = tl.where(beyond, float("nan"), out)
+    lse = tl.where(beyond, float("nan"), lse)
+    at = row * VALUE_DIM + value_dim
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=value_dim < VALUE_DIM)
+    tl.store(lse_ptr + row, lse)

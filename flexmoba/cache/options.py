@@ -1,0 +1,28 @@
+"""The options of attention to a cache."""
+
+from typing import NamedTuple
+
+from flexmoba.gate import GateOptions
+
+NO_ROOM = 2**30  # the position of a token beyond the capacity: after any block
+
+
+class CachedCall(NamedTuple):
+    """The options of attention to a cache.
+
+    Attributes:
+        topk: Blocks that each query attends to, its own included.
+        scale: Factor on the scores.
+        gate: The gate's options.
+        block_size: Keys in a block.
+    """
+
+    topk: int
+    scale: float
+    gate: GateOptions
+    block_size: int
+
+    @property
+    def scored(self) -> int:
+        """Blocks that are selected by their scores."""
+        return self.topk - 1 - self.gate.forced

@@ -1,0 +1,5 @@
+"""The command line: ``flexmoba`` and its commands."""
+
+from flexmoba.commands.cli import main
+
+__all__ = ["main"]

@@ -1,0 +1,133 @@
+"""How fast flex_moba is on this device, beside dense attention, and whether it is right.
+
+Every configuration is first compared with float64 attention on sampled queries; one that disagrees
+is reported as wrong and not timed. Times are medians over repeated calls (CUDA events on a GPU),
+of the whole call, gate included; all of one run, on one device. Each result is printed at once, and
+all of them as tables at the end, with the length from which on MoBA is faster, where several tell.
+
+Presets are
+  cpu          4K to 16K tokens, for a CPU
+  quick        8K and 32K tokens; on a CPU it is cpu
+  flashmoba    8K to 128K tokens
+  paper        128K and 1M tokens, block 4096, topk 12
+  longest      1M and 10M tokens, forward
+  gates        gate="token", "group" and "tile" at 64K tokens
+  documents    64K tokens, packed of 1 to 1024 documents
+  decode       steps of one token at contexts of 32K to 1M
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexmoba.bench import (
+    PRESETS,
+    ROUNDINGS,
+    describe,
+    line,
+    matrix_rate,
+    measure,
+    measure_step,
+    plot,
+    tables,
+)
+from flexmoba.reporting import (
+    UsageError,
+    add_device,
+    add_json,
+    check_writable,
+    note,
+    note_load,
+    save_picture,
+    say,
+    write_json,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``flexmoba bench``."""
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        nargs="+",
+        default=["quick" if on_gpu else "cpu"],
+        metavar="NAME",
+        help=f"which configurations (default: {'quick' if on_gpu else 'cpu'})",
+    )
+    add_device(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=[str(dtype).removeprefix("torch.") for dtype in ROUNDINGS],
+        default="bfloat16" if on_gpu else "float32",
+        help="default: %(default)s",
+    )
+    add_json(parser)
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the times (needs matplotlib)"
+    )
+    parser.add_argument(
+        "--show", type=Path, metavar="FILE", help="show an earlier --json FILE; measure nothing"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures and prints, or writes, the tables; 1 if a result was wrong."""
+    check_writable(json=arguments.json, plot=arguments.plot)
+    report = _earlier(arguments.show) if arguments.show else _heading(arguments)
+    try:
+        if not arguments.show:
+            _measure_all(report, arguments)
+    finally:  # an interruption or a failure loses nothing that was measured
+        if report["results"] and write_json(report, arguments.json):
+            print(f"\n{tables(report)}")
+    if arguments.plot:
+        try:
+            save_picture(plot(report), "plot", arguments.plot)
+        except ValueError as error:  # nothing was right enough to be timed, which the code tells
+            print(f"--plot: {error}", file=sys.stderr)
+    return int(any(result["error"] > result["allowed"] for result in report["results"]))
+
+
+def _earlier(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UsageError(f"--show {file}: there is no such file; --json writes one")
+    try:
+        report: dict[str, Any] = json.loads(file.read_text())
+        tables(report)
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"--show {file}: that is no report; --json writes one") from error
+    return report
+
+
+def _heading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A report without results."""
+    device = torch.device(arguments.device)
+    report: dict[str, Any] = {
+        "command": f"flexmoba bench --preset {' '.join(arguments.preset)}",
+        **describe(device),
+        "dtype": arguments.dtype,
+        "matrix_tflops": matrix_rate(device, getattr(torch, arguments.dtype)),
+    }
+    print(*(f"{key}: {value}" for key, value in report.items()), sep="\n", file=sys.stderr)
+    return report | {"results": []}
+
+
+def _measure_all(report: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Fills in the results."""
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    note_load(arguments.device)
+    small = {"quick": "cpu"} if device.type == "cpu" else {}
+    configs = [config for name in arguments.preset for config in PRESETS[small.get(name, name)]]
+    for i, config in enumerate(configs, 1):
+        note(f"{i} of {len(configs)}: {config}")
+        measured = (measure_step if config.decode else measure)(config, device, dtype)
+        report["results"].append(asdict(config) | measured)
+        say(line(report["results"][-1]), arguments.json)
+        if arguments.json not in (None, "-"):  # after every row, in case this is killed
+            write_json(report, arguments.json)

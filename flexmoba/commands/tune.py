@@ -1,0 +1,309 @@
+"""Which block size and topk suit given queries and keys, on this device.
+
+For every block size and topk it prints how much of full attention the selected blocks capture
+(mass), what the best selection of as many blocks would (best mass), the head that gets least
+(worst head), how often the block of the strongest past key is selected (found), the gate's
+signal-to-noise ratio (SNR) beside the one that is needed, and the time beside dense attention.
+A star marks the choices that are worth their cost; an arrow the one recommended for your budget.
+
+Queries and keys come from one of
+  --model FOLDER --text FILE   a Hugging Face model on this disk that reads a text
+  --tensors FILE               tensors "q" (B, Hq, L, D) and "k" (B, Hkv, L, D), or several pairs
+                               "NAME.q" and "NAME.k", in a .pt or .safetensors file
+  --example                    made-up ones: they show how to read the table, no more
+"""
+
+import argparse
+import functools
+import importlib
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexmoba.reporting import (
+    UsageError,
+    add_device,
+    add_json,
+    check_writable,
+    note_load,
+    positive,
+    save_picture,
+    say,
+    write_json,
+)
+from flexmoba.tune import Call, Choice, Report, capture, reports, sampled, synthetic
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``flexmoba tune``."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, metavar="FOLDER", help="needs --text")
+    source.add_argument("--tensors", type=Path, metavar="FILE")
+    source.add_argument("--example", action="store_true")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="what the model reads")
+    parser.add_argument(
+        "--length",
+        type=positive,
+        default=8192,
+        help="tokens, at most, of the text or the example (default: %(default)s)",
+    )
+    for name, default in (("block-sizes", [64, 128, 256, 512]), ("topks", [2, 3, 4, 8])):
+        parser.add_argument(
+            f"--{name}",
+            type=positive,
+            nargs="+",
+            default=default,
+            metavar="N",
+            help=f"default: {' '.join(map(str, default))}",
+        )
+    parser.add_argument(
+        "--queries",
+        type=positive,
+        default=256,
+        help="how many queries to sample of each layer (default: %(default)s)",
+    )
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--mass",
+        type=_share,
+        default=0.95,
+        help="recommend the cheapest that captures this share (default: %(default)s)",
+    )
+    budget.add_argument(
+        "--sparsity", type=_share, help="recommend what captures most at this sparsity at least"
+    )
+    budget.add_argument(
+        "--latency-ms", type=_milliseconds, help="recommend what captures most in this time at most"
+    )
+    parser.add_argument("--backward", action="store_true", help="time the backward pass, too")
+    parser.add_argument("--no-times", action="store_true", help="time nothing")
+    add_device(parser)
+    add_json(parser)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (needs matplotlib)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures and prints; 1 if nothing that was measured keeps to the budget."""
+    check_writable(json=arguments.json, plot=arguments.plot)
+    if arguments.no_times and (arguments.latency_ms is not None or arguments.backward):
+        raise UsageError("--latency-ms and --backward need times; leave --no-times out")
+    if (arguments.model is None) != (arguments.text is None):
+        raise UsageError("--model and --text go together: a model reads a text")
+    if not arguments.no_times:
+        note_load(arguments.device)
+    report: Report | None = None
+    recommended = None
+    try:
+        for report in reports(
+            _calls(arguments),
+            arguments.block_sizes,
+            arguments.topks,
+            queries=arguments.queries,
+            timed=not arguments.no_times,
+            backward=arguments.backward,
+            device=arguments.device,
+            show_progress=True,
+        ):
+            if report.timed:
+                say(_line(report), arguments.json)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    finally:  # an interruption or a failure loses nothing that was measured
+        if report is not None:
+            recommended = _show(report, arguments)
+    if arguments.plot:
+        from flexmoba.plot import plot_report
+
+        assert report is not None  # of one choice at least
+        save_picture(plot_report(report, recommended), "plot", arguments.plot)
+    return int(recommended is None)
+
+
+def _show(report: Report, arguments: argparse.Namespace) -> Choice | None:
+    """Prints, or writes, a report; what it recommends."""
+    budget, recommended = _recommend(report, arguments)
+    example = "synthetic, no model's" if arguments.example else None
+    asked = {"budget": budget, "recommended": recommended, "example": example}
+    if write_json(_json(report, asked), arguments.json):
+        tables = report.table(recommended)
+        print(
+            "", _heading(report, example), tables, _advice(report, budget, recommended), sep="\n\n"
+        )
+    return recommended
+
+
+def _line(report: Report) -> str:
+    """What was measured last."""
+    x = report.choices[-1]
+    text = (
+        f"block {x.block_size}, topk {x.topk}: captures {x.mass:.1%}, {x.forward_ms:.2f} ms forward"
+    )
+    if report.dense_forward_ms is not None and x.forward_ms is not None:
+        text += f" ({report.dense_forward_ms / x.forward_ms:.1f}x)"
+    return text
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must lie above 0 and be at most 1, got {text}")
+    return value
+
+
+def _milliseconds(text: str) -> float:
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from error
+
+
+def _json(report: Report, asked: dict[str, Any]) -> dict[str, Any]:
+    chosen = asked["recommended"]
+    index = None if chosen is None else report.choices.index(chosen)
+    return report.to_dict() | asked | {"recommended": index}
+
+
+def _recommend(report: Report, arguments: argparse.Namespace) -> tuple[str, Choice | None]:
+    if arguments.sparsity is not None:
+        return f"sparsity {arguments.sparsity:g}", report.recommend(sparsity=arguments.sparsity)
+    if arguments.latency_ms is not None:
+        found = report.recommend(latency_ms=arguments.latency_ms)
+        return f"latency {arguments.latency_ms:g} ms", found
+    return f"mass {arguments.mass:g}", report.recommend(mass=arguments.mass)
+
+
+def _heading(report: Report, example: str | None) -> str:
+    layers = f"{len(report.layers)} layers, " if len(report.layers) > 1 else ""
+    lines = [f"{report.device}, torch {report.versions['torch']}", f"{layers}{report.inputs}"]
+    if example:
+        lines.append(f"queries and keys: {example}")
+    if report.dense_forward_ms is not None:
+        dense = f"dense attention: {report.dense_forward_ms:.2f} ms forward"
+        if report.dense_both_ms is not None:
+            dense += f", {report.dense_both_ms:.2f} ms forward and backward"
+        lines.append(dense)
+    return "\n".join(lines)
+
+
+def _advice(report: Report, budget: str, choice: Choice | None) -> str:
+    if choice is None:
+        best = max(report.choices, key=lambda x: x.mass)
+        return (
+            f"For {budget}: nothing measured keeps to it. The most mass, {best.mass:.1%}, has "
+            f"block {best.block_size}, topk {best.topk}, at sparsity {best.sparsity:.1%}. Try "
+            "other --block-sizes and --topks, or another budget."
+        )
+    return (
+        f"For {budget}: block_size={choice.block_size}, topk={choice.topk}. It captures "
+        f"{choice.mass:.1%} of full attention, {choice.worst_mass:.1%} in the worst head, and "
+        f"reads {1 - choice.sparsity:.1%} of the keys."
+    )
+
+
+# ---- Where queries and keys come from -----------------------------------------------------------
+
+
+def _calls(arguments: argparse.Namespace) -> Sequence[Call | tuple[Tensor, Tensor]]:
+    if arguments.example:
+        dtype = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
+        return [synthetic(arguments.length, device=arguments.device, dtype=dtype)]
+    if arguments.tensors is not None:
+        return _from_file(arguments.tensors, arguments.queries)
+    return _from_model(arguments)
+
+
+def _from_file(file: Path, queries: int) -> list[Call]:
+    if not file.is_file():
+        raise UsageError(f"--tensors {file}: there is no such file")
+    load: Callable[[Path], Any] = functools.partial(
+        torch.load, map_location="cpu", weights_only=True
+    )
+    reader, writer = "torch.load", "torch.save"
+    if file.suffix == ".safetensors":
+        load = _module("safetensors.torch", "safetensors").load_file
+        reader, writer = "safetensors", "safetensors.torch.save_file"
+    try:
+        tensors = load(file)
+    except Exception as error:
+        raise UsageError(
+            f"--tensors {file}: {reader} cannot read it as tensors; write it by "
+            f'{writer}({{"q": q, "k": k}}, FILE)'
+        ) from error
+    if not isinstance(tensors, dict) or not all(map(_is_dense, tensors.values())):
+        raise UsageError(
+            f"--tensors {file}: it must hold a dict of dense tensors; write it by "
+            f'{writer}({{"q": q, "k": k}}, FILE)'
+        )
+    names = [name for name in tensors if name == "q" or str(name).endswith(".q")]
+    pairs = {name[:-1].rstrip("."): (name, f"{name[:-1]}k") for name in names}
+    missing = [k for _, k in pairs.values() if k not in tensors]
+    if missing or not pairs:
+        raise UsageError(
+            f'--tensors {file}: needs "q" and "k", or pairs "NAME.q" and "NAME.k"; it has '
+            f"{_few(tensors) or 'nothing'}"
+        )
+    calls = []
+    for name, (q, k) in pairs.items():
+        try:
+            calls.append(sampled(tensors[q], tensors[k], queries, name))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"--tensors {file}, {q!r} and {k!r}: {error}") from error
+    return calls
+
+
+def _is_dense(x: object) -> bool:
+    if not isinstance(x, Tensor):
+        return False
+    return x.layout == torch.strided and not x.is_nested and not x.is_meta
+
+
+def _few(names: Iterable[Any]) -> str:
+    """The first of some names, as text."""
+    first = [str(name) for name in itertools.islice(names, 9)]
+    return ", ".join(first[:8]) + ", ..." * (len(first) > 8)
+
+
+def _from_model(arguments: argparse.Namespace) -> list[Call]:
+    folder, file = arguments.model, arguments.text
+    if not folder.is_dir():
+        raise UsageError(f"--model {folder}: there is no such folder; nothing is downloaded")
+    if not file.is_file():
+        raise UsageError(f"--text {file}: there is no such file")
+    transformers = _module("transformers", "transformers")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, attn_implementation="sdpa", dtype="auto"
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--model {folder}: transformers cannot load it: {reason}") from error
+    model = model.to(arguments.device).eval()
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        text = lines.read(64 * arguments.length)  # more than the tokens of any text would hold
+    tokens = tokenizer(text, return_tensors="pt").input_ids
+    tokens = tokens[:, : arguments.length].to(arguments.device)
+    print(f"the model reads {tokens.shape[1]:,} tokens", file=sys.stderr)
+    with torch.no_grad(), capture(model, queries=arguments.queries, device="cpu") as calls:
+        model.base_model(tokens, use_cache=False)
+    return calls
+
+
+def _module(name: str, package: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"this needs {package}; pip install {package}") from error

@@ -1,0 +1,45 @@
+"""What commands and examples share: terminal and files, figures, timing, versions."""
+
+from flexmoba.reporting.console import (
+    UsageError,
+    add_device,
+    add_json,
+    check_writable,
+    note,
+    note_load,
+    positive,
+    progress,
+    save_picture,
+    say,
+    table,
+    table_row,
+    table_rule,
+    write_json,
+)
+from flexmoba.reporting.figure import can_draw, log_scale, mpl, new_figure
+from flexmoba.reporting.timing import median_ms, pays_from
+from flexmoba.reporting.versions import versions
+
+__all__ = [
+    "UsageError",
+    "add_device",
+    "add_json",
+    "can_draw",
+    "check_writable",
+    "log_scale",
+    "median_ms",
+    "mpl",
+    "new_figure",
+    "note",
+    "note_load",
+    "pays_from",
+    "positive",
+    "progress",
+    "save_picture",
+    "say",
+    "table",
+    "table_row",
+    "table_rule",
+    "versions",
+    "write_json",
+]

@@ -1,0 +1,38 @@
+"""Whether a tensor has values to read, or is a symbol of a compiler or of torch.func."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there are values to read: not while tracing, of fake tensors or inside torch.func."""
+    return not (
+        torch.compiler.is_compiling()
+        or x.is_meta
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or detect_fake_mode(x) is not None
+        or get_proxy_mode() is not None
+    )
+
+
+def values_readable(x: Tensor) -> bool:
+    """Whether there are values, and reading them does not wait for a device."""
+    return x.device.type == "cpu" and has_values(x)
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether ``x`` is an argument inside `torch.func.grad`, ``jvp`` or ``vmap``."""
+    functorch = torch._C._functorch
+    return functorch.is_gradtrackingtensor(x) or functorch.is_batchedtensor(x)
+
+
+def no_second_derivatives(*_: Any) -> Any:
+    """The backward pass of a backward pass."""
+    raise NotImplementedError(
+        "attention has no second derivatives: its gradients cannot be differentiated; use "
+        "moba_reference, which is dense, where they are needed"
+    )

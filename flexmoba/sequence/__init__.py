@@ -1,0 +1,20 @@
+"""Sequences within a row of the batch: packed documents and padding.
+
+`lay_out` gives every sequence blocks of its own, which begin at its first token.
+"""
+
+from flexmoba.sequence.arrange import lay_out, without_padding
+from flexmoba.sequence.documents import Packing, packing_of, positions_of
+from flexmoba.sequence.layout import InPlaceLayout, Layout, Sequences, WindowLayout
+
+__all__ = [
+    "InPlaceLayout",
+    "Layout",
+    "Packing",
+    "Sequences",
+    "WindowLayout",
+    "lay_out",
+    "packing_of",
+    "positions_of",
+    "without_padding",
+]
