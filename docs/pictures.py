@@ -141,10 +141,10 @@ def blocks() -> None:
 
 
 def scores() -> None:
-    """Step 2: how one query scores the blocks before its own, and which it takes."""
+    """Step 2: the scores of the past blocks for one query, and the blocks it selects."""
     length, block, position = 96, 8, 90
     q, k = random_inputs(length, 16, seed=5)
-    chosen = moba_select(q, k, block, topk=4)[0, 0, position].tolist()
+    selected = moba_select(q, k, block, topk=3)[0, 0, position].tolist()
     mean = k[0, 0].unflatten(0, (-1, block)).mean(1)
     score = (mean @ q[0, 0, position]).tolist()
     own, unit = position // block, 55 / max(map(abs, score[: position // block]))
@@ -152,18 +152,19 @@ def scores() -> None:
     base = 88
     for j in range(length // block):
         x = 8 + j * 39.5
-        colour = OWN if j == own else PAST if j in chosen else "currentColor"
+        colour = OWN if j == own else PAST if j in selected else "currentColor"
         if j == own:
             drawing.box((x, base - 60, 30, 120), OWN, 0.2, "4 3")
         else:
             top = base - max(score[j] * unit, 0)
-            opacity = 1 if j in chosen else 0.25
+            opacity = 1 if j in selected else 0.25
             drawing.cells([(x, top, 30, abs(score[j] * unit))], colour, opacity)
         drawing.text(x + 15, base + 74, str(j), size=13)
     drawing.line(0, base, WIDTH, base, 0.6)
     drawing.text(0, 14, "score of each block", "start", size=13)
-    drawing.text(WIDTH, 14, "own: always", "end", size=13)
-    drawing.text(0, 185, f"block; the query is at position {position}, in block {own}", "start", 13)
+    drawing.text(WIDTH, 14, "own block: always", "end", size=13)
+    caption = f"block; topk 3, query at position {position}, in block {own}"
+    drawing.text(0, 185, caption, "start", size=13)
     drawing.save("scores")
 
 
@@ -173,7 +174,7 @@ def routing() -> None:
     q, k = random_inputs(length, 16, seed=1)
     selection = moba_select(q, k, block, topk=2)[0, 0].tolist()
     drawing = Drawing(300)
-    drawing.text(0, 14, "queries, and the blocks they chose", "start", weight=600)
+    drawing.text(0, 14, "queries and their selected blocks", "start", weight=600)
     cell = 36
     for i, row in enumerate(selection):
         x = 24 + i * cell
@@ -186,7 +187,7 @@ def routing() -> None:
                 drawing.box((x, 44 + slot * 26, 30, 22), dash="3 3", opacity=0)
     drawing.arrow(WIDTH / 2, 102, WIDTH / 2, 130)
     drawing.text(WIDTH / 2 + 12, 120, "sort by block", "start", size=13)
-    drawing.text(0, 150, "tiles: each wants one block", "start", weight=600)
+    drawing.text(0, 150, "tiles of one block each", "start", weight=600)
     x, y = 24.0, 166.0
     for past in (False, True):
         for j in range(length // block):
@@ -258,7 +259,7 @@ def pipeline() -> None:
 
 
 def union() -> None:
-    """What the last 128 of 8,192 random queries choose, each and together."""
+    """The blocks that the last 128 of 8,192 random queries select, each and together."""
     length, block, topk = 8192, 128, 8
     q, k = random_inputs(length, 64, seed=0)
     selection = moba_select(q, k, block, topk)[0, 0, -128:]
@@ -276,7 +277,8 @@ def union() -> None:
     drawing.cells(own, OWN)
     y = y0 + 128 * h + 10
     drawing.cells([(x0 + j * w, y, w - 0.8, 16) for j in together], OF_BLOCK[3])
-    drawing.text(0, y + 38, f"together they choose {len(together)} of the {n_blocks}", "start")
+    caption = f"together they select {len(together)} of the {n_blocks} blocks"
+    drawing.text(0, y + 38, caption, "start")
     drawing.save("union")
     # The text beside the picture says so; it is no accident of this tile.
     sparsity = moba_block_mask(q, k, block, topk).sparsity()
