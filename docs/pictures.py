@@ -298,11 +298,11 @@ def union() -> None:
 
 
 def sequences() -> None:
-    """Three packed documents, laid out in whole blocks of four."""
+    """Draws three packed documents, and the same documents laid out in blocks of four."""
     drawing = Drawing(190)
     lengths, block, cell = (5, 2, 7), 4, 24
     drawing.text(0, 14, "a row: documents of 5, 2 and 7 tokens", "start", size=13)
-    drawing.text(0, 104, "laid out: blocks begin with every document", "start", size=13)
+    drawing.text(0, 104, "laid out: every document begins a block", "start", size=13)
     x, slot = 0.0, 0
     for document, length in enumerate(lengths):
         colour = OF_BLOCK[document]
@@ -324,10 +324,10 @@ def sequences() -> None:
 
 
 def cache() -> None:
-    """What one decoding step reads of a cache of ten blocks."""
+    """Draws the reads of one decoding step from a cache of ten blocks."""
     drawing = Drawing(170)
     chosen, own = (2, 6), 9
-    drawing.text(0, 14, "mean keys: the gate reads them all", "start", size=13)
+    drawing.text(0, 14, "mean keys: the gate reads all of them", "start", size=13)
     drawing.text(0, 92, "keys and values: the attention reads topk = 3 blocks", "start", size=13)
     for j in range(10):
         x = j * 48
