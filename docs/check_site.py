@@ -1,8 +1,8 @@
 """Opens every page of the built site in Chromium: `make check-site`.
 
 At desktop and phone width, light and dark: nothing may be wider than the window, fail to load or
-ask another host; pictures, equations and letters must be there and legible. The screenshots, in
-`site-screens/`, are for eyes.
+ask another host; pictures, equations and letters must be there and legible. At desktop width no
+table may scroll. The screenshots, in `site-screens/`, are for eyes.
 """
 
 import functools
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 SITE, SCREENS = ROOT / "site", ROOT / "site-screens"
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
-WIDTHS = {"desktop": 1280, "phone": 390}
+WIDTHS = {"desktop": 1400, "phone": 390}
 SCHEMES = ("light", "dark")
 
 # What a page has to say of itself; each item is a complaint.
@@ -36,6 +36,9 @@ LOOK = """() => {
     if (box.width && box.right > width + 1 && !scrolls(e))
       said.push(`<${e.tagName}> ${start(e)} ends at ${Math.round(box.right)}`);
   }
+  if (width > 1000)
+    for (const e of document.querySelectorAll(".md-typeset__scrollwrap"))
+      if (e.scrollWidth > e.clientWidth + 1) said.push(`scrolls the table ${start(e)}`);
   for (const e of document.querySelectorAll("article img"))
     if (!e.complete || !e.naturalWidth) said.push(`does not show ${e.src}`);
   for (const e of document.querySelectorAll("article math, article svg.drawing")) {

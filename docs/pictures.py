@@ -1,17 +1,21 @@
 """Draws the pictures of the site: `python docs/pictures.py`. What they show, flexmoba computed.
 
-A drawing is 480 units wide, so that a phone shows its letters; its ink is `currentColor`, which
-the site sets. Elsewhere, as on a code host, its own style follows the reader's colour scheme.
+A drawing is at most 480 units wide, so that its letters are legible on a phone; its ink is
+`currentColor`, which the site sets. Elsewhere, as on a code host, its own style follows the
+reader's colour scheme.
 """
 
 import html
 import itertools
+import json
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flexmoba import moba_block_mask, moba_select
+from flexmoba.bench.configs import size as tokens
 
 WIDTH = 480
 OWN, PAST = "#e8853b", "#4a90d9"
@@ -25,9 +29,9 @@ Cell = tuple[float, float, float, float]  # x, y, width, height
 class Drawing:
     """Shapes in the order in which they are drawn."""
 
-    def __init__(self, height: float) -> None:
+    def __init__(self, height: float, width: float = WIDTH) -> None:
         """Nothing yet."""
-        self.height, self.shapes = height, []
+        self.height, self.width, self.shapes = height, width, []
 
     def cells(self, cells: list[Cell], fill: str, opacity: float = 1.0) -> None:
         """Rectangles of one colour."""
@@ -77,11 +81,21 @@ class Drawing:
             f'stroke-opacity="{opacity:g}" fill="none"/>'
         )
 
+    def curve(self, points: list[tuple[float, float]], colour: str, dash: str = "") -> None:
+        """A line through points, and a dot on each of them."""
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        dashed = f' stroke-dasharray="{dash}"' if dash else ""
+        self.shapes.append(
+            f'<path d="M{path}" stroke="{colour}" stroke-width="2.2" fill="none"{dashed}/>'
+        )
+        for x, y in points:
+            self.shapes.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6" fill="{colour}"/>')
+
     def save(self, name: str) -> None:
         """Writes ``pictures/NAME.svg``."""
         head = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height:g}" '
-            f'width="{WIDTH}" height="{self.height:g}" font-family="system-ui, sans-serif" '
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width:g} {self.height:g}" '
+            f'width="{self.width:g}" height="{self.height:g}" font-family="system-ui, sans-serif" '
             'fill="currentColor">'
         )
         text = "\n".join([head, f"<style>{STYLE}</style>", *self.shapes, "</svg>", ""])
@@ -286,11 +300,11 @@ def union() -> None:
 
 
 def sequences() -> None:
-    """Three packed documents, laid out in whole blocks of four."""
+    """Draws three packed documents, and the same documents laid out in blocks of four."""
     drawing = Drawing(190)
     lengths, block, cell = (5, 2, 7), 4, 24
     drawing.text(0, 14, "a row: documents of 5, 2 and 7 tokens", "start", size=13)
-    drawing.text(0, 104, "laid out: blocks begin with every document", "start", size=13)
+    drawing.text(0, 104, "laid out: every document begins a block", "start", size=13)
     x, slot = 0.0, 0
     for document, length in enumerate(lengths):
         colour = OF_BLOCK[document]
@@ -312,10 +326,10 @@ def sequences() -> None:
 
 
 def cache() -> None:
-    """What one decoding step reads of a cache of ten blocks."""
+    """Draws the reads of one decoding step from a cache of ten blocks."""
     drawing = Drawing(170)
     chosen, own = (2, 6), 9
-    drawing.text(0, 14, "mean keys: the gate reads them all", "start", size=13)
+    drawing.text(0, 14, "mean keys: the gate reads all of them", "start", size=13)
     drawing.text(0, 92, "keys and values: the attention reads topk = 3 blocks", "start", size=13)
     for j in range(10):
         x = j * 48
@@ -330,9 +344,55 @@ def cache() -> None:
     drawing.save("cache")
 
 
+def times() -> None:
+    """Draws time against length on a GPU, of the results with 16 heads, in two pictures."""
+    file = Path(__file__).parent / "benchmarks" / "h100-flashmoba.json"
+    results = [x for x in json.loads(file.read_text())["results"] if x["kv_heads"] == 16]
+    lengths = sorted({x["length"] for x in results})
+    left, right, top, bottom = 44, 322, 78, 284
+    curves = (
+        ("SDPA flash", "SDPA flash", None, OF_BLOCK[2], ""),
+        ("SDPA cuDNN", "SDPA cuDNN", None, PAST, ""),
+        ("flex_moba, 128/8", "flex_moba", 128, OWN, ""),
+        ("flex_moba, 512/3", "flex_moba", 512, OWN, "5 4"),
+    )
+
+    def x(length: int) -> float:
+        share = math.log(length / lengths[0]) / math.log(lengths[-1] / lengths[0])
+        return left + 12 + (right - left - 24) * share
+
+    def y(ms: float, low: float = 0.3, high: float = 1200) -> float:
+        return bottom - (bottom - top) * math.log(ms / low) / math.log(high / low)
+
+    for name, key, title in (
+        ("time-forward", "forward_ms", "Forward"),
+        ("time-both", "both_ms", "Forward and backward"),
+    ):
+        drawing = Drawing(330, width=340)
+        drawing.text(0, 16, title, "start", 15, 600)
+        drawing.text(right, 16, "milliseconds", "end", 13)
+        for ms in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000):
+            power = str(ms)[0] == "1"
+            drawing.line(left, y(ms), right, y(ms), 0.3 if power else 0.1)
+            if power:
+                drawing.text(left - 6, y(ms) + 4.5, f"{ms:,}", "end", 13)
+        drawing.line(left, bottom, right, bottom)
+        for length in lengths:
+            drawing.line(x(length), bottom, x(length), bottom + 5)
+            drawing.text(x(length), bottom + 20, tokens(length), size=13)
+        drawing.text((left + right) / 2, bottom + 40, "tokens", size=13)
+        for number, (label, call, block, colour, dash) in enumerate(curves):
+            rows = {r["length"]: r[key][call] for r in results if block in (None, r["block_size"])}
+            drawing.curve([(x(n), y(ms)) for n, ms in sorted(rows.items())], colour, dash)
+            start, line = (0, 170)[number // 2], (38, 58)[number % 2]
+            drawing.curve([(start + 4, line - 4), (start + 30, line - 4)], colour, dash)
+            drawing.text(start + 40, line, label, "start", 13)
+        drawing.save(name)
+
+
 def main() -> None:
     """Draws them all."""
-    for draw in (pattern, blocks, scores, routing, pipeline, union, sequences, cache):
+    for draw in (pattern, blocks, scores, routing, pipeline, union, sequences, cache, times):
         draw()
 
 

@@ -1,20 +1,20 @@
-"""Long-prompt generation with a sparse cache, beside the dense one.
+"""Compares generation from a long prompt with a sparse cache and with dense caches.
 
-A decoding step of full attention reads every key and value of the context. One of MoBA needs the
-mean key of each block and the topk blocks that it selects, if the means are kept: FlexMobaCache
-keeps them. Three ways to generate from the same prompt:
+A decoding step of full attention reads every key and value of the context. A decoding step of MoBA
+needs only the mean key of each block and the topk selected blocks, if a cache keeps the mean keys.
+FlexMobaCache keeps them. The example generates from the same prompt in three ways:
 
   dense             full attention, with the cache of transformers
-  MoBA              the converted model, with the cache of transformers: right, but every step
-                    computes the means of all blocks anew
+  MoBA              the converted model, with the cache of transformers: correct, but every step
+                    recomputes the mean keys of all blocks
   MoBA, sparse      the converted model with a FlexMobaCache: the same tokens, fewer reads
 
 It prints the time to the first token (prefill), the median time of a step, tokens per second, and
-how many keys of each head a step reads. MoBA's tokens differ from dense ones unless the model was
-trained with MoBA; the two ways to compute them must not differ.
+the number of keys that a step reads for each head. MoBA and full attention generate different
+tokens unless the model was trained with MoBA. The two ways of MoBA must generate the same tokens.
 
-Without --model it makes a small Llama with random weights: its text means nothing, its times do.
-Nothing is downloaded.
+Without --model, the example makes a small Llama with random weights. Its text is meaningless; its
+times are not. Nothing is downloaded.
 
 toy size, half a minute on a CPU:
   python examples/generate.py
@@ -48,13 +48,13 @@ from flexmoba.reporting import add_device, positive, table
 
 
 class Clock:
-    """A streamer for ``generate``, which hands it every token as soon as it is on the host."""
+    """A streamer for ``generate`` that records when each token arrives on the host."""
 
     def __init__(self) -> None:
         self.times = [time.perf_counter()]
 
     def put(self, tokens: Tensor) -> None:
-        if tokens.ndim == 1:  # the prompt, which comes first, has two dimensions
+        if tokens.ndim == 1:  # the prompt comes first and has two dimensions
             self.times.append(time.perf_counter())
 
     def end(self) -> None:
@@ -62,7 +62,7 @@ class Clock:
 
 
 def small_llama(o: argparse.Namespace) -> PreTrainedModel:
-    """Random weights, and bytes for tokens."""
+    """Makes a Llama with random weights and a token for each byte."""
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=256,
@@ -85,7 +85,7 @@ def load(o: argparse.Namespace) -> PreTrainedModel:
 
 
 def prompt_of(o: argparse.Namespace, vocabulary: int) -> Tensor:
-    """Token ids, ``(1, --prompt-tokens)``."""
+    """Returns token ids ``(1, --prompt-tokens)``, int64."""
     text = o.prompt.read_bytes() if o.prompt else bytes(standard_library()[: 8 * o.prompt_tokens])
     if vocabulary == 256:
         ids = torch.frombuffer(bytearray(text or b" "), dtype=torch.uint8).long()[None]
@@ -100,10 +100,10 @@ def prompt_of(o: argparse.Namespace, vocabulary: int) -> Tensor:
 def timed(
     model: PreTrainedModel, ids: Tensor, make_cache: Callable[[], Any], o: argparse.Namespace
 ) -> tuple[Tensor, float, float]:
-    """New tokens ``(n,)``, seconds to the first one, median seconds of a step."""
+    """Returns new tokens ``(n,)``, seconds to the first token, and median seconds of a step."""
     cache = make_cache()
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    if ids.is_cuda:  # compile, capture, and warm up, with the same storage
+    if ids.is_cuda:  # compiles, captures and warms up with the storage of the timed run
         model.generate(ids, past_key_values=cache, max_new_tokens=8, **options)
         cache = make_cache() if isinstance(cache, DynamicCache) else (cache.reset(), cache)[1]
     clock = Clock()
@@ -115,7 +115,7 @@ def timed(
 
 
 def keys_read(o: argparse.Namespace, *, moba: bool, kept_means: bool = True) -> float:
-    """Keys and mean keys that a head reads in a step, on average over the steps."""
+    """Returns the keys and mean keys that a head reads in a step, averaged over the steps."""
     total = 0
     for length in range(o.prompt_tokens + 1, o.prompt_tokens + o.new_tokens):
         own = (length - 1) % o.block_size + 1
@@ -123,7 +123,7 @@ def keys_read(o: argparse.Namespace, *, moba: bool, kept_means: bool = True) -> 
         selected = own + min(o.topk - 1, full_blocks) * o.block_size
         if not moba:
             total += length
-        else:  # where means are not kept, all keys are read to compute them
+        else:  # without kept mean keys, a step reads all keys to compute them
             total += selected + (full_blocks if kept_means else length)
     return total / (o.new_tokens - 1)
 
@@ -170,15 +170,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=Path, metavar="FOLDER", help="a model of transformers on this disk")
+    add("--model", type=Path, metavar="FOLDER", help="a folder with a model of transformers")
     add("--prompt", type=Path, metavar="FILE", help="default: the sources of Python's standard "
         "library")  # fmt: skip
-    add("--prompt-tokens", type=positive, default=16384, help="how many of it (%(default)s)")
-    add("--new-tokens", type=positive, default=32, help="to generate (%(default)s)")
+    add("--prompt-tokens", type=positive, default=16384, help="its first tokens (%(default)s)")
+    add("--new-tokens", type=positive, default=32, help="tokens to generate (%(default)s)")
     add("--block-size", type=positive, default=128, help="keys in a block (%(default)s)")
-    add("--topk", type=positive, default=8, help="blocks of each query (%(default)s)")
-    add("--static", action=argparse.BooleanOptionalAction, default=on_gpu, help="caches whose "
-        "storage never moves, for compiled steps (default: on a GPU)")  # fmt: skip
+    add("--topk", type=positive, default=8, help="blocks for each query (%(default)s)")
+    add("--static", action=argparse.BooleanOptionalAction, default=on_gpu, help="caches with "
+        "fixed storage, for compiled steps (default: on a GPU)")  # fmt: skip
     add("--seed", type=int, default=0)
     add_device(parser)
     o = parser.parse_args(argv)
@@ -187,7 +187,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if o.prompt and not o.prompt.is_file():
         parser.error(f"--prompt {o.prompt}: there is no such file")
     if o.new_tokens < 2:
-        parser.error("--new-tokens must be at least 2: the first comes with the prefill")
+        parser.error("--new-tokens must be at least 2: the prefill makes the first token")
     return o
 
 

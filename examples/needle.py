@@ -1,21 +1,21 @@
-"""Needle retrieval: what does a sparse gate still find, how deep, in how long a context?
+"""Measures needle retrieval of full attention and of MoBA, by depth and context length.
 
-A needle is a key token and a value token after it, somewhere in a haystack of filler tokens. The
-last token asks for a key, and the model must answer with the value. Needles of other keys lie about
-as well, so it has to look for the right one: attention must find one token among many by content.
+A needle is a key token followed by a value token, somewhere in a haystack of filler tokens. The
+last token asks for a key, and the model must answer with its value. The haystack also holds needles
+of other keys, so attention must find one token among many by its content.
 
-Three small models learn the task, each from the same numbers:
+The example trains three small models on the same contexts, from the same initial weights:
 
   full            full attention
-  moba            every query attends to topk blocks; the gate must pick the needle's block by its
-                  mean key (arXiv 2502.13189, Sec. 2.2)
-  moba+conv       the same with a short convolution on the keys (arXiv 2511.11571), which writes a
-                  needle's key into the token that holds its value, and lifts its block's mean
+  moba            every query attends to topk blocks; the gate must select the block of the needle
+                  by its mean key (arXiv 2502.13189, Sec. 2.2)
+  moba+conv       moba with a short convolution on the keys (arXiv 2511.11571), which adds the key
+                  token of a needle to its value token, and so to the mean key of the block
 
-Then each is asked at every depth and length: 0 % is the beginning of the context, the farthest from
-the question. Taking any of the values that lie about is right once in 8.
+Then it tests each model at every depth and length. A depth of 0 % is the beginning of the context,
+farthest from the question. A random choice among the values in the context is right once in 8.
 
-toy size, six minutes on a CPU, of which full attention takes fifteen seconds:
+toy size, six minutes on a CPU (fifteen seconds for full attention alone):
   python examples/needle.py
 
 full size, one GPU, trained on contexts of 8K and tested up to 64K:
@@ -34,15 +34,15 @@ from flexmoba.nn import MobaAttention
 from flexmoba.reporting import add_device, positive, progress, table
 
 KINDS = 16  # of keys, and of values
-NEEDLES = 8  # in a context
+NEEDLES = 8  # in each context
 FILLERS = 16
-# Tokens: keys from 0 on, then values, questions for each key, and fillers.
+# The first token of each kind; keys begin at 0.
 VALUE, ASK, FILLER = KINDS, 2 * KINDS, 3 * KINDS
 VARIANTS = {"full": (False, None), "moba": (True, None), "moba+conv": (True, 3)}
 
 
 class Model(nn.Module):
-    """Logits ``(B, L, KINDS)`` of the values, from tokens ``(B, L)``."""
+    """A small GPT: tokens ``(B, L)`` to logits of the values, ``(B, L, KINDS)``."""
 
     def __init__(self, o: argparse.Namespace, topk: int | None, key_conv: int | None) -> None:
         super().__init__()
@@ -69,19 +69,20 @@ class Model(nn.Module):
 def contexts(
     batch: int, length: int, questions: int, generator: torch.Generator, depth: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Tokens ``(batch, length)`` whose last ones ask, and the answers ``(batch, questions)``.
+    """Returns tokens ``(batch, length)`` and answers ``(batch, questions)``, int64.
 
-    The needle of the first question lies at ``depth`` if given, the others anywhere.
+    The last ``questions`` tokens of each row are questions. The needle of the first question lies
+    at ``depth`` if given, the other needles at random positions.
     """
 
     def some() -> Tensor:
-        """Different ones of all kinds, ``(batch, NEEDLES)``."""
+        """Draws ``(batch, NEEDLES)`` kinds, all different within a row."""
         return torch.rand(batch, KINDS, generator=generator).argsort(1)[:, :NEEDLES]
 
     body = length - questions
     tokens = FILLER + torch.randint(FILLERS, (batch, length), generator=generator)
     keys, values = some(), some()
-    # One needle in each of as many stretches of two tokens, so that none overlap.
+    # Each needle takes one of the pairs of adjacent tokens, so that needles do not overlap.
     places = torch.rand(batch, body // 2, generator=generator)
     if depth is not None:
         places[:, round(depth * (body // 2 - 1))] = 2.0
@@ -97,7 +98,7 @@ def autocast(device: str) -> torch.autocast:
 
 
 def train(model: Model, name: str, o: argparse.Namespace) -> float:
-    """Learns from all questions of fresh contexts; the last loss."""
+    """Trains on all questions of fresh contexts, and returns the last loss."""
     generator = torch.Generator().manual_seed(o.seed)
     optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=0.01)
     run = torch.compile(model) if o.device.startswith("cuda") else model
@@ -116,7 +117,7 @@ def train(model: Model, name: str, o: argparse.Namespace) -> float:
 
 @torch.no_grad()
 def accuracy(model: Model, length: int, depth: float, o: argparse.Namespace) -> float:
-    """Share of --tests contexts, each of one question, that are answered right."""
+    """Returns the share of right answers in --tests contexts of one question each."""
     generator = torch.Generator().manual_seed(o.seed + 1)
     right = 0
     for first in range(0, o.tests, o.batch):
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[int, list[float]]]:
     found: dict[str, dict[int, list[float]]] = {}
     for name in o.variants:
         sparse, key_conv = VARIANTS[name]
-        torch.manual_seed(o.seed)  # the same weights in each
+        torch.manual_seed(o.seed)  # the same initial weights for each model
         model = Model(o, o.topk if sparse else None, key_conv).to(o.device)
         began = time.perf_counter()
         loss = train(model, name, o)
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[int, list[float]]]:
             blocks = -(-length // o.block_size)
             rows.append([f"{length:,}", f"{blocks:,}", *(f"{x:.0%}" for x in cells)])
         print(table(heads, rows))
-    print(f"\nRight answers of {o.tests}; taking any value that lies about gives {1 / NEEDLES:.1%}")
+    print(f"\nRight answers of {o.tests}; a random value of the context gives {1 / NEEDLES:.1%}")
     return found
 
 
@@ -161,7 +162,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
         help=" ".join(VARIANTS))  # fmt: skip
     add("--lengths", type=positive, nargs="+", default=[64, 128, 256], metavar="L",
-        help="contexts to ask in (64 128 256)")  # fmt: skip
+        help="lengths of test contexts (64 128 256)")  # fmt: skip
     sizes = {"train-length": 64, "block-size": 8, "topk": 3, "layers": 2, "dim": 64, "heads": 1}
     sizes |= {"steps": 400, "batch": 16, "tests": 128, "depths": 5}
     for name, size in sizes.items():
@@ -170,11 +171,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add_device(parser)
     o = parser.parse_args(argv)
-    least = 3 * NEEDLES  # two tokens for each needle, and one to ask
+    least = 3 * NEEDLES  # two tokens for each needle, and one for its question
     if min(*o.lengths, o.train_length) < least:
         parser.error(f"a context needs at least {least} tokens for {NEEDLES} needles")
     if o.depths < 2:
-        parser.error("--depths must be at least 2: the beginning and the end")
+        parser.error("--depths must be at least 2, for the beginning and the end")
     if o.dim % o.heads or o.dim // o.heads % 2:
         parser.error(f"--heads must divide --dim {o.dim} into parts of even size")
     return o

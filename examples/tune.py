@@ -1,20 +1,22 @@
-"""Choose block size and topk for a model of your own, apply them, and see what the loss says.
+"""Chooses block size and topk for a model, applies them, and compares validation losses.
 
-flexmoba.tune measures, on the queries and keys that the model's attention sees, how much of full
-attention the selected blocks would capture ("mass"), for a grid of block sizes and topks, and how
-long each takes here. This runs it on a checkpoint of train.py:
+flexmoba.tune measures a grid of block sizes and topks on the queries and keys of the model's
+attention. For each pair it measures the captured mass, which is the share of full attention's
+probability that falls on the selected keys, and the time. The example runs it on a checkpoint of
+train.py:
 
-  1. the model reads unseen text, and `capture` catches its queries and keys;
-  2. `tune` measures the grid; the table has a star at what is worth its cost;
-  3. the recommendation for --mass goes into the model by `set_attention`;
-  4. the validation loss, full, with the recommended blocks, and with the fewest measured, tells
-     what captured mass is worth without any training.
+  1. The model reads unseen text, and `capture` records its queries and keys.
+  2. `tune` measures the grid. A star in the table marks each choice on the frontier of mass and
+     cost.
+  3. `set_attention` applies the recommendation for --mass to the model.
+  4. The example prints the validation loss with full attention, with the recommended blocks, and
+     with the choice that captures the least mass, all without training for them.
 
 toy size, half a minute on a CPU, after the first command has trained a model in four minutes:
   python examples/train.py --attention full --out gpt.pt
   python examples/tune.py gpt.pt --plot tune.png
 
-full size, one GPU, on what the full-size command of train.py wrote:
+full size, one GPU, on the checkpoint of the full-size command of train.py:
   python examples/tune.py gpt.pt --text corpus.txt --block-sizes 128 256 512 1024 2048 \\
       --topks 2 4 8 16 --mass 0.9 --plot tune.png
 
@@ -34,7 +36,7 @@ from flexmoba.tune import Report, capture, tune
 
 
 def load(o: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[GPT, Tensor]:
-    """The model, with full attention, and text that it was not trained on."""
+    """Returns the model, with full attention, and text that it was not trained on."""
     try:
         state = torch.load(o.checkpoint, map_location="cpu", weights_only=True)
         trained = argparse.Namespace(**state["options"])
@@ -52,14 +54,14 @@ def main(argv: list[str] | None = None) -> tuple[Report, dict[str, float]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="FILE", help="what train.py --out wrote")
-    add("--text", nargs="+", metavar="PATH", help="as for train.py; default: what it was given")
+    add("checkpoint", type=Path, metavar="FILE", help="a checkpoint of train.py --out")
+    add("--text", nargs="+", metavar="PATH", help="as for train.py (default: its text)")
     for name, default in (("block-sizes", [8, 16, 32, 64]), ("topks", [2, 3, 4, 8])):
         shown = " ".join(map(str, default))
         add(f"--{name}", type=positive, nargs="+", default=default, metavar="N", help=shown)
     add("--mass", type=float, default=0.9, help="share of attention to capture (%(default)s)")
-    add("--windows", type=positive, default=32, help="to measure the loss on (%(default)s)")
-    add("--no-times", action="store_true", help="time nothing; what is sparsest is cheapest")
+    add("--windows", type=positive, default=32, help="windows to measure the loss on (%(default)s)")
+    add("--no-times", action="store_true", help="measure no times; cost is then the sparsity")
     add("--plot", metavar="FILE", help="draw the frontier (needs matplotlib)")
     add_device(parser)
     o = parser.parse_args(argv)
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> tuple[Report, dict[str, float]]:
         plot_report(report, best).savefig(o.plot)
         print(f"the frontier is drawn in {o.plot}")
     if best is None:
-        print(f"nothing measured captures {o.mass:.0%}; here is what captures most")
+        print(f"no choice captures {o.mass:.0%}; applying the choice that captures most")
         best = max(report.choices, key=lambda x: x.mass)
 
     worst = min(report.choices, key=lambda x: x.mass)

@@ -11,6 +11,7 @@ import torch
 
 from flexmoba import moba_select
 from flexmoba.bench import Config, calls, steps
+from flexmoba.bench.configs import size
 from flexmoba.commands import bench
 from flexmoba.commands.cli import main
 from flexmoba.reference import reference_mask, reference_selection
@@ -176,6 +177,20 @@ def test_documented_tables_are_those_of_the_results(file):
     documented = (DOCS / "benchmarks.md").read_text()
     for table in re.findall(r"(?:^\|.*\n?)+", tables, flags=re.MULTILINE):
         assert table.strip() in documented
+
+
+def test_the_leading_table_is_that_of_the_results():
+    rows = []
+    for result in json.loads((DOCS / "benchmarks" / "h100-flashmoba.json").read_text())["results"]:
+        cells = [size(result["length"]), f"{result['block_size']}/{result['topk']}"]
+        for times in (result["forward_ms"], result["both_ms"]):
+            ours = times["flex_moba"]
+            cells += [f"{ours:.2f}", f"{times['SDPA cuDNN'] / ours:.1f}x"]
+        rows.append(f"| {' | '.join(cells)} |\n")
+    table = re.search(
+        r"^\| tokens .*\n.*\n((?:\|.*\n)+)", (DOCS / "benchmarks.md").read_text(), re.M
+    )
+    assert table[1] == "".join(rows)
 
 
 def test_a_missing_baseline_costs_no_result(monkeypatch, capsys):

@@ -11,19 +11,22 @@ if TYPE_CHECKING:
 
 
 def tables(report: dict[str, Any]) -> str:
-    """A report as Markdown: times forward and both ways, then where the forward time goes."""
+    """Formats a report as Markdown: times of calls and steps, then forward times by stage."""
     results = [(_config(result), result) for result in report["results"]]
     parts = []
     for title, backward in (("Forward", False), ("Forward and backward", True)):
-        rows = [
-            row
-            for config, result in results
-            if (row := _times_row(config, result, report, backward))
-        ]
-        if rows:
-            dense = [name for name in DENSE if any(name in row for row in rows)]
-            heads = [_CONFIG, "sparsity", "flex_moba ms", "TFLOP/s", "of a matmul's", *dense]
-            parts.append(f"{title}\n\n{_table([*heads, _MIB], rows)}")
+        # Documents have baselines of their own: one table for both would be too wide.
+        for suffix, packed in (("", False), (", packed documents", True)):
+            rows = [
+                row
+                for config, result in results
+                if (config.documents > 1) == packed
+                and (row := _times_row(config, result, report, backward))
+            ]
+            if rows:
+                dense = [name for name in DENSE if any(name in row for row in rows)]
+                heads = [_CONFIG, "sparsity", "flex_moba ms", "TFLOP/s", _SHARE, *dense, _MIB]
+                parts.append(f"{title}{suffix}\n\n{_table(heads, rows)}")
     steps = [row for config, result in results if (row := _step_row(config, result))]
     if steps:
         dense = [name for name in DENSE if any(name in row for row in steps)]
@@ -36,13 +39,14 @@ def tables(report: dict[str, Any]) -> str:
     ]
     if splits:
         stages = list(dict.fromkeys(stage for row in splits for stage in row))
-        parts.append(f"Where the forward time goes, in ms\n\n{_table(stages, splits)}")
+        parts.append(f"Forward time by stage, in ms\n\n{_table(stages, splits)}")
     parts += _begins_to_pay(report["results"])
     return "\n\n".join(parts)
 
 
 DENSE = ("SDPA", "SDPA flash", "SDPA cuDNN", "FlexAttention", "varlen flash", "one sequence")
-_CONFIG, _MIB = "batch x heads x length, block, topk", "peak MiB"
+_CONFIG = "batch x heads x length, block, topk"
+_SHARE, _MIB = "of matmul", "peak MiB"
 _STEP = "batch x heads x context, block, topk"
 
 
@@ -125,7 +129,7 @@ def _times_row(
         "sparsity": f"{1 - config.pairs / config.dense_pairs:.1%}",
         "flex_moba ms": f"{ours:.2f}",
         "TFLOP/s": f"{rate:.3g}",
-        "of a matmul's": f"{rate / report['matrix_tflops']:.0%}",
+        _SHARE: f"{rate / report['matrix_tflops']:.0%}",
         **{name: f"{ms:.2f} ({ms / ours:.1f}x)" for name, ms in times.items() if name in DENSE},
         _MIB: "" if memory is None else f"{memory:.0f}",
     }
