@@ -48,6 +48,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexmoba import __version__
 from flexmoba.console import UsageError, add_device, check_writable, positive, progress, table
 from flexmoba.demo import standard_library
 from flexmoba.hybrid import HybridSchedule, set_attention
@@ -61,10 +62,12 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.9)  # of the span that is copied
 class Dense(FlexMoba):
     """A FlexMoba whose full attention is torch's own, to be compared with the fastest there is."""
 
+    grouped = True  # whether the kernel takes fewer KV heads than query heads
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         if self.current_topk is not None:
             return super().forward(q, k, v, **options)
-        if torch.backends.cuda.flash_sdp_enabled():
+        if self.grouped:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -97,6 +100,7 @@ class Block(nn.Module):
         )
         if o.dense != "flex":
             self.attention.moba = Dense(o.block_size, None, **options)
+            self.attention.moba.grouped = o.dense == "flash"
         self.mlp = nn.Sequential(
             nn.Linear(o.dim, 4 * o.dim), nn.GELU(), nn.Linear(4 * o.dim, o.dim)
         )
@@ -348,7 +352,11 @@ class Results:
             "options": {name: x for name, x in vars(o).items() if name != "deadline"},
             "parameters": sum(x.numel() for x in model.parameters()),
             "device": torch.cuda.get_device_name() if cuda else "cpu",
-            "versions": {name: version_of(name) for name in ("torch", "triton", "flexmoba")},
+            "versions": {
+                "flexmoba": __version__,
+                "torch": torch.__version__,
+                "triton": version_of("triton"),
+            },
         }
 
     def speed(self) -> dict[str, float]:
