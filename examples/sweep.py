@@ -38,7 +38,7 @@ from flexmoba.console import positive, table
 HERE = Path(__file__).parent
 
 # 38M parameters, contexts of 16,384 tokens, 65,536 tokens to a step.
-MODEL = "--layers 8 --dim 512 --heads 8 --kv-heads 2 --length 16384 --batch 4 --lr 1.5e-3"
+MODEL = "--layers 8 --dim 512 --heads 8 --kv-heads 2 --length 16384 --batch 4 --lr 1.2e-3"
 MODEL += " --every 200 --windows 96 --check-windows 16"
 STEPS = 1800  # 118M tokens
 
