@@ -1,6 +1,7 @@
 """Train a small GPT on local text with full attention, MoBA, or a hybrid of both.
 
-A byte-level language model whose attention is flexmoba.nn.MobaAttention:
+A language model of bytes, or of the tokens of corpus.py, whose attention is
+flexmoba.nn.MobaAttention:
 
   --attention full     every token attends to all before it
   --attention moba     every token attends to topk blocks, from the first step to the last
@@ -10,7 +11,9 @@ A byte-level language model whose attention is flexmoba.nn.MobaAttention:
 
 It ends with the validation loss by position in the context, as the paper reports it: what a sparse
 model loses, it loses in the trailing tokens, which have most to attend to. Each loss is measured
-with the blocks selected and with full attention, as the parameters serve both.
+with the blocks selected and with full attention, as the parameters serve both. --results writes
+that, the loss of every step and the times into a JSON file, together with the loss of a span that
+the context holds once before, by how deep it lies there.
 
 toy size, four minutes on a CPU:
   python examples/train.py --attention hybrid --out gpt.pt
@@ -20,17 +23,23 @@ full size, one GPU (bfloat16, compiled), 16 contexts to a step, 2 at a time:
       --heads 16 --kv-heads 4 --length 32768 --block-size 2048 --topk 3 --batch 16 \\
       --accumulate 8 --steps 20000 --lr 4e-4 --out gpt.pt
 
+Configurations to compare, one after the other on each GPU: see sweep.py.
+
 On several GPUs put torchrun in place of python: processes share out the contexts of each step. A
-run that was interrupted goes on where --out was last written, with the options it began with, and
-on as many GPUs as there are now:
+run that was interrupted, or stopped by --minutes, goes on where --out was last written, with the
+options it began with, and on as many GPUs as there are now:
   torchrun --nproc-per-node 8 examples/train.py --resume gpt.pt --accumulate 1
 """
 
 import argparse
+import importlib.metadata
+import json
 import math
 import os
+import statistics
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +48,59 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexmoba import __version__
 from flexmoba.commands.demo import standard_library
 from flexmoba.hybrid import HybridSchedule, set_attention
-from flexmoba.nn import MobaAttention
+from flexmoba.nn import FlexMoba, MobaAttention
 from flexmoba.reporting import UsageError, add_device, check_writable, positive, progress, table
 
 BUCKETS = 8  # of positions, in the report
+TIMED = 10  # steps between two readings of the clock, and of the losses
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.9)  # of the span that is copied
+
+
+class Dense(FlexMoba):
+    """A FlexMoba whose full attention is torch's own, to be compared with the fastest there is."""
+
+    grouped = True  # whether the kernel takes fewer KV heads than query heads
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        if self.current_topk is not None:
+            return super().forward(q, k, v, **options)
+        if self.grouped:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def use_kernels(dense: str) -> None:
+    """Restricts torch's scaled_dot_product_attention to one kernel."""
+    if dense != "flex":
+        torch.backends.cuda.enable_flash_sdp(dense == "flash")
+        torch.backends.cuda.enable_cudnn_sdp(dense == "cudnn")
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_math_sdp(not torch.cuda.is_available())
 
 
 class Block(nn.Module):
     def __init__(self, o: argparse.Namespace) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.RMSNorm(o.dim) for _ in range(2))
+        always = {"sink_blocks": o.sink_blocks, "local_blocks": o.local_blocks}
+        options: dict[str, Any] = {name: blocks for name, blocks in always.items() if blocks}
         self.attention = MobaAttention(
-            o.dim, o.heads, o.kv_heads, block_size=o.block_size, topk=None, rope_base=10000.0
+            o.dim,
+            o.heads,
+            o.kv_heads,
+            block_size=o.block_size,
+            topk=None,
+            rope_base=o.rope_base,
+            key_conv=o.key_conv,
+            **options,
         )
+        if o.dense != "flex":
+            self.attention.moba = Dense(o.block_size, None, **options)
+            self.attention.moba.grouped = o.dense == "flash"
         self.mlp = nn.Sequential(
             nn.Linear(o.dim, 4 * o.dim), nn.GELU(), nn.Linear(4 * o.dim, o.dim)
         )
@@ -63,21 +110,70 @@ class Block(nn.Module):
         return x + self.mlp(self.norms[1](x))
 
 
-class GPT(nn.Module):
-    """Logits ``(B, L, 256)`` of the next byte, from bytes ``(B, L)``; full attention at first."""
+class Head(nn.Module):
+    """Logits of the next token; with targets ``(B, L)``, the loss of each, in nats."""
 
     def __init__(self, o: argparse.Namespace) -> None:
         super().__init__()
-        self.embed = nn.Embedding(256, o.dim)
-        self.blocks = nn.ModuleList(Block(o) for _ in range(o.layers))
         self.norm = nn.RMSNorm(o.dim)
-        self.head = nn.Linear(o.dim, 256, bias=False)
+        self.logits = nn.Linear(o.dim, o.vocabulary, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        logits: Tensor = self.logits(self.norm(x))
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        return loss.view_as(targets)
+
+
+class GPT(nn.Module):
+    """Of the next token, from tokens ``(B, L)``: logits, or losses; full attention at first."""
+
+    def __init__(self, o: argparse.Namespace) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(o.vocabulary, o.dim)
+        self.blocks = nn.ModuleList(Block(o) for _ in range(o.layers))
+        self.head = Head(o)
+        std = 0.5 * o.dim**-0.5
+        for module in self.modules():
+            if isinstance(module, (nn.Embedding, nn.Linear)):
+                nn.init.normal_(module.weight, std=std)
+        for block in self.blocks:  # what adds to the stream, as in GPT-2
+            for last in (block.get_submodule("attention.o_proj"), block.get_submodule("mlp.2")):
+                nn.init.normal_(last.get_parameter("weight"), std=std * (2 * o.layers) ** -0.5)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        return self.head(x, targets)
+
+    def compile_parts(self) -> None:
+        """Compiles block by block: layers of equal settings are compiled once."""
+        for part in (*self.blocks, self.head):
+            part.compile(dynamic=False)
+
+
+def data_of(o: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Tokens to train on and to validate on: of a corpus, or bytes."""
+    if not o.tokens:
+        return read(o.text, o.length)
+    files = [Path(o.tokens, f"{name}.bin") for name in ("train", "held_out")]
+    if missing := [str(x) for x in files if not x.is_file()]:
+        sys.exit(f"--tokens: there is no {', '.join(missing)}; corpus.py --out {o.tokens} makes it")
+    sizes = [x.stat().st_size // 2 for x in files]
+    if min(sizes) <= o.length + 1:
+        sys.exit(f"--tokens: {min(sizes):,} of them, too few for --length {o.length}")
+    seen, unseen = (
+        torch.from_file(str(file), size=size, dtype=torch.int16)
+        for file, size in zip(files, sizes, strict=True)
+    )
+    return seen, unseen
+
+
+def vocabulary_of(o: argparse.Namespace) -> int:
+    file = Path(o.tokens or "", "corpus.json")
+    return json.loads(file.read_text())["vocabulary"] if o.tokens and file.is_file() else 256
 
 
 def read(paths: list[str], length: int) -> tuple[Tensor, Tensor]:
@@ -101,37 +197,112 @@ def read(paths: list[str], length: int) -> tuple[Tensor, Tensor]:
 
 def windows(data: Tensor, starts: Tensor, length: int, device: str) -> tuple[Tensor, Tensor]:
     """Inputs and targets, ``(B, length)`` each."""
-    both = data[starts[:, None] + torch.arange(length + 1)].long().to(device)
-    return both[:, :-1], both[:, 1:]
+    both = data[starts[:, None] + torch.arange(length + 1)].long()
+    if device.startswith("cuda"):
+        both = both.pin_memory()  # so that the copy waits for nothing
+    both = both.to(device, non_blocking=True)
+    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+@lru_cache(maxsize=2)
+def order(seed: int, epoch: int, tokens: int, length: int) -> Tensor:
+    """Where the contexts of an epoch begin, shuffled: they do not overlap."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    offset = int(torch.randint(min(length, tokens - length), (), generator=generator))
+    return offset + length * torch.randperm((tokens - offset - 1) // length, generator=generator)
+
+
+def starts_of(step: int, tokens: int, o: argparse.Namespace) -> Tensor:
+    """Where the contexts of a step begin: a function of the seed and the step alone."""
+    starts: list[int] = []
+    epoch, first = 0, step * o.batch
+    while len(starts) < o.batch:
+        drawn = order(o.seed, epoch, tokens, o.length)
+        if first < len(drawn):
+            starts += drawn[first : first + o.batch - len(starts)].tolist()
+        epoch, first = epoch + 1, max(0, first - len(drawn))
+    return torch.tensor(starts)
 
 
 @torch.no_grad()
+def losses_of(model: nn.Module, inputs: Tensor, targets: Tensor, o: argparse.Namespace) -> Tensor:
+    """The loss of each target, ``(B, length)`` float32 on the CPU, of some contexts at a time."""
+    rows = max(1, o.batch // o.accumulate)  # as in training, so that nothing compiles anew
+    some = len(inputs)
+    short = -some % rows
+    inputs, targets = (torch.cat([x, x[:1].expand(short, -1)]) for x in (inputs, targets))
+    parts = []
+    for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
+        with autocast(o.device):
+            parts.append(model(x, y).float().cpu())
+    return torch.cat(parts)[:some]
+
+
+def unseen_windows(data: Tensor, n: int, o: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Contexts spread over a text."""
+    return windows(data, torch.linspace(0, len(data) - o.length - 1, n).long(), o.length, o.device)
+
+
 def loss_by_position(model: nn.Module, data: Tensor, o: argparse.Namespace) -> Tensor:
     """Mean loss at each position, ``(length,)``, in nats, of windows spread over the text."""
-    total = torch.zeros(o.length)
-    starts = torch.linspace(0, len(data) - o.length - 1, o.windows).long()
-    for start in starts.split(4):
-        inputs, targets = windows(data, start, o.length, o.device)
-        with autocast(o.device):
-            logits = model(inputs)
-        total += F.cross_entropy(logits.float().mT, targets, reduction="none").sum(0).cpu()
-    return total / o.windows
+    return losses_of(model, *unseen_windows(data, o.windows, o), o).mean(0)
 
 
-def report(model: nn.Module, schedule: HybridSchedule, data: Tensor, o: argparse.Namespace) -> str:
-    """The validation loss by position, with the blocks selected and with full attention."""
-    sparse = slice(0, o.layers - o.full_layers)
-    set_attention(model, topk=o.topk, layers=sparse)
-    moba = loss_by_position(model, data, o)
-    set_attention(model, topk=None)
-    full = loss_by_position(model, data, o)
+def loss_of_copies(model: nn.Module, data: Tensor, o: argparse.Namespace) -> dict[str, float]:
+    """Mean loss of a span that ends the context and that it holds before, by its depth there.
+
+    The first quarter of the span does not count: there the model learns that it is a copy.
+    """
+    found, span = {}, max(4, o.length // 64)
+    for depth in DEPTHS:
+        inputs, _ = unseen_windows(data, max(1, o.windows // 4), o)
+        at = int(depth * (o.length - 2 * span))
+        inputs[:, -span:] = inputs[:, at : at + span]
+        targets = inputs.roll(-1, 1)
+        losses = losses_of(model, inputs, targets, o)[:, :-1]  # nothing follows the last token
+        found[f"{depth:.0%}"] = losses[:, -(3 * span // 4) :].mean().item()
+    return found
+
+
+def summary(losses: Tensor) -> dict[str, Any]:
+    """Of losses ``(n, length)``: their mean, in parts of the context, and of each context."""
+    part = max(1, losses.shape[1] // BUCKETS)
+    middle = (losses.shape[1] - part) // 2
+    return {
+        "loss": losses.mean().item(),
+        "first": losses[:, :part].mean().item(),
+        "middle": losses[:, middle : middle + part].mean().item(),
+        "last": losses[:, -part:].mean().item(),
+        "by_position": [x.mean().item() for x in losses.chunk(8 * BUCKETS, 1)],
+        "by_window": losses.mean(1).tolist(),
+        "last_by_window": losses[:, -part:].mean(1).tolist(),
+    }
+
+
+def evaluate(
+    model: nn.Module, schedule: HybridSchedule, data: Tensor, o: argparse.Namespace
+) -> dict[str, Any]:
+    """Validation losses with the blocks selected ("moba") and with full attention ("full")."""
+    inputs, targets = unseen_windows(data, o.windows, o)
+    found = {}
+    for name, topk in (("moba", o.topk), ("full", None)):
+        set_attention(model, topk=None)
+        set_attention(model, topk=topk, layers=slice(0, o.layers - o.full_layers))
+        found[name] = summary(losses_of(model, inputs, targets, o))
+        found[name]["copied"] = loss_of_copies(model, data, o)
     schedule.load_state_dict(schedule.state_dict())  # back to the attention of this phase
+    return found
+
+
+def report(found: dict[str, Any], o: argparse.Namespace) -> str:
+    """The validation loss by position, with the blocks selected and with full attention."""
+    moba, full = (torch.tensor(found[name]["by_position"]) for name in ("moba", "full"))
     rows = []
-    for i in range(BUCKETS):
-        at = slice(i * o.length // BUCKETS, (i + 1) * o.length // BUCKETS)
-        name = f"{at.start:,} to {at.stop:,}" + " (trailing)" * (i == BUCKETS - 1)
-        rows.append([name, f"{moba[at].mean():.4f}", f"{full[at].mean():.4f}"])
-    rows.append(["all", f"{moba.mean():.4f}", f"{full.mean():.4f}"])
+    for i, (a, b) in enumerate(zip(moba.chunk(BUCKETS), full.chunk(BUCKETS), strict=True)):
+        name = f"{i * o.length // BUCKETS:,} to {(i + 1) * o.length // BUCKETS:,}"
+        name += " (trailing)" * (i == BUCKETS - 1)
+        rows.append([name, f"{a.mean():.4f}", f"{b.mean():.4f}"])
+    rows.append(["all", *(f"{found[name]['loss']:.4f}" for name in ("moba", "full"))])
     return table(["position", f"blocks of {o.block_size}, topk {o.topk}", "full attention"], rows)
 
 
@@ -171,35 +342,89 @@ def save(state: dict[str, Any], file: str) -> None:
     Path(f"{file}.new").replace(file)
 
 
+class Results:
+    """What ``--results`` writes: settings, the loss of every step, times, validation losses."""
+
+    def __init__(self, o: argparse.Namespace, model: nn.Module, history: dict[str, Any]) -> None:
+        self.o, self.history = o, history
+        cuda = o.device.startswith("cuda")
+        self.about = {
+            "options": {name: x for name, x in vars(o).items() if name != "deadline"},
+            "parameters": sum(x.numel() for x in model.parameters()),
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "versions": {
+                "flexmoba": __version__,
+                "torch": torch.__version__,
+                "triton": version_of("triton"),
+            },
+        }
+
+    def speed(self) -> dict[str, float]:
+        """Of the readings without compilation: milliseconds of a step, and tokens per second."""
+        each = [seconds / n for _, n, seconds, compiles in self.history["times"] if not compiles]
+        if not each:
+            return {}
+        step = statistics.median(each)
+        return {"step_ms": step * 1e3, "tokens_per_second": self.o.batch * self.o.length / step}
+
+    def write(self, **more: Any) -> None:
+        if self.o.results:
+            steps = len(self.history["loss"])
+            done = {"steps": steps, "tokens": steps * self.o.batch * self.o.length}
+            text = json.dumps(self.about | done | self.speed() | more | {"history": self.history})
+            Path(f"{self.o.results}.new").write_text(text + "\n")
+            Path(f"{self.o.results}.new").replace(self.o.results)
+
+
+def version_of(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> GPT:
     torch.manual_seed(o.seed)
-    seen, unseen = read(o.text, o.length)
+    use_kernels(o.dense)
+    seen, unseen = data_of(o)
+    cuda = o.device.startswith("cuda")
     model = GPT(o).to(o.device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=cuda
+    )
     schedule = schedule_of(model, o)
+    history: dict[str, Any] = {"loss": [], "times": [], "checks": []}
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-    # Settings of attention are constants of a compiled graph: each phase compiles once.
-    run: Any = torch.compile(model) if o.device.startswith("cuda") else model
+        history = state["history"]
+    if cuda:  # settings of attention are constants of a compiled graph: each compiles once
+        model.compile_parts()
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    say = print if rank == 0 else lambda *_: None
-    parameters = sum(x.numel() for x in model.parameters())
-    say(f"{parameters:,} parameters, {len(seen):,} bytes, {o.attention}, {o.device}"
-        + f", {processes} processes" * (processes > 1))  # fmt: skip
-    began, tokens = time.perf_counter(), 0
+    say = print if rank == 0 else lambda *_, **__: None
+    results = Results(o, model, history)
+    unit = "tokens" if o.tokens else "bytes"
+    say(f"{results.about['parameters']:,} parameters, {len(seen):,} {unit}, {o.attention}, "
+        f"{o.device}" + f", {processes} processes" * (processes > 1), flush=True)  # fmt: skip
+
+    def checkpoint() -> None:
+        if o.out and rank == 0:
+            parts: Any = {"model": model, "optimizer": optimizer, "schedule": schedule}
+            saved = {name: part.state_dict() for name, part in parts.items()}
+            save(saved | {"history": history, "options": vars(o)}, o.out)
+        if rank == 0:
+            results.write()
+
+    losses: list[Tensor] = []
+    compiles, began, said, said_tokens = True, time.perf_counter(), time.perf_counter(), 0
     steps = range(schedule.count, o.until or o.steps)
     for step in progress(steps, "training") if rank == 0 else steps:
-        # Every step draws from a seed of its own, so that a resumed run sees what it would have.
-        generator = torch.Generator().manual_seed(o.seed * 1_000_003 + step)
-        starts = torch.randint(len(seen) - o.length, (o.batch,), generator=generator)
-        loss = torch.zeros((), device=o.device)
+        starts, loss = starts_of(step, len(seen), o), torch.zeros((), device=o.device)
         for some in starts.view(o.accumulate, processes, -1)[:, rank]:
             inputs, targets = windows(seen, some, o.length, o.device)
             with autocast(o.device):
-                logits = run(inputs)
-            part = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) / o.accumulate
+                part = model(inputs, targets).mean() / o.accumulate
             part.backward()
             loss += part.detach()
         if processes > 1:
@@ -210,21 +435,44 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> GPT:
             group["lr"] = learning_rate(step, o)
         optimizer.step()
         optimizer.zero_grad()
-        tokens += o.batch * o.length
-        if schedule.step():
+        losses.append(loss)
+        said_tokens += o.batch * o.length
+        switched = schedule.step()
+        if switched:
             moba = model.get_submodule("blocks.0.attention.moba")
-            say(f"step {schedule.count}: {moba} from here on")
-        last = schedule.count == (o.until or o.steps)
-        if last or schedule.count % o.every == 0:
-            speed = tokens / (time.perf_counter() - began)
-            say(f"step {schedule.count}: loss {loss.item():.4f}, {speed:,.0f} tokens/s")
-            if o.out and rank == 0:
-                parts: Any = {"model": model, "optimizer": optimizer, "schedule": schedule}
-                saved = {name: part.state_dict() for name, part in parts.items()}
-                save(saved | {"options": vars(o)}, o.out)
+            say(f"step {schedule.count}: {moba} from here on", flush=True)
+        stop = schedule.count == (o.until or o.steps)
+        if stop or switched or schedule.count % TIMED == 0 or schedule.count % o.every == 0:
+            history["loss"] += torch.stack(losses).tolist()  # waits for the device
+            seconds = time.perf_counter() - began
+            history["times"].append([schedule.count, len(losses), seconds, compiles])
+            losses, compiles = [], switched
+            late = torch.tensor(float(time.monotonic() > o.deadline))
+            if processes > 1:  # all stop, or none does
+                dist.broadcast(late := late.to(o.device), 0)
+            stop = stop or bool(late)
+            if stop or schedule.count % o.every == 0:
+                now = time.perf_counter()
+                say(f"step {schedule.count}: loss {history['loss'][-1]:.4f}, "
+                    f"{said_tokens / (now - said):,.0f} tokens/s", flush=True)  # fmt: skip
+                if rank == 0 and o.check_windows and not stop:
+                    few = unseen_windows(unseen, o.check_windows, o)
+                    checked = losses_of(model, *few, o)
+                    part = max(1, o.length // BUCKETS)
+                    history["checks"].append(
+                        [schedule.count, checked.mean().item(), checked[:, -part:].mean().item()]
+                    )
+                checkpoint()
+                said, said_tokens = time.perf_counter(), 0
+            if stop and schedule.count < (o.until or o.steps):
+                say(f"stopped by --minutes at step {schedule.count}; --resume goes on", flush=True)
+                return model
+            began = time.perf_counter()
     if rank == 0:
-        print(f"\nValidation loss (nats per byte) after {schedule.count} steps\n")
-        print(report(run, schedule, unseen, o))
+        found = evaluate(model, schedule, unseen, o)
+        results.write(final=found)
+        print(f"\nValidation loss (nats per {unit[:-1]}) after {schedule.count} steps\n")
+        print(report(found, o), flush=True)
     return model
 
 
@@ -236,10 +484,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--attention", choices=["full", "moba", "hybrid"], default="hybrid")
     add("--text", nargs="+", default=[], metavar="PATH", help="files or folders, read whole; one "
         "file alone is mapped (default: the sources of Python's standard library)")  # fmt: skip
+    add("--tokens", metavar="FOLDER", help="a corpus of corpus.py, in place of --text")
     add("--block-size", type=positive, default=32, help="keys in a block (%(default)s)")
     add("--topk", type=positive, default=3, help="blocks of each query (%(default)s)")
     add("--full-share", type=float, default=0.1, help="of hybrid's steps (%(default)s)")
     add("--full-layers", type=int, default=0, help="last layers always full (%(default)s)")
+    add("--key-conv", type=int, choices=[3, 5], help="width of a convolution on keys (none)")
+    add("--sink-blocks", type=int, default=0, help="first blocks, always seen (%(default)s)")
+    add("--local-blocks", type=int, default=0, help="blocks before the own one, always seen "
+        "(%(default)s)")  # fmt: skip
+    add("--dense", choices=["flex", "flash", "cudnn"], default="flex", help="kernel of full "
+        "attention: flexmoba's FlexAttention, or one of torch's (%(default)s)")  # fmt: skip
+    add("--rope-base", type=float, default=10000.0, help="of rotary embeddings (%(default)s)")
     sizes = {"layers": 2, "dim": 128, "heads": 4, "kv-heads": 2, "length": 512, "batch": 8}
     sizes |= {"steps": 400, "windows": 32, "every": 100}
     notes = {"length": "tokens of context, ", "windows": "to validate on, "}
@@ -253,18 +509,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add_device(parser)
     add("--until", type=positive, metavar="STEP", help="stop there, to resume later")
+    add("--minutes", type=float, help="stop after so long, to resume later")
+    add("--check-windows", type=int, default=0, help="to validate on every --every steps "
+        "(%(default)s)")  # fmt: skip
+    add("--results", metavar="FILE", help="write losses and times there, as JSON")
     add("--out", metavar="FILE", help="where checkpoints go")
     add("--resume", metavar="FILE", help="go on from a checkpoint; of other options, only "
-        "--until, --accumulate and --device count")  # fmt: skip
+        "--until, --minutes, --accumulate, --results and --device count")  # fmt: skip
     o = parser.parse_args(argv)
     if o.resume and not Path(o.resume).is_file():
         parser.error(f"--resume: there is no {o.resume}")
     try:
-        check_writable(out=o.out)
+        check_writable(out=o.out, results=o.results)
     except UsageError as error:
         parser.error(str(error))
     if not 0 < o.full_share < 1 or not 0 <= o.full_layers <= o.layers:
         parser.error("--full-share must lie between 0 and 1, --full-layers from 0 to --layers")
+    if o.topk < o.sink_blocks + o.local_blocks + 1:
+        parser.error("--topk must be at least --sink-blocks plus --local-blocks plus 1")
     if o.dim % o.heads or o.heads % o.kv_heads or o.dim // o.heads % 2 or o.length < BUCKETS:
         parser.error(
             f"--heads must divide --dim into even parts, --kv-heads --heads; --length >= {BUCKETS}"
@@ -273,11 +535,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> GPT:
+    began = time.monotonic()
     o, state = parse(argv), None
+    o.vocabulary = vocabulary_of(o)
     if o.resume:
         try:
             state = torch.load(o.resume, map_location="cpu", weights_only=True)
-            kept = {name: getattr(o, name) for name in ("until", "accumulate", "device")}
+            now = ("until", "minutes", "accumulate", "results", "device")
+            kept = {name: getattr(o, name) for name in now}
             o = argparse.Namespace(**state["options"] | kept | {"out": o.resume})
         except Exception as error:
             sys.exit(f"--resume {o.resume}: no checkpoint of this program ({type(error).__name__})")
@@ -291,6 +556,7 @@ def main(argv: list[str] | None = None) -> GPT:
         if o.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
+    o.deadline = math.inf if o.minutes is None else began + 60 * o.minutes
     try:
         return train(o, state)
     finally:

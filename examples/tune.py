@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from train import GPT, loss_by_position, read, windows
+from train import GPT, data_of, loss_by_position, read, windows
 
 from flexmoba.hybrid import set_attention
 from flexmoba.reporting import UsageError, add_device, check_writable, positive
@@ -44,8 +44,9 @@ def load(o: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[GPT, T
         parser.error(f"{o.checkpoint} is no checkpoint of train.py ({type(error).__name__})")
     model = GPT(trained).to(o.device).eval()
     model.load_state_dict(state["model"])
-    o.length = trained.length
-    _, unseen = read(o.text or trained.text, o.length)
+    for name in ("length", "batch", "accumulate"):
+        setattr(o, name, getattr(trained, name))
+    _, unseen = read(o.text, o.length) if o.text else data_of(trained)
     return model, unseen
 
 

@@ -1,5 +1,7 @@
 """The examples, at toy size: what they say they show is what happens."""
 
+import itertools
+import json
 import re
 import subprocess
 import sys
@@ -14,7 +16,8 @@ from tests.conftest import assert_bitwise_equal
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
-HUGGING_FACE = ("finetune_transformers", "generate")
+HUGGING_FACE = ("corpus", "finetune_transformers", "generate", "loss_by_position")
+NO_DEVICE = {"corpus", "sweep"}
 
 TINY = ["--layers", "2", "--dim", "32", "--heads", "2", "--kv-heads", "1", "--batch", "4"]
 TINY += ["--length", "64", "--block-size", "8", "--topk", "3", "--windows", "4", "--device", "cpu"]
@@ -51,7 +54,7 @@ def fails(main, arguments, capsys):
     return capsys.readouterr().err + str(error.value.code)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES} - NO_DEVICE))
 def test_an_unknown_device_is_named(example, name, capsys):
     assert "--device: nothing: no such kind" in fails(
         example(name).main, ["--device", "nothing"], capsys
@@ -157,7 +160,7 @@ def loss_rows(printed):
 
 def test_moba_learns_from_its_context(example, text, capsys):
     sizes = ["--layers", "1", "--block-size", "16", "--topk", "2"]
-    arguments = ["--text", text, "--steps", "50", "--attention", "moba", "--lr", "2e-2"]
+    arguments = ["--text", text, "--steps", "100", "--attention", "moba", "--lr", "3e-2"]
     example("train").main([*arguments, *TINY, *sizes])
     moba = [row[0] for row in loss_rows(capsys.readouterr().out)]
     # Letters alone leave log(16) = 2.77. Without attention, all that is known is that the last one
@@ -185,6 +188,148 @@ def test_moba_learns_from_its_context(example, text, capsys):
 )
 def test_training_says_what_is_wrong(example, arguments, text, capsys):
     assert text in fails(example("train").main, arguments, capsys)
+
+
+# ---- corpus.py and train.py on its tokens -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Of three projects of numbers in words, one held out, another in two files."""
+    pytest.importorskip("tokenizers")
+    root = tmp_path_factory.mktemp("projects")
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    generator = torch.Generator().manual_seed(0)
+    for name in ("a/x.py", "a/y.md", "rich/z.py", "b/table.txt", "b/copy.py", "b/data.bin"):
+        path = root / name
+        path.parent.mkdir(exist_ok=True)
+        drawn = torch.randint(10, (2000,), generator=generator).tolist()
+        path.write_text("\n".join(words[i] for i in drawn))
+    (root / "b/table.txt").write_text("0.123456789\n" * 100)  # numbers: no text
+    (root / "b/copy.py").write_bytes((root / "a/x.py").read_bytes())
+    return root
+
+
+def test_a_corpus_keeps_projects_together(example, corpus, tmp_path, capsys):
+    from tokenizers import Tokenizer
+
+    made = ["--roots", str(corpus), "--vocabulary", "300", "--out"]
+    about = example("corpus").main([*made, str(tmp_path)])
+    assert about["train_projects"].keys() == {"a"}  # b held a copy, and numbers
+    assert about["held_out_projects"].keys() == {"rich"}
+    tokens = torch.from_file(
+        str(tmp_path / "train.bin"), size=about["train_tokens"], dtype=torch.int16
+    )
+    text = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).decode(tokens.tolist())
+    x, y = ((corpus / "a" / name).read_text() for name in ("x.py", "y.md"))
+    assert text == f"# a/x.py\n{x}\n\n# a/y.md\n{y}\n\n"
+    again = tmp_path / "again"
+    example("corpus").main([*made, str(again)])
+    for name in ("train.bin", "held_out.bin", "tokenizer.json"):
+        assert (again / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_training_stops_in_time_and_goes_on_bitwise(example, corpus, tmp_path, monkeypatch):
+    train = example("train")
+    tokens, results = str(tmp_path / "tokens"), tmp_path / "results.json"
+    example("corpus").main(["--roots", str(corpus), "--vocabulary", "300", "--out", tokens])
+    parts = tmp_path / "parts.pt"
+    options = ["--tokens", tokens, "--steps", "30", "--every", "5", "--key-conv", "3", *TINY]
+    options += ["--check-windows", "2", "--full-layers", "1", "--sink-blocks", "1"]
+    expected = train.main(options)
+    times = iter([0.0, *[1.0] * 2, 100.0])  # it begins; steps 5, 10 and 15
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(train, "progress", lambda x, _: x)
+    train.main([*options, "--minutes", "1", "--out", str(parts), "--results", str(results)])
+    stopped = json.loads(results.read_text())
+    assert stopped["steps"] == 15
+    assert stopped["tokens"] == 15 * 4 * 64
+    assert "final" not in stopped
+    monkeypatch.undo()
+    resumed = train.main(["--resume", str(parts), "--results", str(results), "--device", "cpu"])
+    for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
+        assert_bitwise_equal(a, b)
+    whole = json.loads(results.read_text())
+    assert whole["steps"] == len(whole["history"]["loss"]) == 30
+    assert whole["history"]["loss"][:15] == stopped["history"]["loss"]
+    assert [step for step, *_ in whole["history"]["checks"]] == [5, 10, 20, 25]
+    assert sum(n for _, n, _, _ in whole["history"]["times"]) == 30
+    assert whole["step_ms"] > 0
+    for kind in ("moba", "full"):
+        final = whole["final"][kind]
+        assert final["loss"] == pytest.approx(sum(final["by_position"]) / 64, rel=1e-5)
+        assert final["last"] == pytest.approx(sum(final["by_position"][-8:]) / 8, rel=1e-5)
+        assert list(final["copied"]) == ["0%", "25%", "50%", "75%", "90%"]
+    assert whole["final"]["moba"]["loss"] != whole["final"]["full"]["loss"]
+
+
+def test_contexts_of_an_epoch_do_not_overlap(example):
+    train = example("train")
+    o = train.parse(["--length", "10", "--batch", "3"])
+    seen = [x for step in range(6) for x in train.starts_of(step, 100, o).tolist()]
+    for epoch in (sorted(seen[:9]), sorted(seen[9:18])):
+        assert [b - a for a, b in itertools.pairwise(epoch)] == [10] * 8
+        assert epoch[0] >= 0
+        assert epoch[-1] + 10 < 100
+    assert seen[:9] != seen[9:18]
+
+
+@pytest.mark.parametrize("dense", ["flash", "cudnn"])
+def test_full_attention_by_torch_is_the_same(example, text, dense, capsys):
+    options = ["--text", text, "--steps", "3", "--attention", "hybrid", "--full-share", "0.4"]
+    expected = example("train").main([*options, *TINY])
+    model = example("train").main([*options, *TINY, "--dense", dense])
+    for a, b in zip(expected.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+# ---- sweep.py -----------------------------------------------------------------------------------
+
+
+def test_a_sweep_stops_goes_on_and_outlives_a_failure(
+    example, corpus, tmp_path, monkeypatch, capsys
+):
+    sweep, work, results = example("sweep"), tmp_path / "work", tmp_path / "sweep.json"
+    example("corpus").main(
+        ["--roots", str(corpus), "--vocabulary", "300", "--out", str(work / "tokens")]
+    )
+    runs = {"full": "--attention full", "wrong": "--topk 0", "8x3": "--attention moba"}
+    monkeypatch.setattr(sweep, "TOY_RUNS", runs)
+    monkeypatch.setattr(sweep, "TOY_MODEL", " ".join([*TINY, "--every", "10"]))
+    monkeypatch.setattr(sweep, "EVALUATION", 200)
+    options = ["--toy", "--steps", "150", "--work", str(work), "--results", str(results)]
+    first = sweep.main([*options, "--minutes", "0.001", "--least", "-1000"])["runs"]
+    assert [x["status"] for x in first.values()] == ["stopped", "failed", "stopped"]
+    assert "--topk: must be at least 1" in first["wrong"]["error"]
+    assert 10 <= first["full"]["steps"] < 150
+    script = tmp_path / "first.sh"
+    script.write_text("echo $1 > $2")
+    more = ["--first", str(script), "done", str(tmp_path / "said")]
+    second = sweep.main([*options, *more])["runs"]
+    assert (tmp_path / "said").read_text() == "done\n"
+    assert [x["status"] for x in second.values()] == ["done", "failed", "done"]
+    for name in ("full", "8x3"):
+        losses = [x[name]["history"]["loss"] for x in (first, second)]
+        assert losses[1][: len(losses[0])] == losses[0]
+        assert len(losses[1]) == 150
+    printed = capsys.readouterr().out
+    assert re.search(r"\| +8x3 \| +\d\.\d{4} \|", printed)
+    # With those results at hand, nothing runs again.
+    third = sweep.main([*options, "--work", str(tmp_path / "new"), "--have", str(results),
+                        "--only", "full", "8x3"])  # fmt: skip
+    assert third["runs"]["full"] == second["full"]
+
+
+def test_a_smoke_test_tries_each_configuration(example, tmp_path, monkeypatch):
+    sweep = example("sweep")
+    monkeypatch.setattr(sweep, "TOY_RUNS", {"full": "--attention full", "wrong": "--topk 0"})
+    monkeypatch.setattr(sweep, "TOY_MODEL", " ".join(TINY))
+    sweep.random_tokens(tmp_path / "random", 300)
+    (tmp_path / "smoke").mkdir()
+    sweep.main(["--toy", "--do-smoke", "--only", "wrong", "full", "--work", str(tmp_path)])
+    found = {x.stem: json.loads(x.read_text()) for x in (tmp_path / "smoke").glob("*.done")}
+    assert found["full"]["tokens_per_second"] > 0
+    assert "SystemExit" in found["wrong"]["error"]
 
 
 # ---- tune.py ------------------------------------------------------------------------------------
@@ -305,6 +450,55 @@ def test_conversion_loses_what_fine_tuning_brings_back(example, text, tmp_path):
 )
 def test_fine_tuning_says_what_is_wrong(example, arguments, text, capsys):
     assert text in fails(example("finetune_transformers").main, arguments, capsys)
+
+
+# ---- loss_by_position.py ------------------------------------------------------------------------
+
+
+def test_settings_are_measured_beside_full_attention(example, text, tmp_path, capsys):
+    main, file = example("loss_by_position").main, tmp_path / "loss.json"
+    options = ["--text", text, "--length", "128", "--windows", "2", "--pretrain-steps", "2"]
+    report = main([*options, "--most", "4", "--json", str(file), "--device", "cpu"])
+    assert json.loads(file.read_text()) == report
+    names = [x["name"] for x in report["settings"]]
+    assert names == [
+        "full attention",
+        "1 x 32, sink 1, local 1",
+        "1 x 32",
+        "2 x 16, sink 1, local 1",
+    ]
+    losses = [x["texts"]["text"]["loss"] for x in report["settings"]]
+    assert len(set(losses)) == 4
+    assert "| 1 x 32, sink 1, local 1 |" in capsys.readouterr().out
+    for x in report["settings"]:
+        found = x["texts"]["text"]
+        assert len(found["by_window"]) == 2
+        assert sum(found["by_window"]) / 2 == pytest.approx(found["loss"], rel=1e-5)
+
+
+def test_every_setting_of_the_grid_serves(example):
+    grid = example("loss_by_position")
+    model = grid.tiny_llama().eval()
+    tokens = torch.randint(256, (1, 128), generator=torch.Generator().manual_seed(0))
+    settings = grid.settings_of(128, 2)
+    assert {"gate", "first_full", "sink_blocks", "local_blocks"} <= {y for x in settings for y in x}
+    with torch.no_grad():
+        for setting in settings[1:]:
+            grid.apply(model, setting)
+            assert model(tokens).logits.isfinite().all(), grid.name_of(setting)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--text", "nowhere"], "there is no nowhere"),
+        (["--model", "nowhere"], "there is no such folder; nothing is downloaded"),
+        (["--model", str(EXAMPLES)], "transformers cannot load it"),
+        (["--json", "nowhere/x.json"], "there is no folder nowhere"),
+    ],
+)
+def test_loss_by_position_says_what_is_wrong(example, arguments, text, capsys):
+    assert text in fails(example("loss_by_position").main, arguments, capsys)
 
 
 # ---- generate.py --------------------------------------------------------------------------------

@@ -1,0 +1,256 @@
+"""May a model be converted as it is? Its loss by position, untrained, for many settings of MoBA.
+
+A model of transformers reads long texts: with full attention, and converted, over block size and
+topk, without and with blocks that are always selected (`sink_blocks`, `local_blocks`), by the gate
+of each head or group, with the first and last layers full. All read the same contexts, so compare
+with full attention within a text: the table has the mean loss, that of the second half of the
+context, and how much more than full attention's the mean is. --json keeps the loss of each
+sixty-fourth of the context and of each context.
+
+Without --model it trains a tiny Llama on the text first, so that there is something to lose.
+
+toy size, two minutes on a CPU:
+  python examples/loss_by_position.py --json loss.json
+
+full size, one GPU, a model in a folder of yours (--gguf names a file in it):
+  python examples/loss_by_position.py --model ./smollm2 --text prose.txt source.txt \\
+      --length 8192 --windows 16 --json loss.json
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from finetune_transformers import tiny_llama, train
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from flexmoba.commands.demo import standard_library
+from flexmoba.integrations.transformers import convert
+from flexmoba.reporting import UsageError, add_device, check_writable, positive, table
+
+PARTS = 64  # of the context, in the JSON file
+Setting = dict[str, Any]  # of MoBA; {} is full attention
+
+
+def settings_of(length: int, layers: int) -> list[Setting]:
+    """What to measure: block sizes at equal numbers of keys, then variants of some."""
+    always = {"sink_blocks": 1, "local_blocks": 1}
+    found: list[Setting] = [{}]
+    for share in (4, 8, 16):
+        for blocks in (256, 128, 64, 32, 16):
+            size = max(1, length // blocks)
+            topk = length // share // size
+            plain = {"block_size": size, "topk": topk}
+            found += [plain | always] * (topk >= 3) + [plain] * (topk >= 1)
+    few, some = max(1, layers // 15), max(1, layers // 10)
+    for size in (length // 128, length // 64):  # at an eighth of the keys
+        base = {"block_size": size, "topk": length // 8 // size}
+        found += [base | {"sink_blocks": 1}, base | {"local_blocks": 1}]
+        found += [base | {"sink_blocks": 1, "local_blocks": n} for n in (2, 4)]
+        found += [base | always | {"gate": "group"}]
+        found += [
+            base | more | {"first_full": first, "last_full": last}
+            for first, last in ((few, 0), (0, some), (few, some))
+            for more in (always, {})
+            if first + last < layers
+        ]
+    unique = {json.dumps(x, sort_keys=True): x for x in found}
+    return [x for x in unique.values() if not x or room(x)]
+
+
+def room(x: Setting) -> bool:
+    return bool(x["topk"] > x.get("sink_blocks", 0) + x.get("local_blocks", 0))
+
+
+def name_of(x: Setting) -> str:
+    if not x:
+        return "full attention"
+    name = f"{x['block_size']} x {x['topk']}"
+    for option, text in (
+        *(("sink_blocks", "sink {}"), ("local_blocks", "local {}"), ("gate", "by {}")),
+        *(("first_full", "first {} full"), ("last_full", "last {} full")),
+    ):
+        if x.get(option):
+            name += f", {text.format(x[option])}"
+    return name
+
+
+def apply(model: PreTrainedModel, x: Setting) -> None:
+    """Converts the model, which may be converted already."""
+    options = dict(x)
+    first, last = options.pop("first_full", 0), options.pop("last_full", 0)
+    size, topk = options.pop("block_size"), options.pop("topk")
+    middle = model.config.num_hidden_layers - first - last
+    convert(model, size, [None] * first + [topk] * middle + [None] * last, **options)
+
+
+@torch.no_grad()
+def losses_of(model: PreTrainedModel, contexts: Tensor, o: argparse.Namespace) -> Tensor:
+    """The loss of each token but the first, ``(n, length - 1)`` float32 on the CPU."""
+    parts = []
+    for some in contexts.split(o.batch):
+        logits = model(input_ids=some.to(o.device), use_cache=False).logits
+        for row, tokens in zip(logits, some.to(o.device), strict=True):
+            parts.append(F.cross_entropy(row[:-1].float(), tokens[1:], reduction="none").cpu())
+    return torch.stack(parts)
+
+
+def load(o: argparse.Namespace) -> PreTrainedModel:
+    dtype = torch.bfloat16 if o.device.startswith("cuda") else torch.float32
+    file = {"gguf_file": o.gguf} if o.gguf else {}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            o.model, local_files_only=True, dtype=dtype, attn_implementation="sdpa", **file
+        )
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"--model {o.model}: transformers cannot load it: {str(error).splitlines()[0]}")
+    return model.to(o.device).eval()
+
+
+def contexts_of(o: argparse.Namespace) -> dict[str, Tensor]:
+    """Contexts ``(windows, length)`` of each text, spread over it."""
+    file = {"gguf_file": o.gguf} if o.gguf else {}
+    found = {}
+    for path in o.text:
+        if o.model:
+            tokenizer = AutoTokenizer.from_pretrained(o.model, local_files_only=True, **file)
+            text = path.read_text(errors="replace")
+            # In pieces, as tokenizers warn of texts longer than the model's context.
+            pieces = [text[i : i + 10_000] for i in range(0, len(text), 10_000)]
+            ids = tokenizer(pieces, add_special_tokens=False).input_ids
+            tokens = torch.tensor([y for x in ids for y in x])
+        else:
+            tokens = torch.tensor(list(path.read_bytes()))
+        found[path.stem] = spread(tokens, o)
+    if not o.text:
+        found["standard library"] = spread(standard_library()[-4_000_000:].long(), o)
+    return found
+
+
+def spread(tokens: Tensor, o: argparse.Namespace) -> Tensor:
+    if len(tokens) < o.length:
+        sys.exit(f"a text has {len(tokens):,} tokens; --length {o.length} needs as many")
+    starts = torch.linspace(0, len(tokens) - o.length, o.windows).long()
+    return tokens[starts[:, None] + torch.arange(o.length)]
+
+
+def summary(losses: Tensor) -> dict[str, Any]:
+    return {
+        "loss": losses.mean().item(),
+        "second_half": losses[:, losses.shape[1] // 2 :].mean().item(),
+        "by_position": [x.mean().item() for x in losses.chunk(PARTS, 1)],
+        "by_window": losses.mean(1).tolist(),
+        "second_half_by_window": losses[:, losses.shape[1] // 2 :].mean(1).tolist(),
+    }
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    o = parse(argv)
+    deadline = time.monotonic() + 60 * o.minutes
+    torch.manual_seed(o.seed)
+    texts = contexts_of(o)
+    if o.model:
+        model = load(o)
+    else:
+        model = tiny_llama().to(o.device)
+        print(f"a tiny model learns with full attention for {o.pretrain_steps} steps", flush=True)
+        train(
+            model,
+            standard_library()[:4_000_000].long(),
+            o.pretrain_steps,
+            3e-3,
+            o,
+            "full attention",
+        )
+        model.eval()
+    settings = settings_of(o.length, model.config.num_hidden_layers)[: o.most]
+    report: dict[str, Any] = {
+        "options": {name: str(x) if isinstance(x, Path) else x for name, x in vars(o).items()}
+        | {"text": [str(x) for x in o.text]},
+        "model": f"{type(model).__name__}, {model.num_parameters():,} parameters, {model.dtype}",
+        "device": torch.cuda.get_device_name() if o.device.startswith("cuda") else "cpu",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "settings": [],
+    }
+    print(f"{report['model']}; {len(settings)} settings, {', '.join(texts)}", flush=True)
+    dense: dict[str, float] = {}
+    for x in settings:
+        entry: dict[str, Any] = {"name": name_of(x)} | {"setting": x}
+        began = time.monotonic()
+        try:
+            if x:
+                apply(model, x)
+            entry["texts"] = {
+                name: summary(losses_of(model, contexts, o)) for name, contexts in texts.items()
+            }
+        except Exception as error:  # the next setting may serve
+            entry["error"] = f"{type(error).__name__}: {error}"[-1000:]
+        entry["seconds"] = time.monotonic() - began
+        report["settings"].append(entry)
+        if o.json:
+            new = Path(f"{o.json}.new")
+            new.write_text(json.dumps(report) + "\n")
+            new.replace(o.json)
+        found = entry.get("texts", {})
+        dense = dense or {name: y["loss"] for name, y in found.items()}
+        print(f"{entry['name']}: {entry.get('error') or cells(found, dense)}", flush=True)
+        if time.monotonic() > deadline:
+            print("stopped by --minutes", flush=True)
+            break
+    heads = ["", *(f"{name}: loss / second half" for name in texts)]
+    rows = [
+        [entry["name"], *cells(entry["texts"], dense)]
+        for entry in report["settings"]
+        if "texts" in entry
+    ]
+    print(f"\nNats per token, and beyond full attention's\n\n{table(heads, rows)}")
+    return report
+
+
+def cells(found: dict[str, Any], dense: dict[str, float]) -> list[str]:
+    return [
+        f"{x['loss']:.4f} / {x['second_half']:.4f} ({x['loss'] / dense[name] - 1:+.1%})"
+        for name, x in found.items()
+    ]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", metavar="FOLDER", help="a model of transformers on this disk")
+    add("--gguf", metavar="FILE", help="in that folder, the model as GGUF")
+    add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="default: the sources of "
+        "Python's standard library")  # fmt: skip
+    add("--length", type=positive, default=512, help="tokens of context (%(default)s)")
+    add("--windows", type=positive, default=8, help="contexts of each text (%(default)s)")
+    add("--batch", type=positive, default=4, help="contexts at a time (%(default)s)")
+    add("--most", type=positive, default=None, metavar="N", help="settings to measure")
+    add("--minutes", type=float, default=math.inf, help="stop after so long")
+    add("--pretrain-steps", type=positive, default=200, help="without --model (%(default)s)")
+    add("--seed", type=int, default=0)
+    add("--json", metavar="FILE", help="write all that was measured there")
+    add_device(parser)
+    o = parser.parse_args(argv)
+    if missing := [str(x) for x in o.text if not x.is_file()]:
+        parser.error(f"there is no {', '.join(missing)}")
+    if o.model and not Path(o.model).is_dir():
+        parser.error(f"--model {o.model}: there is no such folder; nothing is downloaded")
+    try:
+        check_writable(json=o.json)
+    except UsageError as error:
+        parser.error(str(error))
+    return o
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,374 @@
+"""Train one small GPT for each way to attend, side by side on several GPUs, and compare.
+
+Every configuration is a run of train.py with the same seed, contexts and number of tokens. Each
+GPU takes the next one of the list as soon as it is free. After --minutes all stop with a
+checkpoint in --work; the same command goes on from there, unfinished runs first. A run that fails
+stops no other. --results is written anew every few seconds:
+
+  {"corpus": ..., "smoke": {name: ...}, "runs": {name: {"status": ..., "final": ..., ...}}}
+
+  status      "done", "stopped" by the clock, "failed", or "running"
+  final       validation loss: in all, of the first, middle and last eighth of the context, by
+              position, by context; and of a span that the context holds once before, by depth
+  history     the loss of every step, times, and validation losses on the way
+
+With --smoke every configuration makes a few steps first, on random tokens, while corpus.py makes
+the corpus. The kernel of full attention is then the fastest that ran.
+
+toy size, three minutes on a CPU:
+  python examples/sweep.py --toy --work sweep --results sweep.json
+
+full size, on as many GPUs as there are (`pip install tokenizers`), nine minutes at a time:
+  python examples/sweep.py --smoke 60 --minutes 9 --work sweep --results sweep.json
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexmoba.reporting import positive, table
+
+HERE = Path(__file__).parent
+
+# 38M parameters, contexts of 16,384 tokens, 65,536 tokens to a step.
+MODEL = "--layers 8 --dim 512 --heads 8 --kv-heads 2 --length 16384 --batch 4 --lr 1.2e-3"
+MODEL += " --every 200 --windows 96 --check-windows 16"
+STEPS = 1800  # 118M tokens
+
+# By name; a name says block size x topk. In order of importance: the clock may cut the list short.
+# 1,024 keys of 16,384 are 94 % sparsity in the paper's terms, 4,096 are 75 %.
+RUNS = {
+    "full": "--attention full --block-size 128 --topk 8",  # and evaluated with these blocks
+    "128x8": "--attention moba --block-size 128 --topk 8",
+    "512x2": "--attention moba --block-size 512 --topk 2",
+    "128x8 conv": "--attention moba --block-size 128 --topk 8 --key-conv 3",
+    "128x8 hybrid": "--attention hybrid --block-size 128 --topk 8",
+    "64x16": "--attention moba --block-size 64 --topk 16",
+    "128x8 last 2 full": "--attention moba --block-size 128 --topk 8 --full-layers 2",
+    "full conv": "--attention full --key-conv 3 --block-size 128 --topk 8",
+    "2048x2": "--attention moba --block-size 2048 --topk 2",
+    "512x8": "--attention moba --block-size 512 --topk 8",
+    "full seed 1": "--attention full --seed 1 --block-size 128 --topk 8",
+    "128x8 seed 1": "--attention moba --block-size 128 --topk 8 --seed 1",
+    "128x8 sink local": "--attention moba --block-size 128 --topk 8 --sink-blocks 1 "
+    "--local-blocks 1",
+    "128x32": "--attention moba --block-size 128 --topk 32",
+    "128x8 conv seed 1": "--attention moba --block-size 128 --topk 8 --key-conv 3 --seed 1",
+    "64x16 conv": "--attention moba --block-size 64 --topk 16 --key-conv 3",
+    "32x32": "--attention moba --block-size 32 --topk 32",
+    "128x8 hybrid, last 2 full": "--attention hybrid --block-size 128 --topk 8 --full-layers 2",
+}
+TOY_MODEL = "--layers 2 --dim 64 --heads 2 --kv-heads 1 --length 256 --batch 4 --lr 3e-3"
+TOY_MODEL += " --every 10 --windows 8 --check-windows 4 --device cpu"
+TOY_STEPS = 40
+TOY_RUNS = {
+    "full": "--attention full",
+    "16x4": "--attention moba --block-size 16 --topk 4",
+    "16x4 conv": "--attention moba --block-size 16 --topk 4 --key-conv 3",
+    "16x4 hybrid": "--attention hybrid --block-size 16 --topk 4",
+}
+EVALUATION = 25  # seconds that a run is left after the clock, to stop and to validate
+KERNELS = ("flex", "flash", "cudnn")  # of full attention
+
+
+def file_of(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-")
+
+
+def smoke(o: argparse.Namespace) -> None:
+    """Every configuration that this process is given makes a few steps, on random tokens."""
+    sys.path.insert(0, str(HERE))
+    import train
+
+    train.TIMED = 4
+    for name in o.only:
+        began, found = time.monotonic(), {}
+        file = o.work / "smoke" / f"{file_of(name)}.json"
+        try:
+            torch._dynamo.reset()
+            options = [*o.options.split(), *o.runs[name].split(), "--results", str(file)]
+            train.main([*options, "--steps", "12", "--windows", "4", "--check-windows", "0",
+                        "--every", "12", "--tokens", str(o.work / "random")])  # fmt: skip
+            found = json.loads(file.read_text())
+            loss = found["history"]["loss"]
+            found = {"tokens_per_second": found.get("tokens_per_second"), "loss": loss}
+        except BaseException as error:
+            found = {"error": f"{type(error).__name__}: {error}"[-1500:]}
+        found["seconds"] = round(time.monotonic() - began, 1)
+        if torch.cuda.is_available():
+            found["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.empty_cache()
+        (o.work / "smoke" / f"{file_of(name)}.done").write_text(json.dumps(found))
+
+
+def random_tokens(folder: Path, vocabulary: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("train", "held_out"):
+        tokens = torch.randint(vocabulary, (1_000_000,), generator=generator).short()
+        (folder / f"{name}.bin").write_bytes(tokens.numpy().tobytes())
+    (folder / "corpus.json").write_text(json.dumps({"vocabulary": vocabulary}))
+
+
+class Sweep:
+    """The state of all runs, and what is written of it."""
+
+    def __init__(self, o: argparse.Namespace) -> None:
+        self.o, self.work, self.began = o, Path(o.work), time.monotonic()
+        self.status: dict[str, str] = {}
+        self.errors: dict[str, str] = {}
+        self.gpus: list[str | None] = [None] if o.toy else gpus()
+        self.have = json.loads(o.have.read_text())["runs"] if o.have else {}
+        self.log = o.work / "logs"
+        for folder in (o.work, self.log, o.work / "smoke", o.work / "results"):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def left(self) -> float:
+        """Seconds until the clock stops all."""
+        return self.began + 60 * float(self.o.minutes) - time.monotonic()
+
+    def start(
+        self, arguments: list[str], gpu: str | None, log: str, program: str = sys.executable
+    ) -> subprocess.Popen[bytes]:
+        environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        cache = self.o.work.absolute() / "cache"
+        environment |= {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
+        environment |= {"TRITON_CACHE_DIR": str(cache / "triton")}
+        if gpu is not None:
+            environment |= {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "8"}
+        path = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(x for x in path if x)
+        with (self.log / f"{log}.log").open("ab") as to:
+            command = [program, *arguments]
+            return subprocess.Popen(command, stdout=to, stderr=subprocess.STDOUT, env=environment)
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.began:5.0f} s  {text}", flush=True)
+
+    def write(self) -> None:
+        """All that is known now, in one file."""
+        about: dict[str, Any] = {"corpus": read_json(self.o.tokens / "corpus.json")}
+        about["smoke"] = {
+            x.stem: read_json(x) for x in sorted((self.o.work / "smoke").glob("*.done"))
+        }
+        runs = dict(self.have)
+        for name in self.o.runs:
+            found = read_json(self.o.work / "results" / f"{file_of(name)}.json")
+            status = self.status.get(name, "done" if "final" in found else "stopped")
+            if found or name in self.status:
+                runs[name] = {"status": status} | found
+                if name in self.errors:
+                    runs[name]["error"] = self.errors[name]
+        text = json.dumps(about | {"runs": runs})
+        new = self.o.results.with_name(self.o.results.name + ".new")
+        new.write_text(text + "\n")
+        new.replace(self.o.results)
+
+    def prepare(self) -> None:
+        """The corpus, and meanwhile the smoke test of all configurations."""
+        o = self.o
+        running: list[tuple[subprocess.Popen[bytes], str]] = []
+        if not (o.tokens / "corpus.json").is_file():
+            size = ["--vocabulary", "1024", "--max-bytes", "4000000"] if o.toy else []
+            also = ["--also", *(str(x) for x in o.also)] if o.also else []
+            corpus = [str(HERE / "corpus.py"), "--out", str(o.tokens), *size, *also]
+            running.append((self.start(corpus, None, "corpus"), "corpus"))
+        if o.smoke:
+            random_tokens(o.work / "random", 1024 if o.toy else 16384)
+            left = [x for x in ["full", *o.runs] if not self.smoked(x)]
+            kernels = [
+                f"full {x}" for x in KERNELS[1:] if not o.toy and not self.smoked(f"full {x}")
+            ]
+            names = [*kernels, *dict.fromkeys(left)]
+            for i, gpu in enumerate(self.gpus):
+                if some := names[i :: len(self.gpus)]:
+                    arguments = ["--do-smoke", "--only", *some, "--work", str(o.work)]
+                    arguments += ["--results", str(o.results)] + ["--toy"] * o.toy
+                    process = self.start([__file__, *arguments], gpu, f"smoke-{i}")
+                    running.append((process, "smoke"))
+        smoke_end = time.monotonic() + o.smoke
+        while running:
+            for item in list(running):
+                process, kind = item
+                if process.poll() is not None:
+                    running.remove(item)
+                    self.say(f"{kind} ended with code {process.returncode}")
+                elif kind == "smoke" and time.monotonic() > smoke_end:
+                    process.kill()  # its own child, which has had its time
+                    process.wait()
+            time.sleep(0.2)
+        for file in sorted((o.work / "smoke").glob("*.done")):
+            self.say(f"smoke {file.stem}: {str(read_json(file))[:300]}")
+        self.write()
+
+    def smoked(self, name: str) -> bool:
+        return (self.work / "smoke" / f"{file_of(name)}.done").is_file()
+
+    def kernel(self) -> str:
+        """Of full attention: the fastest that ran, and lost what FlexAttention lost."""
+        best, speed, loss = "flex", 0.0, None
+        for name in KERNELS:
+            file = file_of("full" if name == "flex" else f"full {name}")
+            found = read_json(self.o.work / "smoke" / f"{file}.done")
+            if not found.get("tokens_per_second"):
+                continue
+            loss = found["loss"][-1] if loss is None else loss
+            if found["tokens_per_second"] > speed and abs(found["loss"][-1] - loss) < 0.05:
+                best, speed = name, found["tokens_per_second"]
+        return best
+
+    def run(self) -> None:
+        """Trains all, each GPU one at a time."""
+        o = self.o
+        self.prepare()
+        if not (o.tokens / "corpus.json").is_file():
+            sys.exit(f"no corpus was made; see {self.log / 'corpus.log'}")
+        file = o.work / "kernel.txt"  # the same in all sittings
+        if not file.is_file():
+            file.write_text("flex" if o.toy else self.kernel())
+        dense = file.read_text()
+        self.say(f"full attention by {dense}")
+        todo = [x for x in o.runs if "final" not in self.have.get(x, {}) and not self.finished(x)]
+        todo.sort(key=lambda x: not (o.work / f"{file_of(x)}.pt").is_file())  # unfinished first
+        running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
+        if o.first:  # on the last GPU, whose runs wait for it
+            self.status["first"] = "running"
+            last = len(self.gpus) - 1
+            running[last] = "first", self.start(o.first, self.gpus[last], "first", "/bin/sh")
+        written = time.monotonic()
+        while todo or running:
+            for i, gpu in enumerate(self.gpus):
+                if i not in running and todo and self.left() > o.least:
+                    name = todo.pop(0)
+                    running[i] = name, self.start(self.command(name, dense), gpu, file_of(name))
+                    self.status[name] = "running"
+                    self.say(f"GPU {i}: {name}")
+                if i in running and running[i][1].poll() is not None:
+                    name, process = running.pop(i)
+                    self.ended(name, process.returncode)
+                elif i in running and self.left() < -1.5 * EVALUATION:
+                    running[i][1].kill()  # it should have stopped by itself
+            if not running and self.left() <= o.least:
+                break
+            if time.monotonic() - written > 10:
+                self.write()
+                written = time.monotonic()
+            time.sleep(0.2)
+        self.write()
+
+    def finished(self, name: str) -> bool:
+        return "final" in read_json(self.o.work / "results" / f"{file_of(name)}.json")
+
+    def ended(self, name: str, code: int) -> None:
+        tail = (self.log / f"{file_of(name)}.log").read_text(errors="replace")[-1500:]
+        if name == "first":
+            self.status.pop(name)
+            self.say(f"first ended with code {code}")
+            return
+        self.status[name] = "done" if self.finished(name) else "stopped" if code == 0 else "failed"
+        if self.status[name] == "failed":
+            self.errors[name] = tail
+        found = read_json(self.o.work / "results" / f"{file_of(name)}.json")
+        steps, speed = found.get("steps"), found.get("tokens_per_second", 0.0)
+        self.say(f"{name}: {self.status[name]} at step {steps}, {speed:,.0f} tokens/s")
+        if self.status[name] == "failed":
+            print(tail, flush=True)
+
+    def command(self, name: str, dense: str) -> list[str]:
+        o, checkpoint = self.o, self.o.work / f"{file_of(name)}.pt"
+        arguments = [
+            str(HERE / "train.py"),
+            "--results",
+            str(o.work / "results" / f"{file_of(name)}.json"),
+        ]
+        arguments += ["--minutes", f"{max(0.01, self.left() / 60):.3f}"]
+        if o.toy:
+            arguments += ["--device", "cpu"]
+        if checkpoint.is_file():
+            return [*arguments, "--resume", str(checkpoint)]
+        options = [*o.options.split(), *o.runs[name].split(), "--dense", dense]
+        options += ["--steps", str(o.steps), "--tokens", str(o.tokens), "--out", str(checkpoint)]
+        return [*arguments, *options]
+
+
+def gpus() -> list[str | None]:
+    count = torch.cuda.device_count()
+    if not count:
+        sys.exit("there is no GPU here; --toy runs on a CPU")
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [*(shown.split(",") if shown else map(str, range(count)))]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def summary(runs: dict[str, Any]) -> str:
+    """The runs that have ended, beside the first."""
+    rows = []
+    for name, run in runs.items():
+        if "final" in run:
+            x = run["final"]["full" if run["options"]["attention"] != "moba" else "moba"]
+            losses = [f"{x[part]:.4f}" for part in ("loss", "first", "middle", "last")]
+            copied = " ".join(f"{y:.2f}" for y in x["copied"].values())
+            rows.append([name, *losses, copied, f"{run.get('tokens_per_second', 0):,.0f}"])
+        else:
+            rows.append([name, run["status"], str(run.get("steps", 0)), "", "", "", ""])
+    heads = ["attention", "loss", "first", "middle", "last", "copied, by depth", "tokens/s"]
+    return table(heads, rows)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--work", type=Path, default=Path("sweep"), metavar="FOLDER", help="for checkpoints, the "
+        "corpus and logs (%(default)s)")  # fmt: skip
+    add("--results", type=Path, default=Path("sweep.json"), metavar="FILE", help="(%(default)s)")
+    add("--only", nargs="+", metavar="NAME", help="of the configurations; default: all")
+    add("--steps", type=positive, help=f"of each run (default {STEPS}, or {TOY_STEPS})")
+    add("--minutes", type=float, default=1e6, help="stop all after so long, to go on later")
+    add("--least", type=float, default=60.0, help="seconds left to start a run (%(default)s)")
+    add("--smoke", type=float, default=0.0, metavar="SECONDS", help="try each first, so long")
+    add("--also", type=Path, nargs="+", default=[], metavar="FOLDER", help="more text to train on")
+    add("--first", nargs="+", metavar="WORD", help="a shell script and its arguments, to run on "
+        "one of the GPUs before its runs")  # fmt: skip
+    add("--have", type=Path, metavar="FILE", help="results of runs that need not run again")
+    add("--toy", action="store_true", help="small runs, on a CPU")
+    add("--do-smoke", action="store_true", help=argparse.SUPPRESS)
+    o = parser.parse_args(argv)
+    o.runs = dict(TOY_RUNS if o.toy else RUNS)
+    o.options, o.tokens = TOY_MODEL if o.toy else MODEL, o.work / "tokens"
+    o.steps = o.steps or (TOY_STEPS if o.toy else STEPS)
+    if o.do_smoke:
+        o.runs |= {f"full {x}": f"--attention full --dense {x}" for x in KERNELS}
+        smoke(o)
+        return {}
+    if unknown := {*(o.only or [])} - {*o.runs}:
+        parser.error(f"--only: there is no {', '.join(sorted(unknown))}; try {', '.join(o.runs)}")
+    o.runs = {name: x for name, x in o.runs.items() if name in (o.only or o.runs)}
+    sweep = Sweep(o)
+    try:
+        sweep.run()
+    finally:
+        sweep.write()
+    found = read_json(o.results)
+    print(summary(found["runs"]), flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()
