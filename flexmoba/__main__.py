@@ -1,4 +1,4 @@
-"""``python -m flexmoba``."""
+"""The command line, as ``python -m flexmoba``."""
 
 import sys
 

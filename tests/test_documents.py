@@ -339,7 +339,7 @@ BAD = {
         ONE,
         {"cu_seqlens": CU, "max_seqlen": 3},
         ValueError,
-        ("max_seqlen=3", "4 tokens", "leave max_seqlen out"),
+        ("max_seqlen=3", "4 tokens", "omit max_seqlen"),
     ),
     "longest by ids": (
         X,

@@ -262,7 +262,7 @@ def test_transforms_are_refused_by_name(name, attends):
     def loss(q: Tensor) -> Tensor:
         return (flex_moba(q, k, v, 16, 3) if attends else moba_select(q, k, 16, 3)).sum()
 
-    with pytest.raises(NotImplementedError, match=r"no part in transforms of torch\.func, but q"):
+    with pytest.raises(NotImplementedError, match=r"not support transforms of torch\.func, but q"):
         LOSS[name](loss)(q)
 
 
