@@ -396,7 +396,7 @@ def _check_no_documents(**given: Tensor | None) -> None:
     for name, x in given.items():
         if x is not None:
             raise ValueError(
-                f"{name} and cache cannot be combined; give every document its own row of the cache"
+                f"{name} and cache do not go together; give every document its own row of the cache"
             )
 
 
