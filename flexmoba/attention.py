@@ -173,9 +173,9 @@ def flex_moba(
             ``key_padding_mask`` may be passed, with ``Lq == Lk``. Their values are checked on CPU.
         max_seqlen: Number of tokens of the longest packed document, or more. If no document has
             more than ``topk`` blocks, the call then computes full attention within documents,
-            which is the same function and faster. Only ``cu_seqlens`` on other devices than CPU
-            need it, because the call reads all other lengths. A longer document is an error; where
-            the call does not read the lengths, the device asserts it.
+            which is the same function and faster. It matters for ``cu_seqlens`` on devices other
+            than CPU; otherwise the call reads the lengths. A longer document is an error, which
+            these devices assert.
 
     Returns:
         The output, ``(B, Hq, Lq, Dv)``, in the dtype of q. With ``return_aux``, a pair of the
@@ -348,7 +348,7 @@ def selected_attention(
         key_padding_mask: As in `flex_moba`. Blocks contain only the real tokens of a row.
 
     Returns:
-        The output, ``(B, Hq, Lq, Dv)``, and with ``return_aux`` an ``AuxOutput``, as `flex_moba`.
+        As `flex_moba`: the output, ``(B, Hq, Lq, Dv)``, and with ``return_aux`` an ``AuxOutput``.
 
     Raises:
         TypeError: An argument has the wrong type.
