@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import flexmoba.cache  # noqa: F401 (registers the operators of this room and those below)
+import flexmoba.cache  # noqa: F401 (registers the operators of this and lower rooms)
 
 Shape = Sequence[int]
 

@@ -25,7 +25,7 @@ def select_on_cuda(
 ) -> Tensor:
     """Returns the candidates with the highest scores, ``(B, Hq or Hkv, rows, scored)`` int32.
 
-    The arguments are those of `select_by_means`.
+    The arguments are as in `select_by_means`, which calls this function.
     """
     first_block, end_block, _ = candidates
     count = sizes.scored(gate)

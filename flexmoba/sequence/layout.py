@@ -1,10 +1,10 @@
 """Layouts: indices that map the tokens of each sequence to blocks.
 
 A `Layout` moves the tokens to slots, so that every sequence begins at the start of a block. A row
-of slots is then handled like one sequence, except that the candidate blocks of each query are those
-of its sequence. If there would be many more slots than tokens, as for documents shorter than a
-block, the tokens stay in place and only full blocks of keys are copied (`InPlaceLayout`). In full
-attention within documents, every query attends to a window of keys (`WindowLayout`).
+of slots is then handled like one sequence, in which each query has candidate blocks of its sequence
+only. If there would be many more slots than tokens, as for documents shorter than a block, the
+tokens stay in place and only full blocks of keys are copied (`InPlaceLayout`). In full attention
+within documents, every query attends to a window of keys (`WindowLayout`).
 """
 
 from typing import Any, NamedTuple
