@@ -1,4 +1,4 @@
-"""The command line, as ``python -m flexmoba``."""
+"""Runs the command line program for ``python -m flexmoba``."""
 
 import sys
 
