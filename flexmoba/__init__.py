@@ -1,6 +1,6 @@
-"""Mixture of Block Attention (MoBA, arXiv 2502.13189) by Triton kernels and FlexAttention."""
+"""Mixture of Block Attention (MoBA, arXiv 2502.13189) with Triton kernels and FlexAttention."""
 
-import flexmoba.flops  # noqa: F401 (tells torch how many operations there are)
+import flexmoba.flops  # noqa: F401 (registers the FLOP formulas with torch)
 from flexmoba.attention import flex_moba, selected_attention
 from flexmoba.block_mask import moba_block_mask
 from flexmoba.cache import MobaCache

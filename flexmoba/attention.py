@@ -1,4 +1,4 @@
-"""`flex_moba` and `selected_attention`: validate, lay out, gate, attend, put back."""
+"""`flex_moba` and `selected_attention`: validate, lay out, select, attend, restore token order."""
 
 from collections.abc import Mapping
 from typing import Any, overload
@@ -106,81 +106,87 @@ def flex_moba(
     key_padding_mask: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
-    """Mixture of Block Attention: each query attends to its own and its best past blocks of keys.
+    """Computes Mixture of Block Attention: each query attends to a few selected blocks of keys.
 
-    Computes Eq. 2 to 6 of arXiv 2502.13189, Sec. 2.2: `moba_select` picks ``topk`` blocks for
-    every query token and head, and the query attends, by ordinary softmax attention, to the keys
-    of those blocks that stand at or before its position. ``topk=1`` is causal attention within
-    each block; ``topk`` of at least the number of blocks, or None, is full causal attention.
-    Differentiable in q, k and v by reverse mode, also through the log-sum-exp; forward and backward
-    are deterministic. Inside ``torch.compile`` it does not break the graph; called eagerly on CUDA
-    it compiles its kernels at the first call of each configuration: seconds for its own ones, 10
-    to 20 seconds for each of FlexAttention's.
+    Implements Eq. 2 to 6 of arXiv 2502.13189, Sec. 2.2. The gate, `moba_select`, selects ``topk``
+    blocks of keys for every query token and head. The query attends, by softmax attention, to the
+    keys of these blocks at or before its position. ``topk=1`` is causal attention within each
+    block. ``topk`` of at least the number of blocks, or None, is full causal attention.
+
+    The output and the log-sum-exp are differentiable in q, k and v by reverse mode. Forward and
+    backward are deterministic. The call does not break the graph of ``torch.compile``. Outside
+    ``torch.compile``, the first call of each configuration on CUDA compiles its kernels: some
+    seconds for the kernels of flexmoba, 10 to 20 seconds for each kernel of FlexAttention.
 
     Args:
-        q: Queries, ``(B, Hq, Lq, D)``, float16, bfloat16, float32 or float64. Query ``i`` stands
-            at position ``i + Lk - Lq``, so a chunk of a longer sequence against the keys so far is
-            the same call.
-        k: Keys, ``(B, Hkv, Lk, D)``, ``Hkv`` dividing ``Hq`` (grouped-query attention) and
-            ``Lk >= Lq``.
-        v: Values, ``(B, Hkv, Lk, Dv)``.
+        q: Queries, ``(B, Hq, Lq, D)``, float16, bfloat16, float32 or float64. Query ``i`` has the
+            position ``i + Lk - Lq``, so the queries may be the last chunk of a longer sequence.
+        k: Keys, ``(B, Hkv, Lk, D)``, in the dtype of q. ``Hkv`` divides ``Hq`` (grouped-query
+            attention), and ``Lk >= Lq``.
+        v: Values, ``(B, Hkv, Lk, Dv)``, in the dtype of q.
         block_size: Keys in a block, at least 1. The last block may be shorter.
-        topk: Blocks that each query attends to, its own included, at least 1; None for full
-            attention (the paper's Sec. 2.3).
-        is_causal: Whether a query sees only keys at or before its position. If not, every block
-            is a candidate and the own block is not forced.
-        scale: Factor on the attention scores, ``1 / sqrt(D)`` by default. The gate is unscaled.
-        score_mod: ``score_mod(score, b, h, q_idx, kv_idx)``, FlexAttention's: what becomes of every
-            scaled score, such as a softcap or a bias. It sees the batch row, the query head and
-            positions in k, wherever the query is computed. What it captures gets gradients. The
-            gate does not know of it. Outside ``torch.compile`` every new function is compiled on
-            CUDA, so define it once.
-        gate: Whose scores choose: ``"token"``, each query's and head's own, as in the paper;
-            ``"group"``, the sums over the query heads of a KV head; ``"tile"``, those of the first
-            of 128 queries. See `moba_select`.
-        sink_blocks: First blocks that every query attends to, counted in ``topk``.
-        local_blocks: Blocks right before the own one that every query attends to, likewise.
-        impl: ``"routed"``: queries sorted by block into tiles, one FlexAttention call, parts
-            merged by log-sum-exp; CUDA. ``"fused"``: the same by Triton kernels of our own,
-            faster and smaller; CUDA, half precision, head dims from 16 to 128. ``"masked"``: one
-            FlexAttention call over `moba_block_mask`; CUDA, or CPU without gradients.
-            ``"portable"``: the same tiles by plain tensor operations; any device and dtype.
-            ``"auto"``: fused where it can serve the inputs, else routed, else portable; masked
-            first for ``gate="tile"`` on CUDA. Full attention needs no routing: there fused, routed
-            and masked are the same.
-        kernel_options: FlexAttention's kernel options, for the impls that call it; given any,
-            ``"auto"`` does not choose fused.
-        return_aux: ``AuxRequest(lse=True)`` to get the log-sum-exp of the scores, too.
-        cache: A `MobaCache` of the same block size, to decode or to prefill in chunks: q, k and v
-            are of new tokens only, ``Lq == Lk``. The keys and values are added to the cache, and
-            the queries attend to all that it holds up to their positions. Causal only, without
-            gradients, and ``impl`` must be ``"auto"``; of the arguments below, only
-            ``key_padding_mask``, whose padding is not added.
-        cu_seqlens: Where packed documents begin and end, int32 or int64 ``(n + 1,)``, rising from
-            0 to ``Lk``; for a batch of 1. Blocks begin anew with every document, and queries see
-            nothing of other documents.
-        document_ids: The same by each token's document, int32 or int64 ``(B, Lk)``: a new one
-            begins wherever the value changes. Waits for the device, and is not for
-            ``torch.compile``: no shape says how many documents there are.
-        key_padding_mask: Which tokens are real, bool ``(B, Lk)``. The real tokens of a row are its
-            sequence, also where padding stands between them: blocks count them alone. Padding gets
-            zeros, a log-sum-exp of -inf and zero gradients; its contents have no effect. Of the
-            three arguments one may be given, with ``Lq == Lk``; values are checked on CPU.
-        max_seqlen: Tokens of the longest of the packed documents, or more. On other devices than
-            CPU, where ``cu_seqlens`` are not read, it lets documents of at most ``topk`` blocks be
-            served by full attention within documents, the same function and faster. A longer
-            document is an error, on the device outside CPU.
+        topk: Number of blocks that each query attends to, at least 1. It includes the own block,
+            which contains the query's position. None computes full attention (the paper's
+            Sec. 2.3).
+        is_causal: Whether a query attends only to keys at or before its position. If False, every
+            block is a candidate, and the own block is not always selected.
+        scale: Factor on the attention scores, ``1 / sqrt(D)`` by default. The gate uses unscaled
+            scores.
+        score_mod: FlexAttention's ``score_mod(score, b, h, q_idx, kv_idx)``. It returns the
+            modified scaled score, for example a score with a softcap or a bias. It gets the batch
+            row, the query head and positions in k, with every backend. Captured tensors get
+            gradients. The gate ignores it. On CUDA, each new function compiles again outside
+            ``torch.compile``, so define it once.
+        gate: Scores that select the blocks. ``"token"``: the scores of each query token and head,
+            as in the paper. ``"group"``: the sums of the scores over the query heads of a KV head.
+            ``"tile"``: the scores of the first of 128 queries. See `moba_select`.
+        sink_blocks: Number of first blocks that are always selected. They count towards ``topk``.
+        local_blocks: Number of blocks right before the own block that are always selected. They
+            count towards ``topk``.
+        impl: The backend. ``"routed"`` sorts queries by block into tiles, computes them in one
+            FlexAttention call and merges the partial outputs by their log-sum-exps; it needs CUDA.
+            ``"fused"`` does the same in Triton kernels of flexmoba, in less time and memory; it
+            needs CUDA, half precision and head dims from 16 to 128. ``"masked"`` makes one
+            FlexAttention call with `moba_block_mask`; it needs CUDA, or CPU without gradients.
+            ``"portable"`` computes the same tiles by plain tensor operations, on any device and in
+            any dtype. ``"auto"`` is the first of fused, routed and portable that supports the
+            inputs; with ``gate="tile"`` on CUDA it tries masked first. Full attention needs no
+            routing: fused, routed and masked then make the same call.
+        kernel_options: FlexAttention's kernel options, for the backends that call it. With kernel
+            options, ``"auto"`` is never fused.
+        return_aux: ``AuxRequest(lse=True)`` also returns the log-sum-exp of the scores.
+        cache: A `MobaCache` of the same block size, to decode or to prefill in chunks. q, k and v
+            then hold new tokens only, with ``Lq == Lk``. The call appends the keys and values to
+            the cache, and each query attends to the cached tokens up to its position. The call is
+            causal and without gradients, and ``impl`` must be ``"auto"``. Of the arguments below,
+            it accepts only ``key_padding_mask``, and does not append padding.
+        cu_seqlens: Boundaries of packed documents, int32 or int64 ``(n + 1,)``, rising from 0 to
+            ``Lk``, for a batch of 1. Every document begins a new block, and its queries attend to
+            no other document.
+        document_ids: Document of each token, int32 or int64 ``(B, Lk)``, for any batch size. A new
+            document begins wherever the value changes. The call waits for the device to read the
+            number of documents, so it does not work inside ``torch.compile``.
+        key_padding_mask: True for real tokens and False for padding, bool ``(B, Lk)``. The real
+            tokens of a row form its sequence, also with padding between them, and blocks contain
+            only real tokens. Padding gets zeros, a log-sum-exp of -inf and zero gradients, and its
+            values have no effect. At most one of ``cu_seqlens``, ``document_ids`` and
+            ``key_padding_mask`` may be passed, with ``Lq == Lk``. Their values are checked on CPU.
+        max_seqlen: Number of tokens of the longest packed document, or more. If no document has
+            more than ``topk`` blocks, the call then computes full attention within documents,
+            which is the same function and faster. It matters for ``cu_seqlens`` on devices other
+            than CPU; otherwise the call reads the lengths. A longer document is an error, which
+            these devices assert.
 
     Returns:
-        The output ``(B, Hq, Lq, Dv)`` in the dtype of q; with ``return_aux``, a pair of it and an
-        ``AuxOutput`` whose ``lse``, if asked for, is ``(B, Hq, Lq)`` float32 (float64 for float64
-        inputs), in natural logarithm.
+        The output, ``(B, Hq, Lq, Dv)``, in the dtype of q. With ``return_aux``, a pair of the
+        output and an ``AuxOutput``. Its ``lse``, if requested, is the log-sum-exp in natural
+        logarithm, ``(B, Hq, Lq)``, float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: Shapes, dtypes or devices do not fit, or a value is out of its range.
-        NotImplementedError: The named ``impl`` cannot serve these inputs; the text says which can.
-            Or forward-mode derivatives were asked for.
+        TypeError: An argument has the wrong type.
+        ValueError: Shapes, dtypes or devices do not match, or a value is out of range.
+        NotImplementedError: The backend that ``impl`` names does not support the inputs, or the
+            inputs have forward-mode derivatives. The message names the remedy.
 
     Examples:
         >>> import torch
@@ -201,7 +207,7 @@ def flex_moba(
     check_gate(gate, sink_blocks, local_blocks, offset, block_size, topk, is_causal=is_causal)
     check_options(scale, score_mod, kernel_options, return_aux)
     check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, max_seqlen=max_seqlen)
-    named = impl
+    requested_impl = impl
     sequences = (cu_seqlens, document_ids, key_padding_mask)
     tiles_choose = gate == "tile" and is_causal and q.is_cuda and cache is None
     impl = resolve(
@@ -216,7 +222,7 @@ def flex_moba(
             *(q, k, block_size),
             is_causal=is_causal,
             gate=gate,
-            impl=named,
+            impl=requested_impl,
             kernel_options=kernel_options,
         )
         positions = cache.append(k, v, key_padding_mask)
@@ -236,7 +242,7 @@ def flex_moba(
 
     packing = packing_of(k.shape[2], cu_seqlens, document_ids, max_seqlen)
     n_blocks = ceil_div(k.shape[2] if packing is None else packing.longest, block_size)
-    if topk is None or topk > n_blocks:  # no sequence has more blocks
+    if topk is None or topk > n_blocks:
         topk = n_blocks
     layout = lay_out(
         *(k.shape[2], block_size, packing, key_padding_mask),
@@ -312,44 +318,46 @@ def selected_attention(
     document_ids: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
-    """Attention over selected blocks of keys, whatever gate selected them.
+    """Computes attention over selected blocks of keys, for a selection from any gate.
 
-    The second half of `flex_moba`, which is `moba_select` followed by this (arXiv 2502.13189,
-    Sec. 2.2, Eq. 2). A query attends to the keys of its selected blocks; if causal, to those at or
-    before its position, so blocks after its own add nothing. A query that sees no key gets zeros,
-    a log-sum-exp of -inf and zero gradients.
+    `flex_moba` is `moba_select` followed by this function (arXiv 2502.13189, Sec. 2.2, Eq. 2). A
+    query attends to the keys of its selected blocks, in causal attention only to keys at or before
+    its position: a selected block after its own block adds nothing. A query that attends to no key
+    gets zeros, a log-sum-exp of -inf and zero gradients.
 
     Args:
         q: Queries, ``(B, Hq, Lq, D)``, as in `flex_moba`.
-        k: Keys, ``(B, Hkv, Lk, D)``.
-        v: Values, ``(B, Hkv, Lk, Dv)``.
-        selection: Block indices, ``(B, Hq, Lq, topk)`` int32 or int64, from 0 to the number of
-            blocks less one, in any order, without duplicates in a row; -1 for none. On CPU its
-            values are checked; on other devices that would wait for the device, so it is left to
-            `flexmoba.checks.check_selected_blocks`. Unchecked, a block that does not exist is none.
+        k: Keys, ``(B, Hkv, Lk, D)``, in the dtype of q.
+        v: Values, ``(B, Hkv, Lk, Dv)``, in the dtype of q.
+        selection: Block indices, ``(B, Hq, Lq, topk)``, int32 or int64, from 0 to the number of
+            blocks minus one, or -1 for none. A row lists its blocks in any order and no block
+            twice. On CPU the call checks the values. On other devices a check would wait for the
+            device; call `flexmoba.checks.check_selected_blocks` there. Unchecked indices of
+            blocks that do not exist select nothing.
         block_size: Keys in a block, at least 1.
-        is_causal: Whether a query sees only keys at or before its position ``i + Lk - Lq``.
+        is_causal: Whether a query attends only to keys at or before its position
+            ``i + Lk - Lq``.
         scale: Factor on the attention scores, ``1 / sqrt(D)`` by default.
         score_mod: As in `flex_moba`.
         impl: As in `flex_moba`.
         kernel_options: As in `flex_moba`.
         return_aux: As in `flex_moba`.
-        cu_seqlens: As in `flex_moba`; what is selected as `moba_select` counts it, and blocks of
-            other documents add nothing.
-        document_ids: As in `flex_moba`; what is selected as with ``cu_seqlens``.
-        key_padding_mask: As in `flex_moba`. Blocks count the real tokens of a row.
+        cu_seqlens: As in `flex_moba`. Block indices count the blocks of all documents of the row,
+            as in `moba_select`. Selected blocks of other documents add nothing.
+        document_ids: As in `flex_moba`. Block indices are as with ``cu_seqlens``.
+        key_padding_mask: As in `flex_moba`. Blocks contain only the real tokens of a row.
 
     Returns:
-        As `flex_moba`.
+        As `flex_moba`: the output, ``(B, Hq, Lq, Dv)``, and with ``return_aux`` an ``AuxOutput``.
 
     Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: Shapes, dtypes or devices do not fit, or a value is out of its range.
-        NotImplementedError: The named ``impl`` cannot serve these inputs; the text says which can.
-            Or forward-mode derivatives were asked for.
+        TypeError: An argument has the wrong type.
+        ValueError: Shapes, dtypes or devices do not match, or a value is out of range.
+        NotImplementedError: The backend that ``impl`` names does not support the inputs, or the
+            inputs have forward-mode derivatives. The message names the remedy.
 
     Examples:
-        Every query attends to its own block and the first one.
+        Every query attends to its own block and to the first block.
 
         >>> import torch
         >>> from flexmoba import selected_attention
@@ -377,7 +385,7 @@ def selected_attention(
 
     packing = packing_of(k.shape[2], cu_seqlens, document_ids)
     layout = lay_out(*(k.shape[2], block_size, packing, key_padding_mask), is_causal=is_causal)
-    assert not isinstance(layout, WindowLayout)  # they are of full attention
+    assert not isinstance(layout, WindowLayout)  # only full attention has windows
     q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
     check_selected_values(selection, k.shape[2], layout)
     out, lse = attend_selected(q, k, v, selection, layout, options, score_mod)
@@ -388,12 +396,12 @@ def _check_no_documents(**given: Tensor | None) -> None:
     for name, x in given.items():
         if x is not None:
             raise ValueError(
-                f"{name} and cache do not go together; give every document a row of the cache"
+                f"{name} and cache do not go together; give every document its own row of the cache"
             )
 
 
 def _empty(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The result for no queries: nothing, but differentiable like any other."""
+    """Returns the empty output and log-sum-exp of no queries, with gradients like any other."""
     nothing = 0 * (q.sum() + k.sum() + v.sum())
     lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)) + nothing
     return q.new_zeros((*q.shape[:3], v.shape[-1])) + nothing, lse

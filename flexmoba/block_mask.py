@@ -1,4 +1,4 @@
-"""`moba_block_mask`: the selection of the gate as a BlockMask, for calls of FlexAttention."""
+"""`moba_block_mask`: the selection of the gate as a BlockMask for FlexAttention."""
 
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -12,27 +12,30 @@ from flexmoba.gate import moba_select
 def moba_block_mask(
     q: Tensor, k: Tensor, block_size: int, topk: int | None, *, is_causal: bool = True
 ) -> BlockMask:
-    """The selection as a FlexAttention ``BlockMask``, exact for every query token.
+    """Returns the selection of the gate as a FlexAttention ``BlockMask``, exact for every query.
 
-    Gate and semantics are those of `moba_select` (arXiv 2502.13189, Sec. 2.2, Eq. 2 to 6). The
-    mask composes with whatever ``flex_attention`` offers, such as a ``score_mod``. A query tile
-    visits every block that any of its 128 queries selected, so it is fast only where neighbours
-    agree; `flex_moba` costs the same on any data. Memory is O(B * Hq * (Lq / 128) * (Lk / 128)).
+    The blocks are selected by `moba_select` (arXiv 2502.13189, Sec. 2.2, Eq. 2 to 6). The mask
+    works with all other arguments of ``flex_attention``, such as ``score_mod``. FlexAttention
+    computes every block that any of the 128 queries of a tile selects. The mask is therefore fast
+    only if neighbouring queries select the same blocks; the cost of `flex_moba` does not depend on
+    the data. The memory of the mask is O(B * Hq * (Lq / 128) * (Lk / 128)).
 
     Args:
-        q: Queries, ``(B, Hq, Lq, D)``, floating point.
-        k: Keys, ``(B, Hkv, Lk, D)``, of the same dtype.
+        q: Queries, ``(B, Hq, Lq, D)``, float16, bfloat16, float32 or float64.
+        k: Keys, ``(B, Hkv, Lk, D)``, in the dtype of q.
         block_size: Keys in a block, at least 1.
-        topk: Blocks that each query attends to, its own included; None for full attention.
-        is_causal: Whether a query sees only keys at or before its position ``i + Lk - Lq``.
+        topk: Number of blocks that each query attends to, including the own block, which contains
+            the query's position. None selects all blocks (full attention).
+        is_causal: Whether a query attends only to keys at or before its position
+            ``i + Lk - Lq``.
 
     Returns:
-        A ``BlockMask`` of ``seq_lengths`` ``(Lq, Lk)`` and block size 128, for
+        A ``BlockMask`` with ``seq_lengths`` ``(Lq, Lk)`` and block size 128, for
         ``flex_attention(q, k, v, block_mask=..., enable_gqa=Hq != Hkv)``.
 
     Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: Shapes, dtypes or devices do not fit, a size is not positive, or there are no
+        TypeError: An argument has the wrong type.
+        ValueError: Shapes, dtypes or devices do not match, a size is not positive, or there are no
             queries.
 
     Examples:

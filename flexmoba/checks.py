@@ -1,4 +1,4 @@
-"""Validation of what users pass in: metadata only, so nothing waits for the device.
+"""Validation of the arguments of users, by metadata only, so that nothing waits for the device.
 
 Every message names the offending values and the remedy.
 """
@@ -22,14 +22,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_queries_and_keys(q: Tensor, k: Tensor) -> None:
-    """What the gate needs: fitting shapes, one dtype, one device."""
+    """Raises unless q and k have matching shapes, one dtype and one device."""
     _check_tensor("q", q)
     _check_tensor("k", k)
     _check_alike("q", q, "k", k)
     if q.shape[0] != k.shape[0]:
         raise ValueError(
             f"q and k must have the same batch size, got {q.shape[0]} and {k.shape[0]} "
-            f"(q {tuple(q.shape)}, k {tuple(k.shape)})"
+            f"(q {tuple(q.shape)}, k {tuple(k.shape)}); call expand on one of them"
         )
     if q.shape[3] != k.shape[3] or q.shape[3] == 0:
         raise ValueError(
@@ -39,31 +39,34 @@ def check_queries_and_keys(q: Tensor, k: Tensor) -> None:
     if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise ValueError(
             f"the number of query heads must be a positive multiple of the number of KV heads, "
-            f"got Hq={q.shape[1]} and Hkv={k.shape[1]}; tensors are (B, H, L, D): with "
-            "(B, L, H, D) call .transpose(1, 2) first"
+            f"got Hq={q.shape[1]} and Hkv={k.shape[1]}; call .transpose(1, 2) on "
+            "tensors (B, L, H, D) to get (B, H, L, D)"
         )
     if q.shape[2] > k.shape[2]:
         raise ValueError(
             f"there must be at least as many keys as queries, got Lq={q.shape[2]} and "
-            f"Lk={k.shape[2]}; queries are the last Lq positions of the keys"
+            f"Lk={k.shape[2]}; pass all keys up to the last query"
         )
 
 
 def check_values(k: Tensor, v: Tensor) -> None:
-    """That every key has one value."""
+    """Raises unless every key has one value, of the same dtype and device."""
     _check_tensor("v", v)
     _check_alike("k", k, "v", v)
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"k and v must agree in batch, heads and length, got {tuple(k.shape)} and "
-            f"{tuple(v.shape)}"
+            f"{tuple(v.shape)}; pass one value for every key"
         )
     if v.shape[3] == 0:
         raise ValueError(f"v must have a positive head dim, got shape {tuple(v.shape)}")
 
 
 def check_no_tangents(**tensors: Tensor) -> None:
-    """That no forward-mode derivative is asked for: operators of one's own would give zeros."""
+    """Raises if a tensor has a forward-mode tangent.
+
+    Without this check, torch's custom operators would silently give derivatives of zero.
+    """
     for name, x in tensors.items():
         if forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
@@ -73,15 +76,15 @@ def check_no_tangents(**tensors: Tensor) -> None:
 
 
 def check_block_size(block_size: int) -> None:
-    """A positive integer."""
+    """Raises unless ``block_size`` is a positive integer."""
     check_positive("block_size", block_size, "pass the number of keys in a block, such as 512")
 
 
 def check_topk(topk: int | None, *, none_allowed: bool = False) -> None:
-    """A positive integer, or None where full attention is an option."""
+    """Raises unless ``topk`` is a positive integer, or None if ``none_allowed``."""
     if topk is None and none_allowed:
         return
-    remedy = "pass how many blocks a query attends to, its own included"
+    remedy = "pass the number of blocks that a query attends to, including its own"
     if none_allowed:
         remedy += ", or None for full attention"
     check_positive("topk", topk, remedy)
@@ -97,9 +100,9 @@ def check_gate(
     *,
     is_causal: bool,
 ) -> None:
-    """That a gate exists, and that tiles, sinks and local blocks fit the rest.
+    """Raises unless the gate exists and its options match block size, topk and offset.
 
-    ``offset`` is the position of the first query; None where a cache knows those before.
+    ``offset`` is the position of the first query; None with a cache, which keeps earlier queries.
     """
     if gate not in GATES:
         raise ValueError(f"gate must be one of {', '.join(map(repr, GATES))}, got {gate!r}")
@@ -110,31 +113,35 @@ def check_gate(
             raise ValueError(f"{name} must be at least 0, got {value}")
     if local_blocks and not is_causal:
         raise ValueError(
-            f"local_blocks={local_blocks} and is_causal=False do not go together: without an own "
-            "block there is none before it; use local_blocks=0"
+            f"local_blocks={local_blocks} and is_causal=False do not go together: non-causal "
+            "attention has no own block; use local_blocks=0"
         )
     always = sink_blocks + local_blocks + int(is_causal)
     if topk is not None and topk < always:
         raise ValueError(
-            f"topk={topk} is too few for sink_blocks={sink_blocks} and local_blocks={local_blocks}"
-            f"{' and the own block' if is_causal else ''}; use at least {always}"
+            f"topk={topk} is too small for sink_blocks={sink_blocks} and "
+            f"local_blocks={local_blocks}{' and the own block' if is_causal else ''}; use at least "
+            f"{always}"
         )
     if gate == "tile":
         if block_size % TILE != 0:
             raise NotImplementedError(
-                f'gate="tile" needs blocks of full tiles, got block_size={block_size}; use a '
-                f'multiple of {TILE}, or gate="token"'
+                f'gate="tile" needs a multiple of {TILE} as block size, got '
+                f'block_size={block_size}; use such a block size, or gate="token"'
             )
         if offset is not None and offset % TILE != 0:
             raise NotImplementedError(
                 f'gate="tile" needs the first query of every tile, got queries from '
                 f"position {offset} on; begin at a multiple of {TILE}, or pass a cache, which "
-                "keeps it"
+                "keeps that query"
             )
 
 
 def check_selection(selection: Tensor, q: Tensor) -> None:
-    """Shape, dtype and device of a selection; see `check_selected_blocks` for its values."""
+    """Raises unless shape, dtype and device of a selection match q.
+
+    `check_selected_blocks` checks its values.
+    """
     if not isinstance(selection, Tensor):
         raise TypeError(f"selection must be a tensor, got {type(selection).__name__}")
     if selection.dtype not in (torch.int32, torch.int64):
@@ -145,7 +152,7 @@ def check_selection(selection: Tensor, q: Tensor) -> None:
     if selection.ndim != 4 or selection.shape[:3] != q.shape[:3] or selection.shape[3] == 0:
         raise ValueError(
             f"selection must be (B, Hq, Lq, topk) = {(*q.shape[:3], 'topk')}, "
-            f"got {tuple(selection.shape)}"
+            f"got {tuple(selection.shape)}; pass one row for every query token and head"
         )
     if selection.device != q.device:
         raise ValueError(
@@ -155,22 +162,33 @@ def check_selection(selection: Tensor, q: Tensor) -> None:
 
 
 def check_selected_blocks(selection: Tensor, n_blocks: int) -> None:
-    """That every value is a block or -1 and none stands twice in a row. Reads the values."""
+    """Raises unless a selection is valid: every value is a block or -1, and no row repeats a block.
+
+    Reads the values, so on CUDA the host waits for the device.
+
+    Args:
+        selection: Block indices, ``(B, Hq, Lq, topk)``, int32 or int64, as `selected_attention`
+            takes them.
+        n_blocks: Number of blocks of the keys; with packed documents, of all documents of a row.
+
+    Raises:
+        ValueError: An index is out of range, or a row repeats a block.
+    """
     if selection.numel() == 0:
         return
     low, high = int(selection.min()), int(selection.max())
     if low < -1 or high >= n_blocks:
         raise ValueError(
             f"selection must hold block indices from 0 to {n_blocks - 1}, or -1 for none, got "
-            f"{low if low < -1 else high}"
+            f"{low if low < -1 else high}; number the blocks from 0"
         )
     ordered = selection.sort(dim=-1).values
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     if bool(twice.any()):
-        b, h, i, slot = (int(x) for x in twice.nonzero()[0])
+        b, h, i, column = (int(x) for x in twice.nonzero()[0])
         raise ValueError(
-            f"selection must not hold a block twice in a row, got block "
-            f"{int(ordered[b, h, i, slot])} twice for query {i} of batch {b}, head {h}; "
+            f"selection must not list a block twice for one query, got block "
+            f"{int(ordered[b, h, i, column])} twice for query {i} of batch {b}, head {h}; "
             "replace repetitions by -1"
         )
 
@@ -184,7 +202,10 @@ def check_documents(
     *,
     max_seqlen: int | None = None,
 ) -> None:
-    """That at most one argument says where sequences are, and that it fits; values on CPU only."""
+    """Raises unless at most one argument defines the sequences of a row, and is valid.
+
+    Reads values on CPU only.
+    """
     given = {
         "cu_seqlens": cu_seqlens,
         "document_ids": document_ids,
@@ -195,14 +216,16 @@ def check_documents(
         check_positive("max_seqlen", max_seqlen, "pass the length of the longest document")
         if cu_seqlens is None and document_ids is None:
             raise ValueError(
-                f"max_seqlen={max_seqlen} is the length of the longest of packed documents, of "
-                "which there are none; pass cu_seqlens, too, or leave it out"
+                f"max_seqlen={max_seqlen} needs packed documents; pass cu_seqlens or document_ids "
+                "too, or omit max_seqlen"
             )
     if not names:
         return
     name, x = names[0], given[names[0]]
     if len(names) > 1:
-        raise ValueError(f"{name} and {names[1]} both say where sequences are; pass one of them")
+        raise ValueError(
+            f"{name} and {names[1]} both define the sequences of a row; pass one of them"
+        )
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     ints = (torch.int32, torch.int64)
@@ -214,7 +237,7 @@ def check_documents(
     if q.shape[2] != k.shape[2]:
         raise NotImplementedError(
             f"{name} needs as many queries as keys, got Lq={q.shape[2]} and Lk={k.shape[2]}; "
-            "pass all queries of the keys"
+            "pass one query for every key"
         )
     if name == "cu_seqlens":
         if x.ndim != 1 or x.shape[0] < 2 or k.shape[0] != 1:
@@ -224,12 +247,13 @@ def check_documents(
             )
     elif x.shape != (k.shape[0], k.shape[2]):
         raise ValueError(
-            f"{name} must be (B, Lk) = {(k.shape[0], k.shape[2])}, got {tuple(x.shape)}"
+            f"{name} must be (B, Lk) = {(k.shape[0], k.shape[2])}, got {tuple(x.shape)}; "
+            "pass one value for every token"
         )
     if name == "document_ids" and not has_values(x):
         raise NotImplementedError(
-            "document_ids tell by their values alone how many documents there are, and "
-            "torch.compile, fake tensors and torch.func have none; pass cu_seqlens"
+            "document_ids must be read to count the documents, but fake tensors and tensors "
+            "inside torch.compile or torch.func have no values; pass cu_seqlens"
         )
     if name == "cu_seqlens" and values_readable(x):
         _check_bounds(x, k.shape[2], max_seqlen)
@@ -239,30 +263,30 @@ def _check_bounds(cu_seqlens: Tensor, length: int, max_seqlen: int | None) -> No
     first, last, shortest = int(cu_seqlens[0]), int(cu_seqlens[-1]), int(cu_seqlens.diff().min())
     if first != 0 or last != length or shortest < 0:
         raise ValueError(
-            f"cu_seqlens must rise from 0 to Lk={length}, got {first} to {last} with steps of at "
-            f"least {shortest}"
+            f"cu_seqlens must rise from 0 to Lk={length}, got {first} to {last} with a smallest "
+            f"step of {shortest}; begin with 0, end with the length, and sort the boundaries"
         )
     check_longest(int(cu_seqlens.diff().max()), max_seqlen)
 
 
 def check_longest(longest: int, max_seqlen: int | None) -> None:
-    """That no document is longer than said."""
+    """Raises if the longest document has more than ``max_seqlen`` tokens."""
     if max_seqlen is not None and longest > max_seqlen:
         raise ValueError(
             f"no document may be longer than max_seqlen={max_seqlen}, got one of {longest} tokens; "
-            "pass the length of the longest document, or leave max_seqlen out"
+            "pass the length of the longest document, or omit max_seqlen"
         )
 
 
 def _takes_five(score_mod: Any) -> bool:
-    """Whether it may be called with five arguments; not looked at while compiling."""
+    """Returns whether a ``score_mod`` accepts five arguments; any callable does while compiling."""
     if not callable(score_mod) or torch.compiler.is_compiling():
         return callable(score_mod)
     try:
         inspect.signature(_called(score_mod)).bind(*range(5))
     except TypeError:
         return False
-    except ValueError:  # has no signature, as some functions of C
+    except ValueError:  # some functions in C have no signature
         return True
     return True
 
@@ -283,15 +307,15 @@ def check_options(
     kernel_options: Mapping[str, Any] | None,
     return_aux: AuxRequest | None,
 ) -> None:
-    """The keyword arguments that every attention call shares."""
+    """Raises unless the options that all attention functions share are valid."""
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(
                 f"scale must be a Python number or None, got {type(scale).__name__}; "
-                "None means 1 / sqrt(head dim)"
+                "pass None for 1 / sqrt(head dim)"
             )
-        if not -math.inf < scale < math.inf:  # as math.isfinite, of compiled symbols too
-            raise ValueError(f"scale must be finite, got {scale}; None means 1 / sqrt(head dim)")
+        if not -math.inf < scale < math.inf:  # math.isfinite does not accept compiled symbols
+            raise ValueError(f"scale must be finite, got {scale}; pass None for 1 / sqrt(head dim)")
     if score_mod is not None and not _takes_five(score_mod):
         raise TypeError(
             f"score_mod must be a function (score, b, h, q_idx, kv_idx) -> score or None, got "
@@ -309,8 +333,8 @@ def check_options(
         )
     if return_aux is not None and return_aux.max_scores:
         raise NotImplementedError(
-            "return_aux=AuxRequest(max_scores=True) is not available, parts of the attention are "
-            "merged by their log-sum-exp alone; ask for AuxRequest(lse=True)"
+            "return_aux=AuxRequest(max_scores=True) is not supported, because partial outputs are "
+            "merged by their log-sum-exps alone; pass AuxRequest(lse=True)"
         )
 
 
@@ -319,20 +343,20 @@ def _check_tensor(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
         raise TypeError(
-            f"{name} must be a strided tensor, got one of layout {x.layout}; of nested tensors of "
-            "(length, heads, head dim) pass values().transpose(0, 1)[None], and offsets() as "
-            "cu_seqlens"
+            f"{name} must be a strided tensor, got layout {x.layout}; of a nested tensor of "
+            "components (length, heads, head dim), pass values().transpose(0, 1)[None], and "
+            "offsets() as cu_seqlens"
         )
     if not torch.compiler.is_compiling() and is_transformed(x):
         raise NotImplementedError(
-            f"attention takes no part in transforms of torch.func, but {name} comes from one; use "
-            "torch.autograd.grad or .backward() in place of grad, vjp and jacrev, and the batch "
-            "dimension in place of vmap"
+            f"attention does not support transforms of torch.func, but {name} is inside one; use "
+            "torch.autograd.grad or .backward() instead of grad, vjp and jacrev, and the batch "
+            "dimension instead of vmap"
         )
     if x.ndim != 4:
         raise ValueError(
             f"{name} must have four dimensions (batch, heads, length, head dim), got "
-            f"{x.ndim} in shape {tuple(x.shape)}; add the missing ones with unsqueeze"
+            f"{x.ndim} in shape {tuple(x.shape)}; add the missing dimensions with unsqueeze"
         )
     if x.dtype not in DTYPES:
         raise TypeError(
@@ -354,7 +378,7 @@ def _check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_positive(name: str, value: Any, remedy: str) -> None:
-    """A positive integer."""
+    """Raises unless ``value`` is a positive integer; ``remedy`` ends the message."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__}); {remedy}")
     if value < 1:

@@ -1,10 +1,10 @@
 """Floating point operations of flexmoba's operators, for `torch.utils.flop_counter`.
 
-A product of ``(m, n)`` and ``(n, k)`` counts ``2 m n k``, as everywhere in PyTorch. The backward
-pass of attention counts five products, the forward pass two. They count the pairs of a query and a
-key that Mixture of Block Attention multiplies: the own block up to the query, and as many whole
-past blocks as are selected and exist. Values are not read: a query for which a selection holds
-fewer blocks counts as if it held all of them.
+A product of ``(m, n)`` and ``(n, k)`` counts as ``2 m n k`` operations, as everywhere in PyTorch.
+The forward pass of attention counts two products, the backward pass five, over the query-key pairs
+of Mixture of Block Attention: the own block up to the query, and as many full past blocks as the
+selection has columns, if that many exist. The formulas read no values: a row of a selection with
+fewer blocks counts as if every column held a block.
 """
 
 from collections.abc import Sequence
@@ -13,22 +13,23 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import flexmoba.cache  # noqa: F401 (defines the operators, with the rooms below it)
+import flexmoba.cache  # noqa: F401 (registers the operators of this and lower rooms)
 
 Shape = Sequence[int]
 
 
 def pairs(q_len: int, kv_len: int, block_size: int, routed: int, *, is_causal: bool) -> int:
-    """Pairs of a query and a key, of one head, with ``routed`` blocks beside the own one."""
+    """Counts the query-key pairs of one head, with ``routed`` blocks beside the own block."""
     n_blocks = -(-kv_len // block_size)
     if not is_causal:
         return q_len * min(routed * block_size, kv_len)
     total = 0
     for block in range((kv_len - q_len) // block_size, n_blocks):
         first = max(block * block_size, kv_len - q_len)
-        last = min((block + 1) * block_size, kv_len)  # the one after
-        own = sum(x - block * block_size for x in (first + 1, last)) * (last - first) // 2
-        total += own + (last - first) * min(routed, block) * block_size
+        end = min((block + 1) * block_size, kv_len)
+        # Queries see 1, 2, ... keys of their own block: an arithmetic series.
+        own = sum(x - block * block_size for x in (first + 1, end)) * (end - first) // 2
+        total += own + (end - first) * min(routed, block) * block_size
     return total
 
 
@@ -91,7 +92,7 @@ def _select(
     *options: Any,
     out_shape: Any = None,
 ) -> int:
-    """The scores of all mean keys; half of them where the gate is causal, in the long run."""
+    """Counts the scores of all mean keys; half of them if causal, the limit for long sequences."""
     batch, heads, n_rows, dim = rows
     *_, is_causal = options
     scores = n_rows * -(-k[2] // block_size)
@@ -111,7 +112,7 @@ def _cached(
     *options: Any,
     out_shape: Any = None,
 ) -> int:
-    """A full cache, as its lengths are values."""
+    """Counts a full cache, because the lengths of its rows are values."""
     batch, heads, n, dim = q
     gate = 2 * batch * heads * n * dim * means[2]
     return gate + _attention(q, v, n * min(topk * block_size, k[2]), backward=False)

@@ -1,6 +1,6 @@
-"""The oracle: MoBA written as plainly as possible, dense and slow.
+"""The oracle: a plain, dense and slow implementation of MoBA.
 
-Every implementation is compared with this file, so it shares no code with any of them.
+The tests compare every backend with this file, so it shares no code with any of them.
 """
 
 import itertools
@@ -28,45 +28,48 @@ def moba_reference(
     document_ids: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Mixture of Block Attention by dense masked attention: the definition, not a fast path.
+    """Computes Mixture of Block Attention by dense masked attention, as the definition.
 
-    Computes Eq. 2 to 6 of arXiv 2502.13189, Sec. 2.2: the gate picks blocks of keys for every
-    query token and head, and the token attends to the keys of those blocks that it may see. The
-    attention is computed in float64, whatever the inputs' dtype. Time and memory are
-    O(Lq * Lk); use it to check, not to train.
+    Implements Eq. 2 to 6 of arXiv 2502.13189, Sec. 2.2. The gate selects blocks of keys for every
+    query token and head, and the query attends to the keys of these blocks, in causal attention
+    only to keys at or before its position. The attention is computed in float64 for inputs of any
+    dtype. Time and memory are O(Lq * Lk): use this function to check results, not to train.
 
     Args:
-        q: Queries, ``(B, Hq, Lq, D)``, floating point. Query ``i`` stands at position
+        q: Queries, ``(B, Hq, Lq, D)``, floating point. Query ``i`` has the position
             ``i + Lk - Lq``.
         k: Keys, ``(B, Hkv, Lk, D)``, where ``Hkv`` divides ``Hq``.
         v: Values, ``(B, Hkv, Lk, Dv)``.
         block_size: Keys in a block. The last block may be shorter.
-        topk: Blocks that each query attends to, its own included; ``None`` for all of them
-            (full attention).
-        is_causal: Whether a query sees only keys at or before its position. If not, every block
-            is a candidate and the own block is not forced.
-        scale: Factor on the attention scores, ``1 / sqrt(D)`` by default. The gate is unscaled.
-        score_mod: ``score_mod(score, b, h, q_idx, kv_idx)``: what becomes of the scaled scores.
-            It is called once for all of them, with indices that broadcast; positions are those in
-            ``k``.
-        gate: ``"token"``, every query head chooses for every token; ``"group"``, the query heads
-            of a KV head choose together, by the sum of their scores; ``"tile"``, the queries at
-            positions ``128 * i`` to ``128 * i + 127`` take the choice of the first of them.
-        sink_blocks: First blocks that are always chosen, counted in ``topk``.
-        local_blocks: Blocks right before the own one that are always chosen, likewise.
-        cu_seqlens: Where packed documents begin and end, int ``(n + 1,)``, from 0 to ``Lk``; the
-            batch size is 1 and ``Lq == Lk``. Each document is attended to alone.
-        document_ids: Or the document of each token, int ``(B, Lk)``: a new one begins wherever
-            the value changes.
-        key_padding_mask: Or which keys are real, bool ``(B, Lk)``. The real tokens of a row are
-            attended to as a sequence of their own, whatever padding stands between them.
+        topk: Number of blocks that each query attends to, including the own block, which contains
+            the query's position. None selects all blocks (full attention).
+        is_causal: Whether a query attends only to keys at or before its position. If False, every
+            block is a candidate, and the own block is not always selected.
+        scale: Factor on the attention scores, ``1 / sqrt(D)`` by default. The gate uses unscaled
+            scores.
+        score_mod: ``score_mod(score, b, h, q_idx, kv_idx)``, which returns the modified scaled
+            scores. It gets all scores in one call, with indices that broadcast. Indices of queries
+            and keys are positions in k.
+        gate: Scores that select the blocks. ``"token"``: the scores of each query token and head.
+            ``"group"``: the sums of the scores over the query heads of a KV head. ``"tile"``: for
+            the queries at positions ``128 * i`` to ``128 * i + 127``, the scores of the first one.
+        sink_blocks: Number of first blocks that are always selected. They count towards ``topk``.
+        local_blocks: Number of blocks right before the own block that are always selected. They
+            count towards ``topk``.
+        cu_seqlens: Boundaries of packed documents, int ``(n + 1,)``, rising from 0 to ``Lk``, for
+            a batch of 1 and ``Lq == Lk``. Attention is computed for each document separately.
+        document_ids: Document of each token, int ``(B, Lk)``. A new document begins wherever the
+            value changes.
+        key_padding_mask: True for real keys and False for padding, bool ``(B, Lk)``. The real
+            tokens of a row form its sequence, also with padding between them.
 
     Returns:
-        The attention output, ``(B, Hq, Lq, Dv)``, in the dtype of ``q``. A query that sees no
-        key, as padding does, gets zeros.
+        The output, ``(B, Hq, Lq, Dv)``, in the dtype of q. A query that attends to no key, such as
+        padding, gets zeros.
 
     Raises:
-        ValueError: More than one of the arguments that say where documents are.
+        ValueError: More than one of the arguments for documents and padding was passed, or
+            documents with fewer queries than keys.
 
     Examples:
         >>> import torch
@@ -77,7 +80,8 @@ def moba_reference(
     """
     first_query = k.shape[2] - q.shape[2]
     out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=torch.float64)
-    out = out + sum(x[..., :0].sum() for x in (q, k, v))  # differentiable, if all is padding, too
+    # Differentiable in all inputs, even if all tokens are padding.
+    out = out + sum(x[..., :0].sum() for x in (q, k, v))
     documents = reference_documents(q, k, cu_seqlens, document_ids, key_padding_mask)
     for b, keys in documents:
         queries = keys[keys >= first_query] - first_query
@@ -116,7 +120,7 @@ def reference_documents(
     document_ids: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
 ) -> list[tuple[int, Tensor]]:
-    """The keys of every sequence: its batch row and their positions, ascending ``(n,)`` int64."""
+    """Returns the batch row and the keys, ascending ``(n,)`` int64, of every sequence."""
     given = {
         "cu_seqlens": cu_seqlens,
         "document_ids": document_ids,
@@ -124,7 +128,9 @@ def reference_documents(
     }
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
-        raise ValueError(f"{names[0]} and {names[1]} both say where sequences are; pass one")
+        raise ValueError(
+            f"{names[0]} and {names[1]} both define the sequences of a row; pass one of them"
+        )
     batch, kv_len = k.shape[0], k.shape[2]
     documents = []
     for b in range(batch):
@@ -143,7 +149,8 @@ def reference_documents(
         documents += [(b, position[start:end]) for start, end in itertools.pairwise(bounds)]
     if names and names[0] != "key_padding_mask" and q.shape[2] != kv_len:
         raise ValueError(
-            f"{names[0]} needs as many queries as keys, got Lq={q.shape[2]} and Lk={kv_len}"
+            f"{names[0]} needs as many queries as keys, got Lq={q.shape[2]} and Lk={kv_len}; "
+            "pass one query for every key"
         )
     return [(b, keys) for b, keys in documents if len(keys) > 0]
 
@@ -159,7 +166,7 @@ def reference_selection(
     sink_blocks: int = 0,
     local_blocks: int = 0,
 ) -> Tensor:
-    """The gate: which blocks each query selects, as bools ``(B, Hq, Lq, number of blocks)``."""
+    """Selects blocks by the gate: bools ``(B, Hq, Lq, blocks)``, True for selected blocks."""
     batch, heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     n_blocks, group = -(-kv_len // block_size), heads // kv_heads
@@ -179,29 +186,33 @@ def reference_selection(
             if gate == "group":
                 first_head = h // group * group
                 scores = torch.stack(scores_of_head[first_head : first_head + group]).sum(0)
-            scores = scores.nan_to_num(
-                nan=float("inf")
-            )  # NaN is highest, then inf, as in torch.sort
+            # NaN ranks as the highest score, as in torch.sort.
+            scores = scores.nan_to_num(nan=float("inf"))
             rows = scores.tolist()
             for i in range(q_len):
                 position = i + kv_len - q_len
-                chooser = i - position % 128 if gate == "tile" else i
-                own, row = position // block_size, rows[chooser]
-                past = range(own if is_causal else n_blocks)
-                always = [j for j in past if j < sink_blocks or j >= own - local_blocks]
+                selecting = i - position % 128 if gate == "tile" else i
+                own, row = position // block_size, rows[selecting]
+                candidates = range(own if is_causal else n_blocks)
+                always = [j for j in candidates if j < sink_blocks or j >= own - local_blocks]
                 if not is_causal:
-                    always = [j for j in past if j < sink_blocks]
+                    always = [j for j in candidates if j < sink_blocks]
                 best_first = sorted(
-                    (j for j in past if j not in always), key=lambda j: (row[j], j), reverse=True
+                    (j for j in candidates if j not in always),
+                    key=lambda j: (row[j], j),
+                    reverse=True,
                 )
-                left = topk - int(is_causal) - sink_blocks - local_blocks
-                chosen = [*always, *best_first[: max(left, 0)], *([own] if is_causal else [])]
-                selected[b, h, i, chosen] = True
+                rest = topk - int(is_causal) - sink_blocks - local_blocks
+                blocks = [*always, *best_first[: max(rest, 0)], *([own] if is_causal else [])]
+                selected[b, h, i, blocks] = True
     return selected
 
 
 def reference_mask(selected: Tensor, block_size: int, kv_len: int, *, is_causal: bool) -> Tensor:
-    """Which keys each query sees, ``(B, Hq, Lq, Lk)`` bools, given the blocks it selected."""
+    """Returns a mask of the keys that each query attends to, bool ``(B, Hq, Lq, Lk)``.
+
+    ``selected`` is bool ``(B, Hq, Lq, blocks)``, from `reference_selection`.
+    """
     mask = selected.repeat_interleave(block_size, dim=-1)[..., :kv_len]
     if is_causal:
         q_len = selected.shape[2]
@@ -222,10 +233,21 @@ def reference_attention(
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Dense masked attention in the dtype of its inputs: the output and its log-sum-exp.
+    """Computes dense masked attention in the dtype of its inputs.
 
-    A ``score_mod`` sees batch rows from ``first_row`` on and the positions ``(Lq,)`` and ``(Lk,)``,
-    by default those of keys from 0 to ``Lk - 1`` and of queries that are the last ``Lq`` of them.
+    Args:
+        q: Queries, ``(B, Hq, Lq, D)``.
+        k: Keys, ``(B, Hkv, Lk, D)``.
+        v: Values, ``(B, Hkv, Lk, Dv)``.
+        mask: True for keys that a query attends to, bool ``(B, Hq, Lq, Lk)``.
+        scale: Factor on the scores, ``1 / sqrt(D)`` by default.
+        score_mod: As in `moba_reference`.
+        first_row: The batch index that ``score_mod`` gets for the first row.
+        query_positions: ``(Lq,)`` ints for ``score_mod``, by default the last ``Lq`` positions.
+        key_positions: ``(Lk,)`` ints for ``score_mod``, by default from 0 to ``Lk - 1``.
+
+    Returns:
+        The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``.
     """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -244,7 +266,8 @@ def reference_attention(
             key_positions,
         )
     scores = scores.masked_fill(~mask, float("-inf"))
-    blind = ~mask.any(-1, keepdim=True)  # softmax over nothing is NaN; defined here as zeros
+    # The softmax of a query without keys would be NaN; it is defined as zeros here.
+    blind = ~mask.any(-1, keepdim=True)
     weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-    lse = scores.masked_fill(blind, 0.0).logsumexp(-1)  # filled, or its gradient would be NaN
+    lse = scores.masked_fill(blind, 0.0).logsumexp(-1)  # without the fill, gradients are NaN
     return weights @ v, lse.masked_fill(blind.squeeze(-1), float("-inf"))

@@ -1,7 +1,7 @@
-"""Copies of rows by a map whose inverse is known: the gradient is a gather too, without atomics.
+"""Copies of rows by an index whose inverse is known, with deterministic gradients.
 
-Autograd's own gradient of a gather adds atomically, in an order that varies between runs. Here the
-inverse map gives the backward pass a gather and a sum of fixed order.
+The gradient of torch's gather adds with atomics, in an order that varies between runs. Given the
+inverse index, the backward pass is instead a gather and a sum of fixed order.
 """
 
 from typing import Any
@@ -11,37 +11,38 @@ from torch import Tensor
 
 
 def copy_rows(x: Tensor, source_of_row: Tensor, rows_of_source: Tensor) -> Tensor:
-    """Copies rows, zeros where a row has no source; differentiable in ``x``.
+    """Copies rows of ``x``; a row without a source is zero. Differentiable in ``x``.
 
     Args:
-        x: ``(N, D)``.
-        source_of_row: ``(rows,)`` int32, which row of ``x`` each row copies; -1 for none.
-        rows_of_source: ``(N, copies)`` int32, the inverse map: the rows that copy each row of
+        x: ``(N, D)``, floating point.
+        source_of_row: ``(rows,)`` int32, the row of ``x`` that each row copies; -1 for none.
+        rows_of_source: ``(N, copies)`` int32, the inverse index: the rows that copy each row of
             ``x``; -1 for none.
 
     Returns:
-        ``(rows, D)``.
+        ``(rows, D)`` in the dtype of ``x``.
     """
     rows: Tensor = _CopyRows.apply(x, source_of_row, rows_of_source)  # type: ignore[no-untyped-call]
     return rows
 
 
 def sum_rows(rows: Tensor, rows_of_source: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The weighted sum of some rows, in float32 at least and in the order of the columns.
+    """Computes weighted sums of rows, each in the order of the columns of ``rows_of_source``.
 
     Args:
-        rows: ``(rows, D)``.
-        rows_of_source: ``(N, copies)`` int32, which rows to add; -1 for none.
-        weights: ``(N, copies)``, what each is multiplied by; 1 by default.
+        rows: ``(rows, D)``, floating point.
+        rows_of_source: ``(N, copies)`` int32, the rows to add; -1 for none.
+        weights: ``(N, copies)``, the factor of each row; 1 by default.
 
     Returns:
-        ``(N, D)``.
+        ``(N, D)``, in float32 (float64 for float64 rows).
     """
     total = None
-    for i, row in enumerate(rows_of_source.unbind(1)):  # one pass over memory, once compiled
-        part = _gather(rows, row).to(torch.promote_types(rows.dtype, torch.float32))
-        part = part if weights is None else part * weights[:, i, None]
-        total = part if total is None else total + part
+    # Column by column, because the compiler fuses the sum into one pass over memory.
+    for i, row in enumerate(rows_of_source.unbind(1)):
+        term = _gather(rows, row).to(torch.promote_types(rows.dtype, torch.float32))
+        term = term if weights is None else term * weights[:, i, None]
+        total = term if total is None else total + term
     assert total is not None  # there is at least one column
     return total
 
@@ -59,5 +60,5 @@ class _CopyRows(torch.autograd.Function):
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``x`` by index; zeros where the index is -1, whatever the first row holds."""
+    """Returns rows of ``x`` by index, and zeros for index -1, even if row 0 holds NaN."""
     return x.index_select(0, index.clamp(min=0)).masked_fill((index < 0)[:, None], 0.0)

@@ -1,8 +1,8 @@
-"""Settings of the whole suite, and the one tolerance policy that every comparison goes by.
+"""Settings of the suite, and the one tolerance policy of all comparisons.
 
-The policy: a result may have at most twice, a gradient three times, the error of dense masked
-attention computed in the same dtype. Both errors are measured against float64, and all three
-computations are given the same selection.
+The error of a result may be at most twice, and the error of a gradient three times, the error of
+dense masked attention in the same dtype. Both errors are differences from float64, and all three
+computations use the same selection.
 """
 
 import os
@@ -23,17 +23,18 @@ settings.register_profile("dev", deadline=None, max_examples=50)
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-torch.set_num_threads(1)  # tensors are small here, and workers share the cores
+torch.set_num_threads(1)  # tensors in tests are small, and workers share the cores
 
 GRADIENTS = ("dq", "dk", "dv")
 FACTORS = {"out": 2, "lse": 2} | dict.fromkeys(GRADIENTS, 3)
-# Of the largest value, granted to everyone. Half precision is accumulated in float32 and rounded
-# once. Nothing measures the error of float64, since what it is compared with has it as well: it
-# gets more than roundings add up to here, and far less than one of float32.
+# The error that every result may have, in roundings of the largest value. Half precision
+# accumulates in float32 and rounds once. The error of float64 cannot be measured, because the
+# comparison is float64, too: its allowance is above the sum of the roundings in these tests, and
+# far below one rounding of float32.
 ROUNDINGS = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 16, torch.float64: 1024}
 
-# Of the loops that cut work into pieces: sizes that make drawn problems of several pieces, most of
-# them of several tiles or queries.
+# Sizes of pieces for loops over pieces, so that drawn problems have several pieces, and most pieces
+# have several tiles or queries.
 SMALL_PIECES = {
     "flexmoba.gate.scores._SCORES_AT_ONCE": 2**9,
     "flexmoba.backends.portable.modified_scores._SCORES_AT_ONCE": 4 * 128 * 16,
@@ -46,13 +47,13 @@ Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def make_pieces_small(patch: pytest.MonkeyPatch) -> None:
-    """Makes every loop over pieces take several of them, however small the problem."""
+    """Makes every loop over pieces take several pieces, also for a small problem."""
     for name, size in SMALL_PIECES.items():
         patch.setattr(name, size)
 
 
 def leave_flex_uncompiled(patch: pytest.MonkeyPatch) -> None:
-    """FlexAttention without torch.compile, whose tracing of every shape takes a second."""
+    """Runs FlexAttention without torch.compile, which takes a second to trace each shape."""
     patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     patch.setattr(masked, "run_compiled", lambda f, *tensors, **static: f(*tensors, **static))
 
@@ -78,12 +79,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compilations() -> None:
-    """Dynamo counts compilations of one code: each file's, whatever its process ran before."""
+    """Resets dynamo, so that its counts of compilations do not depend on files that ran before."""
     torch._dynamo.reset()
 
 
 def with_lse(function: Callable, *args, **options) -> Attend:
-    """``function(q, k, v, *args, **options)`` as a map from q, k, v to output and log-sum-exp."""
+    """Returns ``function`` as a map from q, k and v to the output and the log-sum-exp."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, aux = function(q, k, v, *args, **options, return_aux=AuxRequest(lse=True))
@@ -103,33 +104,34 @@ def assert_as_exact_as_dense(
     gradients: bool = False,
     **options: Any,
 ) -> None:
-    """Holds ``attend(q, k, v)``, output and log-sum-exp, to the policy; on any device.
+    """Asserts that output and log-sum-exp of ``attend(q, k, v)`` obey the policy, on any device.
 
     Args:
-        attend: What is tested.
+        attend: The function to test.
         q: ``(B, Hq, Lq, D)``.
         k: ``(B, Hkv, Lk, D)``.
         v: ``(B, Hkv, Lk, Dv)``.
-        mask: ``(B, Hq, Lq, Lk)`` bools, the keys that each query sees.
+        mask: ``(B, Hq, Lq, Lk)`` bools, the keys that each query attends to.
         scale: Factor on the scores.
-        gradients: Whether to compare the gradients of q, k and v, too, given random gradients of
+        gradients: Whether to also compare the gradients of q, k and v, given random gradients of
             both results.
-        options: Others of `reference_attention`.
+        options: Further options of `reference_attention`.
     """
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return reference_attention(q, k, v, mask, scale=scale, **options)
 
-    lse_dtype = torch.promote_types(q.dtype, torch.float32)  # also of half precision
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)  # float32 for half precision
     actual = _results(attend, q, k, v, q.dtype, gradients)
     exact = _results(dense, q, k, v, torch.float64, gradients)
     baseline = _results(dense, q, k, v, q.dtype, gradients)
     baseline["lse"] = _results(dense, q, k, v, lse_dtype, gradients)["lse"]
 
-    # Dense attention may be exact by luck, so its error is taken to be at least some roundings of
-    # the largest value. Gradients share theirs, since one of them can vanish by cancellation of
-    # terms that are as large as the others' (dq is zero where one key is seen). A logarithm's is
-    # at least that of 1: its absolute error is the relative error of the weights.
+    # Dense attention may be exact by luck, so its error counts as at least some roundings of the
+    # largest value. The largest value of a gradient is that of all three gradients, because terms
+    # of one gradient can cancel that are as large as the others (dq is zero for a query with one
+    # key). The largest value of a logarithm is at least 1, because its absolute error is the
+    # relative error of the weights.
     largest = {name: float(x.where(x.isfinite(), 0.0).abs().max()) for name, x in exact.items()}
     units = largest | {"lse": max(1.0, largest["lse"])}
     units |= {name: max(largest[n] for n in GRADIENTS) for name in GRADIENTS if name in exact}
@@ -146,9 +148,10 @@ def assert_as_exact_as_dense(
 
 
 def block_scores(q: Tensor, k: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """The gate's scores in float64, ``(B, Hq, Lq, blocks)``, and how far others may be from them.
+    """Returns the gate's scores in float64, ``(B, Hq, Lq, blocks)``, and their uncertainty.
 
-    Summed in another order, an element of a mean may round to a neighbour, and a score with it.
+    In another order of summation, an element of a mean key may round to a neighbouring number,
+    which changes the score.
     """
     blocks = k.double().split(block_size, dim=2)
     means = torch.stack([block.mean(2) for block in blocks], dim=2)
@@ -158,9 +161,9 @@ def block_scores(q: Tensor, k: Tensor, block_size: int) -> tuple[Tensor, Tensor]
 
 
 def assert_near_ties(actual: Tensor, expected: Tensor, scores: tuple[Tensor, Tensor]) -> Tensor:
-    """That selections, as bools, differ in near ties only; which rows do.
+    """Asserts that selections, as bools, differ only in near ties; returns the rows that differ.
 
-    ``scores`` are those of `block_scores`.
+    ``scores`` are from `block_scores`.
     """
     score, uncertainty = scores
     differ = (actual != expected).any(-1)
@@ -173,14 +176,14 @@ def assert_near_ties(actual: Tensor, expected: Tensor, scores: tuple[Tensor, Ten
 
 
 def assert_bitwise_equal(actual: Tensor, expected: Tensor) -> None:
-    """Equality of every element, NaN being equal to NaN."""
+    """Asserts that all elements are equal; NaN equals NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def _results(
     function: Attend, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, gradients: bool
 ) -> dict[str, Tensor]:
-    """Output, log-sum-exp and gradients, computed in ``dtype`` from the same inputs."""
+    """Computes output, log-sum-exp and gradients in ``dtype`` from the same inputs."""
     inputs = [x.detach().to(dtype).requires_grad_(gradients) for x in (q, k, v)]
     out, lse = function(*inputs)
     results = {"out": out.detach(), "lse": lse.detach()}
@@ -196,6 +199,6 @@ def _results(
 
 
 def _max_error(actual: Tensor, exact: Tensor) -> float:
-    """The largest absolute difference, so that no number of good rows can hide a bad one."""
+    """Returns the largest absolute difference; a mean would hide a bad row among good ones."""
     actual = actual.double()
     return float(torch.where(actual == exact, 0.0, actual - exact).abs().max())  # inf == inf

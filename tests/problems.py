@@ -1,7 +1,7 @@
-"""What the tests attend to: drawn sizes, and tensors and selections made from a drawn seed.
+"""Problems of the tests: drawn sizes, and tensors and selections from a drawn seed.
 
-Hypothesis draws a few small numbers, never tensor elements: an example costs nothing to make and
-shrinks to the smallest sizes that still fail.
+Hypothesis draws a few small numbers, not tensor elements, so that examples are cheap and shrink to
+the smallest sizes that fail.
 """
 
 from dataclasses import dataclass, fields
@@ -34,7 +34,7 @@ class Problem:
     seed: int = 0
 
     def __str__(self) -> str:
-        """What differs from the defaults: the name of a test."""
+        """Names the fields that differ from the defaults, as the name of a test."""
         values = {field: getattr(self, field.name) for field in fields(self)}
         return " ".join(f"{f.name}={x}" for f, x in values.items() if x != f.default)
 
@@ -44,7 +44,7 @@ class Problem:
 
     @property
     def offset(self) -> int:
-        """Position of the first query."""
+        """The position of the first query."""
         return self.kv_len - self.q_len
 
     @property
@@ -57,14 +57,14 @@ class Problem:
     def tensors(
         self, device: str = "cpu", *, requires_grad: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Standard normal ``q (B, Hq, Lq, D)``, ``k (B, Hkv, Lk, D)``, ``v (B, Hkv, Lk, Dv)``."""
+        """Draws normal ``q (B, Hq, Lq, D)``, ``k (B, Hkv, Lk, D)`` and ``v (B, Hkv, Lk, Dv)``."""
         generator = self.generator()
         shapes = (
             (self.batch, self.heads, self.q_len, self.head_dim),
             (self.batch, self.kv_heads, self.kv_len, self.head_dim),
             (self.batch, self.kv_heads, self.kv_len, self.value_dim),
         )
-        # Drawn in float64 and rounded: every dtype sees the same problem.
+        # Drawn in float64 and rounded, so that every dtype has the same problem.
         q, k, v = (
             torch.randn(shape, generator=generator, dtype=torch.float64)
             .to(device, self.dtype)
@@ -74,10 +74,10 @@ class Problem:
         return q, k, v
 
     def tied_tensors(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-        """Like `tensors`, but the gate's arithmetic is exact in every dtype and ties abound.
+        """Draws tensors with many ties, for which the gate is exact in every dtype.
 
-        Queries and block means are small integers. The keys of a block scatter around the mean
-        in pairs that cancel, so that the mean comes out exactly for any block size.
+        Queries and mean keys are small integers. The keys of a block differ from their mean in
+        pairs that cancel, so that the mean is exact for any block size.
         """
         v = self.tensors(device)[2]
         generator = self.generator()
@@ -98,29 +98,29 @@ class Problem:
         return integers(self.q_len, self.head_dim, self.heads), means[:, :, block] + scatter, v
 
     def selection(self, device: str = "cpu", *, empty: float = 0.25) -> Tensor:
-        """An arbitrary selection, int32 ``(B, Hq, Lq, topk)``, as no gate would make it.
+        """Draws an arbitrary selection, int32 ``(B, Hq, Lq, topk)``, unlike one of a gate.
 
-        Every row holds distinct blocks, own, past and future, in any order; a share ``empty`` of
-        the slots, anywhere in the row, and all slots of some rows hold -1.
+        Every row holds distinct blocks, own, past and future, in any order. A share ``empty`` of
+        all columns, anywhere in a row, and all columns of some rows hold -1.
         """
         generator = self.generator()
         rows = (self.batch, self.heads, self.q_len)
         order = torch.rand(*rows, self.n_blocks, generator=generator).argsort(-1)
-        chosen = order.new_full((*rows, self.topk), -1)
-        chosen[..., : self.n_blocks] = order[..., : self.topk]
-        chosen[torch.rand(chosen.shape, generator=generator) < empty] = -1
-        chosen[torch.rand(rows, generator=generator) < empty / 2] = -1
-        slots = torch.rand(chosen.shape, generator=generator).argsort(-1)
-        return chosen.gather(-1, slots).to(device, torch.int32)
+        selected = order.new_full((*rows, self.topk), -1)
+        selected[..., : self.n_blocks] = order[..., : self.topk]
+        selected[torch.rand(selected.shape, generator=generator) < empty] = -1
+        selected[torch.rand(rows, generator=generator) < empty / 2] = -1
+        columns = torch.rand(selected.shape, generator=generator).argsort(-1)
+        return selected.gather(-1, columns).to(device, torch.int32)
 
     def mask_of(self, selection: Tensor) -> Tensor:
-        """The keys that each query sees given a selection, bools ``(B, Hq, Lq, Lk)``."""
+        """Returns the keys that each query of a selection attends to, bools ``(B, Hq, Lq, Lk)``."""
         selected = as_bools(selection, self.n_blocks)
         return reference_mask(selected, self.block_size, self.kv_len, is_causal=self.is_causal)
 
 
 def as_bools(selection: Tensor, n_blocks: int) -> Tensor:
-    """A selection ``(B, Hq, Lq, topk)`` of indices as bools ``(B, Hq, Lq, n_blocks)``."""
+    """Converts indices ``(B, Hq, Lq, topk)`` to bools ``(B, Hq, Lq, n_blocks)``."""
     blocks = torch.arange(n_blocks, dtype=selection.dtype, device=selection.device)
     return (selection[..., None] == blocks).any(-2)
 
@@ -136,10 +136,10 @@ def problems(
     topk: SearchStrategy[int] | None = None,
     is_causal: SearchStrategy[bool] | None = None,
 ) -> Problem:
-    """Draws a `Problem`. What is drawn from a range may be replaced by a narrower strategy.
+    """Draws a `Problem`; arguments narrow the ranges.
 
-    Left alone, hypothesis draws much at the ends of ranges, where there is nothing to route:
-    the alternatives give long sequences, several blocks and a small topk their share.
+    By itself, hypothesis often draws from the ends of ranges, where there is nothing to route. The
+    alternatives make long sequences, several blocks and a small topk frequent enough.
     """
     kv_len = draw(st.integers(1, max_len) | st.integers(max_len // 4, max_len))
     block_size = draw(st.integers(1, max_block) | st.integers(1, max(1, kv_len // 4)))

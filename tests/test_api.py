@@ -1,4 +1,4 @@
-"""The public surface, and the libraries that the package imports."""
+"""The public API, and the libraries that the package imports."""
 
 import ast
 import inspect
@@ -49,7 +49,7 @@ SIGNATURES = {
 
 
 def imports_of(module: str) -> set[str]:
-    """Everything that a module imports, as dotted names; imports for the types alone count, too."""
+    """Returns the dotted names of all imports of a module, also of imports for types only."""
     names = set()
     for node in ast.walk(MODULES[module]):
         if isinstance(node, ast.Import):
@@ -100,7 +100,7 @@ def test_overloads_take_what_the_function_takes(name):
 def test_docstring_has_shapes_an_example_and_the_paper(name):
     text = inspect.getdoc(getattr(flexmoba, name))
     assert "``(B, Hq, Lq, D)``" in text
-    assert "``(B, Hkv, Lk, D)``" in text or name == "MobaCache"  # it holds them
+    assert "``(B, Hkv, Lk, D)``" in text or name == "MobaCache"  # the cache holds them
     assert ">>> " in text
     assert f"import {name}" in text
     assert "2502.13189" in text
@@ -127,20 +127,20 @@ def test_only_flex_calls_flex_attention():
 
 
 def test_block_masks_are_not_made_by_evaluating_them():
-    # `create_block_mask` evaluates the mask for every pair of a query and a key.
+    # `create_block_mask` evaluates the mask for every query-key pair.
     for module, tree in MODULES.items():
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         assert "create_block_mask" not in names | imports_of(module), module
 
 
 def test_runtime_dependencies():
-    allowed = {"torch", "einops", "triton", "flexmoba"}  # triton: part of torch, where it is
-    # Imported where they are used, if they are installed.
+    allowed = {"torch", "einops", "triton", "flexmoba"}  # torch for CUDA includes triton
+    # Optional libraries, which functions import when they need them.
     extras = {room: {"matplotlib"} for room in ("bench", "plot", "reporting")}
     for module, tree in MODULES.items():
         roots = {name.split(".")[0] for name in imports_of(module)}
         more = extras.get(module.split(".")[0], set())
-        if module.startswith("integrations."):  # each may import its own library
+        if module.startswith("integrations."):  # each integration may import its library
             more = {module.split(".")[1]} - {"__init__"}
         assert roots - sys.stdlib_module_names <= allowed | more, module
         at_once = ast.unparse([x for x in tree.body if isinstance(x, (ast.Import, ast.ImportFrom))])

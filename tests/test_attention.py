@@ -88,7 +88,7 @@ def test_is_select_followed_by_selected_attention(problem, impl):
     if problem.topk < problem.n_blocks:
         for actual, expected in zip(whole(q, k, v), halves(q, k, v), strict=True):
             assert_bitwise_equal(actual, expected)
-    else:  # full attention, which `flex_moba` may compute without the detour
+    else:  # full attention, which `flex_moba` may compute without a selection
         for attend in (whole, halves):
             assert_as_exact_as_dense(attend, q, k, v, full_mask(problem))
 
@@ -135,8 +135,8 @@ def test_a_query_that_selects_nothing_gets_zeros(problem):
     assert (lse[blind] == float("-inf")).all()
 
 
-# Which row of a tile a query is in depends on the future of the other heads of its group. The
-# matrix products of some libraries depend on the row, in the last bit, where sizes are odd.
+# The row of a query in a tile depends on the future queries of the other heads of its group. In
+# some libraries, the last bit of a matrix product depends on the row if sizes are odd.
 @example(Problem(group=3, q_len=6, kv_len=6, head_dim=33, block_size=1), 5, "portable")
 @given(problems(is_causal=causal), st.integers(0, 200), impls)
 def test_the_future_never_changes_the_past(problem, t, impl):
@@ -175,17 +175,17 @@ def test_kv_heads_are_independent_and_alike(problem):
 
 @given(problems(is_causal=causal), st.data(), impls)
 def test_chunks_against_a_growing_cache_equal_the_whole(problem, data, impl):
-    q, k, v = problem.tied_tensors()  # chunks then select what the whole does, in every dtype
+    q, k, v = problem.tied_tensors()  # so that chunks select the same blocks, in every dtype
     cuts = data.draw(st.sets(st.integers(1, problem.q_len), max_size=3), label="cuts")
     edges = [0, *sorted(cuts | {problem.q_len})]
 
     def in_chunks(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        parts = []
+        chunks = []
         for start, stop in pairwise(edges):
-            seen = problem.offset + stop
-            chunk = q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen]
-            parts.append(moba_of(problem, problem.topk, impl)(*chunk))
-        outs, lses = zip(*parts, strict=True)
+            kv_len = problem.offset + stop
+            chunk = q[:, :, start:stop], k[:, :, :kv_len], v[:, :, :kv_len]
+            chunks.append(moba_of(problem, problem.topk, impl)(*chunk))
+        outs, lses = zip(*chunks, strict=True)
         return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
     mask = problem.mask_of(select(problem, q, k))
@@ -211,7 +211,7 @@ def test_scale(problem, scale, impl):
 def test_strides_do_not_matter(problem):
     q, k, v = problem.tensors()
     attend = moba_of(problem, problem.topk)
-    # (B, L, H, D) storage, as a linear layer leaves it.
+    # (B, L, H, D) storage, as after a linear layer.
     strided = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     for actual, expected in zip(attend(*strided), attend(q, k, v), strict=True):
         assert_bitwise_equal(actual, expected)
@@ -221,7 +221,7 @@ def test_strides_do_not_matter(problem):
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("block_size", [24, 25, 2**40])
 def test_one_block_of_everything(block_size, is_causal, impl):
-    # 2**40: neither time nor memory may grow with a block that the sequence does not fill.
+    # 2**40: time and memory must not grow with a block that is longer than the sequence.
     problem = Problem(block_size=block_size, group=2, is_causal=is_causal)
     q, k, v = problem.tensors()
     options = {"is_causal": is_causal, "impl": impl}

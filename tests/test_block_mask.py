@@ -1,4 +1,4 @@
-"""`moba_block_mask`: its `mask_mod`, its lists of blocks, and a user's own `flex_attention`."""
+"""`moba_block_mask`: its `mask_mod`, its lists of blocks, and calls of `flex_attention` with it."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from flexmoba.reference import reference_mask, reference_selection
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal
 from tests.problems import DTYPES, Problem, problems
 
-# Longer than a tile of the lists (128), and blocks on both sides of it.
+# Lengths above the tile size of the lists (128), and block sizes below and above it.
 long_problems = problems(max_len=600, max_block=300)
 full = st.booleans()  # topk=None
 
@@ -36,31 +36,31 @@ def expected_mask(problem: Problem, q: Tensor, k: Tensor, is_full: bool) -> Tens
 
 
 def evaluate(mask: BlockMask, problem: Problem) -> Tensor:
-    """The `mask_mod` at every (batch, head, query, key)."""
+    """Evaluates the `mask_mod` at every (batch, head, query, key)."""
     sizes = (problem.batch, problem.heads, problem.q_len, problem.kv_len)
     index = torch.meshgrid(*(torch.arange(n, dtype=torch.int32) for n in sizes), indexing="ij")
     return mask.mask_mod(*index)
 
 
 def by_tile(mask: Tensor, tile: tuple[int, int]) -> Tensor:
-    """``(B, H, Lq, Lk)`` to ``(B, H, tiles, tiles, elements)``, padded with False."""
+    """Reshapes ``(B, H, Lq, Lk)`` to ``(B, H, tiles, tiles, elements)``, padded with False."""
     padded = pad(mask, (0, -mask.shape[3] % tile[1], 0, -mask.shape[2] % tile[0]), value=False)
     tiles = padded.unflatten(3, (-1, tile[1])).unflatten(2, (-1, tile[0]))
     return tiles.transpose(3, 4).flatten(4)
 
 
 def listed(counts: Tensor | None, indices: Tensor | None, columns: int) -> Tensor | bool:
-    """The bools that lists of indices stand for, having checked how they are written."""
+    """Converts lists of indices to bools, and asserts that the lists are well-formed."""
     if counts is None:
         assert indices is None
         return False
     for x in (counts, indices):
         assert x.dtype == torch.int32
         assert x.is_contiguous()
-    there = torch.arange(indices.shape[-1]) < counts[..., None]
-    assert ((indices >= 0) & (indices < columns))[there].all()
-    assert (indices.diff(dim=-1) > 0)[there[..., 1:]].all(), "ascending, without duplicates"
-    return ((indices[..., None] == torch.arange(columns)) & there[..., None]).any(-2)
+    valid = torch.arange(indices.shape[-1]) < counts[..., None]
+    assert ((indices >= 0) & (indices < columns))[valid].all()
+    assert (indices.diff(dim=-1) > 0)[valid[..., 1:]].all(), "ascending, without duplicates"
+    return ((indices[..., None] == torch.arange(columns)) & valid[..., None]).any(-2)
 
 
 @given(problems(), full)
@@ -82,28 +82,28 @@ def assert_lists_are_exact(mask: BlockMask, dense: Tensor) -> None:
     needed = by_tile(dense, mask.BLOCK_SIZE).any(-1)
     rows, columns = needed.shape[2:]
     partial = listed(mask.kv_num_blocks, mask.kv_indices, columns)
-    whole = listed(mask.full_kv_num_blocks, mask.full_kv_indices, columns)
-    assert not (partial & whole).any(), "a tile is either partial or full"
-    visited = (partial | whole).expand_as(needed)
+    full_tiles = listed(mask.full_kv_num_blocks, mask.full_kv_indices, columns)
+    assert not (partial & full_tiles).any(), "a tile is either partial or full"
+    visited = (partial | full_tiles).expand_as(needed)
     assert_bitwise_equal(visited, needed)
-    if mask.kv_indices.shape[-1] == columns:  # `to_dense` takes lists to be that long
+    if mask.kv_indices.shape[-1] == columns:  # `to_dense` assumes lists of this length
         assert_bitwise_equal(mask.to_dense().bool().expand_as(needed), needed)
-    if whole is not False:
-        # The padding is False: a full tile is not checked, so it must not reach over the ends.
-        assert (by_tile(dense, mask.BLOCK_SIZE).all(-1) | ~whole).all()
+    if full_tiles is not False:
+        # FlexAttention does not mask full tiles, so none may extend beyond the last query or key.
+        assert (by_tile(dense, mask.BLOCK_SIZE).all(-1) | ~full_tiles).all()
     # The transposed lists, for the backward pass, hold the same tiles.
     assert_bitwise_equal(listed(mask.q_num_blocks, mask.q_indices, rows).mT, partial)
-    transposed_whole = listed(mask.full_q_num_blocks, mask.full_q_indices, rows)
-    if whole is False:
-        assert transposed_whole is False
+    transposed_full = listed(mask.full_q_num_blocks, mask.full_q_indices, rows)
+    if full_tiles is False:
+        assert transposed_full is False
     else:
-        assert_bitwise_equal(transposed_whole.mT, whole)
+        assert_bitwise_equal(transposed_full.mT, full_tiles)
 
 
 @given(st.integers(1, 600), st.integers(1, 6), st.integers(1, 700), st.integers(0, 2**32 - 1))
 def test_windows_within_documents(length, count, longest, seed):
     generator = torch.Generator().manual_seed(seed)
-    inner = torch.randint(length, (2, 1, count - 1), generator=generator)  # other ones in each row
+    inner = torch.randint(length, (2, 1, count - 1), generator=generator)  # differs between rows
     position = torch.arange(length)
     starts = pad(inner, (1, 0)).unsqueeze(-1)
     first_token = torch.where(starts <= position, starts, 0).amax(2)
@@ -115,7 +115,7 @@ def test_windows_within_documents(length, count, longest, seed):
     assert_lists_are_exact(mask, dense)
 
 
-# One compilation each by FlexAttention itself, so a few fixed problems instead of drawn ones.
+# FlexAttention compiles once for each problem, so the test has a few fixed problems.
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
     ("problem", "is_full"),

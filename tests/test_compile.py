@@ -1,4 +1,4 @@
-"""`torch.compile`: no graph break, the same results, a bounded number of compilations."""
+"""`torch.compile`: no graph break, equal results, and a bounded number of compilations."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from flexmoba import flex_moba, moba_block_mask, moba_select, selected_attention
 from tests.conftest import assert_bitwise_equal
 from tests.problems import DTYPES, Problem
 
-LENGTHS = [64 + 37 * i for i in range(20)]  # ragged, a multiple of the block, shorter than it
+LENGTHS = [64 + 37 * i for i in range(20)]  # with and without a shorter last block
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def problem_of(length: int, seed: int = 0) -> Problem:
 
 
 def outcome(function: Callable, problem: Problem) -> tuple[Tensor, ...]:
-    """The output, and the gradients of its sum of squares."""
+    """Returns the output, and the gradients of its sum of squares."""
     inputs = problem.tensors(requires_grad=True)
     out = function(*inputs)
     return out.detach(), *torch.autograd.grad(out.square().sum(), inputs)
@@ -94,7 +94,7 @@ def test_twenty_lengths_compile_a_few_times(function):
 
 @pytest.mark.parametrize("options", [{"topk": 3}, {"topk": None}], ids=str)
 def test_each_scale_compiles_once(options):
-    """Layers that share code may differ in it; dynamo makes the second one a symbol."""
+    """Layers that share code may have different scales, and dynamo makes the second a symbol."""
 
     def scaled(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return flex_moba(q, k, v, 32, scale=scale, **options)
@@ -125,7 +125,7 @@ def test_twenty_lengths_and_batch_sizes_in_training_and_inference():
 
 
 class Layers(nn.Module):
-    """More configurations than dynamo's recompilation limit, which counts per code object."""
+    """More configurations than dynamo's limit of recompilations of one code object."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for block_size in range(16, 66, 5):
@@ -146,8 +146,8 @@ def test_many_layers_in_one_graph():
 
 
 def test_eager_calls_of_many_configurations_stay_within_the_limit():
-    # More than dynamo compiles of one function, by the impl that compiles on CPU, too. Integers
-    # alone would not do, since dynamo makes them symbolic.
+    # More configurations than dynamo compiles of one function, with the backend that also compiles
+    # on CPU. Different integers would not suffice, because dynamo makes them symbolic.
     problems = [
         Problem(group=group, is_causal=is_causal, dtype=dtype)
         for dtype in DTYPES
@@ -193,7 +193,7 @@ def test_a_block_that_does_not_exist_is_none(is_causal):
     q, k, v = torch.randn(3, 1, 2, 100, 16)
     selection = torch.zeros(1, 2, 100, 2, dtype=torch.int32)
 
-    @functools.partial(torch.compile, backend="eager")  # compiled, values are not checked
+    @functools.partial(torch.compile, backend="eager")  # a compiled call does not check values
     def attend(selection):
         return selected_attention(q, k, v, selection, 32, is_causal=is_causal)
 
@@ -208,7 +208,7 @@ def test_errors_are_raised_while_compiling():
 
 
 class Block(nn.Module):
-    """Attention as it stands in a model: projections around it, strided q, k and v."""
+    """Attention as in a model, with projections and strided q, k and v."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class Block(nn.Module):
         return x + flex_moba(q, k, v, 32, 3).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch's own import
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # an import of torch
 def test_inductor_forward_and_backward_at_growing_lengths():
     torch.manual_seed(0)
     block = Block()

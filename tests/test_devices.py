@@ -1,7 +1,7 @@
-"""Devices that are neither CPU nor CUDA, such as mps and xpu: plain operations that all have.
+"""Devices other than CPU and CUDA, such as mps and xpu: operators that all devices have.
 
-No such device is needed: tensors that say they are elsewhere are computed on CPU, and what only a
-CPU has, what a GPU of Apple's lacks, and what would wait for the device is an error.
+The test needs no such device. It computes tensors of a pretended device on CPU, and raises an error
+for operators that only CPUs have or Apple's GPUs lack, and for operators that wait for the device.
 """
 
 import types
@@ -21,7 +21,7 @@ COMPOSITE = torch._C.DispatchKey.CompositeExplicitAutograd
 
 
 class Elsewhere(Tensor):
-    """A tensor that says it is on `DEVICE`."""
+    """A tensor that reports `DEVICE` as its device."""
 
     def __new__(cls, here: Tensor) -> "Elsewhere":
         assert here.dtype != torch.float64, "Apple's GPUs have no float64"
@@ -39,22 +39,22 @@ class Elsewhere(Tensor):
 
 
 class Device(TorchDispatchMode):
-    """Runs on CPU what belongs to `DEVICE`."""
+    """Runs operators of tensors on `DEVICE` on CPU."""
 
     def __torch_dispatch__(self, func, _, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        there = kwargs.get("device") == DEVICE or any(isinstance(x, Elsewhere) for x in tensors)
-        if not there:
+        elsewhere = kwargs.get("device") == DEVICE or any(isinstance(x, Elsewhere) for x in tensors)
+        if not elsewhere:
             return func(*args, **kwargs)
-        with self:  # what is made of operators runs them there
+        with self:  # composite operators call operators on the same device
             if func.namespace == "flexmoba":
                 return func._op_dk(COMPOSITE, *args, **kwargs)
             result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         assert "for_cpu" not in func.name(), f"only CPUs have {func}"
-        assert "index_add" not in func.name(), "adds in any order but on CPUs"
+        assert "index_add" not in func.name(), "adds in any order on other devices than CPU"
         assert func is not torch.ops.aten._local_scalar_dense.default, "reads a value"
         alone = [x for x in tensors if not isinstance(x, Elsewhere) and x.ndim > 0]
         assert not alone or func is torch.ops.aten.copy_.default, f"{func} of tensors on CPU"
@@ -62,7 +62,8 @@ class Device(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         here = tree_map_only(Elsewhere, lambda x: x.here, (args, kwargs))
         result = func(*here[0], **here[1])
-        known = {id(x.here): x for x in tensors if isinstance(x, Elsewhere)}  # of an update
+        # An operator that updates a tensor returns the same tensor.
+        known = {id(x.here): x for x in tensors if isinstance(x, Elsewhere)}
         return tree_map_only(
             Tensor, lambda x: known[id(x)] if id(x) in known else Elsewhere(x), result
         )
@@ -74,7 +75,7 @@ PROBLEM = Problem(
 )  # fmt: skip
 
 
-def by_place(score, b, h, q_idx, kv_idx):
+def by_position(score, b, h, q_idx, kv_idx):
     return score + torch.sin(0.7 * q_idx - 0.3 * kv_idx + h)
 
 
@@ -86,14 +87,14 @@ CALLS = {
     "group": {"gate": "group", "sink_blocks": 1},
     "cu_seqlens": {"cu_seqlens": torch.tensor([0, 40, 150], dtype=torch.int32)},
     "key_padding_mask": {"key_padding_mask": torch.arange(150)[None] > 20},
-    "score_mod": {"score_mod": by_place},
+    "score_mod": {"score_mod": by_position},
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_no_operator_of_cpus_and_no_waiting(name, dtype, monkeypatch):
-    # What torch.utils.checkpoint looks at of every device's module.
+    # torch.utils.checkpoint reads the module of every device.
     monkeypatch.setattr(torch, DEVICE.type, types.SimpleNamespace(), raising=False)
     options = {"block_size": 16, "topk": 3} | CALLS[name]
     inputs = [x.to(dtype).requires_grad_() for x in PROBLEM.tensors()]
@@ -113,14 +114,14 @@ def test_no_operator_of_cpus_and_no_waiting(name, dtype, monkeypatch):
 def test_a_cache_there():
     q, k, v = PROBLEM.tensors()
     outs = []
-    for place in (lambda x: x, Elsewhere):
+    for move in (lambda x: x, Elsewhere):
         with Device():
             cache = MobaCache(
-                1, 2, 16, block_size=16, value_dim=24, max_len=150, device=place(q).device
+                1, 2, 16, block_size=16, value_dim=24, max_len=150, device=move(q).device
             )
-            parts = []
+            steps = []
             for start in range(0, 150, MAX_STEP_QUERIES):
-                step = (place(x[:, :, start : start + MAX_STEP_QUERIES]) for x in (q, k, v))
-                parts.append(flex_moba(*step, 16, 3, cache=cache))
-            outs.append(torch.cat([getattr(x, "here", x) for x in parts], 2))
+                step = (move(x[:, :, start : start + MAX_STEP_QUERIES]) for x in (q, k, v))
+                steps.append(flex_moba(*step, 16, 3, cache=cache))
+            outs.append(torch.cat([getattr(x, "here", x) for x in steps], 2))
     torch.testing.assert_close(*outs)

@@ -1,4 +1,4 @@
-"""Packed documents and padding: every sequence of a row is attended to as if it were alone."""
+"""Packed documents and padding: every sequence of a row gets the result of a separate call."""
 
 import itertools
 from dataclasses import replace
@@ -24,19 +24,19 @@ doubles = self_attention.map(lambda p: replace(p, dtype=torch.float64))
 
 
 def bounds_of(problem: Problem, count: int) -> list[int]:
-    """Boundaries of ``count`` documents, some of them empty."""
+    """Draws the boundaries of ``count`` documents, some of them empty."""
     inner = torch.randint(problem.kv_len + 1, (count - 1,), generator=problem.generator())
     return [0, *inner.sort().values.tolist(), problem.kv_len]
 
 
 def ids_of(bounds: list[int]) -> Tensor:
-    """Document ids of one row, as its documents' places in the list."""
+    """Returns the document ids of one row, counted from 0."""
     lengths = torch.tensor(bounds).diff()
     return torch.arange(len(lengths)).repeat_interleave(lengths)[None]
 
 
 def assert_like_the_oracle(problem: Problem, inputs: tuple[Tensor, ...], **where: Tensor) -> None:
-    """Output and gradients, in float64."""
+    """Asserts that output and gradients equal the oracle's, in float64."""
     args = (problem.block_size, problem.topk)
     causal = {"is_causal": problem.is_causal}
     out = flex_moba(*inputs, *args, **where, **causal)
@@ -169,7 +169,7 @@ def test_padding_changes_nothing(problem, data):
 
 
 def holes_of(problem: Problem, share: float) -> Tensor:
-    """A padding mask ``(B, Lk)`` with holes anywhere; the last row is all padding."""
+    """Draws a mask ``(B, Lk)`` with padding anywhere; of several rows, the last is all padding."""
     real = torch.rand(problem.batch, problem.kv_len, generator=problem.generator()) >= share
     real[1:][-1:] = False
     return real
@@ -226,7 +226,7 @@ def test_implementations_agree(impl):
         {"document_ids": ids_of([0, 7, 8, 205, 300])},
         {"key_padding_mask": (torch.arange(300) >= 37)[None]},
     ):
-        # Blocks of 100 are longer than most documents, which stay in place.
+        # Blocks of 100 keys are longer than most documents, so the documents stay in place.
         for size, topk, is_causal in itertools.product((32, 100), (2, None), (True, False)):
             options = where | {"is_causal": is_causal}
             out, lse = with_lse(flex_moba, size, topk, impl=impl, **options)(q, k, v)
@@ -240,7 +240,7 @@ def test_implementations_agree(impl):
                     torch.testing.assert_close(actual, expected)
 
 
-# Said of what torch.compile itself does with an autograd.Function.
+# The warning refers to code of torch.compile for an autograd.Function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["cu_seqlens", "key_padding_mask"])
 def test_compiles_to_one_graph(name):
@@ -277,7 +277,7 @@ def test_scores_of_documents_in_place_may_be_modified(problem, count, ids):
 
 
 class Largest(TorchDispatchMode):
-    """Remembers how many elements the largest tensor has that any operator returns."""
+    """Records the number of elements of the largest tensor that an operator returns."""
 
     elements = 0
 
@@ -294,7 +294,7 @@ def test_documents_take_memory_for_their_tokens(topk, attends):
     length, dim = 2048, 16
     q, k, v = Problem(q_len=length, kv_len=length, head_dim=dim, value_dim=dim).tensors()
     inputs = [x.float().requires_grad_() for x in (q, k, v)]
-    # The last document has past blocks, so that not all is full attention.
+    # The last document has past blocks, so that the call is not full attention.
     bounds = torch.tensor([*range(0, 1024, 8), 1024, 2048])
     with Largest() as largest:
         if attends:
@@ -302,7 +302,8 @@ def test_documents_take_memory_for_their_tokens(topk, attends):
             torch.autograd.grad(out.sum(), inputs)
         else:
             moba_select(*inputs[:2], 256, topk, cu_seqlens=bounds)
-    # A piece of scores is of a constant size. In whole blocks there would be 133 for 8.
+    # A piece of scores has a constant size. If every document began a block, there would be 133
+    # blocks instead of 8.
     assert largest.elements <= 2 * length * dim * topk
 
 
@@ -339,7 +340,7 @@ BAD = {
         ONE,
         {"cu_seqlens": CU, "max_seqlen": 3},
         ValueError,
-        ("max_seqlen=3", "4 tokens", "leave max_seqlen out"),
+        ("max_seqlen=3", "4 tokens", "omit max_seqlen"),
     ),
     "longest by ids": (
         X,

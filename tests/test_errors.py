@@ -1,6 +1,6 @@
-"""Bad calls: the exception, and a text that names the offending values and the remedy.
+"""Errors: the type of the exception, and a message that names values and remedy.
 
-And inputs that are unusual but allowed: none at all, NaN and infinity.
+Also inputs that are unusual but valid: empty tensors, NaN and infinity.
 """
 
 import re
@@ -37,7 +37,7 @@ def assert_raises(error: type[Exception], fragments: tuple[str, ...], call: Call
 
 NUMBER = r"(?<!\d){}(?!\d)".format
 
-# Arguments that replace those of a good call, the exception, and what its text must name.
+# Arguments that replace those of a valid call, the exception, and patterns of its message.
 BAD_TENSORS = {
     "q of rank 3": ({"q": queries(4, 10, 8)}, ValueError, ("q ", r"\(4, 10, 8\)", "unsqueeze")),
     "k of rank 5": ({"k": keys(1, 2, 2, 12, 8)}, ValueError, ("k ", r"\(1, 2, 2, 12, 8\)")),
@@ -164,7 +164,7 @@ def selection_of(value: float = 0, *shape: int, **options) -> Tensor:
 
 
 def with_row(*blocks: int) -> Tensor:
-    """Good but for head 1, query 7 of batch element 1."""
+    """Returns a selection that is valid except for head 1, query 7 of batch element 1."""
     selection = torch.tensor([0, -1], dtype=torch.int32).repeat(2, 4, 10, 1)
     selection[1, 1, 7] = torch.tensor(blocks)
     return selection
@@ -246,7 +246,7 @@ def test_empty_inputs_have_gradients():
         assert x.grad is None or not x.grad.any()
 
 
-# Of the finite ones, sums overflow in half precision, and products in float32 and in float64.
+# Sums of the finite values overflow in half precision, and products in float32 and in float64.
 poison = st.sampled_from((float("nan"), float("inf"), float("-inf"), 6e4, 1e30, 1e300))
 
 
@@ -260,8 +260,9 @@ def test_what_a_token_holds_reaches_only_rows_that_could_see_it(name, problem, v
     head, index = head % x.shape[1], index % x.shape[2]
     x[1, head, index] = torch.tensor(value, dtype=torch.float64).to(x.dtype)
 
-    rows = torch.zeros(2, problem.heads, problem.q_len, dtype=torch.bool)  # that could see it
-    cols = torch.zeros(2, 2, problem.kv_len, dtype=torch.bool)  # keys that those could see
+    # The queries that can attend to the poisoned token, and the keys that these can attend to.
+    rows = torch.zeros(2, problem.heads, problem.q_len, dtype=torch.bool)
+    cols = torch.zeros(2, 2, problem.kv_len, dtype=torch.bool)
     if name == "q":
         rows[1, head, index] = True
         last = index + problem.offset if problem.is_causal else problem.kv_len
@@ -301,7 +302,7 @@ def _everything(problem: Problem, tensors) -> dict[str, Tensor]:
     inputs = [x.clone().requires_grad_() for x in tensors]
     attend = with_lse(flex_moba, problem.block_size, problem.topk, is_causal=problem.is_causal)
     out, lse = attend(*inputs)
-    # Squares: the incoming gradient of a row that is not finite is not finite either.
+    # With squares, a row that is not finite also has an incoming gradient that is not finite.
     grads = torch.autograd.grad(out.square().sum() + lse.square().sum(), inputs)
     results = (out.detach(), lse.detach(), *grads)
     return dict(zip(("out", "lse", "dq", "dk", "dv"), results, strict=True))

@@ -1,4 +1,4 @@
-"""The gates beside the paper's: groups, tiles, sinks and local blocks."""
+"""Gates other than the gate of the paper: group, tile, sink blocks and local blocks."""
 
 import itertools
 from dataclasses import replace
@@ -21,7 +21,7 @@ few = settings(max_examples=15)
 
 @st.composite
 def gated(draw, **narrower):
-    """A problem whose topk has room for what is always selected, and the gate's options."""
+    """Draws a problem whose topk includes all blocks that are always selected, and gate options."""
     problem = draw(problems(**narrower))
     options = {
         "gate": draw(st.sampled_from(["token", "group"])),
@@ -34,7 +34,7 @@ def gated(draw, **narrower):
 
 @st.composite
 def tiled(draw, *, is_causal=None):
-    """A problem of few tiles of 128 queries, and the gate's options."""
+    """Draws a problem of a few tiles of 128 queries, and gate options."""
     offset, q_len = 128 * draw(st.integers(0, 2)), draw(st.integers(1, 500))
     is_causal = draw(st.booleans()) if is_causal is None else is_causal
     problem = Problem(
@@ -62,8 +62,8 @@ def test_selects_what_the_oracle_selects(drawn):
     assert selection.shape == (*q.shape[:3], problem.topk)
     expected = reference_selection(q, k, *args, is_causal=problem.is_causal, **options)
     assert_bitwise_equal(as_bools(selection, problem.n_blocks), expected)
-    chosen = selection.sort(-1).values
-    assert not ((chosen[..., 1:] == chosen[..., :-1]) & (chosen[..., 1:] >= 0)).any()
+    blocks = selection.sort(-1).values
+    assert not ((blocks[..., 1:] == blocks[..., :-1]) & (blocks[..., 1:] >= 0)).any()
 
 
 @few

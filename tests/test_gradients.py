@@ -20,7 +20,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def gradients(problem: Problem, loss_of) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v of ``loss_of(out, lse)``."""
+    """Returns the gradients of ``loss_of(out, lse)`` with respect to q, k and v."""
     inputs = problem.tensors(requires_grad=True)
     attend = with_lse(flex_moba, problem.block_size, problem.topk, is_causal=problem.is_causal)
     return torch.autograd.grad(loss_of(*attend(*inputs)), inputs)
@@ -145,7 +145,7 @@ def gradcheck(problem: Problem, *, fast_mode: bool) -> bool:
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)  # races need more than one
+    torch.set_num_threads(2)  # a race needs more than one thread
     yield
     torch.set_num_threads(before)
 
@@ -182,7 +182,7 @@ def test_two_runs_are_bitwise_equal(dtype, is_causal, monkeypatch):
         assert_bitwise_equal(first, second)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own use
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # a use in torch
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("halves", [False, True], ids=["flex_moba", "selected_attention"])
 def test_forward_mode_is_refused(name, halves):

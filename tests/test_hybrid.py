@@ -78,7 +78,7 @@ def test_what_is_not_named_stays():
         ({"eval_topk": -1}, ValueError, "got -1"),
         ({"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
         ({"block_size": None}, TypeError, "None"),
-        ({"topk": 1}, ValueError, "topk=1 is too few for sink_blocks=1"),
+        ({"topk": 1}, ValueError, "topk=1 is too small for sink_blocks=1"),
         ({"layers": 2}, IndexError, "from -2 to 1, as there are 2, got 2"),
         ({"layers": [0, -3]}, IndexError, "got -3"),
     ],

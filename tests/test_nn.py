@@ -50,7 +50,7 @@ def test_flex_moba_as_a_module_refuses_sizes(sizes):
 def test_flex_moba_as_a_module_refuses_options():
     with pytest.raises(TypeError, match="no option 'gat'"):
         FlexMoba(16, 3, gat="group")
-    with pytest.raises(ValueError, match="topk=2 is too few"):
+    with pytest.raises(ValueError, match="topk=2 is too small"):
         FlexMoba(16, 4, eval_topk=2, sink_blocks=2)
 
 

@@ -1,4 +1,4 @@
-"""The operators among torch's tools: fake tensors, FLOP counts, transforms, `opcheck`."""
+"""The operators with tools of torch: fake tensors, FLOP counts, transforms and `opcheck`."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ from tests.problems import Problem
 PROBLEM = Problem(kv_heads=2, group=2, q_len=150, kv_len=150, block_size=16, topk=3)
 
 
-def by_place(score, b, h, q_idx, kv_idx):
+def by_position(score, b, h, q_idx, kv_idx):
     return score + torch.sin(0.7 * q_idx - 0.3 * kv_idx + h)
 
 
@@ -30,12 +30,12 @@ def over_selection(
     return selected_attention(q, k, v, selection, block_size, **options)
 
 
-# Every argument that has values of its own.
+# Calls with every argument whose values the operators use.
 CALLS = {
     "flex_moba": lambda *qkv: flex_moba(*qkv, 16, 3),
     "not causal": lambda *qkv: flex_moba(*qkv, 16, 3, is_causal=False),
     "full": lambda *qkv: flex_moba(*qkv, 16, None),
-    "score_mod": lambda *qkv: flex_moba(*qkv, 16, 3, score_mod=by_place),
+    "score_mod": lambda *qkv: flex_moba(*qkv, 16, 3, score_mod=by_position),
     "selection": lambda *qkv: over_selection(*qkv, 16, 3),
     "cu_seqlens": lambda *qkv: flex_moba(*qkv, 16, 3, cu_seqlens=torch.tensor([0, 40, 150])),
     "full cu_seqlens": lambda *qkv: flex_moba(
@@ -88,10 +88,10 @@ def test_a_cache_without_values(mode, max_len):
         cache.crop(100)
         cache.crop(torch.tensor([50]))
         cache.reorder(torch.tensor([0]))
-        assert attend(150).shape == q.shape  # of which nobody knows whether they fit
-        assert attend(1, score_mod=by_place).shape == (1, 4, 1, 8)
+        assert attend(150).shape == q.shape  # without values, lengths are not checked
+        assert attend(1, score_mod=by_position).shape == (1, 4, 1, 8)
         with pytest.raises(NotImplementedError, match=r"fake tensors .* at most 16 tokens"):
-            attend(17, score_mod=by_place)
+            attend(17, score_mod=by_position)
 
 
 @NO_VALUES
@@ -134,13 +134,13 @@ def test_fake_tensors_on_cuda(topk, dtype):
 
 # ---- opcheck ------------------------------------------------------------------------------------
 
-# Of these CUDA has kernels of its own; `test_operators_of_cuda` checks them there.
+# Operators that run only on CUDA; `test_operators_of_cuda` checks them.
 CUDA_ALONE = {"attend_fused", "attend_fused_backward", "move_rows"}
 DIFFERENTIABLE = {"attend_fused", "attend_portable", "move_rows"}
 
 
 class Recorder(TorchDispatchMode):
-    """Remembers the first call of each of flexmoba's operators, and its arguments."""
+    """Records the first call of each operator of flexmoba, with its arguments."""
 
     def __init__(self):
         super().__init__()
@@ -252,7 +252,7 @@ LOSS = {
 }
 
 
-# Said of what torch itself imports for jvp.
+# The warning refers to an import of torch for jvp.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("name", LOSS)
 @pytest.mark.parametrize("attends", [True, False])
@@ -262,7 +262,7 @@ def test_transforms_are_refused_by_name(name, attends):
     def loss(q: Tensor) -> Tensor:
         return (flex_moba(q, k, v, 16, 3) if attends else moba_select(q, k, 16, 3)).sum()
 
-    with pytest.raises(NotImplementedError, match=r"no part in transforms of torch\.func, but q"):
+    with pytest.raises(NotImplementedError, match=r"not support transforms of torch\.func, but q"):
         LOSS[name](loss)(q)
 
 

@@ -1,4 +1,4 @@
-"""The oracle against cases computed by hand and against torch's own attention."""
+"""The oracle: cases computed by hand, and comparisons with the attention of torch."""
 
 import pytest
 import torch
@@ -18,12 +18,12 @@ def one_head(rows: list[list[float]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)[None, None]
 
 
-def chosen(selected: Tensor) -> list[list[int]]:
-    """The selected blocks of each query of the only head."""
+def blocks_of(selected: Tensor) -> list[list[int]]:
+    """Returns the selected blocks of each query of the only head."""
     return [row.nonzero().flatten().tolist() for row in selected[0, 0]]
 
 
-# Blocks of two keys with means 1, 3, 2 and a ragged one of a single key 9.
+# Blocks of two keys with means 1, 3 and 2, and a shorter last block of one key, 9.
 KEYS = one_head([[0.0], [2.0], [3.0], [3.0], [4.0], [0.0], [9.0]])
 
 
@@ -41,10 +41,10 @@ KEYS = one_head([[0.0], [2.0], [3.0], [3.0], [4.0], [0.0], [9.0]])
 def test_causal_selection_by_hand(query, topk, expected):
     queries = torch.full_like(KEYS, query)
     selected = reference_selection(queries, KEYS, 2, topk, is_causal=True)
-    assert chosen(selected) == expected
-    # The last three queries alone stand at the same positions.
+    assert blocks_of(selected) == expected
+    # Without the other queries, the last three queries have the same positions.
     selected = reference_selection(queries[:, :, 4:], KEYS, 2, topk, is_causal=True)
-    assert chosen(selected) == expected[4:]
+    assert blocks_of(selected) == expected[4:]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_causal_selection_by_hand(query, topk, expected):
 )
 def test_non_causal_selection_by_hand(query, topk, expected):
     selected = reference_selection(torch.full_like(KEYS, query), KEYS, 2, topk, is_causal=False)
-    assert chosen(selected) == [expected] * 7
+    assert blocks_of(selected) == [expected] * 7
 
 
 def test_the_gate_rounds_means_to_the_dtype_of_the_keys():
@@ -63,19 +63,19 @@ def test_the_gate_rounds_means_to_the_dtype_of_the_keys():
     last = torch.ones(1, 1, 1, 1)
     exact = reference_selection(last, keys, 4, 2, is_causal=True)
     rounded = reference_selection(last.bfloat16(), keys.bfloat16(), 4, 2, is_causal=True)
-    assert chosen(exact) == [[0, 2]]
-    assert chosen(rounded) == [[1, 2]]
+    assert blocks_of(exact) == [[0, 2]]
+    assert blocks_of(rounded) == [[1, 2]]
 
 
 def test_every_query_head_selects_on_its_own():
     queries = torch.cat([torch.ones_like(KEYS), -torch.ones_like(KEYS)], dim=1)
     selected = reference_selection(queries, KEYS, 2, 2, is_causal=True)
-    assert chosen(selected[:, :1])[-1] == [1, 3]
-    assert chosen(selected[:, 1:])[-1] == [0, 3]
+    assert blocks_of(selected[:, :1])[-1] == [1, 3]
+    assert blocks_of(selected[:, 1:])[-1] == [0, 3]
 
 
 def test_output_by_hand():
-    # With queries of zero, every key that is seen weighs the same, and ties decide the blocks.
+    # With queries of zero, all keys have the same weight, and all scores of blocks are equal.
     queries = torch.zeros_like(KEYS)
     values = one_head([[1.0], [2.0], [4.0], [8.0], [16.0], [32.0], [64.0]])
     out = moba_reference(queries, KEYS, values, 2, 2)
@@ -95,7 +95,7 @@ VALUES = one_head([[1.0], [2.0], [4.0], [8.0], [16.0], [32.0], [64.0]])
     ids=lambda documents: next(iter(documents)),
 )
 def test_packed_documents_by_hand(documents):
-    # Blocks of two begin anew at keys 0, 3 and 4; one document is empty, one of a single token.
+    # Documents begin at keys 0, 3 and 4. One document is empty, and one has a single token.
     out = moba_reference(torch.zeros_like(KEYS), KEYS, VALUES, 2, 1, **documents)
     expected = [1, 3 / 2, 4, 8, 16, 48 / 2, 64]
     torch.testing.assert_close(out, one_head([[x] for x in expected]))
@@ -106,7 +106,7 @@ def test_packed_documents_by_hand(documents):
 
 @pytest.mark.parametrize("q_len", [7, 4, 1])
 def test_padding_by_hand(q_len):
-    # Blocks of two begin at the first real key, 1; what stands in padding is not seen.
+    # Blocks begin at the first real key, 1, and values of padding have no effect.
     real = torch.tensor([[False, True, True, True, True, False, False]])
     values = VALUES.where(real[0][:, None], float("nan"))
     queries = torch.zeros_like(KEYS)[:, :, -q_len:]

@@ -1,4 +1,4 @@
-"""`moba_select`: which blocks, in which order."""
+"""`moba_select`: the selected blocks and their order."""
 
 from dataclasses import replace
 
@@ -37,16 +37,16 @@ def test_own_block_then_candidates_then_padding(problem):
         assert (selection[..., 0] == own).all()
         assert (selection <= own[:, None]).all()
         candidates = own + 1
-    there = torch.arange(problem.topk) < candidates[:, None]
-    assert ((selection >= 0) == there).all()
-    assert (selection[~there.expand_as(selection)] == -1).all()
+    filled = torch.arange(problem.topk) < candidates[:, None]
+    assert ((selection >= 0) == filled).all()
+    assert (selection[~filled.expand_as(selection)] == -1).all()
     counts = as_bools(selection, problem.n_blocks).sum(-1)
-    assert (counts == there.sum(-1)).all()  # no block twice
+    assert (counts == filled.sum(-1)).all()  # no block twice
 
 
 @given(problems(), st.data())
 def test_fewer_blocks_are_the_first_of_more(problem, data):
-    """With the equality of sets for every topk, this is the descending order of scores."""
+    """For every topk the sets are equal, so this tests the descending order of scores."""
     q, k, _ = problem.tied_tensors()
     fewer = replace(problem, topk=data.draw(st.integers(1, problem.topk)))
     selection = select(problem, q, k)[..., : fewer.topk]
@@ -69,7 +69,7 @@ def test_ties_equal_the_oracle_in_every_dtype(problem):
 
 
 def disagreement(problem: Problem, device: str = "cpu") -> float:
-    """The share of rows that differ from the oracle's, all of them shown to be near-ties."""
+    """Returns the share of rows that differ from the oracle; asserts that they are near ties."""
     q, k, _ = problem.tensors(device)
     actual, expected = as_bools(select(problem, q, k), problem.n_blocks), oracle(problem, q, k)
     differ = assert_near_ties(actual, expected, block_scores(q, k, problem.block_size))
@@ -115,7 +115,7 @@ def test_strides_do_not_matter(problem):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_that_are_not_finite_have_their_place(dtype):
-    # Blocks of one key. NaN is the highest score, and -inf is still better than no candidate.
+    # Blocks have one key. NaN is the highest score, and -inf still ranks before no candidate.
     keys = torch.tensor([float("-inf"), 1.0, float("nan"), float("inf"), 0.0], dtype=dtype)
     query = torch.ones(1, 1, 1, 1, dtype=dtype)
     selection = moba_select(query, keys[None, None, :, None], 1, 6)
@@ -124,7 +124,7 @@ def test_scores_that_are_not_finite_have_their_place(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_many_blocks_are_chosen_like_few(dtype):
-    # Beyond a few blocks scores are sorted, up to there the highest is taken again and again.
+    # A count above `_MOST_ROUNDS` uses a sort, a smaller one uses repeated `argmax`.
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(-3, 4, (5, 40), generator=generator).to(dtype)
     scores[0, 3:9], scores[1, ::2], scores[2, 5], scores[3, :4] = (

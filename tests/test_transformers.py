@@ -545,7 +545,7 @@ def indexed(config):
             "DeepseekV32Attention.* has an indexer of its own",
         ),
         (lambda: indexed(DeepseekV4Config), {}, "DeepseekV4Attention.* has an indexer of its own"),
-        (lambda: model_of("llama"), {"sink_blocks": TOPK}, "topk=3 is too few for sink_blocks=3"),
+        (lambda: model_of("llama"), {"sink_blocks": TOPK}, "topk=3 is too small for sink_blocks=3"),
     ],
 )
 def test_a_refused_model_stays_as_it_is(make, options, text):

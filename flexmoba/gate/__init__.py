@@ -1,7 +1,7 @@
-"""The gate: scores the mean key of every block and selects the best blocks for each query.
+"""The gate: scores the mean key of every block, and selects the best blocks for each query.
 
-`moba_select` is the public function. `select_for_attention` gives the backends the same selection
-without the own block, which they attend to by themselves.
+`moba_select` is the public function. `select_for_attention` returns the same selection without the
+own block, which the backends add.
 """
 
 from flexmoba.gate.options import Candidates, GateOptions, GateSizes

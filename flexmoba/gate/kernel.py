@@ -1,8 +1,8 @@
-"""The gate on CUDA: one Triton kernel scores a tile of queries and keeps the best of each row.
+"""The gate on CUDA: one Triton kernel that scores a tile of queries and keeps their best blocks.
 
-The scores never leave the chip, so memory is that of the result, and blocks after the queries are
-not visited. A score and its block share one 64-bit key, whose order is the gate's: by score, then
-the later block.
+Scores are not written to memory, and the kernel skips blocks after the queries. It packs each score
+and its block index into a 64-bit integer, the sort key, which it compares instead of the score: the
+higher score wins, and of equal scores the later block.
 """
 
 import torch
@@ -13,17 +13,20 @@ from torch import Tensor
 from flexmoba.gate.options import Candidates, GateOptions, GateSizes
 from flexmoba.runtime.triton_launch import kernel, launch, packed
 
-MAX_COUNT = 64  # kept per row in registers
+MAX_COUNT = 64  # blocks of a row, which the kernel keeps in registers
 MAX_HEAD_DIM = 256
 
-NOTHING = tl.constexpr(-(2**63))  # below the key of any score
+NOTHING = tl.constexpr(-(2**63))  # below the sort key of any score
 _EVERYTHING = tl.constexpr(2**63 - 1)
 
 
 def select_on_cuda(
     q: Tensor, means: Tensor, sizes: GateSizes, gate: GateOptions, candidates: Candidates
 ) -> Tensor:
-    """The best candidates of each row by their scores, as `select_by_means` defines them."""
+    """Returns the candidates with the highest scores, ``(B, Hq or Hkv, rows, scored)`` int32.
+
+    The arguments are as in `select_by_means`, which calls this function.
+    """
     first_block, end_block, _ = candidates
     count = sizes.scored(gate)
     batch, heads, q_len, dim = q.shape
@@ -32,7 +35,7 @@ def select_on_cuda(
     q, means = packed(q), packed(means)
     first = q if first_block is None else packed(first_block)
     last = q if end_block is None else packed(end_block)
-    chosen = torch.empty(batch, heads, q_len, count, dtype=torch.int32, device=q.device)
+    selected = torch.empty(batch, heads, q_len, count, dtype=torch.int32, device=q.device)
     tile_q, tile_n = 64, 32
     numbers = (
         *(batch * heads, heads, heads // kv_heads, q_len, n_blocks),
@@ -57,32 +60,37 @@ def select_on_cuda(
     dtypes = (q.dtype, means.dtype)
     with torch.cuda.device_of(q):
         n_programs = triton.cdiv(q_len, tile_q) * batch * heads
-        tensors = q, means, first, last, chosen
+        tensors = q, means, first, last, selected
         launch(_select_kernel, n_programs, (*tensors, *numbers), constants, dtypes)
-    return chosen
+    return selected
 
 
 @triton.jit
 def nothing_yet(ROWS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr):
-    """The slots of each row, and what they hold before any block: unused ones are never worst."""
+    """Returns the slots of each row and their initial sort keys.
+
+    The first ``COUNT`` slots are empty, with different keys. The others are never replaced, because
+    their keys are higher than all others.
+    """
     slot = tl.arange(0, SLOTS)[None, :] + tl.zeros([ROWS, SLOTS], tl.int32)
     return slot, tl.where(slot < COUNT, NOTHING + slot.to(tl.int64), _EVERYTHING)
 
 
 @triton.jit
 def score_keys(q, mean, block, first, end, BY_PARTS: tl.constexpr):
-    """The keys ``(rows, blocks)`` of a tile of blocks; candidates are from ``first`` to ``end``.
+    """Returns the sort keys ``(rows, blocks)`` of a tile of blocks.
 
-    ``BY_PARTS`` is for float32 queries and mean keys that have but the bits of half precision:
-    three products on the matrix units then drop no more than the last two bits of a float32 one.
+    Candidates are the blocks from ``first`` to before ``end``; others get ``NOTHING``. ``BY_PARTS``
+    is for float32 queries and mean keys rounded to half precision: three products on the matrix
+    units then lose at most the last two bits of a float32 product.
     """
     if BY_PARTS:
         score = tl.dot(q, tl.trans(mean), input_precision="tf32x3")
     else:
         score = tl.dot(q, tl.trans(mean), input_precision="ieee")
-    score = tl.where(score == 0.0, 0.0, score)  # -0.0 ties with 0.0
+    score = tl.where(score == 0.0, 0.0, score)  # -0.0 equals 0.0
     bits = score.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # now ordered like the scores
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the scores
     bits = tl.where(score != score, 0x7FFFFFFF, bits)
     key = (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
     candidate = (block[None, :] >= first[:, None]) & (block[None, :] < end[:, None])
@@ -91,7 +99,7 @@ def score_keys(q, mean, block, first, end, BY_PARTS: tl.constexpr):
 
 @triton.jit
 def keep_best(best, key):
-    """The best of a tile replaces the worst of all so far, as long as any row gains."""
+    """Replaces the worst sort keys in ``best`` by the best of a tile, until no row improves."""
     highest = tl.max(key, 1)
     worst = tl.min(best, 1)
     while tl.max((highest > worst).to(tl.int32), 0) > 0:
@@ -109,7 +117,7 @@ def _select_kernel(
     means_ptr,
     first_ptr,
     end_ptr,
-    chosen_ptr,
+    selected_ptr,
     all_heads: tl.int32,
     heads: tl.int32,
     group: tl.int32,
@@ -131,25 +139,25 @@ def _select_kernel(
     TILE_D: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    # The last queries have the most candidates: they start first.
+    # The last queries have the most candidates, so they start first.
     head = tl.program_id(0) % all_heads
     tile = tl.cdiv(q_len, TILE_Q) - 1 - tl.program_id(0) // all_heads
     row = tile * TILE_Q + tl.arange(0, TILE_Q)
-    there = row < q_len
+    valid = row < q_len
     dim = tl.arange(0, TILE_D)
     q_row = head.to(tl.int64) * q_len + row
     q = tl.load(
-        q_ptr + q_row[:, None] * DIM + dim, mask=there[:, None] & (dim < DIM)[None, :], other=0.0
+        q_ptr + q_row[:, None] * DIM + dim, mask=valid[:, None] & (dim < DIM)[None, :], other=0.0
     )
     if HAS_END:
-        end = tl.load(end_ptr + head // heads * q_len + row, mask=there, other=0) - LOCALS
+        end = tl.load(end_ptr + head // heads * q_len + row, mask=valid, other=0) - LOCALS
     elif not IS_CAUSAL:
         end = tl.full([TILE_Q], 0, tl.int32) + n_blocks
     else:
         end = (tl.minimum(row, q_len - 1) * STRIDE + offset) // block_size - LOCALS
     first = tl.full([TILE_Q], SINKS, tl.int32)
     if HAS_FIRST:
-        first += tl.load(first_ptr + head // heads * q_len + row, mask=there, other=n_blocks)
+        first += tl.load(first_ptr + head // heads * q_len + row, mask=valid, other=n_blocks)
 
     slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
     means_ptr += (head // group).to(tl.int64) * n_blocks * DIM
@@ -163,8 +171,10 @@ def _select_kernel(
         best = keep_best(best, score_keys(q, mean.to(q.dtype), block, first, end, BY_PARTS))
 
     best = tl.sort(best, descending=True)  # unused slots come first
-    chosen = tl.where(best < NOTHING + SLOTS, -1, (best & 0xFFFFFFFF).to(tl.int32))
+    selected = tl.where(best < NOTHING + SLOTS, -1, (best & 0xFFFFFFFF).to(tl.int32))
     column = slot - (SLOTS - COUNT)
     tl.store(
-        chosen_ptr + q_row[:, None] * COUNT + column, chosen, mask=there[:, None] & (column >= 0)
+        selected_ptr + q_row[:, None] * COUNT + column,
+        selected,
+        mask=valid[:, None] & (column >= 0),
     )

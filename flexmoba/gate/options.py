@@ -1,6 +1,7 @@
 """Options and sizes of the gate.
 
-They are NamedTuples because torch.compile traces their construction in every supported version.
+They are NamedTuples because torch.compile traces the construction of these in every supported
+version.
 """
 
 from typing import NamedTuple
@@ -11,12 +12,12 @@ from flexmoba.blocks import TILE
 
 
 class GateOptions(NamedTuple):
-    """Whose scores select, and which blocks are selected without a score; see `moba_select`.
+    """The scores that select blocks, and the blocks selected without a score; see `moba_select`.
 
     Attributes:
         per: ``"token"``, ``"group"`` or ``"tile"``.
-        sink_blocks: First blocks that every query selects.
-        local_blocks: Blocks right before the own block that every query selects.
+        sink_blocks: Number of first blocks that are always selected.
+        local_blocks: Number of blocks right before the own block that are always selected.
     """
 
     per: str = "token"
@@ -25,24 +26,24 @@ class GateOptions(NamedTuple):
 
     @property
     def stride(self) -> int:
-        """Queries that share a selection."""
+        """Number of queries that share a selection."""
         return TILE if self.per == "tile" else 1
 
     @property
     def forced(self) -> int:
-        """Blocks that are selected without a score, beside the own block."""
+        """Number of blocks that are selected without a score, beside the own block."""
         return self.sink_blocks + self.local_blocks
 
 
 class Candidates(NamedTuple):
-    """The blocks that a query may select; by default the past blocks, or all blocks if not causal.
+    """The candidate blocks of each query; by default the past blocks, or all blocks if not causal.
 
     Attributes:
         first: ``(B, Lq)`` int32, the first candidate block of each query; None for block 0.
-        end: ``(B, Lq)`` int32, the block after the last candidate; None for the own block if
-            causal, else for the number of blocks.
-        keys_of_block: ``(B, blocks)`` int32, the number of keys in each block, where blocks other
-            than the last one may be short: a mean is over these keys. None if they are full.
+        end: ``(B, Lq)`` int32, the block after the last candidate. None means the own block in
+            causal attention, and otherwise the number of blocks.
+        keys_of_block: ``(B, blocks)`` int32, the number of keys in each block, which the mean key
+            is the mean of. None if all blocks but the last one are full.
     """
 
     first: Tensor | None = None
@@ -55,7 +56,7 @@ class GateSizes(NamedTuple):
 
     Attributes:
         block_size: Keys in a block.
-        wanted: Blocks to select, without the own block.
+        wanted: Number of blocks to select, without the own block.
         offset: Position of the first row.
         is_causal: Whether only past blocks are candidates.
     """
@@ -66,9 +67,9 @@ class GateSizes(NamedTuple):
     is_causal: bool
 
     def width(self, gate: GateOptions) -> int:
-        """Columns of the selection; more than ``wanted`` if sinks and local blocks alone are."""
+        """Returns the number of columns of a selection: at least the sink and local blocks."""
         return max(self.wanted, gate.forced)
 
     def scored(self, gate: GateOptions) -> int:
-        """Blocks that are selected by their scores."""
+        """Returns the number of blocks that are selected by their scores."""
         return max(0, self.wanted - gate.forced)

@@ -1,4 +1,4 @@
-"""Mean keys, and the blocks of the highest scores, by plain tensor operations.
+"""Computes mean keys and the blocks with the highest scores, by plain tensor operations.
 
 arXiv 2502.13189, Sec. 2.2, Eq. 5 and 6. The selection is exact and deterministic: means and scores
 accumulate in float32 (float64 for float64 inputs), and of equal scores the more recent block wins.
@@ -10,21 +10,22 @@ from torch import Tensor
 
 from flexmoba.gate.options import GateOptions
 
-# Scores that exist at a time. Queries are processed in pieces, so that memory stays small.
+# Number of scores in memory at a time. A loop over pieces of the queries bounds it.
 _SCORES_AT_ONCE = 2**22
 
-# Blocks up to which rounds of `argmax`, one for each, are faster on CPU than `topk`.
+# Up to this many blocks, one `argmax` for each is faster on CPU than `topk`.
 _MOST_ROUNDS = 12
 
 
 def block_means(k: Tensor, block_size: int, keys_of_block: Tensor | None = None) -> Tensor:
-    """The mean key of every block, ``(B, Hkv, blocks, D)`` in the dtype of ``k``.
+    """Returns the mean key of every block, ``(B, Hkv, blocks, D)`` in the dtype of ``k``.
 
-    Short blocks, by ``keys_of_block`` of `Candidates`, hold zeros after their keys.
+    Given ``keys_of_block`` (see `Candidates`), the length of ``k (B, Hkv, Lk, D)`` is a multiple of
+    the block size, and short blocks hold zeros after their keys.
     """
     precise = torch.promote_types(k.dtype, torch.float32)
     batch, heads, length, dim = k.shape
-    if keys_of_block is not None:  # k is padded to a multiple of the block size
+    if keys_of_block is not None:
         sums = k.view(batch, heads, -1, block_size, dim).sum(3, dtype=precise)
         return (sums / keys_of_block.clamp(min=1)[:, None, :, None]).to(k.dtype)
     n_full = length // block_size
@@ -37,9 +38,17 @@ def block_means(k: Tensor, block_size: int, keys_of_block: Tensor | None = None)
 
 
 def forced_blocks(first: Tensor, end: Tensor, gate: GateOptions) -> Tensor | None:
-    """Local blocks and sinks between blocks ``first`` and ``end``, ``(B, 1, rows, blocks)`` int32.
+    """Returns the local and sink blocks from ``first`` to before ``end``, -1 for none.
 
-    A block that is both counts as a sink. None if the gate has neither.
+    A block that is both counts as a sink block.
+
+    Args:
+        first: ``(B or 1, rows or 1)`` ints, the first candidate block of each row.
+        end: ``(B or 1, rows)`` ints, the block after the last candidate.
+        gate: Options of the gate.
+
+    Returns:
+        ``(B or 1, 1, rows, local_blocks + sink_blocks)`` int32; None if the gate has neither.
     """
     if gate.forced == 0:
         return None
@@ -54,7 +63,18 @@ def forced_blocks(first: Tensor, end: Tensor, gate: GateOptions) -> Tensor | Non
 def top_blocks_in_pieces(
     rows: Tensor, means: Tensor, first: Tensor, end: Tensor, count: int
 ) -> Tensor:
-    """The best blocks from ``first`` to before ``end``, both ``(B or 1, rows or 1)``."""
+    """Returns the blocks with the ``count`` highest scores from ``first`` to before ``end``.
+
+    Args:
+        rows: ``(B, Hq or Hkv, rows, D)``, from `gate_rows`.
+        means: Mean keys, ``(B, Hkv, blocks, D)``.
+        first: ``(B or 1, rows or 1)`` ints, the first candidate block of each row.
+        end: ``(B or 1, rows or 1)`` ints, the block after the last candidate.
+        count: Number of blocks to select.
+
+    Returns:
+        ``(B, Hq or Hkv, rows, count)`` int32, by descending score; -1 for none.
+    """
     batch, heads, n_rows, _ = rows.shape
     kv_heads, n_blocks = means.shape[1:3]
     precise = torch.promote_types(rows.dtype, torch.float32)
@@ -62,7 +82,7 @@ def top_blocks_in_pieces(
     keys = means.to(precise)[:, :, None].mT
     first, end = (x.expand(x.shape[0], n_rows)[:, None, None] for x in (first, end))
     piece = max(1, _SCORES_AT_ONCE // (batch * heads * n_blocks))
-    chosen = [
+    selected_pieces = [
         top_blocks(
             grouped[..., start : start + piece, :].to(precise) @ keys,
             first[..., start : start + piece],
@@ -71,46 +91,53 @@ def top_blocks_in_pieces(
         )
         for start in range(0, n_rows, piece)
     ]
-    selected: Tensor = rearrange(torch.cat(chosen, dim=-2), "b h g l t -> b (h g) l t")
+    selected: Tensor = rearrange(torch.cat(selected_pieces, dim=-2), "b h g l t -> b (h g) l t")
     return selected
 
 
 def top_blocks(scores: Tensor, first: Tensor, end: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` highest scores of each row, the later of equals first.
+    """Returns the blocks with the ``count`` highest scores; of equal scores, the later block first.
 
-    Candidates are the blocks from ``first`` to before ``end``, which expand to the rows.
+    Args:
+        scores: ``(..., blocks)``, floating point.
+        first: Ints that expand to ``(...)``, the first candidate block of each row.
+        end: Ints that expand to ``(...)``, the block after the last candidate.
+        count: Number of blocks to select.
+
+    Returns:
+        ``(..., count)`` int32, by descending score; -1 for none.
     """
     n_blocks = scores.shape[-1]
-    # A candidate that scores -inf still comes before a block that is none.
+    # A candidate with a score of -inf still ranks before a block that is no candidate.
     scores = scores.clamp(min=torch.finfo(scores.dtype).min)
     block = torch.arange(n_blocks, device=scores.device)
-    foreign = (block < first[..., None]) | (block >= end[..., None])
-    scores = scores.masked_fill(foreign, float("-inf"))
-    candidates = end - first
-    # The first of equals comes first here: turned around, that is the later block.
+    not_candidate = (block < first[..., None]) | (block >= end[..., None])
+    scores = scores.masked_fill(not_candidate, float("-inf"))
+    n_candidates = end - first
+    # `argmax` and `_descending` prefer the first of equal scores, so reverse the order of blocks.
     scores = scores.flip(-1)
-    chosen = scores.new_full((*scores.shape[:-1], count), -1, dtype=torch.int32)
+    selected = scores.new_full((*scores.shape[:-1], count), -1, dtype=torch.int32)
     if count > _MOST_ROUNDS:
         order = _descending(scores, min(count, n_blocks))
         best = (n_blocks - 1 - order).int()
-        place = torch.arange(best.shape[-1], device=best.device)
-        chosen[..., : best.shape[-1]] = torch.where(place < candidates[..., None], best, -1)
-        return chosen
+        rank = torch.arange(best.shape[-1], device=best.device)
+        selected[..., : best.shape[-1]] = torch.where(rank < n_candidates[..., None], best, -1)
+        return selected
     for i in range(min(count, n_blocks)):
         best = scores.argmax(dim=-1, keepdim=True)
         scores.scatter_(-1, best, float("-inf"))
-        chosen[..., i] = torch.where(i < candidates, (n_blocks - 1 - best[..., 0]).int(), -1)
-    return chosen
+        selected[..., i] = torch.where(i < n_candidates, (n_blocks - 1 - best[..., 0]).int(), -1)
+    return selected
 
 
 def _descending(scores: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` highest of each row, the first of equals first, NaN before all."""
+    """Returns the indices of the ``count`` highest scores, first index first, NaN highest."""
     if scores.dtype != torch.float32:
         return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count]
-    # `topk` does not keep equals in order, and a stable sort takes ten times as long: of one number
-    # each, the score above its index, none are equal.
+    # `topk` is not stable, and a stable sort takes ten times as long. So `topk` compares integers
+    # that hold a score in the high bits and its index in the low bits, which leaves no ties.
     bits = (scores + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # now ordered like the scores
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the scores
     bits = bits.masked_fill_(scores.isnan(), 0x7FFFFFFF)
     last = scores.shape[-1] - 1
     index = torch.arange(last, -1, -1, device=scores.device)

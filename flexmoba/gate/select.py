@@ -1,7 +1,7 @@
-"""`moba_select`, and the selections that attention and caches are made of.
+"""`moba_select`, and selections for the backends and the cache.
 
-A *row* is a query that selects: every query, the sum of a group's queries, or the first query of
-every tile.
+A *row* is a query of the gate: each query, the sum of the queries of a group, or the first query of
+each tile.
 """
 
 from typing import Any
@@ -42,45 +42,48 @@ def moba_select(
     document_ids: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Picks, for every query token and head, the blocks of keys that it attends to.
+    """Selects the blocks of keys that every query token and head attends to.
 
-    The gate of arXiv 2502.13189, Sec. 2.2 (Eq. 5 and 6). A block's key is the mean of its keys,
-    accumulated in float32 and rounded to the keys' dtype; its score is the inner product with the
-    query, accumulated in float32 (both in float64 for float64 inputs), unscaled. If causal, the
-    query's own block is always selected and counts towards ``topk``, and the candidates for the
-    rest are the blocks before it. Of equal scores the more recent block wins; NaN is the highest.
-    No gradient flows through the selection.
+    This is the gate of arXiv 2502.13189, Sec. 2.2 (Eq. 5 and 6). The mean key of a block is the
+    mean of its keys, accumulated in float32 and rounded to the dtype of the keys. The score of the
+    block is the unscaled inner product of the query and the mean key, accumulated in float32. (For
+    float64 inputs, both accumulate in float64.) In causal attention, the own block, which contains
+    the query's position, is always selected and counts towards ``topk``, and the blocks before it
+    are the candidates for the rest. Of equal scores, the more recent block wins. NaN is the highest
+    score. No gradient flows through the selection.
 
     Args:
-        q: Queries, ``(B, Hq, Lq, D)``, float16, bfloat16, float32 or float64. Query ``i`` stands
-            at position ``i + Lk - Lq`` among the keys.
-        k: Keys, ``(B, Hkv, Lk, D)``, of the same dtype, where ``Hkv`` divides ``Hq`` and
+        q: Queries, ``(B, Hq, Lq, D)``, float16, bfloat16, float32 or float64. Query ``i`` has the
+            position ``i + Lk - Lq``.
+        k: Keys, ``(B, Hkv, Lk, D)``, in the dtype of q, where ``Hkv`` divides ``Hq`` and
             ``Lq <= Lk``.
         block_size: Keys in a block, at least 1. The last block may be shorter.
-        topk: Blocks to select, the own block included, at least 1.
-        is_causal: Whether only the own block and those before it may be selected. If not, every
-            block is a candidate and the own block is not forced.
-        gate: Whose scores choose. ``"token"``: those of each query and head, as in the paper.
-            ``"group"``: the query heads of a KV head share a choice, by the sum of their scores.
-            ``"tile"``: 128 queries in a row share, in each head, the choice of their first one;
-            tiles begin at multiples of 128, which must divide ``block_size`` and ``Lk - Lq``.
-        sink_blocks: First blocks that every query selects, counted in ``topk``.
-        local_blocks: Blocks right before the own one that every query selects, likewise.
-        cu_seqlens: Boundaries of packed documents, as in `flex_moba`. Indices then count the
-            blocks of a row in order, over all its documents.
-        document_ids: As in `flex_moba`; indices as with ``cu_seqlens``.
-        key_padding_mask: As in `flex_moba`. Blocks count the real tokens of a row.
+        topk: Number of blocks to select, including the own block, at least 1.
+        is_causal: Whether only the own block and the blocks before it are selected. If False,
+            every block is a candidate, and the own block is not always selected.
+        gate: Scores that select the blocks. ``"token"``: the scores of each query token and head,
+            as in the paper. ``"group"``: the sums of the scores over the query heads of a KV head,
+            which share the selection. ``"tile"``: the scores of the first of 128 consecutive
+            queries, which share the selection, for each head. Tiles begin at multiples of 128,
+            which must divide ``block_size`` and ``Lk - Lq``.
+        sink_blocks: Number of first blocks that are always selected. They count towards ``topk``.
+        local_blocks: Number of blocks right before the own block that are always selected. They
+            count towards ``topk``.
+        cu_seqlens: Boundaries of packed documents, as in `flex_moba`. Block indices then count the
+            blocks of all documents of the row, in order.
+        document_ids: As in `flex_moba`. Block indices are as with ``cu_seqlens``.
+        key_padding_mask: As in `flex_moba`. Blocks contain only the real tokens of a row.
 
     Returns:
-        Block indices, int32 ``(B, Hq, Lq, topk)``: the own block first (if causal), then local
-        blocks from the nearest on, sinks, and the others by descending score; -1 where there is no
-        such block. Padding has -1 alone.
+        The selection: block indices, ``(B, Hq, Lq, topk)``, int32, with -1 for none. A row lists
+        the own block (if causal), local blocks from the nearest on, sink blocks, and then the
+        others by descending score. Rows of padding hold only -1.
 
     Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: Shapes, dtypes or devices do not fit, or a size is not positive.
-        NotImplementedError: Documents or padding with fewer queries than keys; ``gate="tile"``
-            where tiles do not divide the blocks or begin before the queries.
+        TypeError: An argument has the wrong type.
+        ValueError: Shapes, dtypes or devices do not match, or a value is out of range.
+        NotImplementedError: Documents or padding have fewer queries than keys, or with
+            ``gate="tile"`` the tiles do not divide the blocks or begin before the queries.
 
     Examples:
         >>> import torch
@@ -108,7 +111,7 @@ def moba_select(
         )
     if isinstance(layout, InPlaceLayout):
         return _select_in_place(q, k, layout, topk, options)
-    assert isinstance(layout, Layout)  # windows are of full attention
+    assert isinstance(layout, Layout)  # only full attention has windows
     q, k = layout.spread(q.detach()), layout.spread(k.detach())
     count = topk - 1 if is_causal else topk
     selection = _select_in_layout(q, k, layout, count, options, is_causal=is_causal)
@@ -130,18 +133,21 @@ def select_for_attention(
     is_full: bool,
     per_tile: bool = False,
 ) -> BlockSelection | None:
-    """The blocks that each query attends to, beside its own block; None for full attention.
+    """Selects blocks in addition to the own block, as input of a backend.
 
     Args:
         q: Queries in the layout, ``(B, Hq, Lq, D)``.
         k: Keys in the layout, ``(B, Hkv, Lk, D)``.
         layout: The layout of both, from `lay_out`.
-        topk: Blocks that each query attends to, its own block included.
-        gate: Its options.
-        is_causal: Whether a query attends to its own block and to past blocks alone.
+        topk: Number of blocks that each query attends to, including its own block.
+        gate: Options of the gate.
+        is_causal: Whether a query attends only to its own block and past blocks.
         is_full: Whether no sequence has more than ``topk`` blocks.
-        per_tile: Whether to leave the selection of ``gate="tile"`` as one row for each tile, if
-            the layout's blocks consist of full tiles.
+        per_tile: Whether a selection by ``gate="tile"`` may have one row for each tile. It has if
+            the blocks of the layout consist of full tiles.
+
+    Returns:
+        The selection; None for full attention, which needs none.
     """
     if isinstance(layout, WindowLayout):
         return None
@@ -152,7 +158,7 @@ def select_for_attention(
     if is_full:
         if layout.first_block is None and layout.end_block is None:
             return None
-        # All blocks of a sequence, which needs no scores.
+        # Selects all blocks of a sequence as sink blocks, without scores.
         gate = gate._replace(sink_blocks=count, local_blocks=0)
     selected = _select_in_layout(q, k, layout, count, gate, is_causal=is_causal)
     per_tile = per_tile and layout.block_size % TILE == 0
@@ -165,7 +171,7 @@ def select_for_attention(
 def _select_in_layout(
     q: Tensor, k: Tensor, layout: Layout, count: int, gate: GateOptions, *, is_causal: bool
 ) -> Tensor:
-    """``count`` candidates of each row of the gate."""
+    """Selects ``count`` candidates for each row of the gate."""
     sizes = GateSizes(layout.block_size, count, k.shape[2] - q.shape[2], is_causal)
     candidates = Candidates(layout.first_block, layout.end_block, layout.keys_of_block)
     return select_rows(q, k, sizes, gate, candidates)
@@ -174,7 +180,7 @@ def _select_in_layout(
 def _select_full_blocks(
     q: Tensor, k: Tensor, layout: InPlaceLayout, count: int, gate: GateOptions
 ) -> Tensor:
-    """``count`` full blocks of each query's document, before its own block."""
+    """Selects ``count`` past blocks, which are full, of each query's document."""
     full_blocks = layout.full_blocks
     keys = full_blocks.spread(k.detach())
     sizes = GateSizes(full_blocks.block_size, count, keys.shape[2] - q.shape[2], is_causal=True)
@@ -186,7 +192,7 @@ def _select_full_blocks(
 def _select_in_place(
     q: Tensor, k: Tensor, layout: InPlaceLayout, topk: int, gate: GateOptions
 ) -> Tensor:
-    """`moba_select` of documents that stay in place, whose blocks count the short ones too."""
+    """Computes `moba_select` for documents in place, with indices among all blocks of the row."""
     shift = layout.short_blocks[:, None, :, None]
     own = layout.end_block[:, None, :, None] + shift
     past = _select_full_blocks(q, k, layout, topk - 1, gate)
@@ -197,7 +203,7 @@ def _select_in_place(
 def select_rows(
     q: Tensor, k: Tensor, sizes: GateSizes, gate: GateOptions, candidates: Candidates = _PAST
 ) -> Tensor:
-    """The candidates that each row selects, ``(B, Hq or Hkv, rows, width)`` int32."""
+    """Selects candidates for each row of the gate, ``(B, Hq or Hkv, rows, width)`` int32."""
     rows = gate_rows(q, k.shape[1], gate)
     first, end = (
         x if x is None else x[:, :: gate.stride].contiguous()
@@ -212,9 +218,9 @@ def select_rows(
 
 
 def gate_rows(q: Tensor, kv_heads: int, gate: GateOptions) -> Tensor:
-    """The rows that select: every query, the sum of every group, or the first of every tile."""
+    """Returns the rows: each query, the sum of each group, or the first query of each tile."""
     q = q.detach()
-    if gate.per == "group":  # a sum of scores is the score of the sum
+    if gate.per == "group":  # the sum of scores equals the score of the sum
         precise = torch.promote_types(q.dtype, torch.float32)
         q = rearrange(q, "b (h g) l d -> b h g l d", h=kv_heads).sum(2, dtype=precise)
     return q[:, :, :: gate.stride]
@@ -223,7 +229,18 @@ def gate_rows(q: Tensor, kv_heads: int, gate: GateOptions) -> Tensor:
 def expand_rows(
     selected: Tensor, heads: int, q_len: int, gate: GateOptions, *, first_query: int = 0
 ) -> Tensor:
-    """The selection of rows for every query; ``first_query`` is the first one's place in a tile."""
+    """Repeats a selection of rows for every query.
+
+    Args:
+        selected: ``(B, Hq or Hkv, rows, width)``, from `select_rows`.
+        heads: Number of query heads.
+        q_len: Number of queries.
+        gate: Options of the gate.
+        first_query: Index of the first query in its tile.
+
+    Returns:
+        ``(B, Hq, Lq, width)``.
+    """
     if gate.per == "group":
         group = heads // selected.shape[1]
         selected = selected.repeat_interleave(group, 1, output_size=heads)
@@ -234,9 +251,9 @@ def expand_rows(
     return selected
 
 
-# Opaque to compilers: one implementation each for CUDA and other devices, the same inside
-# torch.compile and outside, and its result is a real buffer, as a mask_mod needs. The arguments are
-# flat because the schema of an operator has no tuples.
+# An operator, opaque to compilers, so that the selection is the same inside torch.compile and
+# outside, and the result is a real buffer, which a mask_mod needs. The arguments are flat because
+# the schema of an operator has no tuples.
 @torch.library.custom_op("flexmoba::select", mutates_args=())
 @without_autocast
 def _select(
@@ -274,19 +291,19 @@ def select_by_means(
     gate: GateOptions,
     candidates: Candidates = _PAST,
 ) -> Tensor:
-    """The selection of rows given the mean keys.
+    """Selects candidates for each row of the gate, given the mean keys.
 
     Args:
-        rows: ``(B, Hq or Hkv, rows, D)``, from `gate_rows`. Row ``i`` is at position
+        rows: ``(B, Hq or Hkv, rows, D)``, from `gate_rows`. Row ``i`` has the position
             ``sizes.offset + i * gate.stride``.
-        means: ``(B, Hkv, blocks, D)``.
-        sizes: Sizes.
-        gate: Options.
-        candidates: The candidates of rows, ``(B, rows)``.
+        means: Mean keys, ``(B, Hkv, blocks, D)``.
+        sizes: Sizes of the selection.
+        gate: Options of the gate.
+        candidates: The candidate blocks of rows, ``(B, rows)``.
 
     Returns:
-        Block indices, ``(B, Hq or Hkv, rows, width)`` int32: local blocks, sinks, then the others
-        by descending score; -1 for none.
+        Block indices, ``(B, Hq or Hkv, rows, width)`` int32: local blocks, sink blocks, then the
+        others by descending score; -1 for none.
     """
     n_blocks, n_rows = means.shape[2], rows.shape[2]
     position = sizes.offset + torch.arange(n_rows, device=rows.device)[None] * gate.stride
@@ -314,6 +331,7 @@ def select_by_means(
 
 
 def _has_kernel(rows: Tensor, count: int) -> bool:
+    """Returns whether the Triton kernel supports these rows and this many scored blocks."""
     if not rows.is_cuda or rows.dtype == torch.float64 or not HAS_TRITON:
         return False
     from flexmoba.gate.kernel import MAX_COUNT, MAX_HEAD_DIM

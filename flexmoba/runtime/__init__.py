@@ -1,6 +1,6 @@
-"""What everything else runs on: autocast, tracing, and Triton where it is installed.
+"""Helpers for autocast, tracing and Triton.
 
-`triton_launch` imports Triton, so that kernels alone import it.
+Import `triton_launch` directly and only from kernels, because it imports Triton.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""Keeps autocast out of the operators, which choose their own precision; says what it asks for."""
+"""Autocast: turns it off for operators, which set their own precision, and returns its dtype."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ _Result = TypeVar("_Result")
 def without_autocast(
     function: Callable[Concatenate[Tensor, _Arguments], _Result],
 ) -> Callable[Concatenate[Tensor, _Arguments], _Result]:
-    """Runs a function of tensors with autocast off, on the device of the first one."""
+    """Decorates a function to run with autocast off on the device of its first argument."""
 
     @functools.wraps(function)
     def wrapped(x: Tensor, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -27,19 +27,19 @@ def without_autocast(
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """What autocast makes of ``x`` before a matrix product; the dtype of ``x`` where it is off."""
+    """Returns the dtype to which autocast casts ``x`` for a matrix product, or that of ``x``."""
     device = x.device.type
     if (
         not _has_autocast(device)
         or x.dtype == torch.float64
         or not torch.is_autocast_enabled(device)
     ):
-        return x.dtype  # autocast leaves float64 alone
+        return x.dtype  # autocast does not cast float64
     return torch.get_autocast_dtype(device)
 
 
 def _has_autocast(device: str) -> bool:
-    # Dynamo of torch 2.11 cannot trace the question.
+    # Dynamo of torch 2.11 cannot trace `is_autocast_available`.
     if torch.compiler.is_compiling():
         return device != "meta"
     return torch.amp.is_autocast_available(device)

@@ -1,4 +1,4 @@
-"""Whether a tensor has values to read, or is a symbol of a compiler or of torch.func."""
+"""Tests whether a tensor has values, or comes from a tracer or from torch.func."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether there are values to read: not while tracing, of fake tensors or inside torch.func."""
+    """Returns False while tracing, for meta and fake tensors, and inside torch.func."""
     return not (
         torch.compiler.is_compiling()
         or x.is_meta
@@ -20,19 +20,19 @@ def has_values(x: Tensor) -> bool:
 
 
 def values_readable(x: Tensor) -> bool:
-    """Whether there are values, and reading them does not wait for a device."""
+    """Returns whether ``x`` has values that can be read without a wait for a device."""
     return x.device.type == "cpu" and has_values(x)
 
 
 def is_transformed(x: Tensor) -> bool:
-    """Whether ``x`` is an argument inside `torch.func.grad`, ``jvp`` or ``vmap``."""
+    """Returns whether ``x`` is an argument inside `torch.func.grad`, ``jvp`` or ``vmap``."""
     functorch = torch._C._functorch
     return functorch.is_gradtrackingtensor(x) or functorch.is_batchedtensor(x)
 
 
 def no_second_derivatives(*_: Any) -> Any:
-    """The backward pass of a backward pass."""
+    """Raises, as the backward function of a backward operator."""
     raise NotImplementedError(
         "attention has no second derivatives: its gradients cannot be differentiated; use "
-        "moba_reference, which is dense, where they are needed"
+        "moba_reference, which is dense, to compute them"
     )

@@ -1,9 +1,9 @@
-"""Triton kernels that are launched with little work on the host.
+"""Launches Triton kernels with little work on the host.
 
-Triton inspects every argument at every launch to find the specialisation that fits. For kernels of
-forty arguments that takes longer than they run at 8K tokens. So numbers are annotated with their
-types and never specialised, pointers are aligned, and whoever launches says by a key what the
-kernel was compiled for.
+At every launch, Triton inspects every argument to find the matching specialisation. For a kernel of
+forty arguments, that takes longer than the kernel itself at 8K tokens. Here, numbers are annotated
+with their types and never specialised, pointers are aligned, and a key of dtypes and constants
+identifies the compiled kernel.
 """
 
 import inspect
@@ -19,7 +19,7 @@ _NUMBERS = (tl.int32, tl.int64, tl.float32)
 
 
 def kernel(function: Callable[..., None]) -> Any:
-    """`triton.jit` that does not specialise what is annotated with the type of a number."""
+    """Applies `triton.jit` without specialisation of parameters that have the type of a number."""
     parameters = inspect.signature(function).parameters.values()
     numbers = [x.name for x in parameters if x.annotation in _NUMBERS]
     return triton.jit(function, do_not_specialize=numbers)
@@ -35,31 +35,32 @@ def launch(
     """Launches ``kernel[(n_programs,)](*arguments, **constants)`` on the current device.
 
     Args:
-        kernel: Made by `kernel`; its constexprs come after all other parameters.
-        n_programs: Size of the grid; nothing is launched if it is 0.
-        arguments: Everything that is no constexpr; tensors begin at multiples of 16 bytes.
-        constants: The constexprs by name, ``num_warps`` and ``num_stages``; more may be there.
-        dtypes: Dtypes of those tensors that may have more than one.
+        kernel: A kernel from `kernel`; its constexprs come after all other parameters.
+        n_programs: Size of the grid. For 0, the function returns without a launch.
+        arguments: All arguments but constexprs. Tensors begin at multiples of 16 bytes.
+        constants: The constexprs by name, ``num_warps`` and ``num_stages``. Further names are
+            ignored.
+        dtypes: Dtypes of the tensors whose dtype varies between calls.
     """
     if n_programs == 0:
         return
     assert isinstance(arguments[0], Tensor)
     key: Hashable = (kernel, arguments[0].device, *dtypes, *constants.values())
-    known = _compiled.get(key)
-    if known is None:
+    cached = _compiled.get(key)
+    if cached is None:
         names = kernel.arg_names[len(arguments) :]
-        wanted = {x: constants[x] for x in (*names, "num_warps", "num_stages") if x in constants}
-        # Said aloud because newer versions of Triton warn that their default will change.
-        compiled = kernel[(n_programs,)](*arguments, **wanted, enable_fp_fusion=True)
+        options = {x: constants[x] for x in (*names, "num_warps", "num_stages") if x in constants}
+        # Explicit, because newer versions of Triton warn that the default will change.
+        compiled = kernel[(n_programs,)](*arguments, **options, enable_fp_fusion=True)
         if compiled is not None:  # Triton's interpreter compiles nothing
             _compiled[key] = compiled, [constants[name] for name in names]
     else:
-        compiled, rest = known
-        compiled[n_programs, 1, 1](*arguments, *rest)
+        compiled, constexprs = cached
+        compiled[n_programs, 1, 1](*arguments, *constexprs)
 
 
 def packed(x: Tensor) -> Tensor:
-    """Contiguous, beginning at a multiple of 16 bytes, as `launch` wants tensors."""
+    """Returns ``x`` or a copy, contiguous from a multiple of 16 bytes on, as `launch` requires."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 

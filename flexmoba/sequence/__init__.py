@@ -1,6 +1,6 @@
-"""Sequences within a row of the batch: packed documents and padding.
+"""The sequences of a row of the batch: packed documents, or the real tokens of a padded row.
 
-`lay_out` gives every sequence blocks of its own, which begin at its first token.
+`lay_out` divides every sequence into blocks that begin at its first token.
 """
 
 from flexmoba.sequence.arrange import lay_out, without_padding

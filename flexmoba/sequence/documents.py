@@ -1,4 +1,4 @@
-"""Where the sequences of a row begin, from the arguments that users pass."""
+"""Reads the documents and the positions of tokens from the arguments of users."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ from flexmoba.runtime import values_readable
 
 
 class Packing(NamedTuple):
-    """Packed documents as `packing_of` reads them.
+    """Packed documents of every row, from `packing_of`.
 
     Attributes:
-        first_token: ``(B, L)`` ints, the first token of each token's document.
-        n_documents: Documents of a row, at most.
-        longest: Tokens of a document, at most.
+        first_token: ``(B, L)`` ints, the index of the first token of each token's document.
+        n_documents: An upper bound of the documents of a row.
+        longest: An upper bound of the tokens of a document.
     """
 
     first_token: Tensor
@@ -29,10 +29,10 @@ def packing_of(
     document_ids: Tensor | None,
     max_seqlen: int | None = None,
 ) -> Packing | None:
-    """The documents of rows of ``length`` tokens; None if neither tensor is given.
+    """Returns the documents of rows of ``length`` tokens; None if neither tensor is given.
 
-    ``document_ids`` are read, as no shape says how many documents there are; so are ``cu_seqlens``
-    on CPU, where reading waits for nothing. Elsewhere ``max_seqlen`` says how long documents are.
+    It reads ``document_ids`` to count the documents, and ``cu_seqlens`` on CPU, where that does not
+    wait for a device. On other devices, ``max_seqlen`` bounds the lengths of ``cu_seqlens``.
     """
     if cu_seqlens is None and document_ids is None:
         return None
@@ -55,7 +55,7 @@ def packing_of(
 
 
 def first_tokens(length: int, cu_seqlens: Tensor | None, document_ids: Tensor | None) -> Tensor:
-    """The first token of each token's document, ``(B, L)`` ints; of two arguments one is given."""
+    """Returns the first token of each token's document, ``(B, L)`` ints, from either argument."""
     if cu_seqlens is not None:
         token = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
         document = torch.searchsorted(cu_seqlens, token, right=True) - 1
@@ -73,9 +73,9 @@ def positions_of(
     document_ids: Tensor | None,
     key_padding_mask: Tensor | None,
 ) -> Tensor:
-    """The position of each token in its sequence, ``(B, L)`` ints; -1 for padding.
+    """Returns the position of each token in its sequence, ``(B, L)`` ints; -1 for padding.
 
-    One of the last three arguments is given.
+    Exactly one of the last three arguments must be given.
     """
     if key_padding_mask is not None:
         return positions_of_real_tokens(key_padding_mask)
@@ -84,6 +84,6 @@ def positions_of(
 
 
 def positions_of_real_tokens(key_padding_mask: Tensor) -> Tensor:
-    """The position of each real token among the real tokens of its row, int32; -1 for padding."""
-    counted = key_padding_mask.cumsum(1, dtype=torch.int32)
-    return torch.where(key_padding_mask, counted - 1, -1)
+    """Returns positions among the real tokens of each row, ``(B, L)`` int32; -1 for padding."""
+    count = key_padding_mask.cumsum(1, dtype=torch.int32)
+    return torch.where(key_padding_mask, count - 1, -1)

@@ -1,4 +1,4 @@
-"""Rows of a tensor to other places, as one Triton kernel: each row is read and written once."""
+"""Copies rows by index in one Triton kernel that reads and writes each row once."""
 
 import torch
 import triton
@@ -7,12 +7,20 @@ from torch import Tensor
 
 from flexmoba.runtime.triton_launch import kernel, launch
 
-_TILE = 4096  # elements that a program moves
-_UNIT = 8  # elements; where strides are multiples of it, loads are as wide as can be
+_TILE = 4096  # elements that a program copies
+_UNIT = 8  # elements; loads have full width if all strides are multiples of it
 
 
 def move_on_cuda(x: Tensor, source: Tensor) -> Tensor:
-    """Row ``source[b, i]`` of ``x (B, H, N, D)`` as row ``i`` for every head; zeros if it is -1."""
+    """Copies row ``source[b, i]`` of every head to row ``i``, or zeros if the source is -1.
+
+    Args:
+        x: ``(B, H, N, D)``.
+        source: ``(B, M)`` int32, the row of ``x`` for each row of the result; -1 for none.
+
+    Returns:
+        ``(B, H, M, D)`` in the dtype of ``x``.
+    """
     batch, heads, _, dim = x.shape
     if x.stride(-1) != 1 or x.data_ptr() % 16 != 0:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -46,14 +54,16 @@ def _move_kernel(
     batch_stride: tl.int64, head_stride: tl.int64, row_stride: tl.int64,
     DIM: tl.constexpr, TILE_D: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) // tiles  # counted over the batch
+    head = tl.program_id(0) // tiles  # over all rows of the batch
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, TILE_D)
-    there = (row < length)[:, None] & (dim < DIM)[None, :]
+    valid = (row < length)[:, None] & (dim < DIM)[None, :]
     batch = head // heads
     source = tl.load(source_ptr + batch.to(tl.int64) * length + row, mask=row < length, other=-1)
     x_ptr += (batch * batch_stride + head % heads * head_stride) * UNIT
-    at = tl.maximum(source, 0).to(tl.int64) * row_stride * UNIT
-    x = tl.load(x_ptr + at[:, None] + dim[None, :], mask=there & (source >= 0)[:, None], other=0.0)
-    at = (head.to(tl.int64) * length + row) * DIM
-    tl.store(out_ptr + at[:, None] + dim[None, :], x, mask=there)
+    offset = tl.maximum(source, 0).to(tl.int64) * row_stride * UNIT
+    x = tl.load(
+        x_ptr + offset[:, None] + dim[None, :], mask=valid & (source >= 0)[:, None], other=0.0
+    )
+    offset = (head.to(tl.int64) * length + row) * DIM
+    tl.store(out_ptr + offset[:, None] + dim[None, :], x, mask=valid)

@@ -1,10 +1,10 @@
-"""Layouts: where the tokens of each sequence are, as integers.
+"""Layouts: indices that map the tokens of each sequence to blocks.
 
-In a `Layout` the tokens move to slots, so that every sequence begins at the start of a block: a row
-of slots is then one sequence, except for the candidate blocks of each query. If that takes many
-more slots than there are tokens, as for documents shorter than a block, the tokens stay in place
-(`InPlaceLayout`), and full blocks of keys alone are copied. Full attention within documents is a
-window of keys for every query (`WindowLayout`).
+A `Layout` moves the tokens to slots, so that every sequence begins at the start of a block. A row
+of slots is then handled like one sequence, in which each query has candidate blocks of its sequence
+only. If there would be many more slots than tokens, as for documents shorter than a block, the
+tokens stay in place and only full blocks of keys are copied (`InPlaceLayout`). In full attention
+within documents, every query attends to a window of keys (`WindowLayout`).
 """
 
 from typing import Any, NamedTuple
@@ -17,18 +17,19 @@ from flexmoba.runtime import HAS_TRITON
 
 
 class Layout(NamedTuple):
-    """The slot of every token. Letters: S slots of a row.
+    """The slot of every token; a row has ``S`` slots.
 
     Attributes:
-        block_size: Keys in a block, no more than a row has.
+        block_size: Keys in a block.
         slot_of_token: ``(B, L)`` int32, -1 for padding; None if every row is one sequence, whose
-            tokens stay.
-        token_of_slot: ``(B, S)`` int32, -1 for an empty slot; None likewise.
+            tokens do not move.
+        token_of_slot: ``(B, S)`` int32, -1 for an empty slot; None if tokens do not move.
         first_block: ``(B, S)`` int32, the first block of each slot's document; None if it is
             block 0.
-        end_block: ``(B, S)`` int32, the block after the last one of the document; None if causal,
-            where no query sees it.
-        keys_of_block: ``(B, S / block_size)`` int32, the tokens in each block; None if causal.
+        end_block: ``(B, S)`` int32, the block after the last block of each slot's document; None
+            in causal attention, which does not need it.
+        keys_of_block: ``(B, S / block_size)`` int32, the number of tokens in each block; None in
+            causal attention.
     """
 
     block_size: int
@@ -51,20 +52,23 @@ class Layout(NamedTuple):
         return _move(x, self.slot_of_token, self.token_of_slot)
 
     def collect_results(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Moves results of slots to tokens: zeros and -inf for padding."""
+        """Moves output and log-sum-exp from slots to tokens, zeros and -inf for padding."""
         if self.slot_of_token is None:
             return out, lse
         out, lse = self.collect(out), self.collect(lse[..., None])[..., 0]
         return out, lse.masked_fill((self.slot_of_token < 0)[:, None], float("-inf"))
 
     def keys_of_block_and_head(self, kv_heads: int) -> Tensor | None:
-        """The tokens in each block, ``(B, Hkv, blocks)``; None if all but the last are full."""
+        """Returns the number of tokens in each block, ``(B, Hkv, blocks)`` int32.
+
+        None means that all blocks but the last one are full.
+        """
         if self.keys_of_block is None:
             return None
         return self.keys_of_block[:, None].expand(-1, kv_heads, -1)
 
     def spread_selection(self, selection: Tensor) -> Tensor:
-        """A selection of tokens as one of slots, without the blocks of other documents."""
+        """Moves a selection from tokens to slots, and drops the blocks of other documents."""
         if self.token_of_slot is None:
             return selection
         moved = _move_selection(selection, self.token_of_slot)
@@ -75,25 +79,25 @@ class Layout(NamedTuple):
         return moved
 
     def collect_selection(self, selection: Tensor) -> Tensor:
-        """A selection of slots as one of tokens, -1 for padding."""
+        """Moves a selection from slots to tokens, -1 for padding."""
         if self.slot_of_token is None:
             return selection
         return _move_selection(selection, self.slot_of_token)
 
 
 class InPlaceLayout(NamedTuple):
-    """Packed documents whose tokens stay in place; causal only.
+    """Packed documents whose tokens stay in place, for causal attention.
 
-    A query attends to its own block as a window of the row, from the block's first key on, and to
-    past blocks, which are full, by their copies.
+    A query attends to its own block as a window of the row that begins at the block's first key.
+    Its past blocks are full, and it attends to copies of them.
 
     Attributes:
         first_key: ``(B, L)`` int32, the first key of each token's own block.
-        full_blocks: Moves keys to the copies of full blocks.
+        full_blocks: The layout that copies the full blocks of keys.
         first_block: ``(B, L)`` int32, the first full block of each token's document.
-        end_block: ``(B, L)`` int32, the full block after the last one before the own block.
-        short_blocks: ``(B, L)`` int32, the number of short blocks before the document: what is
-            added to the index of a full block where the blocks of a row are counted in order.
+        end_block: ``(B, L)`` int32, one more than the last full block before the own block.
+        short_blocks: ``(B, L)`` int32, the number of short blocks before each token's document.
+            The index of a full block plus this number is its index among all blocks of the row.
     """
 
     first_key: Tensor
@@ -103,31 +107,31 @@ class InPlaceLayout(NamedTuple):
     short_blocks: Tensor
 
     def spread(self, x: Tensor) -> Tensor:
-        """Returns ``x``, as tokens stay in place."""
+        """Returns ``x``, because tokens stay in place."""
         return x
 
     def collect_results(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns both, as tokens stay in place."""
+        """Returns both, because tokens stay in place."""
         return out, lse
 
 
 class WindowLayout(NamedTuple):
-    """Packed documents under causal full attention: the keys of a query are a window of the row.
+    """Packed documents under causal full attention: each query attends to a window of the row.
 
     Attributes:
         first_key: ``(B, L)`` int32, the first token of each token's document.
-        longest: Tokens of the longest document, or more.
+        longest: An upper bound of the tokens of a document.
     """
 
     first_key: Tensor
     longest: int
 
     def spread(self, x: Tensor) -> Tensor:
-        """Returns ``x``, as tokens stay in place."""
+        """Returns ``x``, because tokens stay in place."""
         return x
 
     def collect_results(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns both, as tokens stay in place."""
+        """Returns both, because tokens stay in place."""
         return out, lse
 
 
@@ -141,7 +145,7 @@ def _move_selection(selection: Tensor, source: Tensor) -> Tensor:
 
 
 def _move(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """``x (B, H, N, D)`` by the source ``(B, M)`` of each slot; ``target (B, N)`` inverts it."""
+    """Returns rows of ``x (B, H, N, D)`` by ``source (B, M)``; ``target (B, N)`` is its inverse."""
     if x.is_cuda and HAS_TRITON:
         moved: Tensor = _move_rows(x, source, target)
         return moved
@@ -151,8 +155,8 @@ def _move(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
     def flat(index: Tensor, stride: int) -> Tensor:
         return torch.where(index[:, None] >= 0, index[:, None] + row * stride, -1).flatten()
 
-    there, back = flat(source, length), flat(target, source.shape[1])
-    moved = copy_rows(x.reshape(-1, dim), there, back[:, None])
+    source_of_row, row_of_source = flat(source, length), flat(target, source.shape[1])
+    moved = copy_rows(x.reshape(-1, dim), source_of_row, row_of_source[:, None])
     return moved.view(batch, heads, source.shape[1], dim)
 
 
