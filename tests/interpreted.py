@@ -100,12 +100,12 @@ def test_some_queries_do_not_attend_to_their_own_block():
 def test_in_pieces(monkeypatch, sorting, total, forward, backward):
     monkeypatch.setattr(schedule, "_SORTING_SHARE", sorting)
     monkeypatch.setattr(schedule, "_TOTAL_SHARE", total)
-    cut = schedule.cut.__wrapped__  # without its cache
+    sort_groups = schedule.sort_groups.__wrapped__  # without its cache
     for name in ("forward", "backward"):
-        monkeypatch.setattr(f"flexmoba.backends.fused.{name}.cut", cut)
+        monkeypatch.setattr(f"flexmoba.backends.fused.{name}.sort_groups", sort_groups)
     sizes = schedule.Sizes(2, 4, 2, 200, 290, 64, 2, 16, 16)
     for whole_kv_heads, expected in ((False, forward), (True, backward)):
-        groups = cut(sizes, whole_kv_heads=whole_kv_heads)
+        groups = sort_groups(sizes, whole_kv_heads=whole_kv_heads)
         assert [len(group.pieces) for group in groups] == expected
     problem = variant(batch=2)
     check(problem, gated(problem))

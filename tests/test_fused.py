@@ -55,7 +55,7 @@ def all_sizes(draw):
 @given(all_sizes(), st.booleans())
 def test_every_query_is_in_one_piece(sizes, whole_kv_heads):
     queries = tiles = 0
-    for group in schedule.cut(sizes, whole_kv_heads=whole_kv_heads):
+    for group in schedule.sort_groups(sizes, whole_kv_heads=whole_kv_heads):
         assert group.first_query == queries
         assert group.first_kv_head == queries // (sizes.group * sizes.q_len)
         blocks = 0
@@ -76,7 +76,7 @@ def test_a_forward_call_allocates_at_most_twice_the_queries_and_the_output(sizes
     size = 2 * (sizes.dim + sizes.value_dim) * queries
     selection = 4 * queries * sizes.count
     one_tile = QUERY_TILE * sizes.count * (2 * sizes.value_dim + 4)  # the smallest piece
-    for group in schedule.cut(sizes):
+    for group in schedule.sort_groups(sizes):
         pairs = group.n_queries * sizes.count
         partial_outputs = group.max_queries * sizes.count * (2 * sizes.value_dim + 4)
         assert selection + pairs * 8 + partial_outputs <= 2 * size + one_tile

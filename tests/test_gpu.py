@@ -130,13 +130,15 @@ def test_a_block_index_that_is_too_large_selects_no_block(is_causal):
 @pytest.mark.parametrize(("sorting", "total"), [(0.01, 0.5), (0.01, 0.01)])
 def test_fused_in_pieces(monkeypatch, sorting, total):
     problem = variant(kv_heads=3, q_len=900, kv_len=1111)
-    whole = run(problem, *problem.tensors("cuda"), impl="fused")
+    one_piece = run(problem, *problem.tensors("cuda"), impl="fused")
     monkeypatch.setattr(schedule, "_SORTING_SHARE", sorting)
     monkeypatch.setattr(schedule, "_TOTAL_SHARE", total)
     for name in ("forward", "backward"):  # without its cache
-        monkeypatch.setattr(f"flexmoba.backends.fused.{name}.cut", schedule.cut.__wrapped__)
-    cut = run(problem, *problem.tensors("cuda"), impl="fused")
-    for x, y in zip(cut, whole, strict=True):
+        monkeypatch.setattr(
+            f"flexmoba.backends.fused.{name}.sort_groups", schedule.sort_groups.__wrapped__
+        )
+    pieces = run(problem, *problem.tensors("cuda"), impl="fused")
+    for x, y in zip(pieces, one_piece, strict=True):
         assert_bitwise_equal(x, y)
 
 

@@ -19,9 +19,13 @@ from flexmoba.backends.fused.routing import (
     first_rows_of_bins,
     sort_pairs,
 )
-from flexmoba.backends.fused.schedule import Sizes, SortGroup, cut
+from flexmoba.backends.fused.schedule import Sizes, SortGroup, sort_groups
 from flexmoba.backends.fused.strides import aligned, head_strides, token_stride
-from flexmoba.backends.fused.tile_sizes import DELTA_ROWS, backward_constants, is_roomy
+from flexmoba.backends.fused.tile_sizes import (
+    DELTA_ROWS,
+    backward_constants,
+    has_large_shared_memory,
+)
 from flexmoba.blocks import ceil_div
 from flexmoba.runtime.triton_launch import launch, packed
 from flexmoba.selection import BlockSelection
@@ -105,7 +109,7 @@ def attend_backward_on_cuda(
     strides, unit = head_strides(q, k, v, grad_out)
     layout = unit, *(token_stride(x) for x in (q, k, v, grad_out))
     key_tile, query_tile, finish, of_delta = backward_constants(
-        sizes, layout, is_causal, own is not None, is_roomy(q.device)
+        sizes, layout, is_causal, own is not None, has_large_shared_memory(q.device)
     )
     factor, dtypes = scale / math.log(2), (q.dtype,)
     tiles_per_block = ceil_div(sizes.block_size, key_tile["KEYS"])
@@ -122,7 +126,7 @@ def attend_backward_on_cuda(
             dtypes,
         )
         tensors: tuple[Any, ...] = (q, k, v, grad_out, lse, delta)
-        for group in cut(sizes, whole_kv_heads=True):
+        for group in sort_groups(sizes, whole_kv_heads=True):
             items = _items_of(
                 *(routed, group, sizes, query_tile["ROWS"]), for_queries=tiles_per_block > 1
             )

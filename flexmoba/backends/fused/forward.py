@@ -7,9 +7,9 @@ from torch import Tensor
 
 from flexmoba.backends.fused.forward_kernels import attend_kernel, finish_kernel
 from flexmoba.backends.fused.routing import first_rows_of_bins, sort_pairs
-from flexmoba.backends.fused.schedule import Sizes, cut
+from flexmoba.backends.fused.schedule import Sizes, sort_groups
 from flexmoba.backends.fused.strides import aligned, head_strides, token_stride
-from flexmoba.backends.fused.tile_sizes import forward_constants, is_roomy
+from flexmoba.backends.fused.tile_sizes import forward_constants, has_large_shared_memory
 from flexmoba.blocks import ceil_div
 from flexmoba.runtime.triton_launch import launch, packed
 from flexmoba.selection import BlockSelection
@@ -38,10 +38,12 @@ def attend_on_cuda(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     strides, unit = head_strides(q, k, v)
     layout = unit, *(token_stride(x) for x in (q, k, v))
-    tile, finish = forward_constants(sizes, layout, is_causal, own is not None, is_roomy(q.device))
+    tile, finish = forward_constants(
+        sizes, layout, is_causal, own is not None, has_large_shared_memory(q.device)
+    )
     factor = scale / math.log(2)
     with torch.cuda.device_of(q):
-        for group in cut(sizes):
+        for group in sort_groups(sizes):
             if sizes.count:
                 bins, pairs = sort_pairs(routed, group, sizes)
                 first_rows = first_rows_of_bins(bins, group, sizes)

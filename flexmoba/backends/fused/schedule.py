@@ -27,7 +27,7 @@ _SELECTION_BYTES = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a call. ``count`` is the number of routed blocks of each query, with -1."""
+    """The sizes of a call. ``count`` is the number of columns of the routed selection."""
 
     batch: int
     heads: int
@@ -85,7 +85,7 @@ class SortGroup(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def cut(sizes: Sizes, *, whole_kv_heads: bool = False) -> list[SortGroup]:
+def sort_groups(sizes: Sizes, *, whole_kv_heads: bool = False) -> list[SortGroup]:
     """Returns the sort groups of a call, each with its pieces.
 
     Sort groups and pieces hold as many KV heads as the limits of memory allow, at least one. If not
@@ -112,20 +112,23 @@ def cut(sizes: Sizes, *, whole_kv_heads: bool = False) -> list[SortGroup]:
         return [
             _sort_group(sizes, [tiles])
             for first in range(0, n_kv_heads * per_kv_head, per_kv_head)
-            for tiles in _evenly(first, first + per_kv_head, max_tiles_in_piece)
+            for tiles in _even_ranges(first, first + per_kv_head, max_tiles_in_piece)
         ]
     heads_in_piece = max(1, max_tiles_in_piece // per_kv_head)
     heads_in_group = max(heads_in_piece, max_tiles_in_group // per_kv_head)
     return [
         _sort_group(
             sizes,
-            [(x * per_kv_head, y * per_kv_head) for x, y in _evenly(start, end, heads_in_piece)],
+            [
+                (x * per_kv_head, y * per_kv_head)
+                for x, y in _even_ranges(start, end, heads_in_piece)
+            ],
         )
-        for start, end in _evenly(0, n_kv_heads, heads_in_group)
+        for start, end in _even_ranges(0, n_kv_heads, heads_in_group)
     ]
 
 
-def _evenly(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
+def _even_ranges(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
     """Returns consecutive ranges of nearly equal length, none longer than ``most``."""
     n = -(-(end - start) // max(1, most))
     return itertools.pairwise(start + (end - start) * i // n for i in range(n + 1))

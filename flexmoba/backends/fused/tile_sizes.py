@@ -12,16 +12,16 @@ DELTA_ROWS = 64  # queries that one program of `delta_kernel` processes
 
 @functools.lru_cache(maxsize=1024)
 def forward_constants(
-    sizes: Sizes, layout: tuple[int, ...], is_causal: bool, has_own: bool, roomy: bool
+    sizes: Sizes, layout: tuple[int, ...], is_causal: bool, has_own: bool, large_shared_memory: bool
 ) -> list[dict[str, int]]:
     """Returns the constants of `attend_kernel` and `finish_kernel`."""
     constants = _constants(sizes, layout, is_causal, has_own)
-    return [constants | tile for tile in _forward_tiles(sizes, is_causal, roomy)]
+    return [constants | tile for tile in _forward_tiles(sizes, is_causal, large_shared_memory)]
 
 
 @functools.lru_cache(maxsize=1024)
 def backward_constants(
-    sizes: Sizes, layout: tuple[int, ...], is_causal: bool, has_own: bool, roomy: bool
+    sizes: Sizes, layout: tuple[int, ...], is_causal: bool, has_own: bool, large_shared_memory: bool
 ) -> list[dict[str, int]]:
     """Returns the constants of the kernels of the backward pass.
 
@@ -29,7 +29,7 @@ def backward_constants(
     `delta_kernel`, in this order.
     """
     constants = _constants(sizes, layout, is_causal, has_own)
-    tiles = [constants | tile for tile in _backward_tiles(sizes, is_causal, roomy)]
+    tiles = [constants | tile for tile in _backward_tiles(sizes, is_causal, large_shared_memory)]
     return [*tiles, constants | {"ROWS": DELTA_ROWS}]
 
 
@@ -51,38 +51,42 @@ def _constants(
     }
 
 
-def _forward_tiles(sizes: Sizes, is_causal: bool, roomy: bool) -> Iterator[dict[str, int]]:
+def _forward_tiles(
+    sizes: Sizes, is_causal: bool, large_shared_memory: bool
+) -> Iterator[dict[str, int]]:
     """Yields the tile sizes of `attend_kernel` and `finish_kernel`, tuned on one NVIDIA H200."""
     finish_keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
     if sizes.block_size <= 128:
         keys = max(16, _next_power_of_2(sizes.block_size))
         attend = {"SHARE": 1024, "ROWS": 64, "KEYS": keys, "num_warps": 4, "num_stages": 1}
-    elif sizes.block_size <= 1024 or not roomy:
-        stages = 3 if roomy else 2
+    elif sizes.block_size <= 1024 or not large_shared_memory:
+        stages = 3 if large_shared_memory else 2
         attend = {"SHARE": 128, "ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": stages}
     else:
         attend = {"SHARE": 256, "ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}
     yield attend | {"RAGGED": _is_ragged(sizes, attend["KEYS"], is_causal)}
-    stages = (2 if sizes.block_size <= 128 else 3) if roomy else 1
+    stages = (2 if sizes.block_size <= 128 else 3) if large_shared_memory else 1
     yield {"ROWS": QUERY_TILE, "KEYS": finish_keys, "num_warps": 4, "num_stages": stages}
 
 
-def _backward_tiles(sizes: Sizes, is_causal: bool, roomy: bool) -> Iterator[dict[str, int]]:
+def _backward_tiles(
+    sizes: Sizes, is_causal: bool, large_shared_memory: bool
+) -> Iterator[dict[str, int]]:
     """Yields the tile sizes of the first three kernels of `backward_constants`."""
     finish_keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
-    if sizes.block_size <= 128 and roomy:
+    if sizes.block_size <= 128 and large_shared_memory:
         keys = max(16, _next_power_of_2(sizes.block_size))
         key = {"ROWS": 64, "KEYS": keys, "num_warps": 8, "num_stages": 4}
     else:
-        stages = 2 if roomy else 1
+        stages = 2 if large_shared_memory else 1
         key = {"ROWS": 64, "KEYS": finish_keys, "num_warps": 4, "num_stages": stages}
     yield key | {"RAGGED": _is_ragged(sizes, key["KEYS"], is_causal)}
-    if roomy:
+    if large_shared_memory:
         query = {"ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}
     else:
         query = {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 1}
     yield query | {"RAGGED": _is_ragged(sizes, query["KEYS"], is_causal)}
-    stages = 2 if roomy else 1
+    stages = 2 if large_shared_memory else 1
     yield {"ROWS": QUERY_TILE, "KEYS": finish_keys, "num_warps": 4, "num_stages": stages}
 
 
@@ -99,7 +103,7 @@ def _next_power_of_2(x: int) -> int:
 
 
 @functools.cache
-def is_roomy(device: torch.device) -> bool:
+def has_large_shared_memory(device: torch.device) -> bool:
     """Returns whether a program can use 227 KiB of shared memory, as on an H100."""
     if device.type != "cuda":  # Triton's interpreter
         return True

@@ -100,11 +100,12 @@ def _attend_tiles(
         The partial outputs ``(tiles, rows, Dv)`` and their log-sum-exps ``(tiles, rows)``.
     """
     (first_visible, last_visible), (row_indices, key_position) = visible, indices
+    # The function takes one score, and is mapped over keys, over rows and over tiles.
     modify: Callable[..., Tensor] = torch.vmap(
         checked_score_mod(score_mod), in_dims=(0, None, None, None, 0)
-    )  # over keys,
-    modify = torch.vmap(modify, in_dims=(0, 0, 0, 0, None))  # rows
-    modify = torch.vmap(modify)  # and tiles
+    )
+    modify = torch.vmap(modify, in_dims=(0, 0, 0, 0, None))
+    modify = torch.vmap(modify)
     scores = modify((q * scale) @ k.mT, *row_indices.unbind(-1), key_position)
     key = torch.arange(k.shape[1], device=k.device)
     masked = (key > last_visible[..., None]) | (key < first_visible[..., None])
