@@ -209,11 +209,11 @@ def flex_moba(
     check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, max_seqlen=max_seqlen)
     requested_impl = impl
     sequences = (cu_seqlens, document_ids, key_padding_mask)
-    tiles_choose = gate == "tile" and is_causal and q.is_cuda and cache is None
+    use_tile_gate = gate == "tile" and is_causal and q.is_cuda and cache is None
     impl = resolve(
         *(impl, q, k, v, kernel_options, score_mod),
-        tiles_choose=tiles_choose,
-        uneven=not is_causal and any(x is not None for x in sequences),
+        use_tile_gate=use_tile_gate,
+        has_short_blocks=not is_causal and any(x is not None for x in sequences),
     )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if cache is not None:
@@ -255,7 +255,7 @@ def flex_moba(
         *(q, k, layout, topk, gate_options),
         is_causal=is_causal,
         is_full=topk == n_blocks,
-        per_tile=tiles_choose and impl == "masked",
+        per_tile=use_tile_gate and impl == "masked",
     )
     out, lse = attend(q, k, v, selection, layout, options, score_mod)
     return _output(*layout.collect_results(out, lse), return_aux)
@@ -376,8 +376,8 @@ def selected_attention(
     check_options(scale, score_mod, kernel_options, return_aux)
     check_documents(q, k, cu_seqlens, document_ids, key_padding_mask)
     sequences = (cu_seqlens, document_ids, key_padding_mask)
-    uneven = not is_causal and any(x is not None for x in sequences)
-    impl = resolve(impl, q, k, v, kernel_options, score_mod, uneven=uneven)
+    has_short_blocks = not is_causal and any(x is not None for x in sequences)
+    impl = resolve(*(impl, q, k, v, kernel_options, score_mod), has_short_blocks=has_short_blocks)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
         return _output(*_empty(q, k, v), return_aux)

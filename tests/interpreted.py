@@ -1,6 +1,6 @@
-"""The Triton kernels by Triton's interpreter, on CPU; `test_fused` runs this file.
+"""The Triton kernels in Triton's interpreter, on CPU; `test_fused` runs this file.
 
-The interpreter must be chosen before Triton is imported, for the whole process.
+The file needs its own process, because Triton selects its interpreter when it is imported.
 """
 
 import pytest
@@ -51,6 +51,7 @@ def check(
 
 
 def gated(problem: Problem) -> torch.Tensor:
+    """Returns the selection of the gate."""
     q, k, _ = problem.tensors()
     return moba_select(q, k, problem.block_size, problem.topk, is_causal=problem.is_causal)
 
@@ -79,7 +80,7 @@ def test_scale(scale, block_size):
     check(problem, gated(problem), scale=scale)
 
 
-def test_some_queries_without_their_own_block():
+def test_some_queries_do_not_attend_to_their_own_block():
     problem = variant()
     selection = gated(problem)
     own = torch.rand(selection.shape[:3], generator=problem.generator()) < 0.6
@@ -89,28 +90,28 @@ def test_some_queries_without_their_own_block():
 
 
 @pytest.mark.parametrize(
-    ("sorting", "parts", "forward", "backward"),
+    ("sorting", "total", "forward", "backward"),
     [
-        (0.01, 0.5, [1, 1, 1, 1], [1, 1, 1, 1]),  # calls of one KV head
-        (0.01, 0.01, [1] * 32, [1, 1, 1, 1]),  # calls of 64 queries
-        (1.0, 0.7, [4], [4]),  # one call, in pieces of one KV head
+        (0.01, 0.5, [1, 1, 1, 1], [1, 1, 1, 1]),  # groups of one KV head
+        (0.01, 0.01, [1] * 32, [1, 1, 1, 1]),  # groups of 64 queries
+        (1.0, 0.7, [4], [4]),  # one group, in pieces of one KV head
     ],
 )
-def test_in_pieces(monkeypatch, sorting, parts, forward, backward):
+def test_in_pieces(monkeypatch, sorting, total, forward, backward):
     monkeypatch.setattr(schedule, "_SORTING_SHARE", sorting)
-    monkeypatch.setattr(schedule, "_TOTAL_SHARE", parts)
-    cut = schedule.cut.__wrapped__  # not from its cache
+    monkeypatch.setattr(schedule, "_TOTAL_SHARE", total)
+    sort_groups = schedule.sort_groups.__wrapped__  # without its cache
     for name in ("forward", "backward"):
-        monkeypatch.setattr(f"flexmoba.backends.fused.{name}.cut", cut)
+        monkeypatch.setattr(f"flexmoba.backends.fused.{name}.sort_groups", sort_groups)
     sizes = schedule.Sizes(2, 4, 2, 200, 290, 64, 2, 16, 16)
     for whole_kv_heads, expected in ((False, forward), (True, backward)):
-        groups = cut(sizes, whole_kv_heads=whole_kv_heads)
+        groups = sort_groups(sizes, whole_kv_heads=whole_kv_heads)
         assert [len(group.pieces) for group in groups] == expected
     problem = variant(batch=2)
     check(problem, gated(problem))
 
 
-def test_a_block_that_all_chose_is_shared_out(monkeypatch):
+def test_a_block_that_all_queries_select_is_divided_into_items(monkeypatch):
     monkeypatch.setattr("flexmoba.backends.fused.backward._LEAST_ITEM", 16)
     monkeypatch.setattr("flexmoba.backends.fused.backward._ITEM_FACTOR", 1)
     problem = variant(block_size=32)
@@ -130,7 +131,7 @@ def test_a_block_that_all_chose_is_shared_out(monkeypatch):
         (16, 3, gate.GateOptions("group")),
     ],
 )
-def test_the_gate_kernel_selects_as_the_plain_gate(block_size, count, options, is_causal):
+def test_the_gate_kernel_agrees_with_the_plain_gate(block_size, count, options, is_causal):
     problem = variant(block_size=block_size, q_len=100, kv_len=228)
     q, k, _ = problem.tied_tensors()
     means, rows = gate.block_means(k, block_size), gate.gate_rows(q, 2, options)
@@ -156,10 +157,10 @@ def test_the_gate_kernel_selects_as_the_plain_gate(block_size, count, options, i
         (70, 6, 3, 5, (24, 40), gate.GateOptions("group", 1, 1)),
         (200, 1, 2, 3, (16, 16), gate.GateOptions()),
         (4, 9, 1, 300, (16, 16), gate.GateOptions(sink_blocks=3, local_blocks=2)),
-        (8, 6, 2, 40, (16, 16), gate.GateOptions("group", 2, 3)),  # nothing is left to score
+        (8, 6, 2, 40, (16, 16), gate.GateOptions("group", 2, 3)),  # no block is left to score
     ],
 )
-def test_the_decoding_kernels_attend_as_plain_operations(
+def test_the_decoding_kernels_agree_with_plain_operations(
     block_size, topk, q_len, n_blocks, dims, options
 ):
     length = n_blocks * block_size
@@ -170,7 +171,7 @@ def test_the_decoding_kernels_attend_as_plain_operations(
     q, k, v = problem.tensors()
     means = gate.block_means(k, block_size)
     positions = torch.tensor([[length - q_len], [block_size], [0]]) + torch.arange(q_len)
-    positions[1, 0], positions[2, -1] = -1, 2**30  # padding, and no room
+    positions[1, 0], positions[2, -1] = -1, 2**30  # padding, and a query beyond the last block
     rows = gate.gate_rows(q, 2, options)
     rest = (k, v, means, positions.int(), rows, CachedCall(topk, 0.3, options, block_size))
     plain, plain_lse = attend_gathered(q, *rest)
@@ -182,7 +183,7 @@ def test_the_decoding_kernels_attend_as_plain_operations(
 
 
 @pytest.mark.parametrize(("block_size", "n"), [(8, 1), (5, 13), (70, 2)])
-def test_the_kernel_appends_as_plain_operations(block_size, n):
+def test_the_append_kernel_agrees_with_plain_operations(block_size, n):
     problem = variant(batch=2, kv_len=n, q_len=n, head_dim=24, value_dim=40, dtype=torch.float32)
     _, k, v = problem.tensors()
     plain, kernel = (

@@ -1,4 +1,4 @@
-"""The fused implementation without a GPU: how it cuts its work, and what its kernels compute."""
+"""The fused backend without a GPU: its split into pieces, and its kernels in the interpreter."""
 
 import importlib.util
 import os
@@ -19,9 +19,9 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_its_kernels_by_the_interpreter():
+def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    # NumPy's, of log2(0) and, in Triton 3.6, of arrays in place of numbers.
+    # NumPy warns of log2(0) and, in Triton 3.6, of arrays in place of numbers.
     command += ["-W", "ignore::RuntimeWarning", "-W", "ignore::DeprecationWarning"]
     command += ["tests/interpreted.py"]
     result = subprocess.run(
@@ -55,14 +55,14 @@ def all_sizes(draw):
 @given(all_sizes(), st.booleans())
 def test_every_query_is_in_one_piece(sizes, whole_kv_heads):
     queries = tiles = 0
-    for group in schedule.cut(sizes, whole_kv_heads=whole_kv_heads):
+    for group in schedule.sort_groups(sizes, whole_kv_heads=whole_kv_heads):
         assert group.first_query == queries
         assert group.first_kv_head == queries // (sizes.group * sizes.q_len)
         blocks = 0
         for piece in group.pieces:
             assert (piece.first_query, piece.first_tile) == (queries, tiles)
             queries, tiles = queries + piece.n_queries, tiles + piece.n_tiles
-            if len(group.pieces) > 1:  # of whole KV heads, whose blocks follow each other
+            if len(group.pieces) > 1:  # of full KV heads, whose blocks are consecutive
                 assert piece.first_block == blocks
                 blocks += piece.n_blocks
         assert group.first_query + group.n_queries == queries
@@ -71,21 +71,23 @@ def test_every_query_is_in_one_piece(sizes, whole_kv_heads):
 
 
 @given(all_sizes())
-def test_a_forward_call_allocates_twice_the_queries_and_the_output_at_most(sizes):
+def test_a_forward_call_allocates_at_most_twice_the_queries_and_the_output(sizes):
     queries = sizes.batch * sizes.heads * sizes.q_len
     size = 2 * (sizes.dim + sizes.value_dim) * queries
     selection = 4 * queries * sizes.count
-    least = QUERY_TILE * sizes.count * (2 * sizes.value_dim + 4)  # one tile at a time
-    for group in schedule.cut(sizes):
+    one_tile = QUERY_TILE * sizes.count * (2 * sizes.value_dim + 4)  # the smallest piece
+    for group in schedule.sort_groups(sizes):
         pairs = group.n_queries * sizes.count
-        parts = group.most_queries * sizes.count * (2 * sizes.value_dim + 4)
-        assert selection + pairs * 8 + parts <= 2 * size + least
-        assert selection + pairs * schedule._SORTING_BYTES <= 2 * size + least
+        partial_outputs = group.max_queries * sizes.count * (2 * sizes.value_dim + 4)
+        assert selection + pairs * 8 + partial_outputs <= 2 * size + one_tile
+        assert selection + pairs * schedule._SORTING_BYTES <= 2 * size + one_tile
 
 
-def test_names_what_it_cannot_serve():
+def test_names_unsupported_inputs():
     q = torch.zeros(1, 1, 4, 16)
-    with pytest.raises(NotImplementedError, match=r'impl="fused" needs CUDA.*use impl="auto"'):
+    with pytest.raises(
+        NotImplementedError, match=r'impl="fused" needs inputs on CUDA, got cpu; use impl="auto"'
+    ):
         flex_moba(q, q, q, 2, 1, impl="fused")
     assert "float32" in (why_not_fused(q, q, None) or "")
     wide = torch.zeros(1, 1, 4, 256, dtype=torch.bfloat16)

@@ -1,7 +1,7 @@
-"""What needs CUDA: the compiled kernels, by the same policy as everything else.
+"""Tests of the compiled kernels on CUDA, with the tolerance policy of the whole suite.
 
-Every new configuration compiles for some ten seconds, so there are few, each for a reason; run
-them with ``pytest -m gpu -n 4``.
+Every new configuration compiles for about ten seconds, so there are few. Run them with
+``pytest -m gpu -n 4``.
 """
 
 import itertools
@@ -95,7 +95,7 @@ FUSED = {
     "large topk": variant(topk=20, block_size=16, head_dim=32, value_dim=64),
     "one query": variant(q_len=1),
     "not causal, long blocks": variant(is_causal=False, block_size=300, q_len=700, kv_len=1111),
-    "not causal, whole blocks": variant(is_causal=False, block_size=256, dtype=torch.float16),
+    "not causal, full blocks": variant(is_causal=False, block_size=256, dtype=torch.float16),
 }
 
 
@@ -115,7 +115,7 @@ def test_fused_given_any_selection(block_size, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_a_block_that_does_not_exist_is_none(is_causal):
+def test_a_block_index_that_is_too_large_selects_no_block(is_causal):
     q, k, v = BF16.tensors("cuda")
     selection = BF16.selection("cuda")
 
@@ -123,30 +123,32 @@ def test_a_block_that_does_not_exist_is_none(is_causal):
         selection[..., 0] = block
         return selected_attention(q, k, v, selection, BF16.block_size, is_causal=is_causal)
 
-    beyond = BF16.kv_len // BF16.block_size + 1  # unchecked, a block of the next head
+    beyond = BF16.kv_len // BF16.block_size + 1  # would be a block of the next head
     assert_bitwise_equal(attend(beyond), attend(-1))
 
 
-@pytest.mark.parametrize(("sorting", "parts"), [(0.01, 0.5), (0.01, 0.01)])
-def test_fused_in_pieces(monkeypatch, sorting, parts):
+@pytest.mark.parametrize(("sorting", "total"), [(0.01, 0.5), (0.01, 0.01)])
+def test_fused_in_pieces(monkeypatch, sorting, total):
     problem = variant(kv_heads=3, q_len=900, kv_len=1111)
-    whole = run(problem, *problem.tensors("cuda"), impl="fused")
+    one_piece = run(problem, *problem.tensors("cuda"), impl="fused")
     monkeypatch.setattr(schedule, "_SORTING_SHARE", sorting)
-    monkeypatch.setattr(schedule, "_TOTAL_SHARE", parts)
-    for name in ("forward", "backward"):  # not from its cache
-        monkeypatch.setattr(f"flexmoba.backends.fused.{name}.cut", schedule.cut.__wrapped__)
-    cut = run(problem, *problem.tensors("cuda"), impl="fused")
-    for x, y in zip(cut, whole, strict=True):
+    monkeypatch.setattr(schedule, "_TOTAL_SHARE", total)
+    for name in ("forward", "backward"):  # without its cache
+        monkeypatch.setattr(
+            f"flexmoba.backends.fused.{name}.sort_groups", schedule.sort_groups.__wrapped__
+        )
+    pieces = run(problem, *problem.tensors("cuda"), impl="fused")
+    for x, y in zip(pieces, one_piece, strict=True):
         assert_bitwise_equal(x, y)
 
 
 @pytest.mark.parametrize("block_size", [128, 512])
-def test_fused_shares_the_work_of_a_block_that_all_chose(monkeypatch, block_size):
+def test_fused_divides_a_block_that_all_queries_select(monkeypatch, block_size):
     monkeypatch.setattr("flexmoba.backends.fused.backward._LEAST_ITEM", 64)
     monkeypatch.setattr("flexmoba.backends.fused.backward._ITEM_FACTOR", 1)
     problem = variant(block_size=block_size, q_len=2048, kv_len=2048)
     q, k, v = problem.tensors("cuda")
-    q[..., 0], k[..., :block_size, 0] = 100.0, 100.0  # the first block
+    q[..., 0], k[..., :block_size, 0] = 100.0, 100.0  # selects the first block
     selection = moba_select(q, k, block_size, 2)
     assert (selection[:, :, block_size:, 1] == 0).all()
     attend = with_lse(flex_moba, block_size, 2, impl="fused")
@@ -154,7 +156,7 @@ def test_fused_shares_the_work_of_a_block_that_all_chose(monkeypatch, block_size
 
 
 @pytest.mark.parametrize("layout", ["tokens first", "one projection", "odd", "expanded"])
-def test_fused_takes_any_strides(layout):
+def test_fused_supports_any_strides(layout):
     q, k, v = (x.cuda() for x in BF16.tensors())
     expected = run(BF16, q, k, v, impl="fused")
     if layout == "tokens first":
@@ -164,7 +166,7 @@ def test_fused_takes_any_strides(layout):
         q, k, v = (
             torch.cat([q, k, v], 1).transpose(1, 2).contiguous().transpose(1, 2).split(sizes, 1)
         )
-    elif layout == "odd":  # neither aligned nor without gaps
+    elif layout == "odd":  # unaligned, with gaps
         q, k, v = (torch.nn.functional.pad(x, (3, 2))[..., 3:-2] for x in (q, k, v))
     else:
         k, v = k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)
@@ -186,7 +188,7 @@ def test_fused_scale(scale, block_size):
     assert_as_exact_as_dense(attend, q, k, v, mask, scale=scale, gradients=True)
 
 
-def test_auto_prefers_fused_and_falls_back_by_what_it_can_serve():
+def test_auto_prefers_fused_where_it_supports_the_inputs():
     q, k, v = BF16.tensors("cuda")
     out = flex_moba(q, k, v, 128, 3)
     assert_bitwise_equal(out, flex_moba(q, k, v, 128, 3, impl="fused"))
@@ -231,7 +233,7 @@ def test_any_selection():
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize(("block_size", "count"), [(64, 3), (7, 20), (16, 64), (100, 1)])
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_gate_kernel_selects_as_the_plain_gate(dtype, block_size, count, is_causal):
+def test_gate_kernel_agrees_with_the_plain_gate(dtype, block_size, count, is_causal):
     problem = variant(
         dtype=dtype, block_size=block_size, q_len=777, kv_len=1300, head_dim=96, topk=count
     )
@@ -251,21 +253,21 @@ def test_gate_kernel_selects_as_the_plain_gate(dtype, block_size, count, is_caus
     q, k, _ = problem.tied_tensors("cuda")
     q[0, 0, 5], k[0, 0, 9] = torch.nan, torch.inf
     assert_bitwise_equal(fast(q, k), plain(q, k))
-    # Sums in another order may swap near ties, and nothing else.
+    # The order of sums differs, which may swap blocks of almost equal scores, and no others.
     q, k, _ = problem.tensors("cuda")
     assert (fast(q, k) != plain(q, k)).any(-1).float().mean() < 1e-3
 
 
-def test_a_group_chooses_as_the_plain_gate():
-    """By products that drop bits of the sum of the group's queries."""
+def test_gate_kernel_of_a_group_agrees_with_the_plain_gate():
+    """The products drop bits of the sum of the group's queries."""
     problem = variant(q_len=8192, kv_len=8192, group=4, batch=1)
     q, k, _ = problem.tensors("cuda")
     group = GateOptions("group")
     rows, means = gate_rows(q, 2, group), block_means(k, 128)
-    chosen = select_by_means(rows, means, GateSizes(128, 7, 0, is_causal=True), group)
+    selected = select_by_means(rows, means, GateSizes(128, 7, 0, is_causal=True), group)
     end = torch.arange(8192, device="cuda")[None] // 128
     expected = top_blocks_in_pieces(rows, means, end.new_zeros(1, 1), end, 7)
-    assert (chosen != expected).any(-1).float().mean() < 1e-3
+    assert (selected != expected).any(-1).float().mean() < 1e-3
 
 
 def run(problem: Problem, q, k, v, **options) -> tuple[torch.Tensor, ...]:
@@ -303,7 +305,7 @@ def test_nan_stays_in_its_head_and_future(impl):
     q[0, 0, 300], k[1, 1, 500], v[1, 0, 600] = torch.nan, torch.inf, torch.nan
     after = run(BF16, q, k, v, impl=impl)[0]
     reached = (after != before).any(-1)
-    own_block = 600 // BF16.block_size * BF16.block_size  # 0 * NaN reaches the tile's earlier rows
+    own_block = 600 // BF16.block_size * BF16.block_size  # 0 * NaN reaches earlier rows of the tile
     allowed = torch.zeros_like(reached)
     allowed[0, 0, 300] = True
     allowed[1, 2:, 500:] = True
@@ -318,16 +320,16 @@ def test_large_calls_are_cut_into_pieces(monkeypatch):
     check(problem, "routed")
 
 
-def test_when_every_query_wants_the_same_block():
+def test_every_query_selects_the_same_block():
     q, k, v = BF16.tensors("cuda")
-    q[..., 0], k[..., : BF16.block_size, 0] = 100.0, 100.0  # the first block
+    q[..., 0], k[..., : BF16.block_size, 0] = 100.0, 100.0  # selects the first block
     attend = with_lse(flex_moba, BF16.block_size, 2)
     selection = moba_select(q, k, BF16.block_size, 2)
     assert (selection[:, :, BF16.block_size :, 1] == 0).all()
     assert_as_exact_as_dense(attend, q, k, v, BF16.mask_of(selection), gradients=True)
 
 
-def test_block_mask_in_ones_own_attention():
+def test_block_mask_in_the_callers_attention():
     q, k, v = BF16.tensors("cuda")
     mask = moba_block_mask(q, k, BF16.block_size, BF16.topk)
     compiled = torch.compile(flex_attention, fullgraph=True)
@@ -351,7 +353,7 @@ def test_lengths_do_not_recompile_without_bound():
         for i in range(20):
             problem = variant(batch=1, q_len=300 + 97 * i, kv_len=300 + 97 * i, topk=2)
             check(problem, "routed", gradients=False)
-            check(problem, "fused", gradients=False)  # never compiled by dynamo
+            check(problem, "fused", gradients=False)  # dynamo does not compile it
     assert 1 <= counters["stats"]["unique_graphs"] - before <= 6
 
 
@@ -390,12 +392,12 @@ def test_one_flex_attention_call_at_changing_lengths(topk):
     ids=str,
 )
 def test_each_scale_compiles_at_most_once(options):
-    torch._dynamo.reset()  # which counts compilations of one code, of all options together
+    torch._dynamo.reset()  # it counts compilations of a function over all options
 
     def scaled(q, k, v, scale):
         return flex_moba(q, k, v, BF16.block_size, scale=scale, **options)
 
-    def outcome(function, scale):
+    def result_of(function, scale):
         inputs = BF16.tensors("cuda", requires_grad=True)
         out = function(*inputs, scale)
         return out, *torch.autograd.grad(out.float().square().sum(), inputs)
@@ -403,14 +405,14 @@ def test_each_scale_compiles_at_most_once(options):
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
     compiled = torch.compile(scaled, fullgraph=True)
-    results = [outcome(compiled, scale) for scale in (0.1, 0.3, 1.0, 0.1)]
+    results = [result_of(compiled, scale) for scale in (0.1, 0.3, 1.0, 0.1)]
     assert graphs["unique_graphs"] - before <= 3
     for result, scale in zip(results, (0.1, 0.3, 1.0), strict=False):
-        for actual, expected in zip(result, outcome(scaled, scale), strict=True):
+        for actual, expected in zip(result, result_of(scaled, scale), strict=True):
             assert (actual - expected).norm() <= 1e-2 * expected.norm()
 
 
-def test_by_cuda_graphs_of_a_compiled_function():
+def test_cuda_graphs_of_a_compiled_function():
     q, k, v = BF16.tensors("cuda")
     compiled = torch.compile(
         lambda q, k, v: flex_moba(q, k, v, 128, 3), mode="reduce-overhead", fullgraph=True
@@ -443,7 +445,7 @@ def test_inside_a_compiled_model():
         results.append((out.detach(), layer.project.weight.grad.clone()))
     for eager, compiled in zip(*results, strict=True):
         difference = (compiled - eager).float().norm() / eager.float().norm()
-        assert difference < 0.02  # the compiled projection may round elsewhere
+        assert difference < 0.02  # the compiled projection may round differently
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -464,17 +466,17 @@ def test_prefill_in_chunks_and_decoding(dtype):
 
 
 @pytest.mark.parametrize("how", ["graph", "reduce-overhead"])
-def test_a_captured_step_serves_a_growing_context(how):
+def test_a_captured_step_supports_a_growing_context(how):
     problem = variant(block_size=64, q_len=400, kv_len=400, topk=4)
     q, k, v = problem.tensors("cuda")
     caches = [
         MobaCache(2, 2, 128, block_size=64, max_len=400, dtype=q.dtype, device="cuda")
         for _ in range(2)
     ]
-    now = [x[:, :, :1].clone() for x in (q, k, v)]
+    token = [x[:, :, :1].clone() for x in (q, k, v)]
 
     def step(cache):
-        return flex_moba(*now, 64, 4, cache=cache)
+        return flex_moba(*token, 64, 4, cache=cache)
 
     if how == "graph":
         step(caches[0])  # compiles
@@ -486,7 +488,7 @@ def test_a_captured_step_serves_a_growing_context(how):
     else:
         compiled = torch.compile(lambda: step(caches[0]), mode="reduce-overhead", fullgraph=True)
     for i in range(400):
-        for x, y in zip(now, (q, k, v), strict=True):
+        for x, y in zip(token, (q, k, v), strict=True):
             x.copy_(y[:, :, i : i + 1])
         if how == "graph":
             graph.replay()
@@ -516,10 +518,10 @@ def test_packed_documents_equal_each_alone(impl, topk):
 
 
 def test_full_attention_of_packed_documents():
-    """In one call, compiled or not, with memory for its output and hardly more."""
+    """One call, compiled or not, allocates little more than its output."""
     inputs = variant(batch=2, q_len=8192, kv_len=8192).tensors("cuda", requires_grad=True)
-    place = torch.arange(8192, device="cuda")
-    ids = torch.stack([place // 3000, place // 2800])
+    token = torch.arange(8192, device="cuda")
+    ids = torch.stack([token // 3000, token // 2800])
 
     def gradients(out):
         return torch.autograd.grad(out.float().square().sum(), inputs)
@@ -530,7 +532,7 @@ def test_full_attention_of_packed_documents():
     torch.cuda.reset_peak_memory_stats()
     flex_moba(*inputs, 32, None, document_ids=ids)
     used = torch.cuda.max_memory_allocated() - before
-    # By blocks, what is selected alone takes four times the output.
+    # With routed blocks, the selection alone would take four times the output.
     assert used < 2 * out.numel() * out.element_size()
 
     same = (ids[:, :, None] == ids[:, None, :]).tril()[:, None]
@@ -547,44 +549,44 @@ def test_full_attention_of_packed_documents():
 
 
 def short_documents(length: int, n_short: int) -> list[int]:
-    """Bounds of a long document, of ``n_short`` short ones, and of one of all other tokens."""
+    """Returns the boundaries of a long document, ``n_short`` short ones, and one for the rest."""
     return [0, 500, *range(500 + 9, 500 + 9 * n_short + 1, 9), length]
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_short_documents(dtype, is_causal):
-    """As exact as dense attention of the same selection, however tokens are laid out."""
+    """Results are as exact as dense attention with the same selection, in every layout."""
     problem = variant(batch=1, q_len=1500, kv_len=1500, dtype=dtype)
     q, k, v = problem.tensors("cuda")
     bounds = short_documents(1500, 40)
     ids = torch.arange(len(bounds) - 1).repeat_interleave(torch.tensor(bounds).diff()).cuda()
-    where = {"cu_seqlens": torch.tensor(bounds, device="cuda"), "is_causal": is_causal}
-    selection = moba_select(q, k, 128, 3, **where)
-    # Of small integers means and scores are exact, and ties abound.
-    whole = [torch.randint(-2, 3, x.shape).to(dtype) for x in (q, k)]
-    on_cpu = moba_select(*whole, 128, 3, **where | {"cu_seqlens": torch.tensor(bounds)})
-    on_cuda = moba_select(*(x.cuda() for x in whole), 128, 3, **where)
+    options = {"cu_seqlens": torch.tensor(bounds, device="cuda"), "is_causal": is_causal}
+    selection = moba_select(q, k, 128, 3, **options)
+    # Means and scores of small integers are exact, and often tied.
+    integers = [torch.randint(-2, 3, x.shape).to(dtype) for x in (q, k)]
+    on_cpu = moba_select(*integers, 128, 3, **options | {"cu_seqlens": torch.tensor(bounds)})
+    on_cuda = moba_select(*(x.cuda() for x in integers), 128, 3, **options)
     assert_bitwise_equal(on_cuda.cpu(), on_cpu)
-    place = torch.arange(1500, device="cuda")
+    token = torch.arange(1500, device="cuda")
     first = torch.tensor(bounds, device="cuda")[ids]
-    begins = (place - first) % 128 == 0
+    begins = (token - first) % 128 == 0
     block = begins.cumsum(0) - 1
     mask = (selection[..., None] == block).any(-2) & (ids[:, None] == ids)
     mask = mask.tril() if is_causal else mask
     for impl in ("auto", "routed", "masked"):
-        attend = with_lse(flex_moba, 128, 3, impl=impl, **where)
+        attend = with_lse(flex_moba, 128, 3, impl=impl, **options)
         assert_as_exact_as_dense(attend, q, k, v, mask, gradients=True)
-        attend = with_lse(selected_attention, selection, 128, impl=impl, **where)
+        attend = with_lse(selected_attention, selection, 128, impl=impl, **options)
         assert_as_exact_as_dense(attend, q, k, v, mask, gradients=True)
 
 
-def test_short_documents_take_time_and_memory_for_their_tokens():
+def test_short_documents_take_memory_in_proportion_to_their_tokens():
     inputs = variant(batch=1, q_len=16384, kv_len=16384).tensors("cuda", requires_grad=True)
     cu_seqlens = torch.arange(0, 16385, 16, device="cuda")
     used, results = {}, {}
     for name, topk, more in (("moba", 3, {}), ("full", None, {}), ("known", 3, {"max_seqlen": 16})):
-        for _ in range(2):  # compiles, and measures
+        for _ in range(2):  # the first call compiles, the second is measured
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             out = flex_moba(*inputs, 512, topk, cu_seqlens=cu_seqlens, **more)
@@ -595,7 +597,7 @@ def test_short_documents_take_time_and_memory_for_their_tokens():
         assert_bitwise_equal(x, y)
     for x, y in zip(results["moba"], results["full"], strict=True):
         torch.testing.assert_close(x, y, rtol=0.02, atol=0.02 * y.abs().max().item())
-    # In whole blocks there would be 32 times as many tokens.
+    # With documents padded to full blocks there would be 32 times as many tokens.
     assert used["moba"] < 4 * used["full"]
     assert used["known"] < 1.01 * used["full"]
 
@@ -624,7 +626,7 @@ def test_padding_without_causality(impl):
 
 @pytest.mark.parametrize("n", [148, 74])
 def test_chunks_of_one_length(n):
-    """Through FlexAttention, where keys become more and queries do not."""
+    """FlexAttention calls whose number of keys grows and whose number of queries does not."""
     problem = variant(dtype=torch.float32, batch=1, q_len=8 * n, kv_len=8 * n)
     tensors = problem.tensors("cuda")
     cache = MobaCache(1, 2, 128, block_size=128, device="cuda")
@@ -644,10 +646,10 @@ def test_windows_of_few_tiles(length):
     assert_as_exact_as_dense(attend, *inputs, mask, gradients=True)
 
 
-def test_fused_kernels_are_not_named_for_documents_without_causality():
+def test_fused_rejects_documents_without_causality():
     q = torch.randn(1, 2, 300, 64, device="cuda", dtype=torch.bfloat16)
     cu_seqlens = torch.tensor([0, 100, 300], device="cuda")
-    with pytest.raises(NotImplementedError, match='"fused" takes no documents or padding'):
+    with pytest.raises(NotImplementedError, match='"fused" does not support documents or padding'):
         flex_moba(q, q, q, 64, 2, impl="fused", is_causal=False, cu_seqlens=cu_seqlens)
 
 
@@ -708,7 +710,7 @@ def test_gates_with_a_cache(name):
 
 @pytest.mark.parametrize("strides", ["tokens first", "heads first", "odd"])
 @pytest.mark.parametrize("dim", [1, 64, 96])
-def test_rows_move_as_by_plain_operations(strides, dim):
+def test_move_kernel_agrees_with_plain_operations(strides, dim):
     x = torch.randn(2, 300, 3, dim + 1, device="cuda", dtype=torch.bfloat16)
     x = x[..., 1:] if strides == "odd" else x[..., :dim].contiguous()
     x = x.transpose(1, 2)
@@ -754,7 +756,7 @@ SCORE_MODS = {
 @pytest.mark.parametrize("name", SCORE_MODS)
 @pytest.mark.parametrize("q_len", [900, 644])
 def test_score_mod(name, q_len):
-    """A softcap and a learnt bias by head and distance, whose gradient is compared, too."""
+    """A softcap and a learned bias by head and distance, whose gradient is compared, too."""
     problem = variant(q_len=q_len, kv_len=900, dtype=torch.float32, head_dim=64, value_dim=64)
     inputs = problem.tensors("cuda", requires_grad=True)
     bias = torch.randn(4, 900, device="cuda", requires_grad=True)
@@ -766,7 +768,7 @@ def test_score_mod(name, q_len):
         options["cu_seqlens"] = edges
 
     def score_mod(score, b, h, q_idx, kv_idx):
-        # Hidden keys, after the query, are shown to it as well.
+        # The function also gets masked keys, after the query.
         distance = (q_idx - kv_idx).clamp(min=0)
         return 10 * torch.tanh(score / 10) + bias[h, distance] + 0.1 * b
 

@@ -14,7 +14,7 @@ def test_says_what_auto_chooses_and_why(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert f"{'torch':<16} {torch.__version__}" in lines
     assert f"{'portable':<16} available <- auto" in lines
-    assert f"{'fused':<16} needs CUDA, the inputs are on cpu" in lines
+    assert f"{'fused':<16} needs inputs on CUDA, got cpu" in lines
     assert f"{'masked':<16} available" in lines
 
 

@@ -1,4 +1,4 @@
-"""The masked implementation as it runs, compiled; drawn problems are in `test_attention`."""
+"""The masked backend, compiled; `test_attention` draws problems for it without compilation."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.conftest import assert_as_exact_as_dense, with_lse
 from tests.problems import DTYPES, Problem
 from tests.test_attention import full_mask, moba_of, select
 
-# One compilation each, so a few fixed problems instead of drawn ones.
+# Each problem compiles once, so these are a few fixed problems instead of drawn ones.
 MASKED = [
     Problem(kv_len=150, q_len=150, block_size=16, topk=3, group=2),
     Problem(kv_len=150, q_len=40, block_size=50, topk=2, kv_heads=2, dtype=torch.float32),
@@ -27,7 +27,7 @@ def test_agrees(problem):
 
 
 @pytest.mark.parametrize("problem", MASKED, ids=str)
-def test_takes_any_selection(problem):
+def test_supports_any_selection(problem):
     q, k, v = problem.tensors()
     selection = problem.selection()
     attend = with_lse(
@@ -47,7 +47,7 @@ def test_full_attention(is_causal):
     assert_as_exact_as_dense(moba_of(problem, None, "masked"), q, k, v, full_mask(problem))
 
 
-def test_serves_leaves_that_require_grad_under_no_grad():
+def test_supports_leaves_that_require_grad_under_no_grad():
     problem = Problem(dtype=DTYPES[1])
     q, k, v = problem.tensors(requires_grad=True)
     with torch.no_grad():

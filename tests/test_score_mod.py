@@ -1,4 +1,4 @@
-"""`score_mod`: every implementation shows it the same places, wherever the query is computed."""
+"""`score_mod`: every backend passes the same indices to it."""
 
 from dataclasses import replace
 
@@ -31,13 +31,13 @@ def softcap(score, b, h, q_idx, kv_idx):
     return 2 * torch.tanh(score / 2)
 
 
-def by_place(score, b, h, q_idx, kv_idx):
-    """Another value for every place, and a bounded one."""
+def by_index(score, b, h, q_idx, kv_idx):
+    """Adds a bounded value that differs for every pair."""
     return score + torch.sin(5 * b + 3 * h + 0.7 * q_idx - 0.3 * kv_idx)
 
 
 def biased(bias: Tensor, offset: int = 500):
-    """Adds a learnt bias ``(heads, 2 * offset)`` by head and distance."""
+    """Adds a learned bias ``(heads, 2 * offset)`` by head and distance."""
 
     def score_mod(score, b, h, q_idx, kv_idx):
         return score + bias[h, q_idx - kv_idx + offset]
@@ -46,19 +46,19 @@ def biased(bias: Tensor, offset: int = 500):
 
 
 def looked_up(problem: Problem):
-    """Adds what a table of just the size holds for each place: one beyond it would raise."""
+    """Adds the entry of a table for each pair; an index beyond the table would raise."""
     shape = (problem.batch, problem.heads, problem.kv_len, problem.kv_len)
     table = torch.randn(shape, generator=problem.generator(), dtype=torch.float64)
     return lambda score, b, h, q_idx, kv_idx: score + table[b, h, q_idx, kv_idx]
 
 
-MODS = pytest.mark.parametrize("score_mod", [softcap, by_place], ids=lambda f: f.__name__)
+MODS = pytest.mark.parametrize("score_mod", [softcap, by_index], ids=lambda f: f.__name__)
 
 
 @MODS
 @few
 @given(doubles)
-def test_output_and_gradients_are_the_oracles(score_mod, problem):
+def test_output_and_gradients_agree_with_the_oracle(score_mod, problem):
     inputs = problem.tensors(requires_grad=True)
     options = {"is_causal": problem.is_causal, "score_mod": score_mod}
     args = (problem.block_size, problem.topk)
@@ -75,18 +75,18 @@ def test_output_and_gradients_are_the_oracles(score_mod, problem):
 def test_any_selection_and_the_log_sum_exp(problem):
     q, k, v = problem.tensors()
     selection = problem.selection()
-    options = {"is_causal": problem.is_causal, "score_mod": by_place}
+    options = {"is_causal": problem.is_causal, "score_mod": by_index}
     args = (q, k, v, selection, problem.block_size)
     out, aux = selected_attention(*args, **options, return_aux=AuxRequest(lse=True))
     mask = problem.mask_of(selection)
-    expected, lse = reference_attention(q, k, v, mask, score_mod=by_place)
+    expected, lse = reference_attention(q, k, v, mask, score_mod=by_index)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(aux.lse, lse)
 
 
 @few
 @given(doubles)
-def test_what_it_captures_has_gradients(problem):
+def test_captured_tensors_get_gradients(problem):
     q, k, v = problem.tensors()
     bias = torch.randn(problem.heads, 1000, generator=problem.generator(), dtype=torch.float64)
     bias.requires_grad_()
@@ -98,13 +98,13 @@ def test_what_it_captures_has_gradients(problem):
     torch.testing.assert_close(*grads)
 
 
-def test_many_tiles_are_attended_in_pieces(monkeypatch):
+def test_many_tiles_are_processed_in_pieces(monkeypatch):
     problem = Problem(group=2, q_len=700, kv_len=700, block_size=32, topk=4)
     inputs = problem.tensors(requires_grad=True)
     results = []
     for scores in (24 * 128 * 512, 128 * 32 * 3):
         monkeypatch.setattr("flexmoba.backends.portable.modified_scores._SCORES_AT_ONCE", scores)
-        out = flex_moba(*inputs, 32, 4, score_mod=by_place)
+        out = flex_moba(*inputs, 32, 4, score_mod=by_index)
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     torch.testing.assert_close(*results)
 
@@ -117,8 +117,8 @@ def test_masked(topk, q_len):
         head_dim=16, value_dim=16, dtype=torch.float32,
     )  # fmt: skip
     q, k, v = problem.tensors()
-    expected = moba_reference(q, k, v, 130, topk, score_mod=by_place)
-    out = flex_moba(q, k, v, 130, topk, score_mod=by_place, impl="masked")
+    expected = moba_reference(q, k, v, 130, topk, score_mod=by_index)
+    out = flex_moba(q, k, v, 130, topk, score_mod=by_index, impl="masked")
     torch.testing.assert_close(out, expected)
 
 
@@ -137,10 +137,10 @@ def test_routed(pieces, q_len, monkeypatch):
         monkeypatch.setattr("flexmoba.backends.flex.routed._MAX_ELEMENTS", 128 * 16 * 5)
     inputs = problem.tensors(requires_grad=True)
     past = moba_select(*inputs[:2], 130, 2)[..., 1:]
-    modifier = score_modifier(by_place, *inputs[:2], None)
+    modifier = score_modifier(by_index, *inputs[:2], None)
     selected, options = BlockSelection(past, 130), AttentionOptions("routed", 0.25)
     out, _ = routed_attention(*inputs, selected, options, modifier)
-    expected = moba_reference(*inputs, 130, 2, score_mod=by_place)
+    expected = moba_reference(*inputs, 130, 2, score_mod=by_index)
     torch.testing.assert_close(out, expected)
     grads = (torch.autograd.grad(x.square().sum(), inputs) for x in (out, expected))
     torch.testing.assert_close(*grads)
@@ -148,12 +148,12 @@ def test_routed(pieces, q_len, monkeypatch):
 
 @few
 @given(doubles, st.integers(1, 5))
-def test_documents_show_it_the_positions_of_the_row(problem, count):
+def test_documents_pass_the_positions_of_the_row(problem, count):
     problem = replace(problem, batch=1, q_len=problem.kv_len, is_causal=True)
     inputs = problem.tensors(requires_grad=True)
     inner = torch.randint(problem.kv_len + 1, (count - 1,), generator=problem.generator())
     bounds = torch.tensor([0, *inner.sort().values.tolist(), problem.kv_len])
-    options = {"cu_seqlens": bounds, "score_mod": by_place}
+    options = {"cu_seqlens": bounds, "score_mod": by_index}
     args = (problem.block_size, problem.topk)
     out = flex_moba(*inputs, *args, **options)
     expected = moba_reference(*inputs, *args, **options)
@@ -162,13 +162,13 @@ def test_documents_show_it_the_positions_of_the_row(problem, count):
     torch.testing.assert_close(*grads)
 
 
-def test_one_that_hides_everything():
-    def nothing(score, b, h, q_idx, kv_idx):
+def test_queries_whose_scores_are_all_masked():
+    def masked(score, b, h, q_idx, kv_idx):
         return torch.where(q_idx < 10, float("-inf"), score)
 
     problem = Problem(q_len=40, kv_len=40)
     inputs = problem.tensors(requires_grad=True)
-    out, aux = flex_moba(*inputs, 8, 2, score_mod=nothing, return_aux=AuxRequest(lse=True))
+    out, aux = flex_moba(*inputs, 8, 2, score_mod=masked, return_aux=AuxRequest(lse=True))
     assert not out[:, :, :10].any()
     assert (aux.lse[:, :, :10] == float("-inf")).all()
     grads = torch.autograd.grad(out.square().sum(), inputs)
@@ -176,7 +176,7 @@ def test_one_that_hides_everything():
     assert not grads[0][:, :, :10].any()
 
 
-def test_hidden_values_do_not_matter():
+def test_masked_values_have_no_effect():
     problem = Problem(q_len=40, kv_len=40)
     q, k, v = problem.tensors()
     out = flex_moba(q, k, v, 8, 2, score_mod=softcap)
@@ -251,7 +251,7 @@ def test_errors():
 
 @few
 @given(problems(dtype=st.just(torch.float64), is_causal=st.just(True)), st.data())
-def test_a_cache_shows_it_the_same(problem, data):
+def test_a_cache_passes_the_same_indices(problem, data):
     problem = replace(problem, q_len=problem.kv_len)
     tensors = problem.tensors()
     args = (problem.block_size, problem.topk)
@@ -261,29 +261,29 @@ def test_a_cache_shows_it_the_same(problem, data):
     )  # fmt: skip
     score_mod = looked_up(problem)
     expected = moba_reference(*tensors, *args, score_mod=score_mod)
-    at = 0
-    while at < problem.kv_len:
+    start = 0
+    while start < problem.kv_len:
         size = data.draw(st.sampled_from([1, 3, 17, 40]))
-        chunk = [x[:, :, at : at + size] for x in tensors]
+        chunk = [x[:, :, start : start + size] for x in tensors]
         out = flex_moba(*chunk, *args, cache=cache, score_mod=score_mod)
-        torch.testing.assert_close(out, expected[:, :, at : at + size])
-        at += size
+        torch.testing.assert_close(out, expected[:, :, start : start + size])
+        start += size
 
 
 @pytest.mark.parametrize("n", [2, 20])
-def test_rows_of_a_cache_are_told_apart(n):
+def test_rows_of_a_cache_have_their_own_batch_index(n):
     problem = Problem(batch=2, group=2, q_len=60, kv_len=60)
     q, k, v = problem.tensors()
     cache = MobaCache(2, 1, 8, block_size=4, dtype=torch.float64)
     real = torch.arange(60 - n) >= torch.tensor([[0], [7]])
     cache.append(k[:, :, :-n], v[:, :, :-n], real)
     positions = cache.append(k[:, :, -n:], v[:, :, -n:])
-    out, lse = cache.attend(q[:, :, -n:], positions, 3, score_mod=by_place)
+    out, lse = cache.attend(q[:, :, -n:], positions, 3, score_mod=by_index)
     for row, start in enumerate((0, 7)):
         alone = (x[row : row + 1, :, start:] for x in (q, k, v))
 
         def of_row(score, b, h, q_idx, kv_idx, row=row):
-            return by_place(score, b + row, h, q_idx, kv_idx)
+            return by_index(score, b + row, h, q_idx, kv_idx)
 
         expected = moba_reference(*alone, 4, 3, score_mod=of_row)
         torch.testing.assert_close(out[row : row + 1], expected[:, :, -n:])
@@ -310,7 +310,7 @@ def test_a_step_with_a_cache_compiles():
 
 
 class Bias(torch.nn.Module):
-    """A table of float64, as NumPy makes it."""
+    """A table in float64, the default dtype of NumPy."""
 
     def __init__(self):
         super().__init__()
@@ -320,7 +320,7 @@ class Bias(torch.nn.Module):
         return score - self.slopes[h] * (q_idx - kv_idx)
 
 
-# Said of what torch.compile itself does with an autograd.Function.
+# torch.compile causes the first warning when it traces an autograd.Function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("impl", ["portable", "masked"])
@@ -334,11 +334,11 @@ def test_a_module_of_another_dtype(impl):
         compiled = torch.compile(flex_moba, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(*inputs, 4, 2, score_mod=bias), expected)
         cache = MobaCache(1, 2, 8, block_size=4)
-        parts = [
+        chunks = [
             flex_moba(*(x[:, :, i:j] for x in inputs), 4, 2, score_mod=bias, cache=cache)
             for i, j in ((0, 30), (30, 33), (33, 40))
         ]
-        torch.testing.assert_close(torch.cat(parts, 2), expected)
+        torch.testing.assert_close(torch.cat(chunks, 2), expected)
 
 
 WRONG = {
@@ -351,7 +351,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("score_mod", "error", "match"), WRONG.values(), ids=WRONG)
-def test_functions_of_the_wrong_kind(score_mod, error, match):
+def test_wrong_functions_are_errors(score_mod, error, match):
     inputs = Problem().tensors()
     with pytest.raises(error, match=f"score_mod must .*{match}"):
         flex_moba(*inputs, 4, 2, score_mod=score_mod)

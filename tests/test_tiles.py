@@ -1,7 +1,7 @@
-"""The routed plan, on CPU: its lists and mask put through dense attention, its two directions.
+"""The routed backend on CPU: its tables, and its BlockMask in both directions.
 
-FlexAttention's kernels run on CUDA alone, so here they are replaced by dense attention over the
-mask that the `BlockMask` describes: exactly what they compute.
+FlexAttention's kernels run only on CUDA. Dense attention over the mask that the `BlockMask`
+describes replaces them here, since it computes the same function.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from flexmoba.backends.flex import routed
 from flexmoba.backends.flex.block_masks import routed_mask
 from flexmoba.backends.flex.routed import routed_attention
 from flexmoba.backends.options import AttentionOptions
-from flexmoba.backends.routing import most_rows, route
+from flexmoba.backends.routing import max_rows, route
 from flexmoba.blocks import TILE, own_block
 from flexmoba.reference import reference_attention
 from flexmoba.selection import BlockSelection
@@ -27,25 +27,25 @@ from tests.problems import Problem, problems
 
 
 def listed(num: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """The entries of a BlockMask's lists as bools ``(rows, columns)``."""
+    """Returns the entries of a BlockMask's lists as bools ``(rows, columns)``."""
     used = torch.arange(indices.shape[-1]) < num[0, 0, :, None]
     listed = torch.zeros(num.shape[-1], columns, dtype=torch.bool)
-    row, slot = used.nonzero(as_tuple=True)
-    column = indices[0, 0, row, slot].long()
+    row, entry = used.nonzero(as_tuple=True)
+    column = indices[0, 0, row, entry].long()
     assert len(set(zip(row.tolist(), column.tolist(), strict=True))) == len(row), "duplicates"
     listed[row, column] = True
     return listed
 
 
 def stretches(mask: BlockMask) -> tuple[Tensor, Tensor]:
-    """Which stretches of keys each tile visits, partial and full."""
+    """Returns the stretches that each tile visits, partial and full, as bools."""
     columns = mask.seq_lengths[1] // mask.BLOCK_SIZE[1]
     partial = listed(mask.kv_num_blocks, mask.kv_indices, columns)
     return partial, listed(mask.full_kv_num_blocks, mask.full_kv_indices, columns)
 
 
 def dense_flex(q, k, v, mask: BlockMask, scale, kernel_options, score_mod=None, *, divisible):
-    """What FlexAttention computes, and a check that the transposed lists say the same."""
+    """Computes the result of FlexAttention, and checks that the transposed lists agree."""
     rows, keys = mask.seq_lengths
     tile, stretch = mask.BLOCK_SIZE
     assert (q.shape[2], k.shape[2], rows % tile, keys % stretch) == (rows, keys, 0, 0)
@@ -57,14 +57,14 @@ def dense_flex(q, k, v, mask: BlockMask, scale, kernel_options, score_mod=None, 
             listed(mask.full_q_num_blocks, mask.full_q_indices, rows // tile).T, full
         )
     by_row, by_key = torch.arange(rows)[:, None], torch.arange(keys)
-    wanted = mask.mask_mod(None, None, by_row, by_key)
+    visible = mask.mask_mod(None, None, by_row, by_key)
     partial, full = (
         x.repeat_interleave(tile, 0).repeat_interleave(stretch, 1) for x in (partial, full)
     )
-    wanted = full | (partial & wanted)
+    visible = full | (partial & visible)
     rows = torch.arange(q.shape[2])
     return reference_attention(
-        q, k, v, wanted, scale=scale, score_mod=score_mod, query_positions=rows
+        q, k, v, visible, scale=scale, score_mod=score_mod, query_positions=rows
     )
 
 
@@ -75,13 +75,15 @@ def _dense(monkeypatch):
 
 
 def check(problem: Problem) -> None:
-    """`routed_attention` given an arbitrary selection, or the gate's."""
+    """Compares `routed_attention` for an arbitrary selection and for the selection of the gate."""
     for selection in (problem.selection(), gated(problem)):
         own, past = None, selection
         if problem.is_causal:
-            here = own_block(problem.q_len, problem.kv_len, problem.block_size, selection.device)
-            own = (selection == here[:, None]).any(-1)
-            past = torch.where(selection < here[:, None], selection, -1)
+            own_index = own_block(
+                problem.q_len, problem.kv_len, problem.block_size, selection.device
+            )
+            own = (selection == own_index[:, None]).any(-1)
+            past = torch.where(selection < own_index[:, None], selection, -1)
 
         selected = BlockSelection(past, problem.block_size, own)
         options = AttentionOptions("routed", 0.3, problem.is_causal)
@@ -96,6 +98,7 @@ def check(problem: Problem) -> None:
 
 
 def gated(problem: Problem) -> Tensor:
+    """Returns the selection of the gate."""
     q, k, _ = problem.tensors()
     return moba_select(q, k, problem.block_size, problem.topk, is_causal=problem.is_causal)
 
@@ -103,7 +106,7 @@ def gated(problem: Problem) -> Tensor:
 @given(problems(dtype=st.just(torch.float32)))
 @settings(max_examples=15)
 def test_attends_to_the_selected_blocks(problem):
-    # Shorter blocks are padded to 128 keys, and dense attention is slow over so many.
+    # Short blocks are padded to 128 keys, which makes dense attention slow.
     check(replace(problem, batch=1, block_size=problem.block_size + 40))
 
 
@@ -135,7 +138,9 @@ def test_calls_too_large_for_32_bit_offsets_are_cut(monkeypatch, limit):
     for is_causal in (True, False):
         check(Problem(**sizes, is_causal=is_causal))
     assert len(calls) > 4
-    assert any(shape[2] < 60 for shape in calls) == (limit == 2**12)  # heads do not suffice
+    assert any(shape[2] < 60 for shape in calls) == (
+        limit == 2**12
+    )  # the queries of a head are split, too
 
 
 def test_a_block_of_many_tiles_is_visited_in_few_stretches():
@@ -152,7 +157,7 @@ def test_a_block_of_many_tiles_is_visited_in_few_stretches():
 
 
 @given(problems())
-def test_shapes_are_known_beforehand(problem):
+def test_shapes_do_not_depend_on_values(problem):
     selection = gated(problem)
     sizes = (problem.kv_heads, problem.kv_len, problem.block_size)
     options = {"is_causal": problem.is_causal}
@@ -169,4 +174,4 @@ def test_shapes_are_known_beforehand(problem):
         assert torch.equal(x, y)
         assert (x.shape, x.dtype) == (z.shape, z.dtype)
     assert traced[-2:] == opaque[-2:] == fake[-2:]
-    assert traced.query_of_row.shape[0] == most_rows(selection.shape, *sizes, **options)
+    assert traced.query_of_row.shape[0] == max_rows(selection.shape, *sizes, **options)

@@ -1,7 +1,7 @@
-"""The backends: attention over a selection, by the one that ``impl`` names.
+"""The backends: attention over a selection, each with a different implementation.
 
-`resolve` chooses the backend; `attend` calls it. `flex` uses FlexAttention, `fused` Triton kernels,
-and `portable` plain tensor operations.
+`resolve` picks the backend for a call, and `attend` runs it. `flex` uses FlexAttention, `fused`
+uses Triton kernels, and `portable` uses plain tensor operations.
 """
 
 from flexmoba.backends.attend import attend, attend_selected, check_selected_values

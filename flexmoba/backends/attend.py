@@ -1,4 +1,4 @@
-"""Attention over a selection, by the backend that the options name."""
+"""Attention over a selection by the backend in the options."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from flexmoba.runtime import values_readable
 from flexmoba.selection import BlockSelection
 from flexmoba.sequence import InPlaceLayout, Layout, Sequences, WindowLayout
 
-_SHORTEST_WINDOW_BLOCK, _LONGEST_WINDOW_BLOCK = 64, 512  # keys, of the portable backend
+# Bounds of the block size, in keys, with which the portable backend computes windows.
+_SHORTEST_WINDOW_BLOCK, _LONGEST_WINDOW_BLOCK = 64, 512
 
 
 def attend(
@@ -28,19 +29,20 @@ def attend(
     options: AttentionOptions,
     score_mod: ScoreMod | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every query to its selected blocks and, if causal, to its own block.
+    """Computes the attention of every query to its selected blocks and, if causal, its own block.
 
     Args:
         q: Queries in the layout, ``(B, Hq, Lq, D)``.
         k: Keys in the layout, ``(B, Hkv, Lk, D)``.
         v: Values in the layout, ``(B, Hkv, Lk, Dv)``.
         selection: The selection of a gate; None for full attention.
-        layout: The layout of all of them.
+        layout: The layout of q, k, v and the selection.
         options: The backend and its options.
         score_mod: A function of every score, or None.
 
     Returns:
-        The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``.
+        The output ``(B, Hq, Lq, Dv)`` in the dtype of ``q`` and the log-sum-exp ``(B, Hq, Lq)``,
+        float32 (float64 for float64 inputs).
     """
     if isinstance(layout, WindowLayout):
         modifier = score_modifier(score_mod, q, k, None)
@@ -65,41 +67,46 @@ def attend_selected(
     options: AttentionOptions,
     score_mod: ScoreMod | None,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` over a selection that names the own block like any other, in any column.
+    """Computes `attend` for a selection that lists the own block in any column, or not at all.
 
     Args:
         q: Queries in the layout, ``(B, Hq, Lq, D)``.
         k: Keys in the layout, ``(B, Hkv, Lk, D)``.
         v: Values in the layout, ``(B, Hkv, Lk, Dv)``.
-        selected: ``(B, Hq, L, topk)``, block indices of tokens, as `selected_attention` takes them.
+        selected: ``(B, Hq, L, topk)`` int32 or int64, the block indices of each token, as in
+            `selected_attention`.
         layout: The layout of q, k and v.
         options: The backend and its options.
         score_mod: A function of every score, or None.
+
+    Returns:
+        The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``, as `attend`.
     """
     if isinstance(layout, InPlaceLayout):
         selection = _full_blocks_of(selected, layout)
         return in_place_attention(q, k, v, selection, layout, options, score_mod)
     modifier = score_modifier(score_mod, q, k, layout.token_of_slot)
     n_blocks = ceil_div(k.shape[2], layout.block_size)
-    # An index that was not checked must not be out of the tables' range.
+    # On a GPU values are not checked. An index that is too large would name another head's block.
     selected = torch.where(selected < n_blocks, selected, -1).int()
     selected = layout.spread_selection(selected)
-    if layout.block_size >= k.shape[2] and layout.keys_of_block is None:  # there is one block
+    if layout.block_size >= k.shape[2] and layout.keys_of_block is None:  # one block
         out, lse = full_attention(q, k, v, options, modifier)
-        seen = (selected == 0).any(-1)
-        return torch.where(seen[..., None], out, 0.0), torch.where(seen, lse, float("-inf"))
+        is_selected = (selected == 0).any(-1)
+        out = torch.where(is_selected[..., None], out, 0.0)
+        return out, torch.where(is_selected, lse, float("-inf"))
     own: Tensor | None = None
     if options.is_causal:
-        here = own_block(q.shape[2], k.shape[2], layout.block_size, q.device)[:, None]
-        own = (selected == here).any(-1)
-        selected = torch.where(selected < here, selected, -1)
+        own_index = own_block(q.shape[2], k.shape[2], layout.block_size, q.device)[:, None]
+        own = (selected == own_index).any(-1)
+        selected = torch.where(selected < own_index, selected, -1)
     keys_of_block = layout.keys_of_block_and_head(k.shape[1])
     selection = BlockSelection(selected, layout.block_size, own, keys_of_block)
     return block_attention(q, k, v, selection, options, modifier)
 
 
 def check_selected_values(selected: Tensor, kv_len: int, layout: Layout | InPlaceLayout) -> None:
-    """Raises unless every index is a block of the layout, or -1; reads values on CPU only."""
+    """Raises unless every index is a block of the layout or -1; checks only on CPU."""
     if not values_readable(selected):
         return
     if isinstance(layout, InPlaceLayout):
@@ -110,7 +117,7 @@ def check_selected_values(selected: Tensor, kv_len: int, layout: Layout | InPlac
 
 
 def _full_blocks_of(selected: Tensor, layout: InPlaceLayout) -> BlockSelection:
-    """A selection that counts all blocks of a row as one of full blocks and own blocks."""
+    """Converts indices that count all blocks of a row to indices of full blocks."""
     shift = layout.short_blocks[:, None, :, None]
     first = layout.first_block[:, None, :, None] + shift
     own = layout.end_block[:, None, :, None] + shift
@@ -127,18 +134,19 @@ def block_attention(
     options: AttentionOptions,
     modifier: ScoreModifier | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every query to its routed blocks and, if causal, its own block.
+    """Computes the attention of every query to its routed blocks and, if causal, its own block.
 
     Args:
-        q: ``(B, Hq, Lq, D)``.
-        k: ``(B, Hkv, Lk, D)``.
-        v: ``(B, Hkv, Lk, Dv)``.
+        q: Queries, ``(B, Hq, Lq, D)``.
+        k: Keys, ``(B, Hkv, Lk, D)``.
+        v: Values, ``(B, Hkv, Lk, Dv)``.
         selection: The blocks of each query.
         options: The backend and its options.
-        modifier: A ``score_mod`` and the positions that it takes, or None.
+        modifier: A ``score_mod`` and the indices that it receives, or None.
 
     Returns:
-        The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``.
+        The output ``(B, Hq, Lq, Dv)`` in the dtype of ``q`` and the log-sum-exp ``(B, Hq, Lq)``,
+        float32 (float64 for float64 inputs).
     """
     if options.impl == "masked":
         return flex.masked_attention(q, k, v, selection, options, modifier)
@@ -156,12 +164,12 @@ def full_attention(
     options: AttentionOptions,
     modifier: ScoreModifier | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Full attention, by the fastest means of the backend."""
+    """Computes full attention; the arguments and results are those of `block_attention`."""
     if options.impl != "portable":
         return flex.full_attention(q, k, v, options, modifier)
-    # One block of all keys.
-    width = int(not options.is_causal)
-    routed = torch.zeros((*q.shape[:3], width), dtype=torch.int32, device=q.device)
+    # One block holds all keys. If causal, it is the own block; if not, it is routed.
+    n_routed = int(not options.is_causal)
+    routed = torch.zeros((*q.shape[:3], n_routed), dtype=torch.int32, device=q.device)
     selection = BlockSelection(routed, k.shape[2])
     return portable_attention(q, k, v, selection, options, modifier)
 
@@ -175,13 +183,25 @@ def window_attention(
     options: AttentionOptions,
     modifier: ScoreModifier | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention from the key ``first_key (B, L)`` on, of as many queries as keys.
+    """Computes causal attention within a window of keys for each query.
 
-    First keys never fall along a row, and no query sees more than ``longest`` keys. Time and memory
-    are in proportion to the pairs of queries and keys in the windows.
+    The window of a query begins at its first key and ends at the query's own position. Time and
+    memory are proportional to the number of query-key pairs in the windows.
+
+    Args:
+        q: Queries, ``(B, Hq, L, D)``.
+        k: Keys, ``(B, Hkv, L, D)``.
+        v: Values, ``(B, Hkv, L, Dv)``.
+        first_key: ``(B, L)`` int32, the first key of each query; it never decreases along a row.
+        longest: An upper bound of the number of keys in a window.
+        options: The backend and its options.
+        modifier: A ``score_mod`` and the indices that it receives, or None.
+
+    Returns:
+        The output ``(B, Hq, L, Dv)`` and the log-sum-exp ``(B, Hq, L)``.
     """
     length = k.shape[2]
-    # Compiled code depends on it, so few values.
+    # Each value compiles again. Powers of two keep the number of values small.
     longest = min(length, 1 << (longest - 1).bit_length())
     if options.impl != "portable":
         return flex.window_attention(q, k, v, first_key, longest, options, modifier)
@@ -202,9 +222,22 @@ def in_place_attention(
     options: AttentionOptions,
     score_mod: ScoreMod | None,
 ) -> tuple[Tensor, Tensor]:
-    """`block_attention` of documents that stay in place; full blocks before the own are routed.
+    """Computes `block_attention` for documents whose tokens stay in place.
 
-    Own blocks and past blocks are attended to separately, and merged by their log-sum-exps.
+    The own block is a window of the row, and the past blocks are copies of full blocks. The two
+    partial outputs are merged by their log-sum-exps.
+
+    Args:
+        q: Queries, ``(B, Hq, L, D)``.
+        k: Keys, ``(B, Hkv, L, D)``.
+        v: Values, ``(B, Hkv, L, Dv)``.
+        selection: The blocks of each query, as indices of full blocks.
+        layout: The layout of the documents.
+        options: The backend and its options.
+        score_mod: A function of every score, or None.
+
+    Returns:
+        The output ``(B, Hq, L, Dv)`` and the log-sum-exp ``(B, Hq, L)``.
     """
     modifier = score_modifier(score_mod, q, k, None)
     full_blocks = layout.full_blocks
@@ -219,11 +252,12 @@ def in_place_attention(
     if modifier is not None:
         assert full_blocks.token_of_slot is not None
         position = full_blocks.token_of_slot.clamp(min=0)[:, None].expand(-1, k.shape[1], -1)
-        modifier = modifier._replace(key_position=position, moved=True)
+        modifier = modifier._replace(key_position=position, is_remapped=True)
     k, v = full_blocks.spread(k), full_blocks.spread(v)
-    past, past_lse = block_attention(
+    past_out, past_lse = block_attention(
         *(q, k, v, selection._replace(own=None), options._replace(is_causal=False), modifier)
     )
     if options.impl == "portable":
-        return merge_two(out, lse, past, past_lse)
-    return run_compiled(merge_two, out, lse, past, past_lse, kernel_options=None)  # in one pass
+        return merge_two(out, lse, past_out, past_lse)
+    # Compiled, the merge is one pass over memory.
+    return run_compiled(merge_two, out, lse, past_out, past_lse, kernel_options=None)

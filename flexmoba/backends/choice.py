@@ -1,4 +1,4 @@
-"""Chooses the backend that serves given inputs."""
+"""The choice of a backend that supports the inputs of a call."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,21 +20,31 @@ def why_not(
     kernel_options: Mapping[str, Any] | None = None,
     score_mod: ScoreMod | None = None,
     *,
-    uneven: bool = False,
+    has_short_blocks: bool = False,
 ) -> str | None:
-    """Why an implementation cannot serve these inputs; None if it can.
+    """Returns the reason why a backend does not support these inputs, or None if it does.
 
-    ``uneven`` says that blocks other than the last one may be short.
+    Args:
+        impl: The name of the backend, not ``"auto"``.
+        q: Queries, ``(B, Hq, Lq, D)``.
+        k: Keys, ``(B, Hkv, Lk, D)``.
+        v: Values, ``(B, Hkv, Lk, Dv)``.
+        kernel_options: The caller's kernel options for FlexAttention, or None.
+        score_mod: A function of every score, or None.
+        has_short_blocks: Whether blocks other than the last one may be shorter than the block size.
+
+    Returns:
+        The end of a sentence that begins with the name of the backend, or None.
     """
     if impl == "portable":
         return None
     if impl == "masked" and q.device.type == "cpu":
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            return "has no gradients on CPU, FlexAttention offers none there"
+            return "has no gradients on CPU, because FlexAttention has none there"
         return "runs on CPU only outside torch.compile" if torch.compiler.is_compiling() else None
     reason = why_not_flex(q, v)
     if reason is None and impl == "fused":
-        reason = why_not_fused(q, v, kernel_options, score_mod, uneven=uneven)
+        reason = why_not_fused(q, v, kernel_options, score_mod, has_short_blocks=has_short_blocks)
     return reason
 
 
@@ -46,23 +56,38 @@ def resolve(
     kernel_options: Mapping[str, Any] | None = None,
     score_mod: ScoreMod | None = None,
     *,
-    tiles_choose: bool = False,
-    uneven: bool = False,
+    use_tile_gate: bool = False,
+    has_short_blocks: bool = False,
 ) -> ImplName:
-    """The implementation that serves these inputs; never another than the one named.
+    """Returns the backend for these inputs: the named one, or for ``"auto"`` the fastest.
 
-    ``tiles_choose`` says that `tile_gate_attention` may serve, the fastest where it can;
-    ``uneven`` is that of `why_not`.
+    Args:
+        impl: The value of the caller's ``impl`` argument.
+        q: Queries, ``(B, Hq, Lq, D)``.
+        k: Keys, ``(B, Hkv, Lk, D)``.
+        v: Values, ``(B, Hkv, Lk, Dv)``.
+        kernel_options: The caller's kernel options for FlexAttention, or None.
+        score_mod: A function of every score, or None.
+        use_tile_gate: Whether ``"auto"`` may return ``"masked"``, which then calls
+            `tile_gate_attention`, the fastest where it is possible.
+        has_short_blocks: Whether blocks other than the last one may be shorter than the block size.
+
+    Raises:
+        ValueError: No backend has this name.
+        NotImplementedError: The named backend does not support these inputs.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "auto":
         fast: tuple[ImplName, ...] = ("fused", "routed")
-        for better in ("masked", *fast) if tiles_choose else fast:
-            if why_not(better, q, k, v, kernel_options, score_mod, uneven=uneven) is None:
-                return better
+        for candidate in ("masked", *fast) if use_tile_gate else fast:
+            reason = why_not(
+                *(candidate, q, k, v, kernel_options, score_mod), has_short_blocks=has_short_blocks
+            )
+            if reason is None:
+                return candidate
         return "portable"
-    reason = why_not(impl, q, k, v, kernel_options, score_mod, uneven=uneven)
+    reason = why_not(impl, q, k, v, kernel_options, score_mod, has_short_blocks=has_short_blocks)
     if reason:
         raise NotImplementedError(f'impl="{impl}" {reason}; use impl="auto" or "portable"')
     return impl

@@ -1,4 +1,4 @@
-"""The options of an attention call, as every backend takes them.
+"""The options of an attention call that every backend takes.
 
 They are a NamedTuple because torch.compile traces its construction in every supported version.
 """
@@ -11,13 +11,14 @@ IMPLS: tuple[ImplName, ...] = get_args(ImplName)
 
 
 class AttentionOptions(NamedTuple):
-    """The options that a caller gave, the same in every backend.
+    """The options of an attention call, the same for every backend.
 
     Attributes:
-        impl: The backend, which must be able to serve the inputs.
+        impl: The name of the backend, already resolved.
         scale: Factor on the scores.
-        is_causal: Whether a query attends to its own block, causally, beside its routed blocks.
-        kernel_options: FlexAttention's kernel options.
+        is_causal: Whether a query attends to its own block, causally, in addition to its routed
+            blocks.
+        kernel_options: The caller's kernel options for FlexAttention, or None.
     """
 
     impl: ImplName

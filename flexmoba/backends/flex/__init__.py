@@ -1,4 +1,4 @@
-"""Attention by FlexAttention: routed tiles, or a BlockMask of what every query sees."""
+"""The backends that call FlexAttention: over routed tiles, or with a BlockMask."""
 
 from flexmoba.backends.flex.block_masks import full_mask, selection_mask
 from flexmoba.backends.flex.compiled import run_compiled, why_not_flex

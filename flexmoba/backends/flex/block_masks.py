@@ -1,8 +1,10 @@
-"""BlockMasks, written down by index arithmetic: nothing of the size Lq * Lk is ever evaluated.
+"""BlockMasks from index arithmetic, without tensors of the size Lq * Lk.
 
-A `BlockMask` lists, for every 128 queries, the stretches of keys to visit, some of them *full*
-(nothing to mask), the others *partial* (`mask_mod` decides, exactly), and for the backward pass
-the transposed lists. Lists are int32, contiguous, ascending and free of duplicates.
+A `BlockMask` lists, for every tile of 128 queries, the stretches of keys that the kernel visits. A
+*stretch* is a range of consecutive keys, all of one length. A *full* stretch has no masked pairs;
+in a *partial* stretch, `mask_mod` masks each pair exactly. For the backward pass, the mask also has
+the transposed lists: the tiles of each stretch. Lists are int32, contiguous, ascending and without
+duplicates.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexmoba.backends.routing import Tiles
 from flexmoba.blocks import TILE, ceil_div
 
-_MAX_STRETCHES = 16  # of a block; more would make the lists long for nothing
+_MAX_STRETCHES = 16  # per block; shorter stretches would make the lists longer without a benefit
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -28,9 +30,15 @@ def selection_mask(
     is_causal: bool,
     keys_of_block: Tensor | None = None,
 ) -> BlockMask:
-    """The mask of a selection ``(B, Hq, Lq, topk)``, all its stretches partial.
+    """Returns the mask of a selection. All its stretches are partial and hold 128 keys.
 
-    ``keys_of_block (B, Hkv, blocks)`` is that of `routing.route`, the same for all heads.
+    Args:
+        selection: ``(B, Hq, Lq, topk)`` int32, block indices; -1 for none.
+        kv_len: Number of keys.
+        block_size: Keys in a block.
+        is_causal: Whether a query sees only keys at or before its position.
+        keys_of_block: ``(B, Hkv, blocks)`` int32, the number of keys in each block, equal for all
+            heads; None if all blocks but the last one are full.
     """
     batch, heads, q_len, topk = selection.shape
     device, offset = selection.device, kv_len - q_len
@@ -38,21 +46,21 @@ def selection_mask(
     q_tiles, kv_tiles = ceil_div(q_len, TILE), ceil_div(kv_len, TILE)
 
     padded = F.pad(selection, (0, 0, 0, q_tiles * TILE - q_len), value=-1)
-    wanted = padded.view(batch, heads, q_tiles, TILE * topk).long()
-    wanted = torch.where(wanted >= 0, wanted, n_blocks)
-    blocks = torch.zeros(batch, heads, q_tiles, n_blocks + 1, dtype=torch.int32, device=device)
-    blocks = blocks.scatter(-1, wanted, 1)[..., :n_blocks]
-    # A stretch is visited if any block that it overlaps is wanted: a difference of running sums.
-    before = F.pad(blocks.cumsum(-1), (1, 0))
+    selected = padded.view(batch, heads, q_tiles, TILE * topk).long()
+    selected = torch.where(selected >= 0, selected, n_blocks)
+    is_selected = torch.zeros(batch, heads, q_tiles, n_blocks + 1, dtype=torch.int32, device=device)
+    is_selected = is_selected.scatter(-1, selected, 1)[..., :n_blocks]
+    # A stretch is visited if it overlaps a selected block, a difference of cumulative sums.
+    n_before = F.pad(is_selected.cumsum(-1), (1, 0))
     first_key = torch.arange(kv_tiles, device=device) * TILE
     last_key = (first_key + TILE - 1).clamp(max=kv_len - 1)
-    visited = before[..., last_key // block_size + 1] > before[..., first_key // block_size]
+    visited = n_before[..., last_key // block_size + 1] > n_before[..., first_key // block_size]
     if is_causal:
         last_query = (torch.arange(q_tiles, device=device) * TILE + TILE).clamp(max=q_len) - 1
         visited = visited & (first_key <= (last_query + offset)[:, None])
 
-    # What a mask_mod captures must be a real buffer: computed in the same graph, it would be
-    # compiled into the kernel, or even replaced by its initial value.
+    # A mask_mod must capture real buffers. The compiler would fuse a tensor of the same graph into
+    # the kernel, or even replace it by its initial value.
     table, last_key = materialize(selection), last_key_of_query(q_len, kv_len, device)
     is_key = None
     if keys_of_block is not None:
@@ -61,40 +69,40 @@ def selection_mask(
 
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         first = table[b, h, query, query * 0] * block_size
-        seen: Tensor = (key >= first) & (key < first + block_size)
+        visible: Tensor = (key >= first) & (key < first + block_size)
         for i in range(1, topk):
             first = table[b, h, query, query * 0 + i] * block_size
-            seen = seen | ((key >= first) & (key < first + block_size))
+            visible = visible | ((key >= first) & (key < first + block_size))
         if is_causal:
-            seen = seen & (key <= last_key[query])
-        return seen if is_key is None else seen & is_key[b, key]
+            visible = visible & (key <= last_key[query])
+        return visible if is_key is None else visible & is_key[b, key]
 
     return block_mask_of((q_len, kv_len), mask_mod, _lists(visited), None, _lists(visited.mT), None)
 
 
 def full_mask(q_len: int, kv_len: int, device: torch.device, *, is_causal: bool) -> BlockMask:
-    """Full attention, causal or not, bottom-right aligned."""
+    """Returns the mask of full attention; if causal, the last query is aligned to the last key."""
     offset = kv_len - q_len
     q_tiles, kv_tiles = ceil_div(q_len, TILE), ceil_div(kv_len, TILE)
     first_key = torch.arange(kv_tiles, device=device) * TILE
     last_key = (first_key + TILE - 1).clamp(max=kv_len - 1)
     first_query = torch.arange(q_tiles, device=device)[:, None] * TILE
     last_query = (first_query + TILE - 1).clamp(max=q_len - 1)
-    # Short tiles at the ends are never full, so that the kernel checks their bounds.
-    whole = (first_key + TILE <= kv_len) & (first_query + TILE <= q_len)
-    visited = torch.ones_like(whole)
+    # Short tiles and stretches at the ends are partial, so that the kernel checks their bounds.
+    is_full = (first_key + TILE <= kv_len) & (first_query + TILE <= q_len)
+    visited = torch.ones_like(is_full)
     if is_causal:
         visited = first_key <= last_query + offset
-        whole = whole & (last_key <= first_query + offset)
-    visited, whole = visited[None, None], whole[None, None]
+        is_full = is_full & (last_key <= first_query + offset)
+    visited, is_full = visited[None, None], is_full[None, None]
 
-    last_seen = last_key_of_query(q_len, kv_len, device)
+    last_visible = last_key_of_query(q_len, kv_len, device)
 
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen: Tensor = key <= last_seen[query] if is_causal else key >= 0
-        return seen
+        visible: Tensor = key <= last_visible[query] if is_causal else key >= 0
+        return visible
 
-    partial, full = visited & ~whole, whole
+    partial, full = visited & ~is_full, is_full
     return block_mask_of(
         (q_len, kv_len),
         mask_mod,
@@ -106,36 +114,39 @@ def full_mask(q_len: int, kv_len: int, device: torch.device, *, is_causal: bool)
 
 
 def window_mask(first_key: Tensor, longest: int) -> BlockMask:
-    """Each query's keys from a first one to its own position, as many queries as keys.
+    """Returns the mask of causal windows: from a first key of each query to its own position.
 
-    The tiles of keys that a tile of queries visits are neighbours, and so are the tiles of queries
-    that visit a tile of keys, so lists are as long as the longest window.
+    There are as many queries as keys, and stretches hold 128 keys. A tile of queries visits
+    consecutive stretches, and consecutive tiles visit a stretch. Lists are therefore only as long
+    as the longest window.
 
     Args:
-        first_key: ``(B, L)`` ints, the first key that each query sees. It never falls along a row.
-        longest: Keys that a query sees, at most.
+        first_key: ``(B, L)`` int32 or int64, the first key that each query sees; it never
+            decreases along a row.
+        longest: An upper bound of the number of keys that a query sees.
     """
     length, device = first_key.shape[1], first_key.device
     n_tiles = ceil_div(length, TILE)
     width = min(n_tiles, ceil_div(longest - 1, TILE) + 1)
     tile = torch.arange(n_tiles, device=device)
-    first_seen = first_key[:, None]  # for all heads
-    first_visited = first_seen[..., tile * TILE] // TILE
-    first_whole = ceil_div(first_seen[..., (tile * TILE + TILE - 1).clamp(max=length - 1)], TILE)
-    # The tile on the diagonal is never whole, nor is any for a short tile of queries.
-    first_whole = torch.minimum(first_whole, tile)
-    first_whole = torch.where((tile + 1) * TILE <= length, first_whole, tile)
-    place = torch.arange(width, device=device)
+    first_visible = first_key[:, None]  # for all heads
+    first_visited = first_visible[..., tile * TILE] // TILE
+    first_full = ceil_div(first_visible[..., (tile * TILE + TILE - 1).clamp(max=length - 1)], TILE)
+    # The stretch on the diagonal is never full. A short tile of queries has no full stretch.
+    first_full = torch.minimum(first_full, tile)
+    first_full = torch.where((tile + 1) * TILE <= length, first_full, tile)
+    entry = torch.arange(width, device=device)
 
-    # Of a tile of queries: tiles before the whole ones, the whole ones, the diagonal.
-    n_before = (first_whole - first_visited)[..., None]
-    before = torch.where(place < n_before, first_visited[..., None] + place, tile[:, None])
-    whole = first_whole[..., None] + place
-    # Of a tile of keys: the diagonal, tiles that see all of it, tiles that see the end of it.
-    # Counted, as Inductor of torch 2.11 does not compile searchsorted of few values.
+    # The stretches of a tile: the ones before the full ones, the full ones, and the diagonal.
+    n_before = (first_full - first_visited)[..., None]
+    before = torch.where(entry < n_before, first_visited[..., None] + entry, tile[:, None])
+    full = first_full[..., None] + entry
+    # The tiles of a stretch: the diagonal, the tiles that see all of it, and the tiles that see
+    # its end. They are counted, because Inductor of torch 2.11 does not compile searchsorted of few
+    # values.
     end = (first_visited[..., None, :] <= tile[:, None]).sum(-1)
-    end_whole = (first_whole[..., None, :] <= tile[:, None]).sum(-1)
-    after = torch.where(place > 0, end_whole[..., None] + place - 1, tile[:, None])
+    end_full = (first_full[..., None, :] <= tile[:, None]).sum(-1)
+    after = torch.where(entry > 0, end_full[..., None] + entry - 1, tile[:, None])
 
     first_key = materialize(first_key.int())  # see `selection_mask`
 
@@ -149,17 +160,17 @@ def window_mask(first_key: Tensor, longest: int) -> BlockMask:
         (length, length),
         mask_mod,
         lists(n_before[..., 0] + 1, before),
-        lists(tile - first_whole, whole),
-        lists(end - end_whole + 1, after),
-        lists(end_whole - tile - 1, tile[:, None] + 1 + place.expand_as(after)),
+        lists(tile - first_full, full),
+        lists(end - end_full + 1, after),
+        lists(end_full - tile - 1, tile[:, None] + 1 + entry.expand_as(after)),
     )
 
 
-def stretch_size(block_stride: int, most: int = _MAX_STRETCHES) -> int:
-    """Keys in one entry of a mask's lists: divides the block, into so many at most."""
-    grains = block_stride // TILE
+def stretch_size(block_stride: int, max_stretches: int = _MAX_STRETCHES) -> int:
+    """Returns the number of keys in a stretch so that a block has at most ``max_stretches``."""
+    units = block_stride // TILE
     return TILE * next(
-        size for size in range(1, grains + 1) if grains % size == 0 and grains // size <= most
+        size for size in range(1, units + 1) if units % size == 0 and units // size <= max_stretches
     )
 
 
@@ -174,17 +185,18 @@ def routed_mask(
     backward: bool,
     keys_of_block: Tensor | None = None,
 ) -> BlockMask:
-    """The mask of the routed call: every tile of rows visits the keys of its one block.
+    """Returns the mask of the routed call, in which every tile visits the keys of its block.
 
     Args:
-        tiles: What `routing.route` made, with the same ``block_stride``.
+        tiles: The result of `routing.route` with the same ``block_stride``.
         shape: ``(B, Hq, Lq, D)`` of the queries.
         kv_heads: Number of KV heads.
         kv_len: Number of keys of a head.
         block_size: Keys in a block.
-        block_stride: Keys that a block takes, padding included; a multiple of 128.
-        backward: Whether to write the transposed lists.
-        keys_of_block: As for `routing.route`.
+        block_stride: Keys of a block with its padding, a multiple of 128.
+        backward: Whether the mask has the transposed lists.
+        keys_of_block: ``(B, Hkv, blocks)`` int32, the number of keys in each block; None if all
+            blocks but the last one are full.
     """
     batch, heads, q_len, _ = shape
     device = tiles.block_of_tile.device
@@ -194,63 +206,67 @@ def routed_mask(
     stretches = block_stride // size
     stretch = torch.arange(stretches, device=device)
 
-    # Of each own tile (its place in the block) and each routed block: the stretches that all of
-    # its rows see whole, and those that any row sees.
-    place = torch.arange(max(tiles.own_tiles_per_block, 1), device=device)
+    # For each own tile of a block and for each routed block: the number of stretches that all of
+    # its rows see completely, and the number of stretches that any row sees.
+    tile_in_block = torch.arange(max(tiles.own_tiles_per_block, 1), device=device)
     if block_size % TILE == 0:
-        first_row = place * TILE % block_size
-        own_whole, own_seen = (first_row + 1) // size, ceil_div(first_row + TILE, size)
-    else:  # a tile may hold the end of one head and the start of the next
-        own_whole, own_seen = place * 0, place * 0 + ceil_div(block_size, size)
+        first_row = tile_in_block * TILE % block_size
+        own_full, own_visible = (first_row + 1) // size, ceil_div(first_row + TILE, size)
+    else:  # a tile may hold rows of two heads
+        own_full, own_visible = tile_in_block * 0, tile_in_block * 0 + ceil_div(block_size, size)
     block = torch.arange(n_blocks, device=device)
     length = (kv_len - block % per_head * block_size).clamp(max=block_size)
     if keys_of_block is not None:
         length = keys_of_block.flatten()
-    past_whole, past_seen = length // size, ceil_div(length, size)
+    past_full, past_visible = length // size, ceil_div(length, size)
 
     tile = torch.arange(n_tiles, device=device)
-    is_own, used = tile < tiles.n_own_tiles, tiles.block_of_tile < n_blocks
-    at = tiles.block_of_tile.clamp(max=n_blocks - 1).long()
-    whole = torch.where(is_own, own_whole[tile % place.shape[0]], past_whole[at])
-    seen = torch.where(is_own, own_seen[tile % place.shape[0]], past_seen[at])
-    first = (at * stretches)[:, None]
-    partial_lists = (
-        torch.where(used, seen - whole, 0),
-        first + (whole[:, None] + stretch).clamp(max=stretches - 1),
+    is_own, is_used = tile < tiles.n_own_tiles, tiles.block_of_tile < n_blocks
+    real_block = tiles.block_of_tile.clamp(max=n_blocks - 1).long()
+    n_full = torch.where(is_own, own_full[tile % tile_in_block.shape[0]], past_full[real_block])
+    n_visible = torch.where(
+        is_own, own_visible[tile % tile_in_block.shape[0]], past_visible[real_block]
     )
-    full_lists = torch.where(used, whole, 0), first + stretch
+    first = (real_block * stretches)[:, None]
+    partial_lists = (
+        torch.where(is_used, n_visible - n_full, 0),
+        first + (n_full[:, None] + stretch).clamp(max=stretches - 1),
+    )
+    full_lists = torch.where(is_used, n_full, 0), first + stretch
 
     partial_transposed = full_transposed = None
     if backward:
-        # An own block's tiles stand at fixed places, a routed block's are neighbours.
-        own_blocks = tiles.n_own_tiles // (batch * kv_heads * place.shape[0])
+        # The own tiles of a block have fixed indices, and its routed tiles are consecutive.
+        own_blocks = tiles.n_own_tiles // (batch * kv_heads * tile_in_block.shape[0])
         own_index = block % per_head - (per_head - own_blocks)
         has_own = (own_index >= 0) & (own_blocks > 0)
-        own_first = (block // per_head * own_blocks + own_index) * place.shape[0]
-        width = min(place.shape[0] + ceil_div(group * q_len, TILE), n_tiles)
+        own_first = (block // per_head * own_blocks + own_index) * tile_in_block.shape[0]
+        width = min(tile_in_block.shape[0] + ceil_div(group * q_len, TILE), n_tiles)
 
-        def transposed(own_on: Tensor, past_on: Tensor) -> tuple[Tensor, Tensor]:
-            own_count, own_list = _lists(own_on)  # (stretches,), (stretches, places)
+        def transposed(own_visits: Tensor, past_visits: Tensor) -> tuple[Tensor, Tensor]:
+            own_count, own_list = _lists(own_visits)  # (stretches,), (stretches, own tiles)
             own_count = torch.where(has_own[:, None], own_count, 0)
-            past_count = torch.where(past_on, tiles.tiles_of_block[:, None], 0)
+            past_count = torch.where(past_visits, tiles.tiles_of_block[:, None], 0)
             i = torch.arange(width, device=device)
-            own_tile = own_first[:, None, None] + own_list[:, i.clamp(max=place.shape[0] - 1)]
+            own_tile = (
+                own_first[:, None, None] + own_list[:, i.clamp(max=tile_in_block.shape[0] - 1)]
+            )
             past_tile = tiles.first_tile_of_block[:, None, None] + i - own_count[..., None]
             index = torch.where(i < own_count[..., None], own_tile, past_tile)
             return (own_count + past_count).flatten(), index.clamp(0, n_tiles - 1).flatten(0, 1)
 
-        is_whole = stretch[:, None] < own_whole
+        own_is_full = stretch[:, None] < own_full
         partial_transposed = transposed(
-            ~is_whole & (stretch[:, None] < own_seen),
-            (stretch >= past_whole[:, None]) & (stretch < past_seen[:, None]),
+            ~own_is_full & (stretch[:, None] < own_visible),
+            (stretch >= past_full[:, None]) & (stretch < past_visible[:, None]),
         )
-        full_transposed = transposed(is_whole, stretch < past_whole[:, None])
+        full_transposed = transposed(own_is_full, stretch < past_full[:, None])
 
     last_key_of_row = materialize(tiles.last_key_of_row)  # see `selection_mask`
 
     def mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        seen: Tensor = key <= last_key_of_row[row]
-        return seen
+        visible: Tensor = key <= last_key_of_row[row]
+        return visible
 
     return block_mask_of(
         (n_tiles * TILE, n_blocks * block_stride),
@@ -264,17 +280,20 @@ def routed_mask(
 
 
 def last_key_of_query(q_len: int, kv_len: int, device: torch.device) -> Tensor:
-    """The last key of each query, as a buffer: a symbolic length in a mask_mod does not compile."""
+    """Returns the last key of each query as a buffer ``(Lq,)`` int32.
+
+    A mask_mod needs the buffer because one with a symbolic length does not compile.
+    """
     last_key = torch.arange(q_len, dtype=torch.int32, device=device) + (kv_len - q_len)
     buffer: Tensor = materialize(last_key)
     return buffer
 
 
-Lists = tuple[Tensor, Tensor]  # how many entries each row has, and the entries
+Lists = tuple[Tensor, Tensor]  # the number of entries of each row, and the entries
 
 
 def _lists(visited: Tensor) -> Lists:
-    """The True columns of each row, ascending: ``(..., rows, columns)`` to counts and indices."""
+    """Returns the number of True columns and their indices for bools ``(..., rows, columns)``."""
     return visited.sum(-1), visited.int().argsort(dim=-1, descending=True, stable=True)
 
 
@@ -288,7 +307,17 @@ def block_mask_of(
     *,
     block_size: tuple[int, int] = (TILE, TILE),
 ) -> BlockMask:
-    """A BlockMask of these lists, those of keys for every tile of queries first."""
+    """Returns a BlockMask with these lists.
+
+    Args:
+        seq_lengths: Number of queries and number of keys.
+        mask_mod: The function that masks pairs in partial stretches.
+        partial: The partial stretches of each tile.
+        full: The full stretches of each tile, or None.
+        partial_transposed: The tiles that visit each stretch as a partial one, or None.
+        full_transposed: The tiles that visit each stretch as a full one, or None.
+        block_size: Queries in a tile and keys in a stretch.
+    """
     kv_num_blocks, kv_indices = _list_tensors(partial)
     assert kv_num_blocks is not None
     assert kv_indices is not None
@@ -321,7 +350,7 @@ def _list_tensors(lists: Lists | None) -> tuple[Tensor | None, Tensor | None]:
 
 @torch.library.custom_op("flexmoba::materialize", mutates_args=())
 def materialize(x: Tensor) -> Tensor:
-    """A buffer of its own, not to be computed inside the kernel that reads it."""
+    """Returns a copy that no compiler fuses into the kernel that reads it."""
     return x.clone(memory_format=torch.contiguous_format)
 
 

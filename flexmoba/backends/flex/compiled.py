@@ -1,4 +1,4 @@
-"""The only file that calls FlexAttention: its versions, its options, its compilation."""
+"""The only file that calls FlexAttention, with its versions, options and compilation."""
 
 import functools
 import itertools
@@ -19,9 +19,14 @@ _INT32_OFFSETS = tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 1
 
 
 def why_not_flex(q: Tensor, v: Tensor) -> str | None:
-    """Why FlexAttention's CUDA kernels cannot take these inputs; None if they can."""
+    """Returns the reason why FlexAttention's CUDA kernels do not support these inputs, or None.
+
+    Args:
+        q: Queries, ``(B, Hq, Lq, D)``.
+        v: Values, ``(B, Hkv, Lk, Dv)``.
+    """
     if not q.is_cuda:
-        return f"needs CUDA, the inputs are on {q.device}"
+        return f"needs inputs on CUDA, got {q.device}"
     if q.dtype == torch.float64:
         return "has no float64 kernels"
     if min(q.shape[-1], v.shape[-1]) < MIN_HEAD_DIM:
@@ -42,26 +47,33 @@ def call_flex(
     *,
     divisible: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """FlexAttention of ``q (B, Hq, Lq, D)`` over ``k, v (B, Hkv, Lk, D)``: output and log-sum-exp.
+    """Calls FlexAttention.
 
     Args:
-        q: Queries.
-        k: Keys, of heads that divide the queries'.
-        v: Values.
-        block_mask: What to visit, of ``seq_lengths`` ``(Lq, Lk)``.
+        q: Queries, ``(B, Hq, Lq, D)``.
+        k: Keys, ``(B, Hkv, Lk, D)``, where ``Hkv`` divides ``Hq``.
+        v: Values, ``(B, Hkv, Lk, Dv)``.
+        block_mask: A mask with ``seq_lengths`` ``(Lq, Lk)``.
         scale: Factor on the scores.
-        kernel_options: The user's, which win over ours.
-        score_mod: What to do with every score; its places are those of this call.
-        divisible: Whether both lengths are multiples of the mask's block sizes; None to leave it to
-            the compiler, which cannot see it when lengths are symbolic, and before torch 2.14 looks
-            at multiples of 128 alone.
+        kernel_options: The caller's kernel options, which override the defaults here.
+        score_mod: A function of every score, with the indices of this call.
+        divisible: Whether both lengths are multiples of the mask's block sizes. None leaves it to
+            the compiler, which cannot know it for symbolic lengths, and which before torch 2.14
+            tests only for multiples of 128.
+
+    Returns:
+        The output ``(B, Hq, Lq, Dv)`` in the dtype of ``q`` and the log-sum-exp ``(B, Hq, Lq)``
+        float32.
+
+    Raises:
+        NotImplementedError: The keys or values need 64-bit offsets, and this torch has only 32.
     """
     if _INT32_OFFSETS and max(x.shape[2] * x.stride(2) for x in (k, v)) >= 2**31:
         raise NotImplementedError(
-            f"torch {torch.__version__} reads keys with 32-bit offsets, too few for k of shape "
-            f"{tuple(k.shape)}: split the call over batch or KV heads, or install torch 2.14"
+            f"torch {torch.__version__} addresses keys with 32-bit offsets, too small for k of "
+            f"shape {tuple(k.shape)}; split the call over batch or KV heads, or install torch 2.14"
         )
-    # The automatic choice of a decoding kernel refuses some of our shapes.
+    # By default, FlexAttention selects a decoding kernel that rejects some of these shapes.
     options: dict[str, Any] = {"BACKEND": "TRITON"}
     if divisible is not None:
         options["IS_DIVISIBLE"] = divisible
@@ -83,21 +95,30 @@ def call_flex(
 def run_compiled(
     function: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor | None, **static: Any
 ) -> tuple[Tensor, Tensor]:
-    """Calls ``function(*tensors, **static)`` compiled, each configuration compiled once.
+    """Calls ``function(*tensors, **static)`` compiled, and compiles each configuration once.
 
-    Inside somebody's own ``torch.compile`` the function is simply traced. Outside, only lengths
-    may vary within one compiled function, and they become symbolic at the second one: dynamo's
-    recompilation limit, beyond which it would give up, is never reached.
+    Inside the caller's ``torch.compile``, the function is only traced. Outside, only lengths vary
+    within one compiled function, and they become symbolic at the second length. Dynamo's
+    recompilation limit, beyond which it would not compile, is therefore never reached.
+
+    Args:
+        function: A function of tensors and keyword arguments, one of them ``kernel_options``.
+        tensors: Tensors of at most four dimensions, or None. The third dimension is a length.
+        static: Hashable constants, and ``kernel_options``, a mapping or None.
+
+    Returns:
+        The output and the log-sum-exp that the function returns.
     """
     if torch.compiler.is_compiling():
         return function(*tensors, **static)
-    if tensors[0] is not None and not has_values(
-        tensors[0]
-    ):  # fake tensors, of which FlexAttention knows the shapes itself
+    # FlexAttention computes the shapes of its results for fake tensors without compilation.
+    if tensors[0] is not None and not has_values(tensors[0]):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
             return function(*tensors, **static)
-    if not torch.is_grad_enabled():  # spares a compilation, and the CPU refuses the flag itself
+    # Detached, tensors with and without requires_grad are one configuration. On CPU, FlexAttention
+    # rejects tensors that require gradients.
+    if not torch.is_grad_enabled():
         tensors = tuple(x if x is None else x.detach() for x in tensors)
     options = static.pop("kernel_options") or {}
     kinds = tuple(
@@ -118,14 +139,15 @@ def _compiled(
     kinds: tuple[Any, ...],
     grad: bool,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    # Dynamo counts compilations per code object: every configuration gets one of its own.
+    # Dynamo counts compilations per code object, so every configuration gets its own copy.
     name = f"{function.__name__}_{next(_serial)}"
     code = function.__code__.replace(co_name=name)
     copy = types.FunctionType(code, function.__globals__, name)
     copy.__kwdefaults__ = dict(static) | {"kernel_options": dict(options)}
-    # CPU kernels of FlexAttention return no log-sum-exp; the plain one serves as a cross-check.
+    # CPU kernels of FlexAttention return no log-sum-exp, so CPU runs its eager implementation.
     backend = "inductor" if kinds[0][0].type == "cuda" else "eager"
-    # fullgraph: should dynamo ever give up, that is an error, not a silent fall to dense attention.
+    # With fullgraph, a function that dynamo cannot trace is an error. Without it, FlexAttention
+    # would silently fall back to dense attention.
     return torch.compile(copy, fullgraph=True, backend=backend)
 
 

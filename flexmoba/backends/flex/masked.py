@@ -1,4 +1,4 @@
-"""One FlexAttention call over a BlockMask: of a selection, full attention, windows or tiles."""
+"""One FlexAttention call with a BlockMask: of a selection, full attention, windows or tiles."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from flexmoba.backends.flex.block_masks import full_mask, materialize, selection
 from flexmoba.backends.flex.compiled import call_flex, run_compiled
 from flexmoba.backends.flex.tile_gate_mask import stretch_of, tile_gate_mask
 from flexmoba.backends.options import AttentionOptions
-from flexmoba.backends.score_mod import ScoreMod, ScoreModifier, at_positions
+from flexmoba.backends.score_mod import ScoreMod, ScoreModifier, remap_indices
 from flexmoba.blocks import TILE, own_block
 from flexmoba.selection import BlockSelection
 
@@ -24,12 +24,14 @@ def masked_attention(
     options: AttentionOptions,
     modifier: ScoreModifier | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a selection, as `block_attention` defines it."""
+    """Computes `block_attention` by one FlexAttention call with the mask of the selection."""
     routed, block_size, own, keys_of_block, _ = selection
     if options.is_causal:
-        here = own_block(q.shape[2], k.shape[2], block_size, q.device)
-        here = here.expand(q.shape[:3]) if own is None else torch.where(own, here, -1)
-        routed = torch.cat([here[..., None], routed], dim=-1)
+        own_index = own_block(q.shape[2], k.shape[2], block_size, q.device)
+        own_index = (
+            own_index.expand(q.shape[:3]) if own is None else torch.where(own, own_index, -1)
+        )
+        routed = torch.cat([own_index[..., None], routed], dim=-1)
     return _run(
         _attend_over_mask,
         *(q, k, v, routed, modifier, keys_of_block),
@@ -47,7 +49,7 @@ def full_attention(
     options: AttentionOptions,
     modifier: ScoreModifier | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Full attention."""
+    """Computes full attention; the arguments and results are those of `block_attention`."""
     return _run(
         _attend_fully,
         *(q, k, v, None, modifier),
@@ -66,7 +68,7 @@ def window_attention(
     options: AttentionOptions,
     modifier: ScoreModifier | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention from a first key of each query on; the arguments of `window_mask`."""
+    """Computes causal attention within windows; see `attend.window_attention`."""
     return _run(
         _attend_within_windows,
         *(q, k, v, first_key, modifier),
@@ -84,17 +86,18 @@ def tile_gate_attention(
     options: AttentionOptions,
     modifier: ScoreModifier | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of tiles of 128 queries, each to its own block and its selected blocks.
+    """Computes causal attention of tiles of 128 queries to their own and selected blocks.
 
-    The selection has a row for each tile, and a block size as `tile_gate_mask` takes it; CUDA only.
+    Runs only on CUDA. The arguments and results are those of `block_attention`, except that the
+    selection has one row for each tile, and that its block size is a multiple of 128.
     """
     missing = -q.shape[2] % TILE
-    if missing:  # no block of the mask may be full for a short last tile
+    if missing:  # a full block of the mask needs full tiles of queries
         q = F.pad(q, (0, 0, 0, missing))
         if modifier is not None:
-            # Rows of padding are at position 0: a score_mod may index tables by position.
-            place = F.pad(modifier.place, (0, 0, 0, missing))
-            modifier = modifier._replace(place=place, moved=True)
+            # Rows of padding get position 0, because a score_mod may index tables by position.
+            query_indices = F.pad(modifier.query_indices, (0, 0, 0, missing))
+            modifier = modifier._replace(query_indices=query_indices, is_remapped=True)
     out, lse = _run(
         _attend_over_tile_gate_mask,
         *(q, k, v, selection.routed, modifier),
@@ -112,17 +115,18 @@ def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    visible: Tensor | None,
+    mask_table: Tensor | None,
     modifier: ScoreModifier | None,
     *more: Tensor | None,
     **static: Any,
 ) -> tuple[Tensor, Tensor]:
-    places = score_mod = None
+    """Runs ``attend`` compiled; its mask is computed from ``mask_table``."""
+    indices = score_mod = None
     if modifier is not None:
         score_mod = modifier.score_mod
-        if modifier.moved:
-            places = modifier.place, modifier.key_position
-    tensors = q, k, v, visible, *(places or (None, None)), *more
+        if modifier.is_remapped:
+            indices = modifier.query_indices, modifier.key_position
+    tensors = q, k, v, mask_table, *(indices or (None, None)), *more
     return run_compiled(attend, *tensors, score_mod=score_mod, **static)
 
 
@@ -131,7 +135,7 @@ def _attend_over_mask(
     k: Tensor,
     v: Tensor,
     selection: Tensor,
-    place: Tensor | None,
+    query_indices: Tensor | None,
     key_position: Tensor | None,
     keys_of_block: Tensor | None,
     *,
@@ -144,7 +148,7 @@ def _attend_over_mask(
     mask = selection_mask(
         selection, k.shape[2], block_size, is_causal=is_causal, keys_of_block=keys_of_block
     )
-    score_mod = _at_positions(score_mod, q, k, place, key_position)
+    score_mod = _remap_indices(score_mod, q, k, query_indices, key_position)
     return call_flex(q, k, v, mask, scale, kernel_options, score_mod)
 
 
@@ -152,8 +156,8 @@ def _attend_fully(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    visible: None,
-    place: Tensor | None,
+    mask_table: None,
+    query_indices: Tensor | None,
     key_position: Tensor | None,
     *,
     score_mod: ScoreMod | None,
@@ -162,7 +166,7 @@ def _attend_fully(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
     mask = full_mask(q.shape[2], k.shape[2], q.device, is_causal=is_causal)
-    score_mod = _at_positions(score_mod, q, k, place, key_position)
+    score_mod = _remap_indices(score_mod, q, k, query_indices, key_position)
     return call_flex(q, k, v, mask, scale, kernel_options, score_mod)
 
 
@@ -171,7 +175,7 @@ def _attend_within_windows(
     k: Tensor,
     v: Tensor,
     first_key: Tensor,
-    place: Tensor | None,
+    query_indices: Tensor | None,
     key_position: Tensor | None,
     *,
     score_mod: ScoreMod | None,
@@ -180,7 +184,7 @@ def _attend_within_windows(
     kernel_options: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor]:
     mask = window_mask(first_key, longest)
-    score_mod = _at_positions(score_mod, q, k, place, key_position)
+    score_mod = _remap_indices(score_mod, q, k, query_indices, key_position)
     return call_flex(q, k, v, mask, scale, kernel_options, score_mod)
 
 
@@ -188,8 +192,8 @@ def _attend_over_tile_gate_mask(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    chosen: Tensor,
-    place: Tensor | None,
+    selected: Tensor,
+    query_indices: Tensor | None,
     key_position: Tensor | None,
     *,
     score_mod: ScoreMod | None,
@@ -198,23 +202,24 @@ def _attend_over_tile_gate_mask(
     kernel_options: Mapping[str, Any],
     divisible: bool,
 ) -> tuple[Tensor, Tensor]:
-    # A score_mod may capture what is to be differentiated.
+    # A score_mod may capture tensors that require gradients.
     backward = torch.is_grad_enabled() and (
         score_mod is not None or any(x.requires_grad for x in (q, k, v))
     )
-    mask = tile_gate_mask(chosen, q.shape[2], k.shape[2], block_size, backward=backward)
-    score_mod = _at_positions(score_mod, q, k, place, key_position)
+    mask = tile_gate_mask(selected, q.shape[2], k.shape[2], block_size, backward=backward)
+    score_mod = _remap_indices(score_mod, q, k, query_indices, key_position)
     return call_flex(q, k, v, mask, scale, kernel_options, score_mod, divisible=divisible)
 
 
-def _at_positions(
+def _remap_indices(
     score_mod: ScoreMod | None,
     q: Tensor,
     k: Tensor,
-    place: Tensor | None,
+    query_indices: Tensor | None,
     key_position: Tensor | None,
 ) -> ScoreMod | None:
-    if score_mod is None or place is None or key_position is None:
+    if score_mod is None or query_indices is None or key_position is None:
         return score_mod
     key_position = key_position.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    return at_positions(score_mod, *(materialize(x) for x in (*place.unbind(-1), key_position)))
+    indices = *query_indices.unbind(-1), key_position
+    return remap_indices(score_mod, *(materialize(x) for x in indices))

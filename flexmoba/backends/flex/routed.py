@@ -1,4 +1,4 @@
-"""The routed implementation: tiles of queries of one block each, through one FlexAttention call."""
+"""The routed backend: one FlexAttention call over tiles of queries that attend to one block."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from flexmoba.backends.flex.block_masks import materialize, routed_mask
 from flexmoba.backends.flex.compiled import call_flex, run_compiled
-from flexmoba.backends.merge import combine
+from flexmoba.backends.merge import merge_partial_outputs
 from flexmoba.backends.options import AttentionOptions
-from flexmoba.backends.routing import most_rows, route
-from flexmoba.backends.score_mod import ScoreMod, ScoreModifier, at_positions
+from flexmoba.backends.routing import max_rows, route
+from flexmoba.backends.score_mod import ScoreMod, ScoreModifier, remap_indices
 from flexmoba.blocks import TILE
 from flexmoba.rows import copy_rows
 from flexmoba.selection import BlockSelection
 
-# Before torch 2.14 FlexAttention's backward pass reaches rows by 32-bit offsets; larger calls are
-# cut into pieces, which then also bound the memory.
+# Before torch 2.14, FlexAttention's backward pass addresses rows with 32-bit offsets. Larger calls
+# are split into pieces, which also limits their memory.
 _MAX_ELEMENTS = 2**31 - 1
 
 
@@ -30,12 +30,12 @@ def routed_attention(
     options: AttentionOptions,
     modifier: ScoreModifier | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a selection, as `block_attention` defines it."""
-    place = key_position = score_mod = None
+    """Computes `block_attention` by routing, one FlexAttention call for all tiles, and a merge."""
+    query_indices = key_position = score_mod = None
     if modifier is not None:
-        score_mod, place, key_position, _ = modifier
+        score_mod, query_indices, key_position, _ = modifier
     out, lse = _attend_in_pieces(
-        (q, selection.routed, selection.own, place),
+        (q, selection.routed, selection.own, query_indices),
         (k, v, key_position, selection.keys_of_block),
         score_mod=score_mod,
         block_size=selection.block_size,
@@ -57,20 +57,20 @@ def _attend_in_pieces(of_queries: Tensors, of_keys: Tensors, **static: Any) -> l
     assert v is not None
     batch, heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
-    rows = most_rows(
+    rows = max_rows(
         routed.shape, kv_heads, kv_len, static["block_size"], is_causal=static["is_causal"]
     )
     if rows * max(q.shape[-1], v.shape[-1]) <= _MAX_ELEMENTS or q_len == heads == 1:
         return list(run_compiled(_attend_routed_tiles, *of_queries, *of_keys, **static))
 
-    # In two halves, each of which may be halved again: of the KV heads of all batch elements, of
-    # the query heads of one of them, or of the queries of one of those.
+    # The call is split into two halves, each of which may be split again: over the KV heads of all
+    # batch elements, then over the query heads of one KV head, then over the queries of one head.
     halves: Any
     dim = 1
     if batch * kv_heads > 1:
         of_queries, of_keys = (
-            tuple(x if x is None else x.flatten(0, 1)[None] for x in some)
-            for some in (of_queries, of_keys)
+            tuple(x if x is None else x.flatten(0, 1)[None] for x in tensors)
+            for tensors in (of_queries, of_keys)
         )
         kv_middle = (batch * kv_heads + 1) // 2
         middle = kv_middle * (heads // kv_heads)
@@ -79,11 +79,11 @@ def _attend_in_pieces(of_queries: Tensors, of_keys: Tensors, **static: Any) -> l
         halves = ((half, of_keys) for half in _split(of_queries, (heads + 1) // 2, 1))
     else:
         dim, middle = 2, (q_len + 1) // 2
-        past = kv_len - q_len + middle if static["is_causal"] else kv_len
-        seen = tuple(x if x is None else x[:, :, :past] for x in of_keys)
-        halves = zip(_split(of_queries, middle, 2), (seen, of_keys), strict=True)
+        end = kv_len - q_len + middle if static["is_causal"] else kv_len
+        first_half_keys = tuple(x if x is None else x[:, :, :end] for x in of_keys)
+        halves = zip(_split(of_queries, middle, 2), (first_half_keys, of_keys), strict=True)
     results = [_attend_in_pieces(*half, **static) for half in halves]
-    return [torch.cat(parts, dim) for parts in zip(*results, strict=True)]
+    return [torch.cat(outputs, dim) for outputs in zip(*results, strict=True)]
 
 
 def _split(tensors: Tensors, size: int, dim: int) -> Iterable[Tensors]:
@@ -94,7 +94,7 @@ def _attend_routed_tiles(
     q: Tensor,
     routed: Tensor,
     own: Tensor | None,
-    place: Tensor | None,
+    query_indices: Tensor | None,
     k: Tensor,
     v: Tensor,
     key_position: Tensor | None,
@@ -111,8 +111,8 @@ def _attend_routed_tiles(
     tiles = route(
         *(BlockSelection(routed, block_size, own, keys_of_block), kv_heads, kv_len, block_stride),
         is_causal=is_causal,
-        # The number of blocks that contain a chunk of queries, against keys of a symbolic length,
-        # is an expression whose range Inductor of torch 2.11 gets wrong.
+        # If the keys have a symbolic length, Inductor of torch 2.11 computes a wrong range for the
+        # number of blocks that contain a chunk of queries.
         fuse=q.shape[2] == kv_len,
     )
     mask = routed_mask(
@@ -122,30 +122,30 @@ def _attend_routed_tiles(
         kv_len,
         block_size,
         block_stride,
-        # A score_mod may capture what is to be differentiated.
+        # A score_mod may capture tensors that require gradients.
         backward=torch.is_grad_enabled()
         and (score_mod is not None or any(x.requires_grad for x in (q, k, v))),
         keys_of_block=keys_of_block,
     )
     rows = copy_rows(q.reshape(-1, q.shape[-1]), tiles.query_of_row, tiles.row_of_pair)
-    keys, values = (_blocks_in_a_row(x, block_size, block_stride) for x in (k, v))
-    if score_mod is not None and place is not None and key_position is not None:
-        of_rows = place.reshape(-1, 3)[tiles.query_of_row.clamp(min=0)]
-        of_keys = _blocks_in_a_row(key_position[..., None], block_size, block_stride)
-        places = (x[None, None] for x in of_rows.unbind(-1))
-        score_mod = at_positions(score_mod, *(materialize(x) for x in (*places, of_keys[..., 0])))
+    keys, values = (_concatenate_blocks(x, block_size, block_stride) for x in (k, v))
+    if score_mod is not None and query_indices is not None and key_position is not None:
+        row_indices = query_indices.reshape(-1, 3)[tiles.query_of_row.clamp(min=0)]
+        block_keys = _concatenate_blocks(key_position[..., None], block_size, block_stride)
+        indices = (*(x[None, None] for x in row_indices.unbind(-1)), block_keys[..., 0])
+        score_mod = remap_indices(score_mod, *(materialize(x) for x in indices))
     rows = rows.view(1, 1, -1, q.shape[-1])
     out_rows, lse_rows = call_flex(
         rows, keys, values, mask, scale, kernel_options, score_mod, divisible=True
     )
-    out, lse = combine(
+    out, lse = merge_partial_outputs(
         out_rows.view(-1, v.shape[-1]), lse_rows.view(-1), tiles.query_of_row, tiles.row_of_pair
     )
     return out.view(*q.shape[:3], -1), lse.view(q.shape[:3])
 
 
-def _blocks_in_a_row(x: Tensor, block_size: int, block_stride: int) -> Tensor:
-    """``(B, H, L, D)`` as one sequence ``(1, 1, all blocks, D)``, short blocks padded."""
+def _concatenate_blocks(x: Tensor, block_size: int, block_stride: int) -> Tensor:
+    """Returns ``x (B, H, L, D)`` as one sequence ``(1, 1, keys, D)`` of all blocks, padded."""
     if x.shape[2] % block_size != 0:
         x = F.pad(x, (0, 0, 0, -x.shape[2] % block_size))
     if block_stride != block_size:

@@ -1,4 +1,4 @@
-"""Launches the kernels of the backward pass."""
+"""The backward pass: launches its kernels, one piece after another."""
 
 import math
 from typing import Any, NamedTuple
@@ -19,30 +19,36 @@ from flexmoba.backends.fused.routing import (
     first_rows_of_bins,
     sort_pairs,
 )
-from flexmoba.backends.fused.schedule import Sizes, SortGroup, cut
+from flexmoba.backends.fused.schedule import Sizes, SortGroup, sort_groups
 from flexmoba.backends.fused.strides import aligned, head_strides, token_stride
-from flexmoba.backends.fused.tile_sizes import DELTA_ROWS, backward_constants, is_roomy
+from flexmoba.backends.fused.tile_sizes import (
+    DELTA_ROWS,
+    backward_constants,
+    has_large_shared_memory,
+)
 from flexmoba.blocks import ceil_div
 from flexmoba.runtime.triton_launch import launch, packed
 from flexmoba.selection import BlockSelection
 
-# Rows of a block that one program takes: the average number of rows times a factor so large that
-# few blocks need a second program, and so small that the rows of a block that most queries selected
-# are shared among several.
+# An item holds this many times the average number of rows of a block. The factor is large enough
+# that few blocks need a second item, and small enough that a block that most queries selected is
+# divided among several programs.
 _ITEM_FACTOR, _LEAST_ITEM = 4, 1024
 
 
 class _Items(NamedTuple):
-    """The rows of a sort group, and the items that programs take of each block.
+    """The rows of a sort group, and the items, one for each program, of each block.
 
     Attributes:
-        pairs: The pair of each row.
-        first_rows: The first row of each bin.
-        rows: Rows of an item, for the gradients of keys.
-        of_keys: The first item of each block, and the block of each item.
-        first_extra: The first extra buffer of each block of several items.
-        of_queries: As ``of_keys``, for the gradients of queries; None if key tiles are blocks.
-        most_extra: Extra buffers that suffice.
+        pairs: ``(rows,)`` int32, the pair of each row.
+        first_rows: ``(bins + 1,)`` int32, the first row of each bin.
+        rows: The number of rows of an item, for the gradients of keys.
+        of_keys: The first item of each block and the block of each item, both int32.
+        first_extra: ``(blocks + 1,)`` int32, the first extra buffer of each block with several
+            items.
+        of_queries: As ``of_keys``, for the gradients of queries; None if a tile of keys holds a
+            block.
+        max_extra: An upper bound of the number of extra buffers.
     """
 
     pairs: Tensor
@@ -51,7 +57,7 @@ class _Items(NamedTuple):
     of_keys: tuple[Tensor, Tensor]
     first_extra: Tensor
     of_queries: tuple[Tensor, Tensor] | None
-    most_extra: int
+    max_extra: int
 
 
 def _items_of(
@@ -65,13 +71,13 @@ def _items_of(
         first_rows, rows, query_rows, group, sizes
     )
     of_keys = first_item, blocks_of_items(first_item, rows, group, sizes)
-    # A block of several items has less than twice as many as its rows fill.
-    most_extra = 2 * group.most_queries * sizes.count // rows
+    # A block with several items has less than twice as many items as its rows fill.
+    max_extra = 2 * group.max_queries * sizes.count // rows
     of_queries = None
     if for_queries:
         block_of_item = blocks_of_items(first_query_item, query_rows, group, sizes)
         of_queries = first_query_item, block_of_item
-    return _Items(pairs, first_rows, rows, of_keys, first_extra, of_queries, most_extra)
+    return _Items(pairs, first_rows, rows, of_keys, first_extra, of_queries, max_extra)
 
 
 def attend_backward_on_cuda(
@@ -84,7 +90,18 @@ def attend_backward_on_cuda(
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
+    """Computes the gradients of q, k and v.
+
+    Args:
+        grad_out: ``(B, Hq, Lq, Dv)``, the gradient of the output.
+        grad_lse: ``(B, Hq, Lq)`` float32, the gradient of the log-sum-exp.
+        out: ``(B, Hq, Lq, Dv)``, the output.
+        lse: ``(B, Hq, Lq)`` float32, the log-sum-exp.
+        inputs: Queries ``(B, Hq, Lq, D)``, keys ``(B, Hkv, Lk, D)``, values ``(B, Hkv, Lk, Dv)``.
+        selection: The blocks of each query.
+        scale: Factor on the scores, at least 0.
+        is_causal: Whether queries attend to their own blocks.
+    """
     q, k, v, grad_out = (aligned(x) for x in (*inputs, grad_out))
     routed, own = packed(selection.routed), None if selection.own is None else packed(selection.own)
     sizes = Sizes.of(q, k, v, routed, selection.block_size)
@@ -92,7 +109,7 @@ def attend_backward_on_cuda(
     strides, unit = head_strides(q, k, v, grad_out)
     layout = unit, *(token_stride(x) for x in (q, k, v, grad_out))
     key_tile, query_tile, finish, of_delta = backward_constants(
-        sizes, layout, is_causal, own is not None, is_roomy(q.device)
+        sizes, layout, is_causal, own is not None, has_large_shared_memory(q.device)
     )
     factor, dtypes = scale / math.log(2), (q.dtype,)
     tiles_per_block = ceil_div(sizes.block_size, key_tile["KEYS"])
@@ -109,12 +126,12 @@ def attend_backward_on_cuda(
             dtypes,
         )
         tensors: tuple[Any, ...] = (q, k, v, grad_out, lse, delta)
-        for group in cut(sizes, whole_kv_heads=True):
+        for group in sort_groups(sizes, whole_kv_heads=True):
             items = _items_of(
                 *(routed, group, sizes, query_tile["ROWS"]), for_queries=tiles_per_block > 1
             )
-            extra = lse.new_empty(items.most_extra, sizes.block_size, sizes.dim + sizes.value_dim)
-            parts = q.new_empty(group.most_queries * sizes.count, sizes.dim)
+            extra = lse.new_empty(items.max_extra, sizes.block_size, sizes.dim + sizes.value_dim)
+            partial_grads = q.new_empty(group.max_queries * sizes.count, sizes.dim)
             for piece in group.pieces:
                 n_pairs = piece.n_queries * sizes.count
                 numbers = (
@@ -127,13 +144,22 @@ def attend_backward_on_cuda(
                     key_grads_kernel,
                     (n_pairs // items.rows + piece.n_blocks) * tiles_per_block,
                     (
-                        *(*tensors, own, d_k, d_v, extra, parts, items.pairs, items.first_rows),
+                        *(
+                            *tensors,
+                            own,
+                            d_k,
+                            d_v,
+                            extra,
+                            partial_grads,
+                            items.pairs,
+                            items.first_rows,
+                        ),
                         *(*items.of_keys, items.first_extra, *numbers, items.rows),
                     ),
                     key_tile,
                     dtypes,
                 )
-                if items.most_extra:
+                if items.max_extra:
                     launch(
                         sum_extra_kernel,
                         piece.n_blocks * tiles_per_block,
@@ -150,7 +176,7 @@ def attend_backward_on_cuda(
                         item_query_grads_kernel,
                         n_pairs // query_tile["ROWS"] + piece.n_blocks if n_pairs else 0,
                         (
-                            *(*tensors, parts, items.pairs, items.first_rows),
+                            *(*tensors, partial_grads, items.pairs, items.first_rows),
                             *(*items.of_queries, *numbers),
                         ),
                         query_tile,
@@ -160,12 +186,12 @@ def attend_backward_on_cuda(
                     finish_query_grads_kernel,
                     piece.n_tiles,
                     (
-                        *(*tensors, parts, routed, own, d_q, *strides),
+                        *(*tensors, partial_grads, routed, own, d_q, *strides),
                         *(piece.first_tile, piece.first_query, sizes.heads, sizes.kv_heads),
                         *(sizes.q_len, sizes.kv_len, factor, scale),
                     ),
                     finish,
                     dtypes,
                 )
-            del parts, extra  # before the next sort group makes its own
+            del partial_grads, extra  # before the next sort group allocates its buffers
     return d_q, d_k, d_v

@@ -1,6 +1,6 @@
 """Triton kernels of the backward pass.
 
-Terms and sizes are those of `kernel_parts`.
+`kernel_parts` defines the terms and sizes.
 """
 
 import triton.language as tl
@@ -17,7 +17,7 @@ from flexmoba.backends.fused.kernel_parts import (
     query_tile_rows,
     rows_of_item,
     rows_offset,
-    sees_own,
+    sees_in_own_block,
     store_rows,
 )
 from flexmoba.runtime.triton_launch import kernel
@@ -31,25 +31,25 @@ def delta_kernel(
     ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_DIM: tl.constexpr,
     GRAD_STRIDE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """``<grad, out> - grad_lse`` of every query: what all its scores' gradients subtract."""
+    """Writes ``<grad, out> - grad_lse`` of every query, a term of the gradients of its scores."""
     query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = query < n_queries
+    valid = query < n_queries
     query = tl.minimum(query, n_queries - 1)
     head = query // q_len
     offset = head_offset(head, heads, grad_stride_b, grad_stride_h, UNIT)
     offset += (query - head * q_len).to(tl.int64) * GRAD_STRIDE
     grad = load_rows(grad_ptr, offset, VALUE_DIM, TILE_VALUE_DIM)
-    at = query.to(tl.int64) * VALUE_DIM
-    out = load_rows(out_ptr, at, VALUE_DIM, TILE_VALUE_DIM)
+    out_offset = query.to(tl.int64) * VALUE_DIM
+    out = load_rows(out_ptr, out_offset, VALUE_DIM, TILE_VALUE_DIM)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     delta -= tl.load(grad_lse_ptr + query)
-    tl.store(delta_ptr + query, delta, mask=there)
+    tl.store(delta_ptr + query, delta, mask=valid)
 
 
 @kernel
 def key_grads_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, own_ptr,
-    d_k_ptr, d_v_ptr, extra_ptr, part_ptr,
+    d_k_ptr, d_v_ptr, extra_ptr, partial_ptr,
     pair_ptr, first_row_ptr, first_item_ptr, block_of_item_ptr, first_extra_ptr,
     q_stride_b: tl.int64, q_stride_h: tl.int64, k_stride_b: tl.int64, k_stride_h: tl.int64,
     v_stride_b: tl.int64, v_stride_h: tl.int64, grad_stride_b: tl.int64, grad_stride_h: tl.int64,
@@ -63,10 +63,11 @@ def key_grads_kernel(
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     GRAD_STRIDE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys, from the rows of an item and, in its first, the own queries.
+    """Computes the gradients of a tile of keys from the rows of an item.
 
-    A block of several items leaves their shares in ``extra``, in float32. Where one tile holds a
-    whole block, the parts of the queries' gradients are computed along the way.
+    The first item of a block adds the queries whose own block it is. If a block has several items,
+    each writes its sum to ``extra``, in float32. If one tile holds a block, the kernel also writes
+    the gradient that each pair contributes to its query.
     """
     tiles_per_block: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
     item = tl.load(first_item_ptr + first_block) + tl.program_id(0) // tiles_per_block
@@ -89,56 +90,56 @@ def key_grads_kernel(
     d_k = tl.zeros([KEYS, TILE_DIM], tl.float32)
     d_v = tl.zeros([KEYS, TILE_VALUE_DIM], tl.float32)
     for start in range(begin, end, ROWS):
-        pair, there = clamped_pairs(pair_ptr, start, end, ROWS)
+        pair, valid = clamped_pairs(pair_ptr, start, end, ROWS)
         query = first_query + pair // COUNT - kv_head * GROUP * q_len
         offset = rows_offset(query, q_len, q_stride_h, Q_STRIDE, UNIT, GROUP)
         q = load_rows(q_ptr, offset, DIM, TILE_DIM)
         offset = rows_offset(query, q_len, grad_stride_h, GRAD_STRIDE, UNIT, GROUP)
         grad = load_rows(grad_ptr, offset, VALUE_DIM, TILE_VALUE_DIM)
         query += kv_head * GROUP * q_len
-        # With weight 0 a row that comes again adds nothing.
-        lse = tl.where(there, tl.load(lse_ptr + query) * LOG2_E, float("inf"))
+        # Repetitions of a clamped row get weight 0.
+        lse = tl.where(valid, tl.load(lse_ptr + query) * LOG2_E, float("inf"))
         delta = tl.load(delta_ptr + query)
         d_k, d_v, d_scores = add_key_grads(
             q, k, v, grad, lse, delta, real[:, None], d_k, d_v, factor, RAGGED
         )
         if tiles_per_block == 1:
             d_q = tl.dot(tl.trans(d_scores), k) * scale
-            part = (pair - piece_pair).to(tl.int64) * DIM
-            store_rows(part_ptr, part, there, d_q, DIM, TILE_DIM)
+            partial = (pair - piece_pair).to(tl.int64) * DIM
+            store_rows(partial_ptr, partial, valid, d_q, DIM, TILE_DIM)
     item_of_block = item - tl.load(first_item_ptr + block)
     if IS_CAUSAL:
         if item_of_block == 0:
             offset = kv_len - q_len
-            for member in range(GROUP):
+            for head_in_group in range(GROUP):
                 for start in range(tl.maximum(first_key, offset), block_end, ROWS):
-                    there = start + tl.arange(0, ROWS) < block_end
+                    valid = start + tl.arange(0, ROWS) < block_end
                     position = tl.minimum(start + tl.arange(0, ROWS), block_end - 1)
-                    query = member * q_len + position - offset
-                    at = rows_offset(query, q_len, q_stride_h, Q_STRIDE, UNIT, GROUP)
-                    q = load_rows(q_ptr, at, DIM, TILE_DIM)
-                    at = rows_offset(query, q_len, grad_stride_h, GRAD_STRIDE, UNIT, GROUP)
-                    grad = load_rows(grad_ptr, at, VALUE_DIM, TILE_VALUE_DIM)
+                    query = head_in_group * q_len + position - offset
+                    row_offset = rows_offset(query, q_len, q_stride_h, Q_STRIDE, UNIT, GROUP)
+                    q = load_rows(q_ptr, row_offset, DIM, TILE_DIM)
+                    row_offset = rows_offset(query, q_len, grad_stride_h, GRAD_STRIDE, UNIT, GROUP)
+                    grad = load_rows(grad_ptr, row_offset, VALUE_DIM, TILE_VALUE_DIM)
                     query += kv_head * GROUP * q_len
                     lse = tl.load(lse_ptr + query) * LOG2_E
                     delta = tl.load(delta_ptr + query)
                     if HAS_OWN:
-                        there = there & (tl.load(own_ptr + query) != 0)
-                    seen = there[None, :] & (key[:, None] <= position[None, :])
+                        valid = valid & (tl.load(own_ptr + query) != 0)
+                    visible = valid[None, :] & (key[:, None] <= position[None, :])
                     d_k, d_v, _ = add_key_grads(
-                        q, k, v, grad, lse, delta, seen, d_k, d_v, factor, True
+                        q, k, v, grad, lse, delta, visible, d_k, d_v, factor, True
                     )
     items = tl.load(first_item_ptr + block + 1) - tl.load(first_item_ptr + block)
     if items == 1:
-        at = kv_head.to(tl.int64) * kv_len + key
-        store_rows(d_k_ptr, at * DIM, real, d_k * scale, DIM, TILE_DIM)
-        store_rows(d_v_ptr, at * VALUE_DIM, real, d_v, VALUE_DIM, TILE_VALUE_DIM)
+        row_offset = kv_head.to(tl.int64) * kv_len + key
+        store_rows(d_k_ptr, row_offset * DIM, real, d_k * scale, DIM, TILE_DIM)
+        store_rows(d_v_ptr, row_offset * VALUE_DIM, real, d_v, VALUE_DIM, TILE_VALUE_DIM)
     else:
-        slot = tl.load(first_extra_ptr + block) - tl.load(first_extra_ptr + first_block)
-        slot = (slot + item_of_block).to(tl.int64)
-        at = (slot * BLOCK_SIZE + key - block_key) * (DIM + VALUE_DIM)
-        store_rows(extra_ptr, at, real, d_k, DIM, TILE_DIM)
-        store_rows(extra_ptr, at + DIM, real, d_v, VALUE_DIM, TILE_VALUE_DIM)
+        buffer = tl.load(first_extra_ptr + block) - tl.load(first_extra_ptr + first_block)
+        buffer = (buffer + item_of_block).to(tl.int64)
+        row_offset = (buffer * BLOCK_SIZE + key - block_key) * (DIM + VALUE_DIM)
+        store_rows(extra_ptr, row_offset, real, d_k, DIM, TILE_DIM)
+        store_rows(extra_ptr, row_offset + DIM, real, d_v, VALUE_DIM, TILE_VALUE_DIM)
 
 
 @kernel
@@ -149,7 +150,7 @@ def sum_extra_kernel(
     BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, TILE_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, TILE_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Sums the shares of the items of a block, in their order."""
+    """Adds the sums in ``extra`` of the items of a block, in their order."""
     tiles_per_block: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
     block = first_block + tl.program_id(0) // tiles_per_block
     items = tl.load(first_item_ptr + block + 1) - tl.load(first_item_ptr + block)
@@ -160,20 +161,22 @@ def sum_extra_kernel(
     real = key < tl.minimum(block_key + BLOCK_SIZE, kv_len)
     d_k = tl.zeros([KEYS, TILE_DIM], tl.float32)
     d_v = tl.zeros([KEYS, TILE_VALUE_DIM], tl.float32)
-    first_slot = tl.load(first_extra_ptr + block) - tl.load(first_extra_ptr + first_block)
-    first_slot = first_slot.to(tl.int64)
+    first_buffer = tl.load(first_extra_ptr + block) - tl.load(first_extra_ptr + first_block)
+    first_buffer = first_buffer.to(tl.int64)
     for item in range(items):
-        at = (first_slot + item) * BLOCK_SIZE + tl.minimum(key - block_key, BLOCK_SIZE - 1)
-        d_k += load_rows(extra_ptr, at * (DIM + VALUE_DIM), DIM, TILE_DIM)
-        d_v += load_rows(extra_ptr, at * (DIM + VALUE_DIM) + DIM, VALUE_DIM, TILE_VALUE_DIM)
-    at = (first_kv_head + block // n_blocks).to(tl.int64) * kv_len + key
-    store_rows(d_k_ptr, at * DIM, real, d_k * scale, DIM, TILE_DIM)
-    store_rows(d_v_ptr, at * VALUE_DIM, real, d_v, VALUE_DIM, TILE_VALUE_DIM)
+        row_offset = (first_buffer + item) * BLOCK_SIZE + tl.minimum(
+            key - block_key, BLOCK_SIZE - 1
+        )
+        d_k += load_rows(extra_ptr, row_offset * (DIM + VALUE_DIM), DIM, TILE_DIM)
+        d_v += load_rows(extra_ptr, row_offset * (DIM + VALUE_DIM) + DIM, VALUE_DIM, TILE_VALUE_DIM)
+    row_offset = (first_kv_head + block // n_blocks).to(tl.int64) * kv_len + key
+    store_rows(d_k_ptr, row_offset * DIM, real, d_k * scale, DIM, TILE_DIM)
+    store_rows(d_v_ptr, row_offset * VALUE_DIM, real, d_v, VALUE_DIM, TILE_VALUE_DIM)
 
 
 @kernel
 def item_query_grads_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, part_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, partial_ptr,
     pair_ptr, first_row_ptr, first_item_ptr, block_of_item_ptr,
     q_stride_b: tl.int64, q_stride_h: tl.int64, k_stride_b: tl.int64, k_stride_h: tl.int64,
     v_stride_b: tl.int64, v_stride_h: tl.int64, grad_stride_b: tl.int64, grad_stride_h: tl.int64,
@@ -186,7 +189,10 @@ def item_query_grads_kernel(
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     GRAD_STRIDE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """The parts of the queries' gradients from a block of several tiles, for an item of ROWS."""
+    """Computes the gradients that ROWS pairs of a block contribute to their queries.
+
+    The kernel serves blocks of several tiles of keys.
+    """
     item = tl.load(first_item_ptr + first_block) + tl.program_id(0)
     if item >= tl.load(first_item_ptr + last_block):
         return
@@ -201,7 +207,7 @@ def item_query_grads_kernel(
     v_ptr += first_key.to(tl.int64) * V_STRIDE
     q_ptr += head_offset(kv_head, kv_heads, q_stride_b, q_stride_h * GROUP, UNIT)
     grad_ptr += head_offset(kv_head, kv_heads, grad_stride_b, grad_stride_h * GROUP, UNIT)
-    pair, there = clamped_pairs(pair_ptr, begin, end, ROWS)
+    pair, valid = clamped_pairs(pair_ptr, begin, end, ROWS)
     query = first_query + pair // COUNT - kv_head * GROUP * q_len
     offset = rows_offset(query, q_len, q_stride_h, Q_STRIDE, UNIT, GROUP)
     q = load_rows(q_ptr, offset, DIM, TILE_DIM)
@@ -212,20 +218,20 @@ def item_query_grads_kernel(
     delta = tl.load(delta_ptr + query)
     d_q = tl.zeros([ROWS, TILE_DIM], tl.float32)
     for start in range(0, BLOCK_SIZE, KEYS):
-        seen = start + tl.arange(0, KEYS) < n_keys
+        visible = start + tl.arange(0, KEYS) < n_keys
         key = (start + tl.arange(0, KEYS)).to(tl.int64)
         if RAGGED:
             key = tl.minimum(key, n_keys - 1)
         k = load_rows(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
         v = load_rows(v_ptr, key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
-        d_q = add_query_grads(q, k, v, grad, lse, delta, seen[None, :], d_q, factor, RAGGED)
-    part = (pair - piece_pair).to(tl.int64) * DIM
-    store_rows(part_ptr, part, there, d_q * scale, DIM, TILE_DIM)
+        d_q = add_query_grads(q, k, v, grad, lse, delta, visible[None, :], d_q, factor, RAGGED)
+    partial = (pair - piece_pair).to(tl.int64) * DIM
+    store_rows(partial_ptr, partial, valid, d_q * scale, DIM, TILE_DIM)
 
 
 @kernel
 def finish_query_grads_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, part_ptr, routed_ptr, own_ptr, d_q_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, partial_ptr, routed_ptr, own_ptr, d_q_ptr,
     q_stride_b: tl.int64, q_stride_h: tl.int64, k_stride_b: tl.int64, k_stride_h: tl.int64,
     v_stride_b: tl.int64, v_stride_h: tl.int64, grad_stride_b: tl.int64, grad_stride_h: tl.int64,
     first_tile: tl.int32, piece_query: tl.int32, heads: tl.int32, kv_heads: tl.int32,
@@ -236,44 +242,44 @@ def finish_query_grads_kernel(
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     GRAD_STRIDE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of queries: from their own blocks, and the sum of their parts."""
-    head, first_row, row, there = query_tile_rows(first_tile + tl.program_id(0), q_len, ROWS)
+    """Computes the gradients of a tile of queries from own blocks, and adds those of pairs."""
+    head, first_row, row, valid = query_tile_rows(first_tile + tl.program_id(0), q_len, ROWS)
     query = head * q_len + row
     d_q = tl.zeros([ROWS, TILE_DIM], tl.float32)
     if IS_CAUSAL:
         q_ptr += head_offset(head, heads, q_stride_b, q_stride_h, UNIT)
         q = load_rows(q_ptr, row.to(tl.int64) * Q_STRIDE, DIM, TILE_DIM)
         grad_ptr += head_offset(head, heads, grad_stride_b, grad_stride_h, UNIT)
-        at = row.to(tl.int64) * GRAD_STRIDE
-        grad = load_rows(grad_ptr, at, VALUE_DIM, TILE_VALUE_DIM)
+        offset = row.to(tl.int64) * GRAD_STRIDE
+        grad = load_rows(grad_ptr, offset, VALUE_DIM, TILE_VALUE_DIM)
         lse = tl.load(lse_ptr + query) * LOG2_E
         delta = tl.load(delta_ptr + query)
         kv_head = head // (heads // kv_heads)
         k_ptr += head_offset(kv_head, kv_heads, k_stride_b, k_stride_h, UNIT)
         v_ptr += head_offset(kv_head, kv_heads, v_stride_b, v_stride_h, UNIT)
         position = row + kv_len - q_len
-        first_key, whole_end, last_position = own_range(
+        first_key, full_end, last_position = own_range(
             first_row, q_len, kv_len, BLOCK_SIZE, ROWS, KEYS
         )
-        for start in range(first_key, whole_end, KEYS):
+        for start in range(first_key, full_end, KEYS):
             key = (start + tl.arange(0, KEYS)).to(tl.int64)
             k = load_rows(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
             v = load_rows(v_ptr, key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
-            d_q = add_query_grads(q, k, v, grad, lse, delta, there, d_q, factor, False)
-        for start in range(whole_end, last_position + 1, KEYS):
+            d_q = add_query_grads(q, k, v, grad, lse, delta, valid, d_q, factor, False)
+        for start in range(full_end, last_position + 1, KEYS):
             key, real_key = key_tile(start, kv_len, KEYS)
             k = load_rows(k_ptr, real_key * K_STRIDE, DIM, TILE_DIM)
             v = load_rows(v_ptr, real_key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
-            seen = sees_own(position, key, BLOCK_SIZE)
-            d_q = add_query_grads(q, k, v, grad, lse, delta, seen, d_q, factor, True)
+            visible = sees_in_own_block(position, key, BLOCK_SIZE)
+            d_q = add_query_grads(q, k, v, grad, lse, delta, visible, d_q, factor, True)
         d_q *= scale
         if HAS_OWN:
-            wanted = tl.load(own_ptr + query) != 0
-            d_q = tl.where(wanted[:, None], d_q, 0.0)
-    choice = query.to(tl.int64) * COUNT
-    part = (query - piece_query).to(tl.int64) * COUNT
-    for slot in range(COUNT):
-        chosen = tl.load(routed_ptr + choice + slot) >= 0
-        x = load_rows(part_ptr, (part + slot) * DIM, DIM, TILE_DIM)
-        d_q += tl.where(chosen[:, None], x, 0.0).to(tl.float32)
-    store_rows(d_q_ptr, query.to(tl.int64) * DIM, there, d_q, DIM, TILE_DIM)
+            attends_own = tl.load(own_ptr + query) != 0
+            d_q = tl.where(attends_own[:, None], d_q, 0.0)
+    routed_offset = query.to(tl.int64) * COUNT
+    partial = (query - piece_query).to(tl.int64) * COUNT
+    for column in range(COUNT):
+        selected = tl.load(routed_ptr + routed_offset + column) >= 0
+        pair_grad = load_rows(partial_ptr, (partial + column) * DIM, DIM, TILE_DIM)
+        d_q += tl.where(selected[:, None], pair_grad, 0.0).to(tl.float32)
+    store_rows(d_q_ptr, query.to(tl.int64) * DIM, valid, d_q, DIM, TILE_DIM)

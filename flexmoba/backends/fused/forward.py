@@ -1,4 +1,4 @@
-"""Launches the kernels of the forward pass."""
+"""The forward pass: launches its kernels, one piece after another."""
 
 import math
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 from flexmoba.backends.fused.forward_kernels import attend_kernel, finish_kernel
 from flexmoba.backends.fused.routing import first_rows_of_bins, sort_pairs
-from flexmoba.backends.fused.schedule import Sizes, cut
+from flexmoba.backends.fused.schedule import Sizes, sort_groups
 from flexmoba.backends.fused.strides import aligned, head_strides, token_stride
-from flexmoba.backends.fused.tile_sizes import forward_constants, is_roomy
+from flexmoba.backends.fused.tile_sizes import forward_constants, has_large_shared_memory
 from flexmoba.blocks import ceil_div
 from flexmoba.runtime.triton_launch import launch, packed
 from flexmoba.selection import BlockSelection
@@ -18,7 +18,19 @@ from flexmoba.selection import BlockSelection
 def attend_on_cuda(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """`fused_attention` with a scale that is not negative."""
+    """Computes `fused_attention` for a scale that is not negative.
+
+    Args:
+        q: Queries, ``(B, Hq, Lq, D)``, float16 or bfloat16.
+        k: Keys, ``(B, Hkv, Lk, D)``.
+        v: Values, ``(B, Hkv, Lk, Dv)``.
+        selection: The blocks of each query.
+        scale: Factor on the scores, at least 0.
+        is_causal: Whether queries attend to their own blocks.
+
+    Returns:
+        The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)`` float32.
+    """
     q, k, v = (aligned(x) for x in (q, k, v))
     routed, own = packed(selection.routed), None if selection.own is None else packed(selection.own)
     sizes = Sizes.of(q, k, v, routed, selection.block_size)
@@ -26,16 +38,18 @@ def attend_on_cuda(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     strides, unit = head_strides(q, k, v)
     layout = unit, *(token_stride(x) for x in (q, k, v))
-    tile, finish = forward_constants(sizes, layout, is_causal, own is not None, is_roomy(q.device))
+    tile, finish = forward_constants(
+        sizes, layout, is_causal, own is not None, has_large_shared_memory(q.device)
+    )
     factor = scale / math.log(2)
     with torch.cuda.device_of(q):
-        for group in cut(sizes):
+        for group in sort_groups(sizes):
             if sizes.count:
                 bins, pairs = sort_pairs(routed, group, sizes)
                 first_rows = first_rows_of_bins(bins, group, sizes)
-            # After the sort, so that its own buffers are free again.
-            rows = group.most_queries * sizes.count
-            parts, part_lse = q.new_empty(rows, sizes.value_dim), lse.new_empty(rows)
+            # Allocated after the sort, which has then freed its buffers.
+            rows = group.max_queries * sizes.count
+            partial_out, partial_lse = q.new_empty(rows, sizes.value_dim), lse.new_empty(rows)
             for piece in group.pieces:
                 if sizes.count:
                     first_row = (piece.first_query - group.first_query) * sizes.count
@@ -44,7 +58,7 @@ def attend_on_cuda(
                         attend_kernel,
                         ceil_div(n_rows, tile["SHARE"]),
                         (
-                            *(q, k, v, parts, part_lse, pairs, bins, first_rows, *strides),
+                            *(q, k, v, partial_out, partial_lse, pairs, bins, first_rows, *strides),
                             *(first_row, first_row + n_rows),
                             *(group.first_query, group.first_kv_head),
                             *(first_row, sizes.kv_heads, sizes.q_len, sizes.kv_len),
@@ -57,12 +71,12 @@ def attend_on_cuda(
                     finish_kernel,
                     piece.n_tiles,
                     (
-                        *(q, k, v, parts, part_lse, routed, own, out, lse, *strides),
+                        *(q, k, v, partial_out, partial_lse, routed, own, out, lse, *strides),
                         *(piece.first_tile, piece.first_query, sizes.heads, sizes.kv_heads),
                         *(sizes.q_len, sizes.kv_len, factor),
                     ),
                     finish,
                     (q.dtype,),
                 )
-            del parts, part_lse  # before the next sort group makes its own
+            del partial_out, partial_lse  # before the next sort group allocates its buffers
     return out, lse

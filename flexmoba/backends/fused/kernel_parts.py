@@ -1,13 +1,18 @@
-"""The parts that the Triton kernels of the fused backend share.
+"""Functions that the Triton kernels of the fused backend share, and their terms.
 
-Queries are flat, ``(b * Hq + h) * Lq + i``. A *pair* is a query and one of its routed blocks,
-``(query - first_query) * COUNT + slot``. A *bin* is a block of keys of one KV head, or that head's
-bin of pairs without a block: ``kv_head * (n_blocks + 1) + block``. Pairs sorted by bin are *rows*;
-``pair`` and ``bin`` hold both of each row. Scores are in units of log2: ``factor`` is the scale,
-which is not negative, over ln(2).
+- A *query* is a flat index, ``(b * Hq + h) * Lq + i``.
+- A *pair* is a query and one column of the selection, ``(query - first_query) * COUNT + column``.
+- A *bin* is a block of one KV head, ``kv_head * (n_blocks + 1) + block``. The last bin of each KV
+  head holds its pairs without a block.
+- A *row* is an index into the pairs sorted by bin. ``pair`` and ``bin`` of a row are its pair and
+  its bin.
+- An *item* is a range of rows of one block that one program processes.
 
-Sizes: ROWS queries and KEYS keys are multiplied at once; DIM and VALUE_DIM are the head dims,
-TILE_DIM and TILE_VALUE_DIM the powers of two that hold them.
+Scores are in base 2: ``factor`` is the scale, which is not negative, divided by ln(2).
+
+Sizes: a matrix product has ROWS queries and KEYS keys. DIM and VALUE_DIM are the head dims;
+TILE_DIM and TILE_VALUE_DIM are the next powers of two. GROUP is the number of query heads of a KV
+head, and UNIT is the unit of strides of batch and heads, in elements.
 """
 
 import triton
@@ -19,7 +24,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def head_offset(head, heads, stride_b, stride_h, UNIT: tl.constexpr):
-    """Where a flat head of a strided ``(B, H, L, D)`` tensor begins."""
+    """Returns the offset of a flat head in a strided ``(B, H, L, D)`` tensor."""
     batch = head // heads
     return (batch * stride_b + (head - batch * heads) * stride_h) * UNIT
 
@@ -28,18 +33,23 @@ def head_offset(head, heads, stride_b, stride_h, UNIT: tl.constexpr):
 def rows_offset(
     query, q_len, stride_h, STRIDE: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr
 ):
-    """Where queries of one KV head begin, counted from its first query head's first."""
+    """Returns the offsets of queries of a KV head from the first query of its first head."""
     if GROUP == 1:
         offset = query.to(tl.int64) * STRIDE
     else:
-        member = query // q_len
-        offset = member * stride_h * UNIT + (query - member * q_len).to(tl.int64) * STRIDE
+        head_in_group = query // q_len
+        offset = (
+            head_in_group * stride_h * UNIT + (query - head_in_group * q_len).to(tl.int64) * STRIDE
+        )
     return offset
 
 
 @triton.jit
 def load_rows(ptr, offset, DIM: tl.constexpr, TILE_DIM: tl.constexpr):
-    """``(rows, TILE_DIM)``. Rows are not masked, which costs much: whoever calls clamps them."""
+    """Loads rows ``(rows, TILE_DIM)``, without a mask over rows.
+
+    Such a mask is slow. The caller clamps rows beyond the end instead.
+    """
     dim = tl.arange(0, TILE_DIM)
     pointers = ptr + offset[:, None] + dim[None, :]
     if DIM == TILE_DIM:
@@ -50,10 +60,10 @@ def load_rows(ptr, offset, DIM: tl.constexpr, TILE_DIM: tl.constexpr):
 
 
 @triton.jit
-def store_rows(ptr, offset, there, x, DIM: tl.constexpr, TILE_DIM: tl.constexpr):
-    """Writes the rows ``x`` that are there, in the dtype of the buffer."""
+def store_rows(ptr, offset, valid, x, DIM: tl.constexpr, TILE_DIM: tl.constexpr):
+    """Writes the valid rows of ``x``, in the dtype of the buffer."""
     dim = tl.arange(0, TILE_DIM)
-    mask = there[:, None]
+    mask = valid[:, None]
     if DIM != TILE_DIM:
         mask = mask & (dim < DIM)[None, :]
     tl.store(ptr + offset[:, None] + dim[None, :], x.to(ptr.dtype.element_ty), mask=mask)
@@ -61,7 +71,7 @@ def store_rows(ptr, offset, there, x, DIM: tl.constexpr, TILE_DIM: tl.constexpr)
 
 @triton.jit
 def add_keys(q, k, v, highest, total, out, factor):
-    """One step of online softmax: the keys ``k``, seen by all rows, join ``out``."""
+    """Adds keys that all rows see to the state of the online softmax."""
     dots = tl.dot(q, tl.trans(k))
     new_highest = tl.maximum(highest, tl.max(dots, 1) * factor)
     weights = tl.exp2(dots * factor - new_highest[:, None])
@@ -72,9 +82,9 @@ def add_keys(q, k, v, highest, total, out, factor):
 
 
 @triton.jit
-def add_seen_keys(q, k, v, seen, highest, total, out, factor):
-    """`add_keys` where rows see only some of the keys, or none yet."""
-    scores = tl.where(seen, tl.dot(q, tl.trans(k)) * factor, float("-inf"))
+def add_visible_keys(q, k, v, visible, highest, total, out, factor):
+    """Computes `add_keys` for rows that see only some of the keys, or have seen none yet."""
+    scores = tl.where(visible, tl.dot(q, tl.trans(k)) * factor, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(scores, 1))
     base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
     weights = tl.exp2(scores - base[:, None])
@@ -85,21 +95,24 @@ def add_seen_keys(q, k, v, seen, highest, total, out, factor):
 
 
 @triton.jit
-def add_query_grads(q, k, v, grad, lse, delta, seen, d_q, factor, MASKED: tl.constexpr):
-    """What the keys ``k`` add to the gradients of the rows ``q``, but for the scale."""
+def add_query_grads(q, k, v, grad, lse, delta, visible, d_q, factor, MASKED: tl.constexpr):
+    """Adds the contribution of keys to the gradients of queries; the caller applies the scale."""
     weights = tl.exp2(tl.dot(q, tl.trans(k)) * factor - lse[:, None])
     if MASKED:
-        weights = tl.where(seen, weights, 0.0)
+        weights = tl.where(visible, weights, 0.0)
     d_scores = weights * (tl.dot(grad, tl.trans(v)) - delta[:, None])
     return tl.dot(d_scores.to(k.dtype), k, d_q)
 
 
 @triton.jit
-def add_key_grads(q, k, v, grad, lse, delta, seen, d_k, d_v, factor, MASKED: tl.constexpr):
-    """What the rows ``q`` add to the gradients of keys and values; also the scores' gradients."""
+def add_key_grads(q, k, v, grad, lse, delta, visible, d_k, d_v, factor, MASKED: tl.constexpr):
+    """Adds the contribution of queries to the gradients of keys and values.
+
+    Returns both, and the gradients of the scores.
+    """
     weights = tl.exp2(tl.dot(k, tl.trans(q)) * factor - lse[None, :])
     if MASKED:
-        weights = tl.where(seen, weights, 0.0)
+        weights = tl.where(visible, weights, 0.0)
     d_v = tl.dot(weights.to(grad.dtype), grad, d_v)
     d_scores = weights * (tl.dot(v, tl.trans(grad)) - delta[None, :])
     d_scores = d_scores.to(q.dtype)
@@ -108,14 +121,14 @@ def add_key_grads(q, k, v, grad, lse, delta, seen, d_k, d_v, factor, MASKED: tl.
 
 @triton.jit
 def load_pairs(pair_ptr, start, end, ROWS: tl.constexpr):
-    """The pairs of a tile of rows; -1 beyond the end."""
+    """Loads the pairs of a tile of rows; -1 beyond the end."""
     row = start + tl.arange(0, ROWS)
     return tl.load(pair_ptr + row, mask=row < end, other=-1)
 
 
 @triton.jit
 def clamped_pairs(pair_ptr, start, end, ROWS: tl.constexpr):
-    """The pairs of a tile of rows, the last one again beyond the end; and which are there."""
+    """Loads the pairs of a tile of rows, clamped to the last one, and a mask of valid rows."""
     row = start + tl.arange(0, ROWS)
     return tl.load(pair_ptr + tl.minimum(row, end - 1)), row < end
 
@@ -125,14 +138,17 @@ def pair_offset(
     pair, first, q_len, stride_h,
     STRIDE: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Where the queries of pairs begin, in their KV head; ``first`` is the call's first query."""
+    """Returns the offsets of the queries of pairs within their KV head.
+
+    ``first`` is the first query of the sort group, counted from the first query of the KV head.
+    """
     query = tl.where(pair >= 0, first + pair // COUNT, 0)
     return rows_offset(query, q_len, stride_h, STRIDE, UNIT, GROUP)
 
 
 @triton.jit
 def rows_of_item(item, block, n_blocks, first_row_ptr, first_item_ptr, item_rows):
-    """Which rows an item of a block (counted over all KV heads) holds."""
+    """Returns the range of rows of an item; its block is counted over all KV heads."""
     bin = block + block // n_blocks
     begin = tl.load(first_row_ptr + bin) + (item - tl.load(first_item_ptr + block)) * item_rows
     return begin, tl.minimum(begin + item_rows, tl.load(first_row_ptr + bin + 1))
@@ -140,7 +156,10 @@ def rows_of_item(item, block, n_blocks, first_row_ptr, first_item_ptr, item_rows
 
 @triton.jit
 def query_tile_rows(tile, q_len, ROWS: tl.constexpr):
-    """Its head, its first row, its rows, the last again beyond the end; and which are there."""
+    """Returns the head, the first row, the clamped rows and the valid rows of a tile of queries.
+
+    Here a row is the position of a query in its head.
+    """
     tiles_per_head = tl.cdiv(q_len, ROWS)
     first_row = tile % tiles_per_head * ROWS
     row = first_row + tl.arange(0, ROWS)
@@ -149,14 +168,14 @@ def query_tile_rows(tile, q_len, ROWS: tl.constexpr):
 
 @triton.jit
 def key_tile(start, end, KEYS: tl.constexpr):
-    """A tile of keys, and the same with the last one again beyond the end."""
+    """Returns the keys of a tile, and the same keys clamped to the last one."""
     key = start + tl.arange(0, KEYS)
     return key, tl.minimum(key, end - 1).to(tl.int64)
 
 
 @triton.jit
-def sees_own(position, key, BLOCK_SIZE: tl.constexpr):
-    """Which keys stand in the own block of each query, and not after it."""
+def sees_in_own_block(position, key, BLOCK_SIZE: tl.constexpr):
+    """Returns which keys are in the own block of each query, at or before its position."""
     first = position // BLOCK_SIZE * BLOCK_SIZE
     return (key[None, :] >= first[:, None]) & (key[None, :] <= position[:, None])
 
@@ -165,11 +184,15 @@ def sees_own(position, key, BLOCK_SIZE: tl.constexpr):
 def own_range(
     first_row, q_len, kv_len, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):
-    """Keys of the own blocks of a tile of queries: first, end of those that all see, last."""
+    """Returns the range of keys in the own blocks of a tile of queries.
+
+    These are the first key, the end of the tiles of keys that all queries see completely, and the
+    last key.
+    """
     first_position = first_row + kv_len - q_len
     last_position = tl.minimum(first_row + ROWS, q_len) - 1 + kv_len - q_len
     first_key = first_position // BLOCK_SIZE * BLOCK_SIZE
-    whole_end = first_key
-    if first_key == last_position // BLOCK_SIZE * BLOCK_SIZE:  # all in one block
-        whole_end += (first_position + 1 - first_key) // KEYS * KEYS
-    return first_key, whole_end, last_position
+    full_end = first_key
+    if first_key == last_position // BLOCK_SIZE * BLOCK_SIZE:  # all queries in one block
+        full_end += (first_position + 1 - first_key) // KEYS * KEYS
+    return first_key, full_end, last_position

@@ -1,4 +1,4 @@
-"""The fused backend as an operator with a backward pass; the inputs that it can serve."""
+"""The fused backend as an operator with a backward pass, and the inputs that it supports."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,33 +21,45 @@ def why_not_fused(
     kernel_options: Mapping[str, Any] | None,
     score_mod: ScoreMod | None = None,
     *,
-    uneven: bool = False,
+    has_short_blocks: bool = False,
 ) -> str | None:
-    """Why the fused kernels cannot take inputs that compiled ones can; None if they can."""
+    """Returns the reason why the fused backend does not support these inputs, or None.
+
+    The inputs are supported by FlexAttention: `why_not_flex` returns None for them.
+
+    Args:
+        q: Queries, ``(B, Hq, Lq, D)``.
+        v: Values, ``(B, Hkv, Lk, Dv)``.
+        kernel_options: The caller's kernel options for FlexAttention, or None.
+        score_mod: A function of every score, or None.
+        has_short_blocks: Whether blocks other than the last one may be shorter than the block size.
+    """
     if torch.version.hip:
-        return "has tiles for NVIDIA GPUs alone"
+        return "supports only NVIDIA GPUs"
     if q.dtype not in _DTYPES:
         return f"needs float16 or bfloat16, got {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > _MAX_HEAD_DIM:
         return f"needs head dims of at most {_MAX_HEAD_DIM}, got {q.shape[-1]} and {v.shape[-1]}"
     if kernel_options:
-        return f"does not call FlexAttention, to which kernel_options={dict(kernel_options)} belong"
-    if uneven:
-        return "takes no documents or padding with is_causal=False"
-    return None if score_mod is None else "takes no score_mod"
+        return (
+            f"does not support kernel_options={dict(kernel_options)}, which are for FlexAttention"
+        )
+    if has_short_blocks:
+        return "does not support documents or padding with is_causal=False"
+    return None if score_mod is None else "does not support score_mod"
 
 
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
-    """`block_attention` by the fused kernels.
+    """Computes `block_attention` with Triton kernels.
 
     Args:
-        q: ``(B, Hq, Lq, D)``, float16 or bfloat16, on CUDA.
-        k: ``(B, Hkv, Lk, D)``.
-        v: ``(B, Hkv, Lk, Dv)``.
-        selection: The blocks of each query; blocks other than the last one are full.
-        options: Their scale and causality.
+        q: Queries, ``(B, Hq, Lq, D)``, float16 or bfloat16, on CUDA.
+        k: Keys, ``(B, Hkv, Lk, D)``.
+        v: Values, ``(B, Hkv, Lk, Dv)``.
+        selection: The blocks of each query; all blocks but the last one must be full.
+        options: The options, of which ``scale`` and ``is_causal`` apply.
 
     Returns:
         The output ``(B, Hq, Lq, Dv)`` in the dtype of ``q`` and the log-sum-exp ``(B, Hq, Lq)``,
@@ -55,7 +67,7 @@ def fused_attention(
     """
     assert selection.keys_of_block is None
     scale = options.scale
-    if scale < 0:  # the kernels keep the maximum of scores before they are scaled
+    if scale < 0:  # the kernels scale the maximum of the unscaled scores
         q, scale = -q, -scale
     out, lse = _attend(
         *(q, k, v, selection.routed, selection.own, selection.block_size, scale),
@@ -64,8 +76,8 @@ def fused_attention(
     return out, lse
 
 
-# Opaque to compilers: inside torch.compile and outside it is the same. The arguments are flat
-# because the schema of an operator has no tuples.
+# torch.compile does not trace an operator, so results inside and outside torch.compile are equal.
+# The arguments are flat because the schema of an operator has no tuples.
 @torch.library.custom_op("flexmoba::attend_fused", mutates_args=())
 def _attend(
     q: Tensor,

@@ -1,4 +1,4 @@
-"""Sorts the pairs of a sort group by block, and cuts the rows of each block into work items."""
+"""Sorts the pairs of a sort group by block, and divides the rows of each block into items."""
 
 import torch
 from torch import Tensor
@@ -15,12 +15,20 @@ _BIN_ROWS = 1024
 
 
 def sort_pairs(routed: Tensor, group: SortGroup, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """The bin and the pair of every row.
+    """Returns the bin and the pair of every row of a sort group.
 
-    The sort is stable: the rows of a bin keep the order of their queries.
+    The sort is stable, so the rows of a bin keep the order of their queries.
+
+    Args:
+        routed: ``(B, Hq, Lq, T)`` int32, the routed blocks of each query.
+        group: The sort group.
+        sizes: The sizes of the call.
+
+    Returns:
+        The bins ``(rows,)``, int16 or int32, in ascending order, and the pairs ``(rows,)`` int32.
     """
     n_pairs = group.n_queries * sizes.count
-    # A radix sort of two bytes is twice as fast as one of four.
+    # A radix sort of two-byte keys is twice as fast as one of four-byte keys.
     dtype = torch.int16 if group.n_kv_heads * (sizes.n_blocks + 1) < 2**15 else torch.int32
     bins = routed.new_empty(n_pairs, dtype=dtype)
     launch(
@@ -38,7 +46,7 @@ def sort_pairs(routed: Tensor, group: SortGroup, sizes: Sizes) -> tuple[Tensor, 
 
 
 def first_rows_of_bins(bins: Tensor, group: SortGroup, sizes: Sizes) -> Tensor:
-    """The first row of each bin, ``(bins + 1,)`` int32; the last is the number of rows."""
+    """Returns the first row of each bin and the number of rows, ``(bins + 1,)`` int32."""
     n_bins = group.n_kv_heads * (sizes.n_blocks + 1)
     index = torch.arange(n_bins + 1, dtype=bins.dtype, device=bins.device)
     return torch.searchsorted(bins, index, out_int32=True)
@@ -47,7 +55,7 @@ def first_rows_of_bins(bins: Tensor, group: SortGroup, sizes: Sizes) -> Tensor:
 def first_items_of_blocks(
     first_rows: Tensor, item_rows: int, query_item_rows: int, group: SortGroup, sizes: Sizes
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cuts the rows of each block into items; see `first_items_kernel`."""
+    """Divides the rows of each block into items and returns the tables of `first_items_kernel`."""
     n_blocks = group.n_kv_heads * sizes.n_blocks
     first_item, first_extra, first_query_item = (
         first_rows.new_empty(n_blocks + 1) for _ in range(3)
@@ -66,9 +74,13 @@ def first_items_of_blocks(
 
 
 def blocks_of_items(first_item: Tensor, item_rows: int, group: SortGroup, sizes: Sizes) -> Tensor:
-    """The block of each item. How many there are is not known here, but as many suffice."""
+    """Returns the block of each item, int32.
+
+    The tensor is as long as the largest possible number of items, because reading the number of
+    items would wait for the device.
+    """
     n_blocks = group.n_kv_heads * sizes.n_blocks
-    most = group.n_queries * sizes.count // item_rows + n_blocks
-    block_of_item = first_item.new_empty(most)
+    max_items = group.n_queries * sizes.count // item_rows + n_blocks
+    block_of_item = first_item.new_empty(max_items)
     launch(list_items_kernel, n_blocks, (first_item, block_of_item), {"TILE": 128}, ())
     return block_of_item

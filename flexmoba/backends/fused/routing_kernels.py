@@ -1,6 +1,6 @@
-"""Triton kernels that sort pairs by block.
+"""Triton kernels that prepare the sort of pairs by block, and divide blocks into items.
 
-Terms and sizes are those of `kernel_parts`.
+`kernel_parts` defines the terms and sizes.
 """
 
 import triton.language as tl
@@ -15,14 +15,14 @@ def bin_kernel(
     queries_per_kv_head: tl.int32, n_blocks: tl.int32,
     COUNT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The bin of every pair."""
+    """Writes the bin of every pair."""
     pair = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = pair < n_pairs
+    valid = pair < n_pairs
     block = tl.load(routed_ptr + first_pair + tl.minimum(pair, n_pairs - 1))
     kv_head = (first_query + pair // COUNT) // queries_per_kv_head
     kv_head -= first_query // queries_per_kv_head
     bin = kv_head * (n_blocks + 1) + tl.where(block >= 0, block, n_blocks)
-    tl.store(bin_ptr + pair, bin.to(bin_ptr.dtype.element_ty), mask=there)
+    tl.store(bin_ptr + pair, bin.to(bin_ptr.dtype.element_ty), mask=valid)
 
 
 @kernel
@@ -31,25 +31,26 @@ def first_items_kernel(
     all_blocks: tl.int32, n_blocks: tl.int32, item_rows: tl.int32,
     ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Cuts the rows of every block into items: running sums of how many, by one program.
+    """Divides the rows of every block into items, in one program, and writes the first of each.
 
-    Of ``item_rows`` rows, at least one a block, for gradients of keys; those blocks that have
-    several come again in ``first_extra``. Of ROWS rows for gradients of queries.
+    ``first_item`` counts items of ``item_rows`` rows, at least one for each block, for the
+    gradients of keys. ``first_extra`` counts only the items of blocks with several items.
+    ``first_query_item`` counts items of ROWS rows, for the gradients of queries.
     """
     items, extra, query_items = 0, 0, 0
     for start in range(0, all_blocks, TILE):
         block = start + tl.arange(0, TILE)
-        there = block < all_blocks
+        valid = block < all_blocks
         bin = block + block // n_blocks
-        rows = tl.load(first_row_ptr + bin + 1, mask=there, other=0)
-        rows -= tl.load(first_row_ptr + bin, mask=there, other=0)
-        n_items = tl.where(there, tl.maximum(tl.cdiv(rows, item_rows), 1), 0)
+        rows = tl.load(first_row_ptr + bin + 1, mask=valid, other=0)
+        rows -= tl.load(first_row_ptr + bin, mask=valid, other=0)
+        n_items = tl.where(valid, tl.maximum(tl.cdiv(rows, item_rows), 1), 0)
         n_extra = tl.where(n_items > 1, n_items, 0)
         n_query_items = tl.cdiv(rows, ROWS)
-        tl.store(first_item_ptr + block, items + tl.cumsum(n_items) - n_items, mask=there)
-        tl.store(first_extra_ptr + block, extra + tl.cumsum(n_extra) - n_extra, mask=there)
-        before = query_items + tl.cumsum(n_query_items) - n_query_items
-        tl.store(first_query_item_ptr + block, before, mask=there)
+        tl.store(first_item_ptr + block, items + tl.cumsum(n_items) - n_items, mask=valid)
+        tl.store(first_extra_ptr + block, extra + tl.cumsum(n_extra) - n_extra, mask=valid)
+        query_item = query_items + tl.cumsum(n_query_items) - n_query_items
+        tl.store(first_query_item_ptr + block, query_item, mask=valid)
         items += tl.sum(n_items)
         extra += tl.sum(n_extra)
         query_items += tl.sum(n_query_items)
@@ -59,7 +60,7 @@ def first_items_kernel(
 
 @kernel
 def list_items_kernel(first_item_ptr, block_of_item_ptr, TILE: tl.constexpr):
-    """Writes down, for every item, its block."""
+    """Writes the block of every item."""
     block = tl.program_id(0)
     end = tl.load(first_item_ptr + block + 1)
     for start in range(tl.load(first_item_ptr + block), end, TILE):

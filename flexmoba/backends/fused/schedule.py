@@ -1,8 +1,8 @@
-"""Cuts the work of a fused call into pieces: its buffers stay small beside q and the output.
+"""The split of a fused call into pieces, so that its buffers are small beside q and the output.
 
-A *tile* is a stretch of at most `QUERY_TILE` queries of one head, counted over all heads. Sorting
-works on a *sort group* of many tiles; the partial outputs, which take most memory, exist for the
-tiles of one *piece* of it at a time.
+A *tile* holds at most `QUERY_TILE` consecutive queries of one head; tiles are counted over all
+heads. A *sort group* holds the tiles whose pairs are sorted together. A *piece* holds the tiles of
+a sort group whose partial outputs, the largest buffers, exist at the same time.
 """
 
 import functools
@@ -15,17 +15,19 @@ from torch import Tensor
 
 QUERY_TILE = 64
 
-# What sorting, and what all buffers together, the selection included, may take of memory, in the
-# size of q and the output.
+# Limits of the memory for sorting, and for all buffers and the selection together, as multiples of
+# the size of q and the output.
 _SORTING_SHARE, _TOTAL_SHARE = 0.4, 1.98
-_SORTING_BYTES = 24  # of a pair: its bin, before and after, its index, and the sort's own
-_SORTED_BYTES = 8  # of those, what is kept
+# Bytes for each pair while it is sorted (its bin before and after, its index, and buffers of the
+# sort), after it is sorted, and in the selection.
+_SORTING_BYTES = 24
+_SORTED_BYTES = 8
 _SELECTION_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a call; ``count`` blocks are routed for each query."""
+    """The sizes of a call. ``count`` is the number of columns of the routed selection."""
 
     batch: int
     heads: int
@@ -39,7 +41,7 @@ class Sizes:
 
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, routed: Tensor, block_size: int) -> "Sizes":
-        """The sizes of these tensors, laid out as in `fused.attend_fused`."""
+        """Returns the sizes of a call of `fused_attention` with these tensors."""
         batch, heads, q_len, dim = q.shape
         kv_heads, kv_len = k.shape[1:3]
         count, value_dim = routed.shape[3], v.shape[3]
@@ -47,17 +49,17 @@ class Sizes:
 
     @property
     def group(self) -> int:
-        """Query heads of a KV head."""
+        """Returns the number of query heads of a KV head."""
         return self.heads // self.kv_heads
 
     @property
     def n_blocks(self) -> int:
-        """Blocks of a KV head."""
+        """Returns the number of blocks of a KV head."""
         return -(-self.kv_len // self.block_size)
 
 
 class Piece(NamedTuple):
-    """Queries whose parts exist at the same time, and the blocks of their KV heads."""
+    """Queries whose partial outputs exist at the same time, and the blocks of their KV heads."""
 
     first_tile: int
     n_tiles: int
@@ -77,47 +79,57 @@ class SortGroup(NamedTuple):
     pieces: list[Piece]
 
     @property
-    def most_queries(self) -> int:
-        """In one piece."""
+    def max_queries(self) -> int:
+        """Returns the number of queries in the largest piece."""
         return max(piece.n_queries for piece in self.pieces)
 
 
 @functools.lru_cache(maxsize=1024)
-def cut(sizes: Sizes, *, whole_kv_heads: bool = False) -> list[SortGroup]:
-    """Cuts the work.
+def sort_groups(sizes: Sizes, *, whole_kv_heads: bool = False) -> list[SortGroup]:
+    """Returns the sort groups of a call, each with its pieces.
 
-    Sort groups and pieces hold as many KV heads as fit. If not even one fits, a sort group has one
-    piece, some of the queries of a KV head, unless ``whole_kv_heads``.
+    Sort groups and pieces hold as many KV heads as the limits of memory allow, at least one. If not
+    even one fits, each sort group has one piece, with some of the queries of a KV head.
+
+    Args:
+        sizes: The sizes of the call.
+        whole_kv_heads: Whether a piece must not divide a KV head, even if it does not fit.
     """
     tiles_per_head = -(-sizes.q_len // QUERY_TILE)
     per_kv_head, n_kv_heads = sizes.group * tiles_per_head, sizes.batch * sizes.kv_heads
     n_tiles = n_kv_heads * per_kv_head
-    # Bytes of half precision of each query: q and the output, and its parts.
-    size, parts = 2 * (sizes.dim + sizes.value_dim), (2 * sizes.value_dim + 4) * sizes.count
-    most_in_group = int(_SORTING_SHARE * size * n_tiles / max(_SORTING_BYTES * sizes.count, 1))
-    taken = sizes.count * (
-        _SELECTION_BYTES * n_tiles + _SORTED_BYTES * min(n_tiles, max(most_in_group, per_kv_head))
+    # Bytes of each query in half precision: q and the output; partial outputs and log-sum-exps.
+    size, partial_size = 2 * (sizes.dim + sizes.value_dim), (2 * sizes.value_dim + 4) * sizes.count
+    max_tiles_in_group = int(_SORTING_SHARE * size * n_tiles / max(_SORTING_BYTES * sizes.count, 1))
+    sorted_size = sizes.count * (
+        _SELECTION_BYTES * n_tiles
+        + _SORTED_BYTES * min(n_tiles, max(max_tiles_in_group, per_kv_head))
     )
-    most_in_piece = max(1, int((_TOTAL_SHARE * size * n_tiles - taken) / max(parts, 1)))
-    if most_in_piece < per_kv_head and not whole_kv_heads:
+    max_tiles_in_piece = max(
+        1, int((_TOTAL_SHARE * size * n_tiles - sorted_size) / max(partial_size, 1))
+    )
+    if max_tiles_in_piece < per_kv_head and not whole_kv_heads:
         return [
             _sort_group(sizes, [tiles])
             for first in range(0, n_kv_heads * per_kv_head, per_kv_head)
-            for tiles in _evenly(first, first + per_kv_head, most_in_piece)
+            for tiles in _even_ranges(first, first + per_kv_head, max_tiles_in_piece)
         ]
-    heads_in_piece = max(1, most_in_piece // per_kv_head)
-    heads_in_group = max(heads_in_piece, most_in_group // per_kv_head)
+    heads_in_piece = max(1, max_tiles_in_piece // per_kv_head)
+    heads_in_group = max(heads_in_piece, max_tiles_in_group // per_kv_head)
     return [
         _sort_group(
             sizes,
-            [(x * per_kv_head, y * per_kv_head) for x, y in _evenly(start, end, heads_in_piece)],
+            [
+                (x * per_kv_head, y * per_kv_head)
+                for x, y in _even_ranges(start, end, heads_in_piece)
+            ],
         )
-        for start, end in _evenly(0, n_kv_heads, heads_in_group)
+        for start, end in _even_ranges(0, n_kv_heads, heads_in_group)
     ]
 
 
-def _evenly(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
-    """Ranges of nearly equal length, none longer than ``most``."""
+def _even_ranges(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
+    """Returns consecutive ranges of nearly equal length, none longer than ``most``."""
     n = -(-(end - start) // max(1, most))
     return itertools.pairwise(start + (end - start) * i // n for i in range(n + 1))
 

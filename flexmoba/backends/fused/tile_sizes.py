@@ -1,4 +1,4 @@
-"""The constants that the fused kernels are compiled for."""
+"""The compile-time constants of the fused kernels: sizes, strides and tile sizes."""
 
 import functools
 from collections.abc import Iterator
@@ -7,25 +7,29 @@ import torch
 
 from flexmoba.backends.fused.schedule import QUERY_TILE, Sizes
 
-DELTA_ROWS = 64
+DELTA_ROWS = 64  # queries that one program of `delta_kernel` processes
 
 
 @functools.lru_cache(maxsize=1024)
 def forward_constants(
-    sizes: Sizes, layout: tuple[int, ...], is_causal: bool, has_own: bool, roomy: bool
+    sizes: Sizes, layout: tuple[int, ...], is_causal: bool, has_own: bool, large_shared_memory: bool
 ) -> list[dict[str, int]]:
-    """The constants of `attend_kernel` and `finish_kernel`."""
+    """Returns the constants of `attend_kernel` and `finish_kernel`."""
     constants = _constants(sizes, layout, is_causal, has_own)
-    return [constants | tile for tile in _forward_tiles(sizes, is_causal, roomy)]
+    return [constants | tile for tile in _forward_tiles(sizes, is_causal, large_shared_memory)]
 
 
 @functools.lru_cache(maxsize=1024)
 def backward_constants(
-    sizes: Sizes, layout: tuple[int, ...], is_causal: bool, has_own: bool, roomy: bool
+    sizes: Sizes, layout: tuple[int, ...], is_causal: bool, has_own: bool, large_shared_memory: bool
 ) -> list[dict[str, int]]:
-    """The constants of the kernels for keys, items and tiles of queries, and `delta_kernel`."""
+    """Returns the constants of the kernels of the backward pass.
+
+    These are `key_grads_kernel`, `item_query_grads_kernel`, `finish_query_grads_kernel` and
+    `delta_kernel`, in this order.
+    """
     constants = _constants(sizes, layout, is_causal, has_own)
-    tiles = [constants | tile for tile in _backward_tiles(sizes, is_causal, roomy)]
+    tiles = [constants | tile for tile in _backward_tiles(sizes, is_causal, large_shared_memory)]
     return [*tiles, constants | {"ROWS": DELTA_ROWS}]
 
 
@@ -43,47 +47,54 @@ def _constants(
         "TILE_DIM": _next_power_of_2(sizes.dim),
         "VALUE_DIM": sizes.value_dim,
         "TILE_VALUE_DIM": _next_power_of_2(sizes.value_dim),
-        **dict(zip(names, layout, strict=False)),  # no gradients in the forward pass
+        **dict(zip(names, layout, strict=False)),  # the forward pass has no GRAD_STRIDE
     }
 
 
-def _forward_tiles(sizes: Sizes, is_causal: bool, roomy: bool) -> Iterator[dict[str, int]]:
-    """Tile sizes of `attend_kernel` and `finish_kernel`, measured on one NVIDIA H200."""
-    some_keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
+def _forward_tiles(
+    sizes: Sizes, is_causal: bool, large_shared_memory: bool
+) -> Iterator[dict[str, int]]:
+    """Yields the tile sizes of `attend_kernel` and `finish_kernel`, tuned on one NVIDIA H200."""
+    finish_keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
     if sizes.block_size <= 128:
         keys = max(16, _next_power_of_2(sizes.block_size))
         attend = {"SHARE": 1024, "ROWS": 64, "KEYS": keys, "num_warps": 4, "num_stages": 1}
-    elif sizes.block_size <= 1024 or not roomy:
-        stages = 3 if roomy else 2
+    elif sizes.block_size <= 1024 or not large_shared_memory:
+        stages = 3 if large_shared_memory else 2
         attend = {"SHARE": 128, "ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": stages}
     else:
         attend = {"SHARE": 256, "ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}
     yield attend | {"RAGGED": _is_ragged(sizes, attend["KEYS"], is_causal)}
-    stages = (2 if sizes.block_size <= 128 else 3) if roomy else 1
-    yield {"ROWS": QUERY_TILE, "KEYS": some_keys, "num_warps": 4, "num_stages": stages}
+    stages = (2 if sizes.block_size <= 128 else 3) if large_shared_memory else 1
+    yield {"ROWS": QUERY_TILE, "KEYS": finish_keys, "num_warps": 4, "num_stages": stages}
 
 
-def _backward_tiles(sizes: Sizes, is_causal: bool, roomy: bool) -> Iterator[dict[str, int]]:
-    """Of `key_grads_kernel`, `item_query_grads_kernel` and `finish_query_grads_kernel`."""
-    some_keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
-    if sizes.block_size <= 128 and roomy:
+def _backward_tiles(
+    sizes: Sizes, is_causal: bool, large_shared_memory: bool
+) -> Iterator[dict[str, int]]:
+    """Yields the tile sizes of the first three kernels of `backward_constants`."""
+    finish_keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
+    if sizes.block_size <= 128 and large_shared_memory:
         keys = max(16, _next_power_of_2(sizes.block_size))
         key = {"ROWS": 64, "KEYS": keys, "num_warps": 8, "num_stages": 4}
     else:
-        stages = 2 if roomy else 1
-        key = {"ROWS": 64, "KEYS": some_keys, "num_warps": 4, "num_stages": stages}
+        stages = 2 if large_shared_memory else 1
+        key = {"ROWS": 64, "KEYS": finish_keys, "num_warps": 4, "num_stages": stages}
     yield key | {"RAGGED": _is_ragged(sizes, key["KEYS"], is_causal)}
-    if roomy:
+    if large_shared_memory:
         query = {"ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}
     else:
         query = {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 1}
     yield query | {"RAGGED": _is_ragged(sizes, query["KEYS"], is_causal)}
-    stages = 2 if roomy else 1
-    yield {"ROWS": QUERY_TILE, "KEYS": some_keys, "num_warps": 4, "num_stages": stages}
+    stages = 2 if large_shared_memory else 1
+    yield {"ROWS": QUERY_TILE, "KEYS": finish_keys, "num_warps": 4, "num_stages": stages}
 
 
 def _is_ragged(sizes: Sizes, keys: int, is_causal: bool) -> bool:
-    """Whether a routed block may end within a tile of keys; if causal, it is not the last one."""
+    """Returns whether a routed block may end within a tile of keys.
+
+    If causal, no query routes to the last block, which may be shorter than the others.
+    """
     return sizes.block_size % keys != 0 or (not is_causal and sizes.kv_len % sizes.block_size != 0)
 
 
@@ -92,8 +103,8 @@ def _next_power_of_2(x: int) -> int:
 
 
 @functools.cache
-def is_roomy(device: torch.device) -> bool:
-    """Whether programs have the shared memory of an H100, 227 KiB."""
+def has_large_shared_memory(device: torch.device) -> bool:
+    """Returns whether a program can use 227 KiB of shared memory, as on an H100."""
     if device.type != "cuda":  # Triton's interpreter
         return True
     return torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -1,4 +1,4 @@
-"""Attention by plain tensor operations: any device, any floating dtype, gradients."""
+"""The portable backend: plain tensor operations on any device, in any dtype, with gradients."""
 
 from flexmoba.backends.portable.attention import portable_attention
 

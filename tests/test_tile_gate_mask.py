@@ -1,7 +1,7 @@
-"""``gate="tile"`` as one FlexAttention call: its lists put through dense attention.
+"""``gate="tile"`` as one FlexAttention call, and its BlockMask in both directions.
 
-As in `test_tiles`, dense attention over the mask that the `BlockMask` describes stands for the
-kernels, which run on CUDA alone.
+As in `test_tiles`, dense attention over the mask that the `BlockMask` describes replaces the
+kernels, which run only on CUDA.
 """
 
 import pytest
@@ -26,17 +26,17 @@ from tests.test_tiles import listed
 
 
 def stretches(mask: BlockMask) -> dict[str, Tensor]:
-    """Each list as bools ``(B, H, rows, columns)``, those of the backward pass transposed."""
+    """Returns each list as bools ``(B, H, tiles, stretches)``, with transposed lists restored."""
     rows, keys = mask.seq_lengths
     tiles, columns = rows // mask.BLOCK_SIZE[0], -(-keys // mask.BLOCK_SIZE[1])
 
     def bools(num: Tensor, indices: Tensor, columns: int) -> Tensor:
-        assert num.shape == indices.shape[:3]  # one kernel reads both by the strides of one
+        assert num.shape == indices.shape[:3]  # a kernel reads both with the same strides
         assert (num.dtype, indices.dtype) == (torch.int32, torch.int32)
         assert ((indices >= 0) & (indices < columns)).all()
         lists = zip(num.flatten(0, 1), indices.flatten(0, 1), strict=True)
-        some = [listed(n[None, None], x[None, None], columns) for n, x in lists]
-        return torch.stack(some).unflatten(0, num.shape[:2])
+        rows = [listed(n[None, None], x[None, None], columns) for n, x in lists]
+        return torch.stack(rows).unflatten(0, num.shape[:2])
 
     def ascending(num: Tensor, indices: Tensor) -> bool:
         used = torch.arange(indices.shape[-1] - 1) < num[..., None] - 1
@@ -46,7 +46,7 @@ def stretches(mask: BlockMask) -> dict[str, Tensor]:
         "partial": (mask.kv_num_blocks, mask.kv_indices),
         "full": (mask.full_kv_num_blocks, mask.full_kv_indices),
     }
-    found = {name: bools(*some, columns) for name, some in lists.items()}
+    found = {name: bools(*pair, columns) for name, pair in lists.items()}
     if mask.q_indices is not None:
         lists |= {
             "partial back": (mask.q_num_blocks, mask.q_indices),
@@ -54,12 +54,12 @@ def stretches(mask: BlockMask) -> dict[str, Tensor]:
         }
         for name in ("partial back", "full back"):
             found[name] = bools(*lists[name], tiles).mT
-    assert all(ascending(*some) for some in lists.values())
+    assert all(ascending(*pair) for pair in lists.values())
     return found
 
 
 def dense_flex(q, k, v, mask: BlockMask, scale, kernel_options, score_mod=None, *, divisible):
-    """What FlexAttention computes, and a check that the transposed lists say the same."""
+    """Computes the result of FlexAttention, and checks that the transposed lists agree."""
     rows, keys = mask.seq_lengths
     assert (q.shape[2], k.shape[2], rows % mask.BLOCK_SIZE[0]) == (rows, keys, 0)
     assert divisible == (keys % mask.BLOCK_SIZE[1] == 0)
@@ -71,11 +71,11 @@ def dense_flex(q, k, v, mask: BlockMask, scale, kernel_options, score_mod=None, 
         found[x].repeat_interleave(128, -2).repeat_interleave(mask.BLOCK_SIZE[1], -1)[..., :keys]
         for x in ("partial", "full")
     )
-    wanted = mask.mask_mod(None, None, torch.arange(rows)[:, None], torch.arange(keys))
-    wanted = full | (partial & wanted)
+    visible = mask.mask_mod(None, None, torch.arange(rows)[:, None], torch.arange(keys))
+    visible = full | (partial & visible)
     rows = torch.arange(q.shape[2])
     return reference_attention(
-        q, k, v, wanted, scale=scale, score_mod=score_mod, query_positions=rows
+        q, k, v, visible, scale=scale, score_mod=score_mod, query_positions=rows
     )
 
 
@@ -103,7 +103,7 @@ def tiled(draw) -> Problem:
 
 @given(tiled())
 @settings(max_examples=25)
-def test_attends_to_what_each_tile_chose(problem):
+def test_attends_to_the_selected_blocks_of_each_tile(problem):
     q, k, v = problem.tensors()
     selection = moba_select(q, k, problem.block_size, problem.topk, gate="tile")
     selected = BlockSelection(selection[:, :, ::128, 1:], problem.block_size, per_tile=True)
@@ -117,23 +117,24 @@ def test_attends_to_what_each_tile_chose(problem):
 
 @given(tiled())
 @settings(max_examples=10)
-def test_a_score_mod_sees_the_places_of_the_user(problem):
+def test_a_score_mod_gets_the_indices_of_the_user(problem):
     problem = Problem(**(vars(problem) | {"dtype": torch.float64}))
     q, k, v = problem.tensors()
     options = {"gate": "tile", "block_size": problem.block_size, "topk": problem.topk}
-    chosen = moba_select(q, k, **options)[:, :, ::128, 1:]
+    selected = moba_select(q, k, **options)[:, :, ::128, 1:]
     score_mod = looked_up(problem)
     modifier = score_modifier(score_mod, q, k, None)
-    selected = BlockSelection(chosen, problem.block_size, per_tile=True)
-    out, _ = tile_gate_attention(q, k, v, selected, AttentionOptions("masked", 8**-0.5), modifier)
+    selection = BlockSelection(selected, problem.block_size, per_tile=True)
+    options_of_call = AttentionOptions("masked", 8**-0.5)
+    out, _ = tile_gate_attention(q, k, v, selection, options_of_call, modifier)
     torch.testing.assert_close(out, moba_reference(q, k, v, **options, score_mod=score_mod))
 
 
-def test_only_the_diagonal_is_masked_in_few_stretches():
+def test_stretches_are_few_and_only_the_diagonal_is_partial():
     problem = Problem(q_len=4096, kv_len=8192, block_size=4096)
     q, k, _ = problem.tensors()
-    chosen = moba_select(q, k, 4096, 2, gate="tile")[:, :, ::128, 1:]
-    mask = tile_gate_mask(chosen, 4096, 8192, 4096, backward=False)
+    selected = moba_select(q, k, 4096, 2, gate="tile")[:, :, ::128, 1:]
+    mask = tile_gate_mask(selected, 4096, 8192, 4096, backward=False)
     assert mask.BLOCK_SIZE == (128, 1024)
     assert mask.q_indices is None
     found = stretches(mask)
