@@ -140,7 +140,7 @@ def test_a_reader_that_has_enough_leaves_no_traceback():
         (["tune", "--model", "nowhere"], "--model and --text go together"),
         (["tune", "--model", "nowhere", "--text", "x"], "no such folder; nothing is downloaded"),
         (["tune", "--tensors", "nowhere.pt"], "--tensors nowhere.pt: there is no such file"),
-        (["tune", "--example", "--length", "30"], "select all of 30 keys; take smaller blocks"),
+        (["tune", "--example", "--length", "30"], "select all of 30 keys; use smaller blocks"),
     ],
 )
 def test_wrong_usage_is_told_with_its_remedy(arguments, text, capsys):
