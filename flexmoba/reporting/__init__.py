@@ -1,4 +1,4 @@
-"""What commands and examples share: terminal and files, figures, timing, versions."""
+"""Helpers of commands and examples: terminal and files, figures, timing, versions."""
 
 from flexmoba.reporting.console import (
     UsageError,
