@@ -1,4 +1,4 @@
-"""``python -m flexmoba``."""
+"""Runs the command line program for ``python -m flexmoba``."""
 
 import sys
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flexmoba.commands import cli, demo, info
 from flexmoba.commands.cli import main
-from flexmoba.reporting import check_writable, note_load, pays_from, progress, table, versions
+from flexmoba.reporting import check_writable, faster_from, note_load, progress, table, versions
 from flexmoba.tune import sample_positions, synthetic, tune
 
 COMMANDS = ("demo", "bench", "tune", "info")
@@ -461,7 +461,7 @@ def test_where_it_begins_to_pay(times):
         if all(ours < other for x, ours, other in times if x >= length):
             expected = length
             break
-    assert pays_from(times) == expected
+    assert faster_from(times) == expected
 
 
 def test_the_example_has_a_structure_that_is_kept():

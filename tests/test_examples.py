@@ -237,14 +237,14 @@ def test_text_that_has_gone_is_named(example, text, tmp_path, capsys):
 
 def test_contexts_hold_the_answer_at_its_depth(example):
     needle, generator = example("needle"), torch.Generator().manual_seed(0)
-    for depth, place in ((0.0, 0), (0.5, 60), (1.0, 122)):
+    for depth, position in ((0.0, 0), (0.5, 60), (1.0, 122)):
         tokens, answers = needle.contexts(5, 128, 3, generator, depth)
         asked, body = tokens[:, -3:] - needle.ASK, tokens[:, :-3]
         for row in range(5):
             for question, answer in zip(asked[row], answers[row], strict=True):
                 at = (body[row] == question).nonzero().item()  # once, directly before the value
                 assert body[row, at + 1] == needle.VALUE + answer
-            assert body[row, place] == asked[row, 0]
+            assert body[row, position] == asked[row, 0]
         is_value = (body >= needle.VALUE) & (body < needle.ASK)
         assert (is_value.sum(1) == needle.NEEDLES).all()  # all others are fillers
 

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from flexmoba.bench.configs import Config, size
-from flexmoba.reporting import log_scale, new_figure, pays_from
+from flexmoba.reporting import faster_from, log_scale, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,8 +25,8 @@ def tables(report: dict[str, Any]) -> str:
             ]
             if rows:
                 dense = [name for name in DENSE if any(name in row for row in rows)]
-                heads = [_CONFIG, "sparsity", "flex_moba ms", "TFLOP/s", _SHARE, *dense, _MIB]
-                parts.append(f"{title}{suffix}\n\n{_table(heads, rows)}")
+                headings = [_CONFIG, "sparsity", "flex_moba ms", "TFLOP/s", _SHARE, *dense, _MIB]
+                parts.append(f"{title}{suffix}\n\n{_table(headings, rows)}")
     steps = [row for config, result in results if (row := _step_row(config, result))]
     if steps:
         dense = [name for name in DENSE if any(name in row for row in steps)]
@@ -40,7 +40,7 @@ def tables(report: dict[str, Any]) -> str:
     if splits:
         stages = list(dict.fromkeys(stage for row in splits for stage in row))
         parts.append(f"Forward time by stage, in ms\n\n{_table(stages, splits)}")
-    parts += _begins_to_pay(report["results"])
+    parts += _break_even_texts(report["results"])
     return "\n\n".join(parts)
 
 
@@ -63,7 +63,7 @@ def line(result: dict[str, Any]) -> str:
     return f"{_config(result)}: {'; '.join(parts)}"
 
 
-def _begins_to_pay(results: list[dict[str, Any]]) -> list[str]:
+def _break_even_texts(results: list[dict[str, Any]]) -> list[str]:
     """Returns the length from which MoBA is faster than the fastest dense attention, as text.
 
     It compares results that differ only in length, and needs at least two of them.
@@ -82,7 +82,7 @@ def _begins_to_pay(results: list[dict[str, Any]]) -> list[str]:
                 if (dense := [ms for x, ms in (result.get(key) or {}).items() if x in DENSE])
             ]
             if len(times) > 1:
-                start, longest = pays_from(times), max(times)[0]
+                start, longest = faster_from(times), max(times)[0]
                 heads = f"{config.heads}/{config.kv_heads} heads"
                 texts.append(
                     f"{heads}, block {config.block_size}, topk {config.topk}, {name}: "
@@ -138,8 +138,9 @@ def _times_row(
     }
 
 
-def _table(heads: list[str], rows: list[dict[str, str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *([row.get(head, "") for head in heads] for row in rows)]
+def _table(headings: list[str], rows: list[dict[str, str]]) -> str:
+    cells = ([row.get(heading, "") for heading in headings] for row in rows)
+    lines = [headings, ["---"] * len(headings), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

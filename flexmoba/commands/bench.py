@@ -44,8 +44,8 @@ from flexmoba.reporting import (
     check_writable,
     note,
     note_load,
+    print_result,
     save_picture,
-    say,
     write_json,
 )
 
@@ -135,6 +135,6 @@ def _measure_all(report: dict[str, Any], arguments: argparse.Namespace) -> None:
         note(f"{i} of {len(configs)}: {config}")
         measured = (measure_step if config.decode else measure)(config, device, dtype)
         report["results"].append(asdict(config) | measured)
-        say(line(report["results"][-1]), arguments.json)
+        print_result(line(report["results"][-1]), arguments.json)
         if arguments.json not in (None, "-"):  # after every result, in case the process is killed
             write_json(report, arguments.json)

@@ -33,13 +33,13 @@ from flexmoba.reporting import (
     add_device,
     add_json,
     check_writable,
+    faster_from,
     median_ms,
     note,
     note_load,
-    pays_from,
     positive,
+    print_result,
     save_picture,
-    say,
     table_row,
     table_rule,
     versions,
@@ -218,9 +218,9 @@ def time_lengths(qkv: list[Tensor], max_length: int) -> Iterator[dict[str, float
         yield row
 
 
-HEADS_OF_TIMES = ["length", "full, forward", "MoBA, forward", "speed-up"]
-HEADS_OF_TIMES += ["full, both ways", "MoBA, both ways", "speed-up"]
-WIDTHS = [len(head) for head in HEADS_OF_TIMES]
+TIME_HEADINGS = ["length", "full, forward", "MoBA, forward", "speed-up"]
+TIME_HEADINGS += ["full, both ways", "MoBA, both ways", "speed-up"]
+WIDTHS = [len(heading) for heading in TIME_HEADINGS]
 
 
 def times_row(row: dict[str, float]) -> str:
@@ -236,7 +236,7 @@ def summary(rows: list[dict[str, float]]) -> str:
     """Formats the length from which MoBA is faster."""
     texts = []
     for way, name in (("forward_ms", "forward"), ("both_ms", "forward and backward")):
-        start = pays_from(
+        start = faster_from(
             [(int(row["length"]), row[f"moba_{way}"], row[f"full_{way}"]) for row in rows]
         )
         texts.append(
@@ -320,7 +320,7 @@ def measure(text: Tensor, report: dict[str, Any], arguments: argparse.Namespace)
     """Fills in the report and prints each result at once; returns the exit code."""
 
     def show(result: str) -> None:
-        say(result, arguments.json)
+        print_result(result, arguments.json)
 
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
@@ -328,9 +328,9 @@ def measure(text: Tensor, report: dict[str, Any], arguments: argparse.Namespace)
     report |= {"device": name, **versions()}
     show(f"Device: {name}, torch {torch.__version__}")
     note_load(arguments.device)
-    seen, unseen = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+    training, unseen = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
     held_out = windows(unseen, torch.linspace(0, len(unseen) - LENGTH - 1, 16).long()).to(device)
-    model, bits = train(seen, held_out, arguments.seconds, device)
+    model, bits = train(training, held_out, arguments.seconds, device)
     report["bits_per_byte"] = bits
     show(
         f"Unseen text: {bits['moba']:.3f} bits per byte, {bits['full']:.3f} with full attention "
@@ -356,7 +356,7 @@ def measure(text: Tensor, report: dict[str, Any], arguments: argparse.Namespace)
     report["pictures"] = draw(qkv, arguments.output)
     show(f"Pictures of the selection: {', '.join(report['pictures'])}")
     show(f"\nMilliseconds, block {BLOCK}, topk {TOPK}, {long[0].dtype}\n")
-    show(f"{table_row(HEADS_OF_TIMES, WIDTHS)}\n{table_rule(WIDTHS)}")
+    show(f"{table_row(TIME_HEADINGS, WIDTHS)}\n{table_rule(WIDTHS)}")
     for row in time_lengths(long, arguments.max_length):
         report["times"].append(row)
         show(times_row(row))

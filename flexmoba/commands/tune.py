@@ -34,8 +34,8 @@ from flexmoba.reporting import (
     check_writable,
     note_load,
     positive,
+    print_result,
     save_picture,
-    say,
     write_json,
 )
 from flexmoba.tune import Call, Choice, Report, capture, reports, sampled, synthetic
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
             show_progress=True,
         ):
             if report.timed:
-                say(_line(report), arguments.json)
+                print_result(_line(report), arguments.json)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
     finally:  # after an interruption or a failure, too

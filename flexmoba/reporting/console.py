@@ -170,7 +170,7 @@ def note_load(device: str) -> None:
         )
 
 
-def say(text: str, json: str | None) -> None:
+def print_result(text: str, json: str | None) -> None:
     """Prints a result at once, to standard error if standard output is for JSON."""
     print(text, file=sys.stderr if json == "-" else sys.stdout, flush=True)
 
@@ -185,10 +185,10 @@ def progress(items: Sequence[T], label: str, *, seconds: float = 10.0) -> Iterat
         yield item
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Formats a Markdown table with aligned columns."""
-    lines = [list(heads), *(list(row) for row in rows)]
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(heads))]
+    lines = [list(headings), *(list(row) for row in rows)]
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(headings))]
     head, *rest = (table_row(line, widths) for line in lines)
     return "\n".join([head, table_rule(widths), *rest])
 

@@ -28,7 +28,7 @@ def median_ms(function: Callable[[], Any], device: torch.device, *, seconds: flo
     return statistics.median(times)
 
 
-def pays_from(times: Sequence[tuple[int, float, float]]) -> int | None:
+def faster_from(times: Sequence[tuple[int, float, float]]) -> int | None:
     """Returns the shortest measured length from which the first time is always the lower one.
 
     Args:

@@ -147,8 +147,8 @@ class Report:
         """
         backward = any(x.both_ms is not None for x in self.choices)
         frontier = self.frontier("forward_ms" if self.timed else "sparsity")
-        heads = ["", "block", "topk", "sparsity", "mass", "best mass", "worst head", "found"]
-        heads += ["SNR", "needed"] + ["forward ms"] * self.timed + ["both ms"] * backward
+        headings = ["", "block", "topk", "sparsity", "mass", "best mass", "worst head", "found"]
+        headings += ["SNR", "needed"] + ["forward ms"] * self.timed + ["both ms"] * backward
         rows = []
         for x in self.choices:
             mark = "*" * (x in frontier) + " <-" * (x == recommended)
@@ -163,7 +163,7 @@ class Report:
                 if ms is not None:
                     row.append(f"{ms:.2f}" + (f" ({dense / ms:.1f}x)" if dense else ""))
             rows.append(row)
-        return table(heads, rows)
+        return table(headings, rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as a dict that JSON can hold, with the versions at the top level."""
