@@ -1,5 +1,5 @@
-# Every target makes the virtual environment and installs what it needs, the first time and
-# whenever the requirements change.
+# Every target creates the virtual environment and installs its requirements, the first time and
+# after each change of the requirements.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -17,48 +17,48 @@ export NO_MKDOCS_2_WARNING := 1
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# Threads that wait for others do not keep them, or other programs, from a core.
-demo: $(VENV)/.plot ## Train a small model, check and time its attention, draw what it chose
+# With the passive policy, waiting threads release their cores to other threads and programs.
+demo: $(VENV)/.plot ## Train a small model, then check, time and plot its attention
 	OMP_WAIT_POLICY=passive $(BIN)/python -m flexmoba demo
 
-# By file, because each example uses the names of those before it in its file.
-test: $(VENV)/.dev ## Run the tests, examples in documents and docstrings included
+# A worker runs whole files, because an example uses names of earlier examples in its file.
+test: $(VENV)/.dev ## Run the tests, including examples in documents and docstrings
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 5
 
-slow: $(VENV)/.dev ## Run the tests that `make test` leaves out because they take long
+slow: $(VENV)/.dev ## Run the slow tests, which `make test` omits
 	$(BIN)/python -m pytest -m slow
 
 fuzz: $(VENV)/.dev ## Compare random calls with the oracle for SECONDS=60, on DEVICE=cpu or cuda
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --device $(DEVICE)
 
-lint: $(VENV)/.dev ## Check style and types, those of the examples included
+lint: $(VENV)/.dev ## Check style and types, including the examples
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/python docs/check_types.py
 
-format: $(VENV)/.dev ## Format, and mend what can be mended
+format: $(VENV)/.dev ## Format, and fix the findings that ruff can fix
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
 docs: $(VENV)/.docs ## Build the site into site/
 	$(BIN)/python -m mkdocs build --strict
 
-check-site: docs $(VENV)/.browser ## Look at every page of the site in Chromium
+check-site: docs $(VENV)/.browser ## Check every page of the site in Chromium
 	$(BIN)/python docs/check_site.py
 
-package: $(VENV)/.dev ## Build the package into dist/, check it, and run the example of README.md with it
+package: $(VENV)/.dev ## Build the package into dist/, check it, and run the example of README.md
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python -m pytest tests/package.py
 
-clean: ## Remove what the other targets made, the virtual environment included
+clean: ## Remove all results of other targets, including the virtual environment
 	rm -rf $(VENV) site site-screens dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# pip comes last into a new environment, so where it is, the environment is whole.
+# venv installs pip last, so the environment is complete if pip exists.
 $(BIN)/pip:
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("flexmoba needs Python 3.11 or newer; try: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("flexmoba needs Python 3.11 or newer; run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/pip

@@ -1,8 +1,8 @@
-"""Opens every page of the built site in Chromium: `make check-site`.
+"""Checks every page of the built site in Chromium: `make check-site`.
 
-At desktop and phone width, light and dark: nothing may be wider than the window, fail to load or
-ask another host; pictures, equations and letters must be there and legible. At desktop width no
-table may scroll. The screenshots, in `site-screens/`, are for eyes.
+It opens each page at desktop and phone width, light and dark. Nothing may be wider than the window,
+fail to load, or request another host. Pictures, equations and text must be visible and legible. At
+desktop width, no table may scroll. The screenshots in `site-screens/` are for visual checks.
 """
 
 import functools
@@ -22,28 +22,28 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-backgroun
 WIDTHS = {"desktop": 1400, "phone": 390}
 SCHEMES = ("light", "dark")
 
-# What a page has to say of itself; each item is a complaint.
+# A script that returns the problems of the open page as a list of texts.
 LOOK = """() => {
-  const said = [];
+  const problems = [];
   const width = document.documentElement.clientWidth;
   if (document.documentElement.scrollWidth > width)
-    said.push(`is ${document.documentElement.scrollWidth} wide in a window of ${width}`);
+    problems.push(`is ${document.documentElement.scrollWidth} wide in a window of ${width}`);
   const clips = e => ["auto", "scroll", "hidden"].includes(getComputedStyle(e).overflowX);
   const scrolls = e => e && e !== document.body && (clips(e) || scrolls(e.parentElement));
   const start = e => e.textContent.trim().slice(0, 40);
   for (const e of document.querySelectorAll("article *")) {
     const box = e.getBoundingClientRect();
     if (box.width && box.right > width + 1 && !scrolls(e))
-      said.push(`<${e.tagName}> ${start(e)} ends at ${Math.round(box.right)}`);
+      problems.push(`<${e.tagName}> ${start(e)} ends at ${Math.round(box.right)}`);
   }
   if (width > 1000)
     for (const e of document.querySelectorAll(".md-typeset__scrollwrap"))
-      if (e.scrollWidth > e.clientWidth + 1) said.push(`scrolls the table ${start(e)}`);
+      if (e.scrollWidth > e.clientWidth + 1) problems.push(`scrolls the table ${start(e)}`);
   for (const e of document.querySelectorAll("article img"))
-    if (!e.complete || !e.naturalWidth) said.push(`does not show ${e.src}`);
+    if (!e.complete || !e.naturalWidth) problems.push(`does not show ${e.src}`);
   for (const e of document.querySelectorAll("article math, article svg.drawing")) {
     const box = e.getBoundingClientRect();
-    if (box.width < 4 || box.height < 4) said.push(`shows nothing for ${start(e)}`);
+    if (box.width < 4 || box.height < 4) problems.push(`shows nothing for ${start(e)}`);
   }
   const light = color => {
     const [r, g, b, a = 1] = color.match(/[\\d.]+/g).map(Number);
@@ -54,15 +54,15 @@ LOOK = """() => {
   for (const e of document.querySelectorAll(inked)) {
     const style = getComputedStyle(e);
     const ink = light(e.tagName === "text" ? style.fill : style.color);
-    if (Math.abs(ink - ground) < 0.4) said.push(`hardly shows ${start(e)}`);
+    if (Math.abs(ink - ground) < 0.4) problems.push(`hardly shows ${start(e)}`);
   }
-  if (document.querySelector(".arithmatex")) said.push("has an equation that was not drawn");
-  return said;
+  if (document.querySelector(".arithmatex")) problems.push("has an unconverted equation");
+  return problems;
 }"""
 
 
 def main() -> int:
-    """Prints complaints, and returns how many pages have some."""
+    """Prints the problems of all pages; returns 1 if there are any, else 0."""
     handler = functools.partial(QuietHandler, directory=str(SITE))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -86,44 +86,44 @@ def main() -> int:
             page.on("request", lambda sent, to=failed: foreign(sent.url, home, to))
             for path in pages:
                 failed.clear()
-                said = look(page, home + path.removesuffix("index.html"))
-                said += [f"could not load {url}" for url in failed]
+                problems = look(page, home + path.removesuffix("index.html"))
+                problems += [f"could not load {url}" for url in failed]
                 slug = path.removesuffix("/index.html").replace("/", "-").removesuffix(".html")
                 page.screenshot(path=SCREENS / f"{slug}-{name}-{scheme}.png", full_page=True)
-                bad += bool(said)
-                for complaint in dict.fromkeys(said):
-                    print(f"{path}, {name}, {scheme}: {complaint}")
+                bad += bool(problems)
+                for problem in dict.fromkeys(problems):
+                    print(f"{path}, {name}, {scheme}: {problem}")
             page.close()
         links = broken_links(browser.new_page(), home, pages)
         browser.close()
     print("\n".join(links))
-    print(f"{len(pages)} pages, {bad} views with complaints, {len(links)} broken links")
+    print(f"{len(pages)} pages, {bad} views with problems, {len(links)} broken links")
     return int(bool(bad or links))
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves files without a word."""
+    """A file server that prints no log."""
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Prints nothing."""
 
 
 def foreign(url: str, home: str, to: list[str]) -> None:
-    """Notes a request to another host."""
+    """Adds the URL of a request to another host to ``to``."""
     if not url.startswith((home, "data:", "blob:")):
-        to.append(f"{url}, of another host")
+        to.append(f"{url} from another host")
 
 
 def look(page: Page, url: str) -> list[str]:
-    """What a page complains of."""
+    """Returns the problems of a page."""
     page.goto(url, wait_until="load")
     page.wait_for_timeout(150)
-    complaints: list[str] = page.evaluate(LOOK)
-    return complaints
+    problems: list[str] = page.evaluate(LOOK)
+    return problems
 
 
 def broken_links(page: Page, home: str, pages: list[str]) -> list[str]:
-    """Links to pages or anchors that are not there, as the browser resolves them."""
+    """Returns links to missing pages or anchors, as the browser resolves them."""
     ids, links = {}, []
     for path in pages:
         url = home + path.removesuffix("index.html")
@@ -141,7 +141,7 @@ def broken_links(page: Page, home: str, pages: list[str]) -> list[str]:
         else:
             found = not target.startswith(home) or (SITE / target.removeprefix(home)).is_file()
         if not found:
-            broken.append(f"{url} links to {link}, which is not there")
+            broken.append(f"{url} links to {link}, which does not exist")
     return broken
 
 

@@ -1,7 +1,7 @@
-"""Type-checks the examples of README.md, the pages and the docstrings, as users would see them.
+"""Type-checks the examples in README.md, the pages and the docstrings with mypy.
 
-Each file becomes a module whose lines are the file's: code where it has code, empty elsewhere. So
-an error of `pages/README.py:33` is one of README.md, line 33.
+Each file becomes a module with the code at the same lines, and empty lines elsewhere. An error in
+`pages/README.py:33` therefore refers to line 33 of README.md.
 """
 
 import ast
@@ -19,7 +19,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
 
 def of_page(text: str) -> str:
-    """The Python blocks of a Markdown page."""
+    """Returns the Python blocks of a Markdown page as a module."""
     lines = [""] * (text.count("\n") + 1)
     for block in BLOCK.finditer(text):
         _put(lines, text.count("\n", 0, block.start(1)), block.group(1))
@@ -27,26 +27,26 @@ def of_page(text: str) -> str:
 
 
 def of_docstrings(text: str) -> str:
-    """The examples of a module's docstrings, each docstring's in a function."""
+    """Returns the examples in the docstrings of a module as a module, a function for each."""
     lines = [""] * (text.count("\n") + 1)
     strings = (x.value for x in ast.walk(ast.parse(text)) if isinstance(x, ast.Expr))
     for string in strings:
         if not isinstance(string, ast.Constant) or not isinstance(string.value, str):
             continue
         for i, example in enumerate(DocTestParser().get_examples(string.value)):
-            at = string.lineno - 1 + example.lineno
+            line = string.lineno - 1 + example.lineno
             if i == 0:
-                lines[at - 1] = f"def example_{at}() -> None:"
-            _put(lines, at, textwrap.indent(example.source, "    "))
+                lines[line - 1] = f"def example_{line}() -> None:"
+            _put(lines, line, textwrap.indent(example.source, "    "))
     return "\n".join(lines) + "\n"
 
 
-def _put(lines: list[str], at: int, code: str) -> None:
-    lines[at : at + code.count("\n")] = code.splitlines()
+def _put(lines: list[str], line: int, code: str) -> None:
+    lines[line : line + code.count("\n")] = code.splitlines()
 
 
 def main() -> int:
-    """Writes the modules down and runs mypy on them; its exit code."""
+    """Writes the modules to a temporary folder, runs mypy on them, and returns its exit code."""
     with tempfile.TemporaryDirectory() as folder:
         pages = Path(folder, "pages")
         for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):

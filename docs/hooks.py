@@ -1,6 +1,6 @@
-"""What the site needs beside MkDocs: equations, pictures that follow the colours, root files.
+"""MkDocs hooks: equations as MathML, inline pictures, and pages from files at the root.
 
-Nothing is fetched when a page is read: equations become MathML, which browsers draw themselves.
+Browsers render MathML themselves, so a page loads no script for equations.
 """
 
 import html
@@ -22,7 +22,7 @@ PICTURE = re.compile(r'<img alt="([^"]*)" src="[^"]*?(pictures/[\w-]+\.svg)"[^>]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Makes pages of files that stand at the root, where people look for them."""
+    """Adds pages for the changelog and the contributing guide, whose files are at the root."""
     for page, name in FROM_ROOT.items():
         text = (ROOT / name).read_text().replace("](docs/", "](")
         files.append(File.generated(config, page, content=text))
@@ -30,7 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_content(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Draws equations, and puts drawings into the page so that they take its colours."""
+    """Converts equations to MathML and inlines SVG pictures, which then use the page colours."""
     return PICTURE.sub(_inline, EQUATION.sub(_mathml, text))
 
 
@@ -41,6 +41,8 @@ def _mathml(found: re.Match[str]) -> str:
 
 def _inline(found: re.Match[str]) -> str:
     drawing = (ROOT / "docs" / found[2]).read_text()
-    drawing = re.sub(r"<style>.*?</style>", "", drawing, flags=re.S)  # for outside a page
+    drawing = re.sub(
+        r"<style>.*?</style>", "", drawing, flags=re.S
+    )  # the style is for use outside the site
     label = f'<svg class="drawing" role="img" aria-label="{found[1]}" '
     return drawing.replace("<svg ", label, 1)

@@ -1,8 +1,8 @@
-"""Draws the pictures of the site: `python docs/pictures.py`. What they show, flexmoba computed.
+"""Draws the SVG pictures of the site from results of flexmoba: `python docs/pictures.py`.
 
-A drawing is at most 480 units wide, so that its letters are legible on a phone; its ink is
-`currentColor`, which the site sets. Elsewhere, as on a code host, its own style follows the
-reader's colour scheme.
+A drawing is at most 480 units wide, so that its text is legible on a phone. It draws in
+`currentColor`, which the site sets. Outside the site, for example on a code host, the style in the
+file follows the colour scheme of the reader.
 """
 
 import html
@@ -27,19 +27,19 @@ Cell = tuple[float, float, float, float]  # x, y, width, height
 
 
 class Drawing:
-    """Shapes in the order in which they are drawn."""
+    """A list of SVG shapes in drawing order."""
 
     def __init__(self, height: float, width: float = WIDTH) -> None:
-        """Nothing yet."""
+        """Creates an empty drawing."""
         self.height, self.width, self.shapes = height, width, []
 
     def cells(self, cells: list[Cell], fill: str, opacity: float = 1.0) -> None:
-        """Rectangles of one colour."""
+        """Adds rectangles of one colour."""
         path = "".join(f"M{x:g} {y:g}h{w:g}v{h:g}h{-w:g}z" for x, y, w, h in cells)
         self.shapes.append(f'<path d="{path}" fill="{fill}" fill-opacity="{opacity:g}"/>')
 
     def box(self, cell: Cell, fill: str = "none", opacity: float = 0.15, dash: str = "") -> None:
-        """A rounded rectangle with an outline."""
+        """Adds a rounded rectangle with an outline."""
         x, y, w, h = cell
         dashed = f' stroke-dasharray="{dash}"' if dash else ""
         stroke = "currentColor" if fill == "none" else fill
@@ -51,7 +51,7 @@ class Drawing:
     def text(
         self, x: float, y: float, text: str, anchor: str = "middle", size: int = 14, weight: int = 0
     ) -> None:
-        """One line of it, on the base line ``y``."""
+        """Adds one line of text on the base line ``y``."""
         bold = f' font-weight="{weight}"' if weight else ""
         self.shapes.append(
             f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}"{bold}>'
@@ -59,7 +59,7 @@ class Drawing:
         )
 
     def arrow(self, x0: float, y0: float, x1: float, y1: float) -> None:
-        """A line with a head, straight down or to the side."""
+        """Adds a vertical or horizontal arrow."""
         self.line(x0, y0, x1, y1)
         ux, uy = ((x1 > x0) - (x1 < x0), (y1 > y0) - (y1 < y0))
         left, right = (
@@ -75,14 +75,14 @@ class Drawing:
         )
 
     def line(self, x0: float, y0: float, x1: float, y1: float, opacity: float = 1.0) -> None:
-        """A thin line."""
+        """Adds a thin line."""
         self.shapes.append(
             f'<path d="M{x0:g} {y0:g}L{x1:g} {y1:g}" stroke="currentColor" '
             f'stroke-opacity="{opacity:g}" fill="none"/>'
         )
 
     def curve(self, points: list[tuple[float, float]], colour: str, dash: str = "") -> None:
-        """A line through points, and a dot on each of them."""
+        """Adds a line through points, with a dot on each."""
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         dashed = f' stroke-dasharray="{dash}"' if dash else ""
         self.shapes.append(
@@ -103,29 +103,29 @@ class Drawing:
 
 
 def random_inputs(length: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Queries and keys of one head."""
+    """Returns queries and keys of one head, each ``(1, 1, length, dim)`` float32."""
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, 1, 1, length, dim, generator=generator)
     return q, k
 
 
 def pattern() -> None:
-    """Which keys each of 48 queries sees: all before it, or those of three blocks of eight."""
+    """Draws the keys that each of 48 queries attends to: all earlier ones, or three blocks."""
     length, block, size = 48, 8, 4.75
     q, k = random_inputs(length, 16, seed=3)
     selection = moba_select(q, k, block, topk=3)[0, 0].tolist()
     drawing = Drawing(290)
     for panel, title in enumerate(("Full attention", "MoBA: block 8, topk 3")):
         x0, y0 = panel * (WIDTH - length * size), 28
-        seen: dict[str, list[Cell]] = {OWN: [], PAST: [], "currentColor": []}
+        cells_of: dict[str, list[Cell]] = {OWN: [], PAST: [], "currentColor": []}
         for i, j in itertools.product(range(length), repeat=2):
             if j <= i:
                 own = j // block == i // block
                 colour = OWN if own else PAST if j // block in selection[i] else "currentColor"
                 if panel == 0:
                     colour = PAST
-                seen[colour].append((x0 + j * size, y0 + i * size, size - 0.75, size - 0.75))
-        for colour, cells in seen.items():
+                cells_of[colour].append((x0 + j * size, y0 + i * size, size - 0.75, size - 0.75))
+        for colour, cells in cells_of.items():
             drawing.cells(cells, colour, 0.13 if colour == "currentColor" else 1)
         drawing.text(x0 + length * size / 2, 16, title, weight=600)
         drawing.text(x0 + length * size / 2, y0 + length * size + 18, "keys →", size=13)
@@ -139,7 +139,7 @@ def pattern() -> None:
 
 
 def blocks() -> None:
-    """Step 1: sixteen keys in blocks of four, and the mean of each."""
+    """Draws step 1 of MoBA: sixteen keys in blocks of four, with their mean keys."""
     drawing = Drawing(150)
     drawing.text(0, 46, "keys", "start")
     drawing.text(0, 118, "means", "start")
@@ -155,7 +155,7 @@ def blocks() -> None:
 
 
 def scores() -> None:
-    """Step 2: the scores of the past blocks for one query, and the blocks it selects."""
+    """Draws step 2 of MoBA: the scores of the past blocks for one query, and its selection."""
     length, block, position = 96, 8, 90
     q, k = random_inputs(length, 16, seed=5)
     selected = moba_select(q, k, block, topk=3)[0, 0, position].tolist()
@@ -183,7 +183,7 @@ def scores() -> None:
 
 
 def routing() -> None:
-    """Step 3: pairs of twelve queries and their two blocks, sorted by block into tiles of four."""
+    """Draws step 3 of MoBA: the pairs of twelve queries, sorted by block into tiles of four."""
     length, block, tile = 12, 3, 4
     q, k = random_inputs(length, 16, seed=1)
     selection = moba_select(q, k, block, topk=2)[0, 0].tolist()
@@ -193,12 +193,12 @@ def routing() -> None:
     for i, row in enumerate(selection):
         x = 24 + i * cell
         drawing.text(x + 15, 36, str(i), size=13)
-        for slot, j in enumerate(row):
+        for column, j in enumerate(row):
             if j >= 0:
-                drawing.cells([(x, 44 + slot * 26, 30, 22)], OF_BLOCK[j], 0.75)
-                drawing.text(x + 15, 60 + slot * 26, str(j), size=13)
+                drawing.cells([(x, 44 + column * 26, 30, 22)], OF_BLOCK[j], 0.75)
+                drawing.text(x + 15, 60 + column * 26, str(j), size=13)
             else:
-                drawing.box((x, 44 + slot * 26, 30, 22), dash="3 3", opacity=0)
+                drawing.box((x, 44 + column * 26, 30, 22), dash="3 3", opacity=0)
     drawing.arrow(WIDTH / 2, 102, WIDTH / 2, 130)
     drawing.text(WIDTH / 2 + 12, 120, "sort by block", "start", size=13)
     drawing.text(0, 150, "tiles of one block each", "start", weight=600)
@@ -210,14 +210,14 @@ def routing() -> None:
                 if x + tile * 24 > WIDTH:
                     x, y = 24.0, y + 66
                 drawing.text(x + tile * 12, y + 44, f"block {j}", size=13)
-                for slot in range(tile):
-                    at = (x + slot * 24, y, 22, 26)
-                    if start + slot < len(rows):
-                        drawing.cells([at], OF_BLOCK[j], 0.75)
-                        number = str(rows[start + slot])
-                        drawing.text(at[0] + 11, y + 18, number, size=13)
+                for row_of_tile in range(tile):
+                    cell_of_row = (x + row_of_tile * 24, y, 22, 26)
+                    if start + row_of_tile < len(rows):
+                        drawing.cells([cell_of_row], OF_BLOCK[j], 0.75)
+                        number = str(rows[start + row_of_tile])
+                        drawing.text(cell_of_row[0] + 11, y + 18, number, size=13)
                     else:
-                        drawing.box(at, dash="3 3", opacity=0)
+                        drawing.box(cell_of_row, dash="3 3", opacity=0)
                 x += tile * 24 + 16
         if not past:
             x, y = 24.0, y + 66
@@ -226,54 +226,55 @@ def routing() -> None:
 
 
 def pipeline() -> None:
-    """From q, k and v to the output."""
+    """Draws the stages of the routed backend, and where the other backends branch off."""
     drawing = Drawing(560)
-    left, width, middle = 60, 250, 185
-    steps = [
-        ("gate", "scores mean keys, picks blocks", "gate.py", PAST),
-        ("route", "sorts (query, block) pairs into tiles", "routing.py", PAST),
-        ("BlockMask", "each tile: its one block", "masks.py", PAST),
-        ("FlexAttention", "one call over all tiles", "flex.py", OWN),
-        ("merge", "joins parts by log-sum-exp", "merge.py", PAST),
+    left, width, middle = 66, 244, 188
+    stages = [
+        ("gate", "scores mean keys, selects blocks", ("gate/",), PAST),
+        ("routing", "sorts pairs by block, fills tiles", ("backends/", "routing.py"), PAST),
+        ("BlockMask", "names the block of each tile", ("backends/", "flex/"), OWN),
+        ("FlexAttention", "one call over all tiles", ("backends/", "flex/"), OWN),
+        ("merge", "combines partial outputs", ("backends/", "merge.py"), PAST),
     ]
     between = [
         "q, k",
         "selection (B, Hq, Lq, topk)",
         "tiles of 128 rows",
-        "tiles, their mask, k, v",
-        "rows: output and log-sum-exp",
-        "out (B, Hq, Lq, Dv), lse",
+        "tiles, BlockMask, k, v",
+        "partial outputs, log-sum-exps",
+        "output (B, Hq, Lq, Dv), log-sum-exp",
     ]
     y = 20.0
     drawing.text(middle, y, between[0])
-    for (name, what, file, colour), after in zip(steps, between[1:], strict=True):
+    for (name, action, room, colour), after in zip(stages, between[1:], strict=True):
         drawing.arrow(middle, y + 6, middle, y + 26)
         drawing.box((left, y + 28, width, 44), colour)
         drawing.text(middle, y + 46, name, weight=600)
-        drawing.text(middle, y + 63, what, size=12)
-        drawing.text(left - 6, y + 54, file, "end", size=10)
+        drawing.text(middle, y + 63, action, size=12)
+        for line, word in enumerate(room):
+            drawing.text(left - 6, y + 60 - 6 * len(room) + 12 * line, word, "end", size=11)
         drawing.arrow(middle, y + 73, middle, y + 87)
         y += 101
         drawing.text(middle, y, after, size=13)
     top = 20 + 101
-    for x, name, what, start, end in (
-        (341, "portable", "plain tensors", top + 101, top + 4 * 101),
-        (417, "fused", "Triton kernels", top, top + 4 * 101),
+    for x, name, action, start, end in (
+        (336, "portable", "plain tensors", top + 101, top + 4 * 101),
+        (411, "fused", "Triton kernels", top, top + 4 * 101),
     ):
-        drawing.line(middle + 115, start - 4, x + 30, start - 4, 0.7)
-        drawing.arrow(x + 30, start - 4, x + 30, start + 60)
-        drawing.box((x, start + 62, 62, 44), OF_BLOCK[2])
-        drawing.text(x + 31, start + 80, name, size=12, weight=600)
-        for line, word in enumerate(what.split()):
-            drawing.text(x + 31, start + 92 + 11 * line, word, size=10)
-        drawing.line(x + 30, start + 107, x + 30, end - 4, 0.7)
-        drawing.arrow(x + 30, end - 4, middle + 105, end - 4)
+        drawing.line(middle + 112, start - 4, x + 34, start - 4, 0.7)
+        drawing.arrow(x + 34, start - 4, x + 34, start + 60)
+        drawing.box((x, start + 62, 68, 48), OF_BLOCK[2])
+        drawing.text(x + 34, start + 79, name, size=12, weight=600)
+        for line, word in enumerate(action.split()):
+            drawing.text(x + 34, start + 92 + 12 * line, word, size=11)
+        drawing.line(x + 34, start + 111, x + 34, end - 4, 0.7)
+        drawing.arrow(x + 34, end - 4, middle + 122, end - 4)
     drawing.height = y + 12
     drawing.save("pipeline")
 
 
 def union() -> None:
-    """The blocks that the last 128 of 8,192 random queries select, each and together."""
+    """Draws the blocks that the last 128 of 8,192 random queries select, each and together."""
     length, block, topk = 8192, 128, 8
     q, k = random_inputs(length, 64, seed=0)
     selection = moba_select(q, k, block, topk)[0, 0, -128:]
@@ -294,7 +295,7 @@ def union() -> None:
     caption = f"together they select {len(together)} of the {n_blocks} blocks"
     drawing.text(0, y + 38, caption, "start")
     drawing.save("union")
-    # The text beside the picture says so; it is no accident of this tile.
+    # The page quotes the sparsity of the whole mask, which shows that this tile is typical.
     sparsity = moba_block_mask(q, k, block, topk).sparsity()
     print(f"union: {len(together)} of {n_blocks}; sparsity of the whole mask {sparsity:.1f} %")
 
@@ -312,11 +313,11 @@ def sequences() -> None:
         x += length * cell
         slots = -(-length // block) * block
         for i in range(slots):
-            at = ((slot + i) * cell, 114, cell - 2, 28)
+            cell_of_slot = ((slot + i) * cell, 114, cell - 2, 28)
             if i < length:
-                drawing.cells([at], colour, 0.8)
+                drawing.cells([cell_of_slot], colour, 0.8)
             else:
-                drawing.box(at, dash="3 3", opacity=0)
+                drawing.box(cell_of_slot, dash="3 3", opacity=0)
         slot += slots
     for b in range(slot // block):
         drawing.line(b * block * cell, 148, (b + 1) * block * cell - 4, 148)
@@ -328,24 +329,24 @@ def sequences() -> None:
 def cache() -> None:
     """Draws the reads of one decoding step from a cache of ten blocks."""
     drawing = Drawing(170)
-    chosen, own = (2, 6), 9
+    selected, own = (2, 6), 9
     drawing.text(0, 14, "mean keys: the gate reads all of them", "start", size=13)
     drawing.text(0, 92, "keys and values: the attention reads topk = 3 blocks", "start", size=13)
     for j in range(10):
         x = j * 48
         if j != own:
             drawing.cells([(x, 24, 42, 14)], PAST, 0.9)
-        colour = OWN if j == own else PAST if j in chosen else "currentColor"
+        colour = OWN if j == own else PAST if j in selected else "currentColor"
         for i in range(4 if j != own else 2):
             drawing.cells([(x + 10.6 * i, 102, 9.6, 30)], colour, 0.15 if colour[0] == "c" else 0.9)
         drawing.text(x + 21, 152, str(j), size=13)
-    for j in chosen:
+    for j in selected:
         drawing.arrow(j * 48 + 21, 42, j * 48 + 21, 76)
     drawing.save("cache")
 
 
 def times() -> None:
-    """Draws time against length on a GPU, of the results with 16 heads, in two pictures."""
+    """Draws time against length in two pictures, from the GPU results with 16 heads."""
     file = Path(__file__).parent / "benchmarks" / "h100-flashmoba.json"
     results = [x for x in json.loads(file.read_text())["results"] if x["kv_heads"] == 16]
     lengths = sorted({x["length"] for x in results})
@@ -391,7 +392,7 @@ def times() -> None:
 
 
 def main() -> None:
-    """Draws them all."""
+    """Draws all pictures."""
     for draw in (pattern, blocks, scores, routing, pipeline, union, sequences, cache, times):
         draw()
 

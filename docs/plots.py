@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/choosing.md, from made-up queries and keys."""
+"""Draw the PNG pictures of docs/choosing.md from synthetic queries and keys."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from flexmoba.tune import synthetic, tune
 
 
 def main() -> None:
-    """Draws them into a folder."""
+    """Draws the pictures into a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("docs/pictures"))
     folder = parser.parse_args().folder

@@ -1,7 +1,7 @@
-"""Random calls against the oracle for as long as wanted: ``make fuzz SECONDS=3600``.
+"""Compares random calls with the oracle for a given time: ``make fuzz SECONDS=3600``.
 
-Hypothesis draws calls by the round, each round from a seed of its own. What fails is shrunk and
-printed with the command that draws it again, and the next round begins.
+Hypothesis draws the calls in rounds, each with its own seed. It shrinks a failing call and prints
+it with the command that reproduces it. Then the next round begins.
 """
 
 import argparse
@@ -45,29 +45,29 @@ def softcap(score, b, h, q_idx, kv_idx):
     return 2 * torch.tanh(score / 2)
 
 
-def by_place(score, b, h, q_idx, kv_idx):
-    """Another value for other places, exact in every dtype."""
+def by_position(score, b, h, q_idx, kv_idx):
+    """Adds a term that depends on row, head and positions, exact in every dtype."""
     return score + ((5 * b + 3 * h + q_idx + 5 * kv_idx) % 7 / 4).to(score.dtype)
 
 
-MODS = {"softcap": softcap, "by_place": by_place}
+MODS = {"softcap": softcap, "by_position": by_position}
 
 
-# ---- What is drawn ------------------------------------------------------------------------------
+# ---- Cases --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of `flex_moba` or `selected_attention`."""
+    """A call of `flex_moba` or `selected_attention`."""
 
     problem: Problem
     gate: dict[str, Any]
     full: bool = False  # topk=None
-    tied: bool = False  # whether many blocks score the same
-    where: str | None = None  # the argument that says where sequences are
+    tied: bool = False  # whether many blocks have equal scores
+    where: str | None = None  # the argument that describes documents or padding
     sequences: int = 1  # documents of a row, or the kind of padding
-    longest: bool = False  # whether max_seqlen is given
-    padding: float = 0.0  # what padding holds
+    longest: bool = False  # whether to pass max_seqlen
+    padding: float = 0.0  # the contents of padding
     scale: float | None = None
     mod: str | None = None
     layout: str = LAYOUTS[0]
@@ -78,7 +78,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Use:
-    """What happens to a cache: chunks that are attended to, and what moves its rows."""
+    """A sequence of operations on a cache: chunks to attend from, and changes of its rows."""
 
     problem: Problem  # without lengths
     gate: dict[str, Any]
@@ -90,7 +90,7 @@ class Use:
     small_pieces: bool = False
 
 
-# On a GPU every configuration compiles for seconds, so there are few of them; lengths may vary.
+# On a GPU, each configuration takes seconds to compile, so there are few. Lengths may vary.
 BF16 = Problem(
     batch=2, kv_heads=2, group=2, head_dim=128, value_dim=128, block_size=128, topk=3,
     dtype=torch.bfloat16,
@@ -134,14 +134,14 @@ def calls(draw: DrawFn, device: str) -> Call:
     problem, gate = draw(any_problem(device))
     where = draw(st.none() | st.sampled_from(WHERE))
     if where == "cu_seqlens" and device != "cpu" and problem.batch > 1:
-        where = "document_ids"  # a batch of 1 is another configuration
+        where = "document_ids"  # cu_seqlens needs a batch of 1, another configuration
     if where is not None:
         batch = 1 if where == "cu_seqlens" else problem.batch
         problem = replace(problem, batch=batch, q_len=problem.kv_len)
     if device == "cpu":
         mods, impls, layouts = (None, *MODS), ("auto", "auto", "masked"), LAYOUTS
     else:  # each combination compiles
-        mods, impls = (None, None, None, "by_place"), ("auto", "auto", "auto", "portable")
+        mods, impls = (None, None, None, "by_position"), ("auto", "auto", "auto", "portable")
         layouts = LAYOUTS[:2]
     impl = draw(st.sampled_from(impls))
     return Call(
@@ -189,7 +189,7 @@ def uses(draw: DrawFn, device: str) -> Use:
     )
 
 
-# ---- What is checked ----------------------------------------------------------------------------
+# ---- Checks -------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -203,13 +203,13 @@ def conditions(case: Call | Use, device: str) -> Iterator[None]:
 
 
 def check_flex_moba(call: Call, device: str) -> None:
-    """The blocks that the gate selects, and attention to them."""
+    """Checks the selection of the gate, and the attention to the selected blocks."""
     problem, topk = call.problem, None if call.full else call.problem.topk
     q, k, v, where, real = inputs_of(call, device)
     sequences = reference_documents(q, k, **where)
     causal = {"is_causal": problem.is_causal}
     options = call.gate | causal | where
-    blocks, sequence = places(problem, sequences, device)
+    blocks, sequence = blocks_and_sequences(problem, sequences, device)
     n_blocks = max(1, int(blocks.max()) + 1)
 
     expected = torch.zeros(*q.shape[:3], n_blocks, dtype=torch.bool, device=device)
@@ -217,11 +217,13 @@ def check_flex_moba(call: Call, device: str) -> None:
     for b, keys in sequences:
         queries = keys[keys >= problem.offset] - problem.offset
         alone = q[b : b + 1, :, queries], k[b : b + 1, :, keys]
-        chosen = reference_selection(*alone, problem.block_size, topk, **causal, **call.gate)
+        selection_alone = reference_selection(
+            *alone, problem.block_size, topk, **causal, **call.gate
+        )
         span = slice(int(blocks[b, keys[0]]), int(blocks[b, keys[-1]]) + 1)
-        expected[b, :, queries, span] = chosen[0]
-        for whole, part in zip(scores, scores_of(problem, call.gate, *alone), strict=True):
-            whole[b, :, queries, span] = part[0]
+        expected[b, :, queries, span] = selection_alone[0]
+        for of_row, of_sequence in zip(scores, scores_of(problem, call.gate, *alone), strict=True):
+            of_row[b, :, queries, span] = of_sequence[0]
     if topk is None:
         selected = expected
     else:
@@ -229,7 +231,7 @@ def check_flex_moba(call: Call, device: str) -> None:
         selection = moba_select(*filled, problem.block_size, topk, **options)
         selected = as_bools(selection, n_blocks)
     differ = assert_near_ties(selected, expected, scores)
-    if call.tied and call.where is None:  # sequences that begin elsewhere have other means
+    if call.tied and call.where is None:  # other sequences have other mean keys, without ties
         assert not differ.any()
 
     if call.longest:
@@ -250,14 +252,14 @@ def check_flex_moba(call: Call, device: str) -> None:
 
 
 def check_selected_attention(call: Call, device: str) -> None:
-    """Attention to blocks as no gate would select them."""
+    """Checks attention to random selections."""
     problem = call.problem
     q, k, v, where, real = inputs_of(call, device)
-    blocks, sequence = places(problem, reference_documents(q, k, **where), device)
-    n_blocks = blocks.amax(1) + 1  # of each row
+    blocks, sequence = blocks_and_sequences(problem, reference_documents(q, k, **where), device)
+    n_blocks = blocks.amax(1) + 1  # for each row
     selection = problem.selection()
     generator = problem.generator()
-    for b, n in enumerate(n_blocks.tolist()):  # blocks of a row that has fewer, or more
+    for b, n in enumerate(n_blocks.tolist()):  # rows have different numbers of blocks
         order = torch.rand(*q.shape[1:3], max(n, 1), generator=generator).argsort(-1).int()
         empty = selection[b] < 0
         selection[b] = -1
@@ -280,7 +282,7 @@ def check_selected_attention(call: Call, device: str) -> None:
 
 
 def check_cache(use: Use, device: str) -> None:
-    """Every chunk against the tokens that each row of the cache then holds."""
+    """Checks each chunk against attention to the tokens that each row of the cache then holds."""
     problem, topk = use.problem, None if use.full else use.problem.topk
     generator = problem.generator()
     total = sum(n for name, n in use.steps if name.startswith("attend"))
@@ -291,7 +293,7 @@ def check_cache(use: Use, device: str) -> None:
     )  # fmt: skip
     shared = {"scale": use.scale, "score_mod": MODS.get(use.mod)}
     nothing = [x[0, :, :0] for x in problem.tensors(device)]
-    rows = [nothing] * problem.batch  # queries, keys and values of each row's tokens
+    rows = [nothing] * problem.batch  # queries, keys and values of the tokens of each row
     for step, (name, n) in enumerate(use.steps):
         if name.startswith("attend"):
             chunk = replace(problem, q_len=n, kv_len=n, seed=problem.seed + step)
@@ -334,7 +336,7 @@ def check_cache(use: Use, device: str) -> None:
 def check_row(
     use: Use, b: int, tokens: list[Tensor], result: tuple[Tensor, Tensor], shared: dict[str, Any]
 ) -> None:
-    """The last tokens of a row, but for queries that may as well choose another block."""
+    """Checks the last tokens of a row, except for queries with almost equal block scores."""
     problem, n = use.problem, result[0].shape[2]
     topk = None if use.full else problem.topk
     q, k, v = (x[None] for x in tokens)
@@ -360,7 +362,12 @@ def check_row(
 def inputs_of(
     call: Call, device: str
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor | None]:
-    """q, k, v, the argument that says where sequences are, and which tokens are not padding."""
+    """Returns the inputs of a call.
+
+    Returns:
+        q, k, v, the argument that describes documents or padding, by name, and the mask of tokens
+        that are not padding, ``(B, Lk)``, or None.
+    """
     problem = call.problem
     tensors = problem.tied_tensors(device) if call.tied else problem.tensors(device)
     q, k, v = (laid_out(x, call.layout) for x in tensors)
@@ -376,7 +383,7 @@ def inputs_of(
         x = torch.cat([ids_of(bounds_of(row, call.sequences)) for row in rows]).to(dtype)
     else:
         x = holes_of(problem, call.sequences / 10)
-        if call.sequences % 3 == 0:  # on the left, or on the right
+        if call.sequences % 3 == 0:  # padding on the left or on the right
             x = x.sort(dim=1, descending=call.sequences % 2 == 0).values
     x = x.to(device)
     return q, k, v, {call.where: x}, x if x.dtype == torch.bool else None
@@ -385,22 +392,22 @@ def inputs_of(
 def laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "tokens first":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "odd":  # neither aligned nor without gaps
+    if layout == "odd":  # unaligned, with gaps between rows
         return torch.nn.functional.pad(x, (3, 2))[..., 3:-2]
     return x
 
 
 def hide(real: Tensor | None, bad: float, *tensors: Tensor) -> list[Tensor]:
-    """The tensors with something in the place of padding."""
+    """Returns the tensors with the value ``bad`` in padding."""
     if real is None:
         return list(tensors)
     return [x.masked_fill(~real[:, None, :, None], bad) for x in tensors]
 
 
-def places(
+def blocks_and_sequences(
     problem: Problem, sequences: list[tuple[int, Tensor]], device: str
 ) -> tuple[Tensor, Tensor]:
-    """The block, counted over its row, and the sequence of each key; -1 of padding."""
+    """Returns the block (numbered within its row) and the sequence of each key, -1 for padding."""
     blocks, sequence = torch.full((2, problem.batch, problem.kv_len), -1, device=device)
     for i, (b, keys) in enumerate(sequences):
         block = torch.arange(len(keys), device=device) // problem.block_size
@@ -410,21 +417,21 @@ def places(
 
 
 def mask_of(problem: Problem, selected: Tensor, blocks: Tensor, sequence: Tensor) -> Tensor:
-    """The keys that each query sees: those of its sequence and of the blocks that it selected."""
+    """Returns the mask of the keys of each query: keys of its sequence in its selected blocks."""
     batch, heads, q_len, _ = selected.shape
     key = torch.arange(problem.kv_len, device=selected.device)
     own = sequence[:, problem.offset :, None]
-    seen = (own == sequence[:, None]) & (own >= 0)
+    visible = (own == sequence[:, None]) & (own >= 0)
     if problem.is_causal:
-        seen = seen & (key <= key[problem.offset :, None])
+        visible = visible & (key <= key[problem.offset :, None])
     index = blocks.clamp(min=0)[:, None, None].expand(batch, heads, q_len, -1)
-    return seen[:, None] & selected.gather(-1, index)
+    return visible[:, None] & selected.gather(-1, index)
 
 
 def scores_of(
     problem: Problem, gate: dict[str, Any], q: Tensor, k: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`block_scores` of what chooses for each query of a sequence."""
+    """Returns `block_scores` of the queries that the gate scores for each query of a sequence."""
     if gate.get("gate") == "group":
         grouped = q.double().unflatten(1, (problem.kv_heads, problem.group))
         q = grouped.sum(2).repeat_interleave(problem.group, 1)
@@ -445,7 +452,7 @@ CHECKS: dict[str, tuple[Callable[[str], SearchStrategy[Any]], Check]] = {
 
 
 def run_round(name: str, number: int, device: str, examples: int) -> int:
-    """Draws and checks so many cases; how many it were, those of shrinking included."""
+    """Draws and checks cases; returns their number, including those of shrinking."""
     strategy, check = CHECKS[name]
     count = 0
 
@@ -469,13 +476,15 @@ def run_round(name: str, number: int, device: str, examples: int) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draws rounds until the time is over; 1 if any of them failed."""
+    """Runs rounds until the time is over; returns 1 if any of them failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="duration (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--only", choices=CHECKS, help="one of the checks (default: all)")
-    parser.add_argument("--seed", type=int, help="of the first round (default: another each time)")
-    parser.add_argument("--examples", type=int, default=20, help="of a round (default: 20)")
+    parser.add_argument("--seed", type=int, help="seed of the first round (default: random)")
+    parser.add_argument("--examples", type=int, default=20, help="cases of a round (default: 20)")
     options = parser.parse_args(arguments)
     number = random.randrange(2**32) if options.seed is None else options.seed
     names = itertools.cycle([options.only] if options.only else CHECKS)
@@ -487,7 +496,7 @@ def main(arguments: list[str] | None = None) -> int:
             failures += 1
             traceback.print_exc(file=sys.stdout)
             print(
-                f"Again: python -m tests.fuzz --device {options.device} --only {name} "
+                f"To reproduce: python -m tests.fuzz --device {options.device} --only {name} "
                 f"--seed {number} --examples {options.examples} --seconds 0",
                 flush=True,
             )

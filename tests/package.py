@@ -1,4 +1,4 @@
-"""What `make package` built, which runs this file: the package's page, and the wheel alone."""
+"""Tests of the results of `make package`, which runs this file: the project page and the wheel."""
 
 import email
 import os

@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, reports and refuses to time."""
+"""Tests of the benchmark: its operation counts, its reports, and its check of the results."""
 
 import json
 import math
@@ -79,7 +79,7 @@ def test_measures_gates_documents_and_steps(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("changes", [{"documents": 5}, {"decode": True, "backward": False}])
 def test_a_wrong_choice_is_found_out(changes, monkeypatch, capsys):
-    def worst(q, k, *args, **options):  # what the exact result is made of
+    def worst(q, k, *args, **options):  # the selection of the exact result
         return moba_select(-q, k, *args, **options)
 
     monkeypatch.setitem(bench.PRESETS, "cpu", [replace(SMALL, length=400, topk=2, **changes)])
@@ -113,7 +113,7 @@ def test_what_is_wrong_is_not_timed(wrong, monkeypatch, tmp_path, capsys):
     assert main(["bench", "--preset", "cpu", *options, "--plot", str(tmp_path / "x.png")]) == 1
     printed = capsys.readouterr()
     assert "WRONG: error" in printed.out
-    assert "nothing in this report was timed, so there is nothing to draw" in printed.err
+    assert "this report has no times to draw; pass a report of timed results" in printed.err
     assert "forward_ms" not in json.loads(file.read_text())["results"][0]
 
 
@@ -166,7 +166,7 @@ def test_says_where_it_begins_to_pay():
     results += [result_of(1024, 3, 4, topk=5), result_of(2048, 3, topk=5)]
     lines = bench.tables({"results": results, "matrix_tflops": 1.0}).splitlines()
     assert lines[-2:] == [
-        "2/1 heads, block 64, topk 3, forward: faster than dense attention from 4K tokens on",
+        "2/1 heads, block 64, topk 3, forward: faster than dense attention from 4K tokens",
         "2/1 heads, block 64, topk 2, forward: not faster at 2K tokens",
     ]
 
@@ -211,7 +211,7 @@ def test_a_missing_baseline_costs_no_result(monkeypatch, capsys):
         (["--plot", "nowhere/x.png"], "--plot nowhere/x.png: there is no folder nowhere"),
         (["--plot", "x.xyz"], "--plot x.xyz: matplotlib has no format '.xyz'"),
         (["--show", "nowhere.json"], "--show nowhere.json: there is no such file"),
-        (["--show", "README.md"], "--show README.md: that is no report"),
+        (["--show", "README.md"], "--show README.md: this is not a report of flexmoba bench"),
     ],
 )
 def test_what_cannot_be_written_is_known_before_measuring(options, text, monkeypatch, capsys):
@@ -228,7 +228,7 @@ def test_a_missing_device_is_named(command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         main([command, "--device", "cuda"])
     assert error.value.code == 2
-    assert "there is no CUDA device here; try --device cpu" in capsys.readouterr().err
+    assert "there is no CUDA device; use --device cpu" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys):

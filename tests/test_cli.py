@@ -1,4 +1,4 @@
-"""The command line: help that teaches, JSON, exit codes, and errors that name the remedy."""
+"""Tests of the command line: help, JSON, exit codes, and errors that name the remedy."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flexmoba.commands import cli, demo, info
 from flexmoba.commands.cli import main
-from flexmoba.reporting import check_writable, note_load, pays_from, progress, table, versions
+from flexmoba.reporting import check_writable, faster_from, note_load, progress, table, versions
 from flexmoba.tune import sample_positions, synthetic, tune
 
 COMMANDS = ("demo", "bench", "tune", "info")
@@ -22,7 +22,7 @@ EXAMPLE = ["tune", "--example", "--length", "200", *SMALL]
 
 
 def fails(arguments, capsys):
-    """What is said about wrong usage, which has exit code 2 and prints nothing else."""
+    """Returns the error of wrong usage, which exits with 2 and prints nothing to stdout."""
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert error.value.code == 2
@@ -59,7 +59,7 @@ def test_help_of_all_names_every_command_and_exit_code(capsys):
 @pytest.mark.parametrize("command", [["demo"], ["bench"], ["tune", "--example"], ["info"]])
 @pytest.mark.parametrize(
     ("device", "text"),
-    [("nothing", "no such kind of device; try cuda or cpu"), ("meta", "try cpu")],
+    [("nothing", "unknown device type; use cuda or cpu"), ("meta", "use cpu")],
 )
 def test_an_unknown_device_is_named(command, device, text, capsys):
     error = fails([*command, "--device", device], capsys)
@@ -72,7 +72,9 @@ def test_what_cannot_be_written_is_known_at_once(command, tmp_path, monkeypatch,
     monkeypatch.setattr(demo, "standard_library", None)
     gone = str(tmp_path / "nowhere" / "x.json")
     assert "there is no folder" in fails([*command, "--json", gone], capsys)
-    assert "that is a folder" in fails([*command, "--json", str(tmp_path)], capsys)
+    assert "this is a folder; pass a file in it" in fails(
+        [*command, "--json", str(tmp_path)], capsys
+    )
     too_long = str(tmp_path / ("x" * 300))
     assert "cannot be written (File name too long)" in fails([*command, "--json", too_long], capsys)
     assert list(tmp_path.iterdir()) == []
@@ -85,8 +87,8 @@ def test_finding_out_whether_a_file_can_be_written_leaves_it_alone(tmp_path):
 
 
 def test_a_picture_of_an_unknown_format_is_known_at_once(capsys):
-    assert "let it end in .png, .svg or .pdf" in fails([*EXAMPLE, "--plot", "x.xyz"], capsys)
-    assert "let it end in .png, .svg or .pdf" in fails([*EXAMPLE, "--plot", "x"], capsys)
+    assert "use the suffix .png, .svg or .pdf" in fails([*EXAMPLE, "--plot", "x.xyz"], capsys)
+    assert "use the suffix .png, .svg or .pdf" in fails([*EXAMPLE, "--plot", "x"], capsys)
 
 
 def test_what_cannot_be_written_after_all_is_printed(tmp_path, monkeypatch, capsys):
@@ -96,7 +98,7 @@ def test_what_cannot_be_written_after_all_is_printed(tmp_path, monkeypatch, caps
     assert error.value.code == 2
     printed = capsys.readouterr()
     assert json.loads(printed.out)["auto"] == "portable"
-    assert "not written (Is a directory); see above" in printed.err
+    assert "cannot be written (Is a directory); copy the JSON above" in printed.err
 
 
 def test_a_key_that_interrupts_leaves_no_traceback(monkeypatch, capsys):
@@ -124,23 +126,26 @@ def test_a_reader_that_has_enough_leaves_no_traceback():
     [
         (["info", "--head-dim", "0"], "--head-dim: must be at least 1, got 0"),
         (["demo", "--seconds", "0"], "--seconds: must be at least 1, got 0"),
-        (["info", "--head-dim", "many"], "--head-dim: must be a whole number, got 'many'"),
-        (["demo", "--max-length", "1000"], "--max-length 1000: must lie from 1024 to "),
-        (["demo", "--max-length", "99999999"], "--max-length 99999999: must lie from 1024 to "),
-        (["demo", "--output", f"{__file__}/x"], "no such folder can be made (Not a directory)"),
-        (["tune", "--example", "--mass", "1.5"], "--mass: must lie above 0 and be at most 1"),
+        (["info", "--head-dim", "many"], "--head-dim: must be an integer, got 'many'"),
+        (["demo", "--max-length", "1000"], "--max-length 1000: must be from 1024 to "),
+        (["demo", "--max-length", "99999999"], "--max-length 99999999: must be from 1024 to "),
+        (["demo", "--output", f"{__file__}/x"], "the folder cannot be created (Not a directory)"),
+        (["tune", "--example", "--mass", "1.5"], "--mass: must be greater than 0 and at most 1"),
         (["tune", "--example", "--mass", "much"], "--mass: must be a number, got 'much'"),
         (["tune", "--example", "--latency-ms", "0"], "--latency-ms: must be a positive number"),
         (["tune", "--example", "--latency-ms", "nan"], "--latency-ms: must be a positive number"),
         (["tune"], "one of the arguments --model --tensors --example is required"),
         ([*EXAMPLE, "--mass", "0.9", "--sparsity", "0.9"], "not allowed with argument"),
-        ([*EXAMPLE, "--no-times", "--latency-ms", "3"], "need times; leave --no-times out"),
-        ([*EXAMPLE, "--no-times", "--backward"], "need times; leave --no-times out"),
+        ([*EXAMPLE, "--no-times", "--latency-ms", "3"], "need times; remove --no-times"),
+        ([*EXAMPLE, "--no-times", "--backward"], "need times; remove --no-times"),
         ([*EXAMPLE, "--text", "README.md"], "--model and --text go together"),
         (["tune", "--model", "nowhere"], "--model and --text go together"),
-        (["tune", "--model", "nowhere", "--text", "x"], "no such folder; nothing is downloaded"),
+        (
+            ["tune", "--model", "nowhere", "--text", "x"],
+            "there is no such folder; download the model first",
+        ),
         (["tune", "--tensors", "nowhere.pt"], "--tensors nowhere.pt: there is no such file"),
-        (["tune", "--example", "--length", "30"], "select all of 30 keys; take smaller blocks"),
+        (["tune", "--example", "--length", "30"], "select all of 30 keys; use smaller blocks"),
     ],
 )
 def test_wrong_usage_is_told_with_its_remedy(arguments, text, capsys):
@@ -153,7 +158,7 @@ def test_wrong_usage_is_told_with_its_remedy(arguments, text, capsys):
 def test_tune_prints_a_table_and_advice(capsys):
     assert main([*EXAMPLE, "--mass", "0.01", "--backward"]) == 0
     out = capsys.readouterr().out
-    assert "queries and keys: synthetic, no model's" in out
+    assert "queries and keys: synthetic, from no model" in out
     assert "batch 1, heads 4/2, length 200, head dim 64, float32" in out
     assert out.count("\n|") == 2 + 4
     assert out.count("<-") == 1
@@ -181,7 +186,7 @@ def test_tune_prints_json_alone_or_writes_it(tmp_path, capsys):
 
 def test_tune_fails_if_nothing_keeps_to_the_budget(capsys):
     assert main([*EXAMPLE, "--no-times", "--sparsity", "0.999"]) == 1
-    assert "nothing measured keeps to it. The most mass, " in capsys.readouterr().out
+    assert "no measured choice meets this budget. Block " in capsys.readouterr().out
     assert main([*EXAMPLE, "--latency-ms", "1e-9", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["recommended"] is None
 
@@ -222,13 +227,13 @@ def test_a_picture_that_cannot_be_written_after_all_costs_no_result(monkeypatch,
     assert error.value.code == 2
     printed = capsys.readouterr()
     assert "| block |" in printed.out
-    assert "--plot nowhere/x.png: not written (No such file or directory)" in printed.err
+    assert "--plot nowhere/x.png: cannot be written (No such file or directory)" in printed.err
 
 
 def test_tune_says_that_a_picture_needs_matplotlib(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     error = fails([*EXAMPLE, "--plot", "x.png"], capsys)
-    assert "--plot needs matplotlib; pip install 'flexmoba[plot]'" in error
+    assert "--plot needs matplotlib; run pip install 'flexmoba[plot]'" in error
 
 
 def from_tensors(file, capsys):
@@ -262,11 +267,11 @@ def test_tune_reads_safetensors(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ({"q": torch.zeros(1, 1, 4, 2)}, 'needs "q" and "k", or pairs'),
-        ({"keys": torch.zeros(1, 1, 4, 2)}, "it has keys"),
+        ({"q": torch.zeros(1, 1, 4, 2)}, 'must have "q" and "k", or pairs'),
+        ({"keys": torch.zeros(1, 1, 4, 2)}, "got keys; rename the tensors"),
         (
             {f"{i}.w": torch.zeros(1) for i in range(9)},
-            "it has 0.w, 1.w, 2.w, 3.w, 4.w, 5.w, 6.w, ",
+            "got 0.w, 1.w, 2.w, 3.w, 4.w, 5.w, 6.w, ",
         ),
         ([torch.zeros(1, 1, 4, 2)], "it must hold a dict of dense tensors"),
         ({"q": {"a": torch.zeros(1, 1, 4, 2)}}, "it must hold a dict of dense tensors"),
@@ -299,7 +304,7 @@ def test_tune_refuses_what_holds_no_tensors(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory):
-    """The folder of a small random Llama with a tokenizer of one token per word."""
+    """Returns the folder of a small random Llama with a tokenizer of one token per word."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("model")
@@ -415,7 +420,7 @@ def test_info_writes_json_beside_its_table(tmp_path, capsys):
     assert json.loads(file.read_text())["auto"] == "portable"
 
 
-# ---- What they share ----------------------------------------------------------------------------
+# ---- Shared helpers -----------------------------------------------------------------------------
 
 
 def test_a_table_is_aligned():
@@ -456,7 +461,7 @@ def test_where_it_begins_to_pay(times):
         if all(ours < other for x, ours, other in times if x >= length):
             expected = length
             break
-    assert pays_from(times) == expected
+    assert faster_from(times) == expected
 
 
 def test_the_example_has_a_structure_that_is_kept():

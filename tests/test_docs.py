@@ -1,4 +1,4 @@
-"""The site: no dead link, no page that cannot be found, no error without an explanation."""
+"""Tests of the documents: links, navigation, pictures, and an explanation for every error."""
 
 import ast
 import html
@@ -13,15 +13,15 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 TEXTS = [*PAGES, *ROOT.glob("*.md")]
-# Pages that the site makes of files at the root.
+# Pages that docs/hooks.py generates from files at the root.
 FROM_ROOT = {"changelog.md": ROOT / "CHANGELOG.md", "contributing.md": ROOT / "CONTRIBUTING.md"}
 
-# Messages that no call of a user can lead to, as (file, text): nothing to explain.
+# Messages that no user can cause, as (file, text). They need no explanation.
 INTERNAL: set[tuple[str, str]] = set()
 
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-REMEDY = re.compile(r", got |; |: ")  # where a message stops saying what is wrong
+REMEDY = re.compile(r", got |; |: ")  # the end of the first part of a message
 
 
 def prose(path: Path) -> str:
@@ -29,7 +29,7 @@ def prose(path: Path) -> str:
 
 
 def anchors(path: Path) -> set[str]:
-    """The headings of a page as the site names them."""
+    """Returns the anchors that the site derives from the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", prose(path), re.M)
     plain = (re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip() for heading in headings)
     return {re.sub(r"[-\s]+", "-", heading.lower()) for heading in plain}
@@ -68,14 +68,14 @@ def test_pictures_are_as_drawn(tmp_path, monkeypatch):
     drawn = runpy.run_path(str(DOCS / "pictures.py"))
     monkeypatch.setitem(drawn["main"].__globals__, "HERE", tmp_path)
     drawn["main"]()
-    # Of those by `plots.py` the bytes depend on matplotlib's version.
+    # The bytes of the pictures by `plots.py` depend on the version of matplotlib.
     committed = {path.name: path.read_text() for path in (DOCS / "pictures").glob("*.svg")}
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == committed
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_code_is_in_a_language_that_is_tested(path):
-    # Python runs; of shell commands, the Makefile's targets are looked up. Text is what they print.
+    # Other tests run Python. Of shell commands, the targets of make must exist. Text is output.
     languages = re.findall(r"^ *```(.*)$", path.read_text(), re.M)[::2]
     drawings = {""} if path.name == "CONTRIBUTING.md" else set()
     assert set(languages) <= {"python", "bash", "text"} | drawings
@@ -84,14 +84,14 @@ def test_code_is_in_a_language_that_is_tested(path):
 
 
 def literal(node: ast.expr) -> str:
-    """A message with "…" for what is known only when it is raised."""
+    """Returns a message with "…" for values that are known only when it is raised."""
     if isinstance(node, ast.JoinedStr):
         return "".join(literal(part) for part in node.values)
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
 
 
 def messages_of(path: Path) -> Iterator[str]:
-    """What a file raises or warns of, and its reasons why an implementation cannot serve."""
+    """Yields errors and warnings of a file, and its reasons why a backend is not available."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and node.args:
             name = ast.unparse(node.func)
@@ -111,7 +111,7 @@ def messages_of(path: Path) -> Iterator[str]:
 
 
 def part(path: Path) -> str:
-    """The module or package of flexmoba that a file belongs to."""
+    """Returns the module or package of flexmoba that contains a file."""
     return path.relative_to(ROOT / "flexmoba").parts[0].removesuffix(".py")
 
 
@@ -121,13 +121,13 @@ MESSAGES = {
     for path in SOURCES
     for message in messages_of(path)
 }
-# The command line explains itself.
+# Rows for errors of the command line are optional.
 COMMANDS = {"__main__", "bench", "commands", "reporting", "tune"}
 NOT_COMMANDS = {path.relative_to(ROOT).as_posix() for path in SOURCES if part(path) not in COMMANDS}
 
 
 def explained() -> set[str]:
-    """The messages in the first column of the tables of errors."""
+    """Returns the messages in the first column of the tables of errors."""
     errors = (DOCS / "faq.md").read_text().split("\n## Errors\n")[1]
     return {html.unescape(text) for text in re.findall(r"^\| `(.+?)` \|", errors, re.M)}
 

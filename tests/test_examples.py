@@ -1,4 +1,4 @@
-"""The examples, at toy size: what they say they show is what happens."""
+"""Tests that run the examples at toy size and check the results that they are to show."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ TINY += ["--length", "64", "--block-size", "8", "--topk", "3", "--windows", "4",
 
 @pytest.fixture
 def example(monkeypatch):
-    """An example's module, found as when it runs as a script."""
+    """Returns a function that imports an example, with its folder on the path."""
     monkeypatch.syspath_prepend(EXAMPLES)
 
     def load(name):
@@ -38,7 +38,10 @@ def example(monkeypatch):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Stretches of 512 bytes, each of two letters out of 16: the context tells which two."""
+    """Returns a file of sections of 512 bytes, each of two letters out of 16.
+
+    Only the context determines the two letters.
+    """
     generator = torch.Generator().manual_seed(0)
     letters = torch.rand(80, 16, generator=generator).argsort(1)[:, :2]
     which = torch.randint(2, (80, 512), generator=generator)
@@ -56,7 +59,7 @@ def fails(main, arguments, capsys):
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - NO_DEVICE))
 def test_an_unknown_device_is_named(example, name, capsys):
-    assert "--device: nothing: no such kind" in fails(
+    assert "--device: nothing: unknown device type" in fails(
         example(name).main, ["--device", "nothing"], capsys
     )
 
@@ -69,7 +72,7 @@ def test_help_teaches(example, name, capsys):
     text = capsys.readouterr().out
     for size in ("toy size", "full size"):
         assert re.search(rf"{size}, [^:]*:\n +python examples/", text), size
-    # Every option that a command of the help uses is one of its options.
+    # The commands in the help use only options of the program.
     usage, _, rest = text.partition("\n\n")
     for command in re.findall(rf"python examples/{name}\.py((?:.*\\\n)*.*)", rest):
         assert set(re.findall(r"--[a-z-]+", command)) <= set(re.findall(r"--[a-z-]+", usage))
@@ -96,7 +99,7 @@ def test_training_resumes_bitwise_and_switches(example, text, tmp_path, capsys):
 
 
 def test_parts_of_a_step_on_several_processes_are_the_same_step(example, text, tmp_path, capsys):
-    """Resumed on two processes, in two parts each; then on one again."""
+    """Resumes on two processes with two micro-batches each, and then on one process."""
     main, file = example("train").main, tmp_path / "gpt.pt"
     common = ["--text", text, "--steps", "6", *TINY]
     expected = main([*common])
@@ -133,7 +136,7 @@ def test_last_layers_stay_full(example, text, capsys):
     )
     assert [block.attention.moba.topk for block in model.blocks] == [3, None]
     rows = loss_rows(capsys.readouterr().out)
-    assert all(moba == full for moba, full in rows[:3])  # up to 24, three blocks of 8 are all
+    assert all(moba == full for moba, full in rows[:3])  # up to 24 keys, topk=3 selects all
     assert any(moba != full for moba, full in rows[3:])
 
 
@@ -152,7 +155,7 @@ def test_a_file_alone_is_mapped_and_several_are_read(example, tmp_path):
 
 
 def loss_rows(printed):
-    """Losses of the report by position: as trained, with full attention."""
+    """Returns the losses of the report by position, each as trained and with full attention."""
     rows = re.findall(r"\| +\S+ to \S+(?: \(trailing\))? \| +(\S+) \| +(\S+) \|", printed)
     assert len(rows) == 8
     return [(float(moba), float(full)) for moba, full in rows]
@@ -163,8 +166,8 @@ def test_moba_learns_from_its_context(example, text, capsys):
     arguments = ["--text", text, "--steps", "100", "--attention", "moba", "--lr", "3e-2"]
     example("train").main([*arguments, *TINY, *sizes])
     moba = [row[0] for row in loss_rows(capsys.readouterr().out)]
-    # Letters alone leave log(16) = 2.77. Without attention, all that is known is that the last one
-    # is one of the two, which leaves (log(2) + log(30)) / 2 = 2.05.
+    # A uniform guess among the letters has a loss of log(16) = 2.77. Without attention, the model
+    # knows only that the last letter is one of the two: (log(2) + log(30)) / 2 = 2.05.
     assert max(moba[2:]) < 1.8
 
 
@@ -349,7 +352,7 @@ def test_tuning_applies_what_it_recommends(example, text, tmp_path, capsys):
     assert " <- |" in printed
     assert picture.stat().st_size > 10_000
     full, recommended, fewest = losses.values()
-    assert len({full, recommended, fewest}) == 3  # each attended to something else
+    assert len({full, recommended, fewest}) == 3  # each selection differs
     assert (best.block_size, best.topk) != (8, 1)
 
 
@@ -379,16 +382,16 @@ def test_text_that_has_gone_is_named(example, text, tmp_path, capsys):
 
 def test_contexts_hold_the_answer_at_its_depth(example):
     needle, generator = example("needle"), torch.Generator().manual_seed(0)
-    for depth, place in ((0.0, 0), (0.5, 60), (1.0, 122)):
+    for depth, position in ((0.0, 0), (0.5, 60), (1.0, 122)):
         tokens, answers = needle.contexts(5, 128, 3, generator, depth)
         asked, body = tokens[:, -3:] - needle.ASK, tokens[:, :-3]
         for row in range(5):
             for question, answer in zip(asked[row], answers[row], strict=True):
-                at = (body[row] == question).nonzero().item()  # once, and right before the value
+                at = (body[row] == question).nonzero().item()  # once, directly before the value
                 assert body[row, at + 1] == needle.VALUE + answer
-            assert body[row, place] == asked[row, 0]
+            assert body[row, position] == asked[row, 0]
         is_value = (body >= needle.VALUE) & (body < needle.ASK)
-        assert (is_value.sum(1) == needle.NEEDLES).all()  # the rest are fillers
+        assert (is_value.sum(1) == needle.NEEDLES).all()  # all others are fillers
 
 
 def test_full_attention_finds_every_needle(example):
@@ -398,10 +401,10 @@ def test_full_attention_finds_every_needle(example):
 
 
 def moba_densely(q, k, v, block_size, topk, **options):
-    """As flex_moba, whose tiles of 128 queries are nearly empty in contexts this short."""
+    """Computes flex_moba densely, which is faster in contexts shorter than a tile of 128."""
     assert not any(options.values())
     selection = moba_select(q, k, block_size, topk).long()
-    selection = selection.where(selection >= 0, selection[..., :1])  # none: the own block again
+    selection = selection.where(selection >= 0, selection[..., :1])  # replaces -1 by the own block
     blocks = torch.nn.functional.one_hot(selection, -(-k.shape[2] // block_size)).amax(-2) > 0
     mask = reference_mask(blocks, block_size, k.shape[2], is_causal=True)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -432,7 +435,7 @@ def test_conversion_loses_what_fine_tuning_brings_back(example, text, tmp_path):
     assert found["converted"] != found["dense"]
     assert found["finetuned"] < found["converted"]
     assert found["loaded"] == found["finetuned"] != found["finetuned, dense"]
-    # What was saved is a model like any other, and all of its blocks are full attention.
+    # The saved model loads like any other. With topk=4, all blocks, it computes full attention.
     again = main(["--model", str(tmp_path), "--text", text, "--topk", "4", "--steps", "1", *SHORT])
     assert again["dense"] == pytest.approx(found["finetuned, dense"], rel=1e-5)
     assert again["converted"] == pytest.approx(again["dense"], rel=1e-5)
@@ -514,7 +517,8 @@ def test_the_sparse_cache_changes_no_token(example, static, capsys):
     assert not torch.equal(tokens["dense"], tokens["MoBA"])
     printed = capsys.readouterr().out
     assert "both ways of MoBA chose the same 8 of 8 tokens" in printed
-    # 201 to 207 keys: those, and one block, the own one's first 9 to 15 keys and 12 means.
+    # A step of full attention reads 201 to 207 keys. A step of MoBA reads one block of 16 and 9 to
+    # 15 keys of the own block, and for the gate 12 mean keys or, without them, all keys.
     reads = re.findall(r"\| +([\d,]+) \|$", printed, re.M)
     assert reads == ["204", str(204 + 16 + 12), str(12 + 16 + 12)]
     tokens = main(["--prompt-tokens", "200", "--topk", "14", static, *GENERATE])
@@ -544,7 +548,7 @@ def test_compiled_training_learns_and_switches(example, text, capsys):
     example("train").main(["--text", text, "--steps", "100", "--lr", "3e-3", *TINY, *sizes])
     printed = capsys.readouterr().out
     assert "step 90: FlexMoba(block_size=32, topk=None) from here on" in printed
-    assert max(full for _, full in loss_rows(printed)[2:]) < 1.8  # see the same on the CPU
+    assert max(full for _, full in loss_rows(printed)[2:]) < 1.8  # as in the test on CPU
 
 
 @pytest.mark.gpu
@@ -553,6 +557,5 @@ def test_compiled_generation_chooses_the_same_tokens(example):
     tokens = example("generate").main([*sizes, "--static", "--device", "cuda"])
     assert tokens["MoBA"][0] == tokens["MoBA, sparse"][0]  # both from the same prefill
     same = tokens["MoBA"] == tokens["MoBA, sparse"]
-    assert (
-        same.float().mean() > 0.5
-    )  # in bfloat16 two logits may be as good, and what follows differs
+    # In bfloat16, two logits may be equal; then all later tokens may differ.
+    assert same.float().mean() > 0.5

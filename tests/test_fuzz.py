@@ -1,4 +1,4 @@
-"""A short run of the random calls, and how a failure is told."""
+"""Tests of the fuzzer: a short run, and the report of a failure."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_a_failure_is_told_with_the_command_that_draws_it_again(monkeypatch, cap
     command = ["--only", "flex_moba", "--seed", "7", "--seconds", "0", "--examples", "50"]
     assert fuzz.main(command) == 1
     printed = capsys.readouterr().out
-    assert "topk=4," in printed  # the smallest that fails
+    assert "topk=4," in printed  # the smallest failing topk
     assert "python -m tests.fuzz --device cpu --only flex_moba --seed 7 --examples 50" in printed
     assert "rounds that failed: 1" in printed
     assert fuzz.main([*command[:2], "--seed", "7", "--seconds", "0", "--examples", "50"]) == 1

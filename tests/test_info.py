@@ -1,4 +1,4 @@
-"""What ``flexmoba info`` says."""
+"""Tests of ``flexmoba info``."""
 
 import json
 

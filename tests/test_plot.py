@@ -1,4 +1,4 @@
-"""Pictures: that what is drawn is what was selected, counted cell by cell."""
+"""Tests of flexmoba.plot, which compare drawn cells and marks with selections and reports."""
 
 import itertools
 import os
@@ -29,7 +29,7 @@ BLUE, ORANGE, GREY, WHITE = (to_rgb(x) for x in ("#0072B2", "#E69F00", "#E6E6E6"
 
 
 def image(axes):
-    """What was drawn, ``(rows, columns, 3)``."""
+    """Returns the drawn picture, ``(rows, columns, 3)``."""
     return torch.as_tensor(axes.images[0].get_array().data)
 
 
@@ -42,7 +42,7 @@ def saved(figure, tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 4_000
 
 
-# Of 7 queries against 9 keys, in blocks of 2: each one's own block, and others.
+# 7 queries and 9 keys in blocks of 2: each query selects its own block, most another one.
 SELECTION = torch.tensor([[1, 0], [1, -1], [2, 1], [2, 0], [3, 1], [3, 2], [4, -1]])[None, None]
 
 
@@ -50,11 +50,11 @@ def test_selection_cell_by_cell():
     axes = plot_selection(SELECTION, 2, kv_len=9)
     drawn = image(axes)
     assert drawn.shape == (7, 5, 3)
-    for query, chosen in enumerate(SELECTION[0, 0].tolist()):
+    for query, selected in enumerate(SELECTION[0, 0].tolist()):
         own = (query + 2) // 2
         for block in range(5):
             kind = WHITE if block < own else GREY
-            if block in chosen:
+            if block in selected:
                 kind = ORANGE if block == own else BLUE
             assert colour(drawn[query, block], kind), (query, block)
     assert axes.images[0].get_extent() == [0, 5, 9, 2]
@@ -101,7 +101,7 @@ def test_heads_side_by_side(heads, shown, tmp_path):
 
 def test_how_often_a_distance_and_a_block_are_chosen():
     (line,) = plot_choices(SELECTION, 2, kv_len=9).lines
-    # Distances 1 to 4 from own blocks 1 1 2 2 3 3 4.
+    # The own blocks are 1 1 2 2 3 3 4, so distances are 1 to 4.
     assert line.get_xdata().tolist() == [1, 2, 3, 4]
     assert line.get_ydata() == pytest.approx([3 / 7, 2 / 5, 0, 0])
     (line,) = plot_choices(SELECTION, 2, kv_len=9, by="block").lines
@@ -120,15 +120,15 @@ def test_the_mean_of_heads_within_their_range(tmp_path):
 
 
 def test_a_choice_out_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="one block of 64 keys"):
+    with pytest.raises(ValueError, match="one block of 64 keys; pass"):
         plot_choices(SELECTION.clamp(max=0), 64)
-    with pytest.raises(ValueError, match='by must be "distance" or "block", got \'key\''):
+    with pytest.raises(ValueError, match='by must be "distance" or "block", got \'key\'; pass'):
         plot_choices(SELECTION, 2, kv_len=9, by="key")
 
 
 @pytest.mark.parametrize("plot", [plot_selection, plot_choices, plot_heads])
 def test_a_selection_of_other_sizes_is_refused(plot):
-    with pytest.raises(ValueError, match="7 keys have 4 blocks of 2; give"):
+    with pytest.raises(ValueError, match="7 keys have 4 blocks of 2; pass"):
         plot(SELECTION, 2)
     with pytest.raises(ValueError, match="5 keys"):
         plot(SELECTION, 1, kv_len=5)
@@ -139,7 +139,7 @@ def test_a_selection_of_other_sizes_is_refused(plot):
     documents = moba_select(
         *torch.randn(2, 1, 1, 30, 8), 8, 2, cu_seqlens=torch.tensor([0, 10, 30])
     )
-    with pytest.raises(ValueError, match="one of several packed documents"):
+    with pytest.raises(ValueError, match="draw packed documents one at a time"):
         plot(documents, 8)
 
 
@@ -198,7 +198,7 @@ def test_a_report_is_drawn_whole(report, timed, tmp_path):
     if not timed:
         report = tune([tuple(torch.randn(2, 1, 4, 256, 8))], (16, 32), (2, 4), timed=False)
     figure = plot_report(report, report.choices[0])
-    assert len(figure.axes) == 2 + 1 + timed  # one is the colour bar
+    assert len(figure.axes) == 2 + 1 + timed  # the last one is the colour bar
     saved(figure, tmp_path)
     saved(plot_report(report), tmp_path)
 
@@ -216,7 +216,7 @@ def test_names_of_many_layers_do_not_overlap(tmp_path):
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'flexmoba\[plot\]'"):
+    with pytest.raises(ImportError, match=r"run pip install 'flexmoba\[plot\]'"):
         plot_heads(SELECTION, 2, kv_len=9)
 
 

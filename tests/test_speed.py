@@ -1,4 +1,4 @@
-"""That it pays off on CPU, beside torch's own attention in the same run; on a quiet machine."""
+"""Tests that flex_moba is faster than torch's attention on an otherwise idle CPU."""
 
 import time
 

@@ -133,8 +133,8 @@ MANY_PARAMETERS = {
     "flexmoba.nn.attention.MobaAttention.__init__": "public",
     "flexmoba.reference.moba_reference": "public",
     "flexmoba.reference.reference_attention": "the oracle shares no types with the rest",
-    "flexmoba.tune.calls._Seen.flex": "the signature of flex_attention",
-    "flexmoba.tune.calls._Seen.sdpa": "the signature of scaled_dot_product_attention",
+    "flexmoba.tune.calls._Recorder.flex": "the signature of flex_attention",
+    "flexmoba.tune.calls._Recorder.sdpa": "the signature of scaled_dot_product_attention",
 }
 
 

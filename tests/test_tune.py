@@ -1,4 +1,4 @@
-"""Choosing block size and topk: captured mass, signal-to-noise, what is caught, what is advised."""
+"""Tests of flexmoba.tune: captured mass, signal-to-noise ratio, capture, and recommendations."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 def dense_weights(q, k, scale):
-    """Full causal attention weights ``(B, Hq, Lq, Lk)``."""
+    """Returns the weights of full causal attention, ``(B, Hq, Lq, Lk)``."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q @ k.mT * scale).double()
     return scores.masked_fill(~causal(q, k), -math.inf).softmax(-1)
@@ -97,7 +97,7 @@ def test_a_sample_and_pieces_give_the_same(monkeypatch):
     for size in (16, 40):
         for a, b in zip(whole[size], pieces[size], strict=True):
             torch.testing.assert_close(a, b)
-    # Moving the queries moves what they see.
+    # Queries at other positions attend to other keys.
     moved = gate_quality(q[:, :, index], k, 16, 2, positions=index)
     assert not torch.allclose(moved[16].mass, whole[16].mass[:1])
 
@@ -106,11 +106,11 @@ def test_a_sample_and_pieces_give_the_same(monkeypatch):
 
 
 def needles(block_size, *, blocks=32, heads=256, dim=32, mean=3.0, cluster=1, mean_cluster=0.0):
-    """One query per head, and keys whose product with it is known: arXiv 2511.11571, Sec. 3.
+    """Returns one query for each head, and keys whose products with it are known.
 
-    The query is a unit vector and noise keys have independent elements of variance 1 / dim, so
-    that the paper's dmu is ``mean``. A random block holds the key of that product with the query,
-    and ``cluster - 1`` others of product ``mean_cluster`` on average.
+    The query is a unit vector, and noise keys have independent elements of variance 1 / dim, so
+    ``mean`` is dmu in arXiv 2511.11571, Sec. 3. A random block holds a key whose product with the
+    query is ``mean``, and ``cluster - 1`` keys whose products have the mean ``mean_cluster``.
     """
     generator = torch.Generator().manual_seed(0)
     length = blocks * block_size
@@ -133,12 +133,12 @@ def test_snr_of_a_needle_is_the_papers(block_size, cluster, mean_cluster):
     measured = gate_quality(q, k, block_size, 2)[block_size]
     dmu_eff = 3.0 + (cluster - 1) * mean_cluster
     expected = dmu_eff * math.sqrt(32 / (2 * block_size))
-    # Of 256 signals: the standard error of the mean is 1 / sqrt(2 * 256) = 0.044.
+    # The standard error of the mean over 256 signals is 1 / sqrt(2 * 256) = 0.044.
     assert float(measured.snr.mean()) == pytest.approx(expected, abs=0.15)
 
 
 def test_a_needle_is_found_as_often_as_the_paper_predicts():
-    # Of two blocks, the noise block wins with probability Phi(-SNR).
+    # With one noise block, the noise block wins with probability Phi(-SNR).
     q, k = needles(64, blocks=3, heads=2000, mean=2.0)
     measured = gate_quality(q, k, 64, 2)[64]
     expected = 1 - NormalDist().cdf(-2.0 * math.sqrt(32 / 128))
@@ -166,7 +166,7 @@ def test_required_snr():
         ({"topk": ()}, "nothing to measure"),
         ({"positions": torch.arange(3)}, r"int64 of shape \(8,\)"),
         ({"positions": torch.arange(8).int()}, "int64 of shape"),
-        ({"positions": torch.arange(1, 9)}, "from 0 to 7, among the keys, got 1 to 8"),
+        ({"positions": torch.arange(1, 9)}, "from 0 to 7, the last key, got 1 to 8; pass"),
     ],
 )
 def test_quality_refuses(change, text):
@@ -179,7 +179,7 @@ def test_quality_refuses(change, text):
 
 
 class Attention(nn.Module):
-    """Self-attention of ``x (B, H, L, D)`` by some function, with queries and keys of its own."""
+    """Self-attention of ``x (B, H, L, D)`` by a given function, with queries 2x and keys 3x."""
 
     def __init__(self, attend):
         super().__init__()
@@ -311,7 +311,7 @@ def compiled(model):
         (Attention(FlexMoba(16, 2, is_causal=False)), "no causal mask"),
         (
             Attention(FlexMoba(16, 2, cu_seqlens=torch.tensor([0, 20, 50], dtype=torch.int32))),
-            "called with cu_seqlens, of ",
+            "called with cu_seqlens, in ",
         ),
         (Attention(FlexMoba(16, 2, key_padding_mask=PADDED)), "called with key_padding_mask"),
         (
@@ -322,7 +322,7 @@ def compiled(model):
             Attention(
                 lambda q, k, v: F.scaled_dot_product_attention(q[:, :, -1:], k, v, is_causal=True)
             ),
-            "shapes other than (B, H, L, D) of as many queries as keys",
+            "shapes other than (B, H, L, D) with as many queries as keys",
         ),
         (
             Attention(lambda q, k, v: F.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0])),
@@ -333,10 +333,12 @@ def compiled(model):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_what_is_not_plain_causal_self_attention_is_left_out(model, reason):
     x = torch.randn(1, 3, 50, 16)
-    with pytest.raises(ValueError, match=rf"was seen \({re.escape(reason)}.*sdpa"):
+    with pytest.raises(
+        ValueError, match=rf"no plain causal self-attention \({re.escape(reason)}.*sdpa"
+    ):
         calls_of(model, x)
-    both = nn.Sequential(OrderedDict({"kept": sdpa(is_causal=True), "left out": model}))
-    text = rf"^capture left out attention calls: {re.escape(reason)}.*left out"
+    both = nn.Sequential(OrderedDict({"kept": sdpa(is_causal=True), "skipped": model}))
+    text = rf"^capture skipped attention calls: {re.escape(reason)}.*skipped"
     with pytest.warns(UserWarning, match=text):
         calls = calls_of(both, x)
     assert [call.name for call in calls] == ["kept"]
@@ -366,16 +368,16 @@ def test_many_calls_inside_torch_compile():
 
 def test_names_few_of_many_layers():
     model = nn.Sequential(*(sdpa(attn_mask=WINDOW) for _ in range(6)), sdpa(is_causal=True))
-    with pytest.warns(UserWarning, match=r", of 0, 1, 2, 3 and 2 more$"):
+    with pytest.warns(UserWarning, match=r", in 0, 1, 2, 3 and 2 more$"):
         calls = calls_of(model, torch.randn(1, 1, 50, 16))
     assert [call.name for call in calls] == ["6"]
 
 
 @st.composite
 def masks(draw, length):
-    """Masks of two heads: causal, but for a window, padding, documents or a prefix, of some size.
+    """Draws causal masks of two heads, with a window, padding, documents or a prefix.
 
-    Of some sizes, they hide or show nothing more than the causal one.
+    With some sizes of these, the mask equals the causal mask.
     """
     i, j = torch.arange(length)[:, None], torch.arange(length)
     sizes = st.integers(0, length)
@@ -417,14 +419,14 @@ def test_of_transformers_models_layers_with_a_window_are_left_out(attention):
     )
     model = transformers.Gemma3TextModel(config).eval()
     tokens = torch.arange(50)[None] % 9
-    if attention == "eager":  # which calls none of torch's functions
+    if attention == "eager":  # eager attention calls no function that capture intercepts
         with pytest.raises(ValueError, match="no attention call"):
             calls_of(model, tokens)
         return
     with pytest.warns(UserWarning, match=rf"{MASK}.*layers.0.self_attn, layers.2.self_attn$"):
         calls = calls_of(model, tokens)
     assert [call.name for call in calls] == ["layers.1.self_attn"]
-    assert len(calls_of(model, tokens[:, :16])) == 3  # none is beyond its window
+    assert len(calls_of(model, tokens[:, :16])) == 3  # no token is beyond the window
 
 
 def test_a_chunk_for_a_cache_is_left_out():
@@ -438,7 +440,7 @@ def test_a_chunk_for_a_cache_is_left_out():
             layer(torch.randn(1, 10, 32), cache=cache)
         return calls
 
-    with pytest.warns(UserWarning, match="called with cache, of moba"):
+    with pytest.warns(UserWarning, match="called with cache, in moba"):
         calls = steps()
     assert [call.k.shape[2] for call in calls] == [50]
 
@@ -520,12 +522,12 @@ def test_a_choice_that_fails_costs_no_other_result(monkeypatch):
     monkeypatch.setattr("flexmoba.tune.measure.flex_moba", fails)
     calls, without = [tuple(torch.randn(2, 1, 2, 64, 8))], [(16, 2)]
     with pytest.warns(
-        UserWarning, match="block_size=16, topk=2 was left out, it failed: no memory$"
+        UserWarning, match="block_size=16, topk=2 failed and was omitted: no memory$"
     ):
         report = tune(calls, (8, 16), (2, 3))
     assert [(x.block_size, x.topk) for x in report.choices] == [(8, 2), (8, 3), (16, 3)]
     without = [(8, 2), (8, 3)]
-    with pytest.warns(match="left out"), pytest.raises(torch.OutOfMemoryError):
+    with pytest.warns(match="omitted"), pytest.raises(torch.OutOfMemoryError):
         tune(calls, (8,), (2, 3))
 
 
@@ -534,7 +536,7 @@ def test_dense_attention_that_fails_costs_no_other_result(monkeypatch):
         raise torch.OutOfMemoryError("no memory\nand more lines")
 
     monkeypatch.setattr("flexmoba.tune.measure._dense", fails)
-    with pytest.warns(UserWarning, match="dense attention was not timed, it failed: no memory$"):
+    with pytest.warns(UserWarning, match="dense attention failed and was not timed: no memory$"):
         report = tune([tuple(torch.randn(2, 1, 2, 64, 8))], (16,), (2,), backward=True)
     assert report.dense_forward_ms is None
     assert report.timed
@@ -544,7 +546,7 @@ def test_dense_attention_that_fails_costs_no_other_result(monkeypatch):
 
 
 def report_of(*choices):
-    """A report of choices given as (sparsity, mass, ms)."""
+    """Returns a report of choices given as (sparsity, mass, ms)."""
     empty = Choice(8, 1, 0.0, 0.0, 0.0, None, None, None, None, None, [[0.0]])
     return Report(
         "cpu",
@@ -578,9 +580,9 @@ def test_frontier_and_advice():
     assert untimed.recommend(mass=0.6).topk == 1  # the sparsest
     with pytest.raises(ValueError, match="nothing was timed"):
         untimed.recommend(latency_ms=1)
-    with pytest.raises(ValueError, match="give one of"):
+    with pytest.raises(ValueError, match="exactly one of mass, sparsity and latency_ms, got mass="):
         report.recommend()
-    with pytest.raises(ValueError, match="give one of"):
+    with pytest.raises(ValueError, match="exactly one of mass, sparsity and latency_ms, got mass="):
         report.recommend(mass=0.5, sparsity=0.5)
 
 
@@ -604,12 +606,12 @@ def test_the_table_marks_frontier_and_advice():
         (
             [(torch.full((1, 1, 64, 8), math.nan),) * 2],
             {"block_sizes": (8,)},
-            "q or k of a call hold NaN or inf",
+            "q or k of a call contain NaN or inf",
         ),
         (
             [(torch.zeros(1, 1, 64, 8),) * 2, (torch.zeros(1, 2, 64, 8),) * 2],
             {"block_sizes": (8,)},
-            "as many query heads, got 1 and 2 of ''",
+            "same number of query heads, got 1 and 2 for ''",
         ),
     ],
 )

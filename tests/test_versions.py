@@ -1,4 +1,4 @@
-"""What reports say they were made with."""
+"""Tests of the versions and the commit in reports."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from flexmoba.reporting.versions import _commit
     ],
     ids=lambda command: command[0],
 )
-def test_reports_hold_them(command, capsys):  # those of bench and demo: in their own tests
+def test_reports_hold_them(command, capsys):  # other tests check the reports of bench and demo
     assert main([*command, "--device", "cpu", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report.items() >= versions().items()
@@ -40,7 +40,7 @@ def test_the_commit_is_that_of_the_checkout_alone(tmp_path):
 
     assert commit() is None
     git("init")
-    assert commit() is None  # of nothing yet
+    assert commit() is None  # the repository has no commit yet
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "--no-gpg-sign", "-m", "message")

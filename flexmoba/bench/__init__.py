@@ -1,4 +1,4 @@
-"""The benchmark: compares each configuration with float64, then times it beside other attention."""
+"""The benchmark: checks each configuration against float64, then times it and its baselines."""
 
 from flexmoba.bench.calls import ROUNDINGS, describe, matrix_rate, measure
 from flexmoba.bench.configs import PRESETS, Config

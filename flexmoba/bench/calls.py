@@ -1,4 +1,4 @@
-"""Measures one configuration: its error, its milliseconds and its memory, and those of others."""
+"""Measures error, time and memory of one configuration, and time and memory of its baselines."""
 
 import functools
 import itertools
@@ -20,13 +20,13 @@ from flexmoba.reporting import median_ms, versions
 call_ms = functools.partial(median_ms, seconds=1)
 
 SAMPLED_QUERIES = 32
-# Allowed errors, of the largest sampled output: half precision is rounded once per part, while in
-# float32 many small errors add up.
+# Allowed error in machine epsilons of the largest sampled output. Half precision rounds each
+# partial output once; in float32, many small errors add up.
 ROUNDINGS = {torch.float16: 4, torch.bfloat16: 4, torch.float32: 64, torch.float64: 64}
 
 
 def describe(device: torch.device) -> dict[str, str | None]:
-    """What the numbers depend on."""
+    """Returns the device and the versions, on which the times depend."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     name = name or platform.machine()
     if device.type == "cpu":
@@ -35,14 +35,24 @@ def describe(device: torch.device) -> dict[str, str | None]:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of one large matrix product: what this device can do at best."""
+    """Returns the TFLOP/s of one large matrix product, an upper bound for this device."""
     size = 8192 if device.type == "cuda" else 2048
     x = torch.randn(size, size, device=device).to(dtype)
     return 2 * size**3 / call_ms(lambda: x @ x, device) / 1e9
 
 
 def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Error, milliseconds and peak memory of one configuration."""
+    """Measures one configuration and its baselines.
+
+    Args:
+        config: The configuration.
+        device: Device of the inputs.
+        dtype: Dtype of the inputs.
+
+    Returns:
+        ``error`` and ``allowed``; if the error is allowed, also median milliseconds by name and
+        peak memory in MiB.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(heads: int) -> Tensor:
@@ -99,10 +109,13 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
 
 
 def try_to_time(name: str, measured: Callable[[], float]) -> dict[str, float]:
-    """What is measured, by its name; nothing if it fails, which costs no other result."""
+    """Returns the time under a name, or nothing if the measurement fails, so that others go on."""
     try:
         return {name: measured()}
-    except (RuntimeError, TypeError) as error:  # another version of torch, say
+    except (
+        RuntimeError,
+        TypeError,
+    ) as error:  # such as a missing backend
         print(f"{name} failed: {str(error).splitlines()[0]}", file=sys.stderr)
         return {}
 
@@ -116,7 +129,7 @@ def _baselines(config: Config, device: torch.device) -> dict[str, Callable[..., 
     if config.dense == "nothing":
         return {}
     if config.documents > 1:
-        return _of_documents(config, device)
+        return _document_baselines(config, device)
     baselines = dense_attention(device, is_causal=True)
     if config.dense == "all" and device.type == "cuda":
         baselines["FlexAttention"] = _dense_flex_attention
@@ -124,7 +137,7 @@ def _baselines(config: Config, device: torch.device) -> dict[str, Callable[..., 
 
 
 def dense_attention(device: torch.device, *, is_causal: bool) -> dict[str, Callable[..., Tensor]]:
-    """What `scaled_dot_product_attention` offers on this device."""
+    """Returns the backends of `scaled_dot_product_attention` on this device, by name."""
     backends: dict[str, Any] = {"SDPA": None}
     if device.type == "cuda":
         backends = {
@@ -145,8 +158,8 @@ def dense_attention(device: torch.device, *, is_causal: bool) -> dict[str, Calla
     return {name: dense(backend) for name, backend in backends.items()}
 
 
-def _of_documents(config: Config, device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    """The same tokens as one sequence, and dense attention within each document."""
+def _document_baselines(config: Config, device: torch.device) -> dict[str, Callable[..., Tensor]]:
+    """Returns MoBA over the tokens as one sequence, and dense attention within each document."""
 
     def unpacked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flex_moba(q, k, v, config.block_size, config.topk)
@@ -177,22 +190,23 @@ def _dense_flex_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _split(
     moba: Callable[[], Any], gate: Callable[[], Any], device: torch.device
 ) -> dict[str, float] | None:
-    """Milliseconds on the GPU of the stages of a forward call; None where there are no kernels.
+    """Returns the GPU milliseconds of each stage of a forward call; None on CPU.
 
-    Own blocks are attended where the parts are merged, so they are counted there.
+    The kernel that merges partial outputs also attends to the own blocks, so one entry counts both.
     """
     if device.type != "cuda":
         return None
-    kernels, of_gate = _kernel_ms(moba), sum(_kernel_ms(gate).values())
+    kernels, gate_ms = _kernel_ms(moba), sum(_kernel_ms(gate).values())
     attention = sum(ms for name, ms in kernels.items() if name == "attend_kernel")
     merge = sum(ms for name, ms in kernels.items() if name == "finish_kernel")
-    if not merge:  # another implementation
-        return {"gate": of_gate, "rest": sum(kernels.values()) - of_gate}
-    routing = sum(kernels.values()) - of_gate - attention - merge
-    return {"gate": of_gate, "routing": routing, "attention": attention, "own and merge": merge}
+    if not merge:  # a backend other than fused
+        return {"gate": gate_ms, "rest": sum(kernels.values()) - gate_ms}
+    routing = sum(kernels.values()) - gate_ms - attention - merge
+    return {"gate": gate_ms, "routing": routing, "attention": attention, "own and merge": merge}
 
 
 def _kernel_ms(function: Callable[[], Any], calls: int = 3) -> dict[str, float]:
+    """Returns the milliseconds of each CUDA kernel in a call, by name."""
     function()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -209,7 +223,7 @@ def _kernel_ms(function: Callable[[], Any], calls: int = 3) -> dict[str, float]:
 def _error(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, config: Config, options: dict[str, Any]
 ) -> tuple[float, float]:
-    """The largest error of sampled queries, and what is allowed."""
+    """Returns the largest error of sampled queries, and the allowed error."""
     generator = torch.Generator().manual_seed(1)
     sample = torch.randint(config.length, (SAMPLED_QUERIES,), generator=generator).to(q.device)
     selection = moba_select(q, k, config.block_size, config.topk, **options)[:, :, sample]
@@ -220,26 +234,32 @@ def _error(
 
 
 def largest_error(out: Tensor, exact: Tensor) -> float:
-    """A NaN, which compares as no error and is no JSON, counts as the largest number there is."""
+    """Returns the largest absolute difference.
+
+    A NaN counts as the largest float, because NaN compares as no error and JSON cannot hold it.
+    """
     return float((out - exact).abs().nan_to_num(nan=sys.float_info.max).max())
 
 
 def exact_rows(
     q: Tensor, k: Tensor, v: Tensor, selection: Tensor, position: Tensor, config: Config
 ) -> Tensor:
-    """Attention of some queries in float64, a head at a time: ``(B, Hq, queries, D)``.
+    """Computes the attention of some queries in float64, one head at a time.
 
     Args:
-        q: ``(B, Hq, queries, D)``.
-        k: ``(B, Hkv, L, D)``.
-        v: ``(B, Hkv, L, D)``.
-        selection: ``(B, Hq, queries, topk)``, the blocks that each attends to.
-        position: ``(queries,)``, where each stands.
-        config: What is measured.
+        q: Queries, ``(B, Hq, n, D)``.
+        k: Keys, ``(B, Hkv, L, D)``, in the dtype of ``q``.
+        v: Values, ``(B, Hkv, L, D)``, in the dtype of ``q``.
+        selection: The selected blocks of each query, ``(B, Hq, n, topk)`` int32.
+        position: The position of each query, ``(n,)`` int64.
+        config: The configuration.
+
+    Returns:
+        The attention, ``(B, Hq, n, D)`` float64.
     """
     key = torch.arange(k.shape[2], device=q.device)
     first, blocks_before = torch.zeros_like(key), torch.zeros_like(key)
-    if config.documents > 1:  # blocks are counted in order over all documents
+    if config.documents > 1:  # block indices count over all documents of a row
         lengths = torch.tensor(config.lengths, device=q.device)
         blocks = -(-lengths // config.block_size)
         first = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
@@ -250,17 +270,17 @@ def exact_rows(
     for b in range(config.batch):
         for h in range(config.heads):
             kv = h // (config.heads // config.kv_heads)
-            chosen = torch.zeros_like(visible)
-            for slot in selection[b, h].unbind(-1):
-                chosen |= block_of_key == slot[:, None]
+            selected = torch.zeros_like(visible)
+            for block in selection[b, h].unbind(-1):
+                selected |= block_of_key == block[:, None]
             scores = q[b, h].double() @ k[b, kv].double().T * config.head_dim**-0.5
-            weights = scores.masked_fill(~(chosen & visible), float("-inf")).softmax(-1)
+            weights = scores.masked_fill(~(selected & visible), float("-inf")).softmax(-1)
             exact[b, h] = weights @ v[b, kv].double()
     return exact
 
 
 def _peak(function: Callable[[], Any], device: torch.device) -> float | None:
-    """MiB allocated by a call beyond what was there before, its results included."""
+    """Returns the peak MiB that a call allocates, including its results; None on CPU."""
     if device.type != "cuda":
         return None
     function()  # compiles

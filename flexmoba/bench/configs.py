@@ -1,4 +1,4 @@
-"""What ``flexmoba bench`` measures: configurations, what they cost, and their presets."""
+"""The configurations of ``flexmoba bench``, their operation counts, and the presets."""
 
 import functools
 import random
@@ -9,7 +9,23 @@ from flexmoba.checks import GateName
 
 @dataclass(frozen=True)
 class Config:
-    """One row of a table: causal self-attention of random normal inputs, or a decoding step."""
+    """A configuration: causal self-attention of random normal inputs, or a decoding step.
+
+    Attributes:
+        batch: Rows of the batch.
+        heads: Query heads.
+        kv_heads: KV heads.
+        length: Tokens of a row; in a decoding step, tokens of the context.
+        block_size: Keys in a block.
+        topk: Blocks that a query attends to, including its own block.
+        head_dim: Head dim.
+        backward: Whether to also time the backward pass.
+        dense: Dense baselines: ``"all"``, ``"SDPA"`` (without FlexAttention) or ``"nothing"``.
+        gate: The gate.
+        documents: Documents packed in each row.
+        longest_known: Whether the call gets ``max_seqlen``.
+        decode: Whether to measure a step of one token for each row against a cache.
+    """
 
     batch: int
     heads: int
@@ -19,14 +35,14 @@ class Config:
     topk: int
     head_dim: int = 128
     backward: bool = True
-    dense: str = "all"  # what it is compared with: all, SDPA (without FlexAttention) or nothing
+    dense: str = "all"
     gate: GateName = "token"
-    documents: int = 1  # packed in each row
-    longest_known: bool = False  # whether the call is told how long the longest document is
-    decode: bool = False  # one token for each row of the batch against so many before
+    documents: int = 1
+    longest_known: bool = False
+    decode: bool = False
 
     def __str__(self) -> str:
-        """The first cell of its row."""
+        """Returns the first cell of its table row."""
         text = (
             f"{self.batch} x {self.heads}/{self.kv_heads} x {size(self.length)}, "
             f"{self.block_size}, {self.topk}"
@@ -37,17 +53,17 @@ class Config:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Of the documents of a row, which differ; their sum is the length."""
+        """The random lengths of the documents of a row, which add up to ``length``."""
         return _document_lengths(self.length, self.documents)
 
     @property
     def dense_pairs(self) -> int:
-        """Pairs of a query and a key that causal attention multiplies, of one head."""
+        """The query-key pairs of one head in full causal attention."""
         return sum(n * (n + 1) // 2 for n in self.lengths)
 
     @property
     def pairs(self) -> int:
-        """Those that MoBA multiplies: the own block up to the query, and whole past ones."""
+        """The query-key pairs of one head in MoBA: own blocks up to the query, and past blocks."""
         return sum(map(self._pairs_of, self.lengths))
 
     def _pairs_of(self, length: int) -> int:
@@ -59,13 +75,17 @@ class Config:
         )
 
     def flop(self, *, backward: bool) -> int:
-        """Floating point operations of its matrix products; the backward pass has 5 for 2."""
+        """Returns the floating point operations of the matrix products.
+
+        Args:
+            backward: Whether to add the backward pass, which has 5 products to the forward's 2.
+        """
         products = 7 if backward else 2
         return 2 * products * self.batch * self.heads * self.pairs * self.head_dim
 
 
 def size(length: int) -> str:
-    """A number of tokens, in K or M where it is whole."""
+    """Formats a number of tokens, in units of K or M if it is a multiple."""
     for unit, tokens in (("M", 2**20), ("K", 2**10)):
         if length % tokens == 0:
             return f"{length // tokens}{unit}"

@@ -1,21 +1,21 @@
-"""Shows what was measured: tables in Markdown, and a picture."""
+"""Formats the results of a benchmark as Markdown tables and as a figure."""
 
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from flexmoba.bench.configs import Config, size
-from flexmoba.reporting import log_scale, new_figure, pays_from
+from flexmoba.reporting import faster_from, log_scale, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def tables(report: dict[str, Any]) -> str:
-    """Formats a report as Markdown: times of calls and steps, then forward times by stage."""
+    """Formats a report as Markdown: times of calls and of steps, then forward times by stage."""
     results = [(_config(result), result) for result in report["results"]]
     parts = []
     for title, backward in (("Forward", False), ("Forward and backward", True)):
-        # Documents have baselines of their own: one table for both would be too wide.
+        # Documents have other baselines; one table with all columns would be too wide.
         for suffix, packed in (("", False), (", packed documents", True)):
             rows = [
                 row
@@ -25,8 +25,8 @@ def tables(report: dict[str, Any]) -> str:
             ]
             if rows:
                 dense = [name for name in DENSE if any(name in row for row in rows)]
-                heads = [_CONFIG, "sparsity", "flex_moba ms", "TFLOP/s", _SHARE, *dense, _MIB]
-                parts.append(f"{title}{suffix}\n\n{_table(heads, rows)}")
+                headings = [_CONFIG, "sparsity", "flex_moba ms", "TFLOP/s", _SHARE, *dense, _MIB]
+                parts.append(f"{title}{suffix}\n\n{_table(headings, rows)}")
     steps = [row for config, result in results if (row := _step_row(config, result))]
     if steps:
         dense = [name for name in DENSE if any(name in row for row in steps)]
@@ -40,7 +40,7 @@ def tables(report: dict[str, Any]) -> str:
     if splits:
         stages = list(dict.fromkeys(stage for row in splits for stage in row))
         parts.append(f"Forward time by stage, in ms\n\n{_table(stages, splits)}")
-    parts += _begins_to_pay(report["results"])
+    parts += _break_even_texts(report["results"])
     return "\n\n".join(parts)
 
 
@@ -51,7 +51,7 @@ _STEP = "batch x heads x context, block, topk"
 
 
 def line(result: dict[str, Any]) -> str:
-    """What was measured of one configuration, in a line."""
+    """Formats the result of one configuration as a line."""
     if result["error"] > result["allowed"]:
         return f"{_config(result)}: {_wrong(result)}"
     parts = []
@@ -63,8 +63,11 @@ def line(result: dict[str, Any]) -> str:
     return f"{_config(result)}: {'; '.join(parts)}"
 
 
-def _begins_to_pay(results: list[dict[str, Any]]) -> list[str]:
-    """From which length on MoBA is faster than the fastest dense attention, where several tell."""
+def _break_even_texts(results: list[dict[str, Any]]) -> list[str]:
+    """Returns the length from which MoBA is faster than the fastest dense attention, as text.
+
+    It compares results that differ only in length, and needs at least two of them.
+    """
     alike: dict[Config, list[dict[str, Any]]] = {}
     for result in results:
         config = replace(_config(result), length=0, backward=True, dense="all")
@@ -72,25 +75,25 @@ def _begins_to_pay(results: list[dict[str, Any]]) -> list[str]:
             alike.setdefault(config, []).append(result)
     texts = []
     for key, name in (("forward_ms", "forward"), ("both_ms", "forward and backward")):
-        for config, several in alike.items():
+        for config, group in alike.items():
             times = [
                 (result["length"], result[key]["flex_moba"], min(dense))
-                for result in several
+                for result in group
                 if (dense := [ms for x, ms in (result.get(key) or {}).items() if x in DENSE])
             ]
             if len(times) > 1:
-                start, longest = pays_from(times), max(times)[0]
+                start, longest = faster_from(times), max(times)[0]
                 heads = f"{config.heads}/{config.kv_heads} heads"
                 texts.append(
                     f"{heads}, block {config.block_size}, topk {config.topk}, {name}: "
                     + ("faster than dense attention " if start else "not faster ")
-                    + (f"from {size(start)} tokens on" if start else f"at {size(longest)} tokens")
+                    + (f"from {size(start)} tokens" if start else f"at {size(longest)} tokens")
                 )
     return ["\n".join(texts)] if texts else []
 
 
 def _config(result: dict[str, Any]) -> Config:
-    """That of a result, which may be older than some fields."""
+    """Returns the configuration of a result; older results lack some fields."""
     return Config(**{f.name: result[f.name] for f in fields(Config) if f.name in result})
 
 
@@ -135,16 +138,21 @@ def _times_row(
     }
 
 
-def _table(heads: list[str], rows: list[dict[str, str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *([row.get(head, "") for head in heads] for row in rows)]
+def _table(headings: list[str], rows: list[dict[str, str]]) -> str:
+    cells = ([row.get(heading, "") for heading in headings] for row in rows)
+    lines = [headings, ["---"] * len(headings), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plot(report: dict[str, Any]) -> "Figure":
-    """Draws the times of a report as bars: of whole calls, and below of decoding steps."""
+    """Draws the times of a report as bars: first the calls, then the decoding steps.
+
+    Raises:
+        ValueError: The report has no times.
+    """
     kinds = (
         {"forward_ms": "forward", "both_ms": "forward and backward"},
-        {"step_ms": "a decoding step"},
+        {"step_ms": "decoding step"},
     )
     groups = [
         (rows, titles)
@@ -152,7 +160,7 @@ def plot(report: dict[str, Any]) -> "Figure":
         if (rows := [x for x in report["results"] if x.get(next(iter(titles)))])
     ]
     if not groups:
-        raise ValueError("nothing in this report was timed, so there is nothing to draw")
+        raise ValueError("this report has no times to draw; pass a report of timed results")
     counts = [len(rows) for rows, _ in groups]
     figure = new_figure((11, 1.4 * len(groups) + 0.55 * sum(counts)))
     parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=[n + 2 for n in counts])
@@ -171,15 +179,15 @@ def plot(report: dict[str, Any]) -> "Figure":
 
 
 def _draw_bars(axes: Any, rows: list[dict[str, float]]) -> None:
-    """The times of each row below each other, in the colour of their name."""
+    """Draws a group of bars for each row, with one colour for each name."""
     names = ("flex_moba", *DENSE)
     for color, name in enumerate(names):
-        places, times = [], []
+        positions, times = [], []
         for y, row in enumerate(rows):
-            here = [x for x in names if x in row]
-            if name in here:
-                places.append(y + (here.index(name) + 0.5) * 0.8 / len(here) - 0.4)
+            timed = [x for x in names if x in row]
+            if name in timed:
+                positions.append(y + (timed.index(name) + 0.5) * 0.8 / len(timed) - 0.4)
                 times.append(row[name])
         heights = [0.8 / max(1, sum(x in row for x in names)) for row in rows if name in row]
         if times:
-            axes.barh(places, times, heights, label=name, color=f"C{color}")
+            axes.barh(positions, times, heights, label=name, color=f"C{color}")

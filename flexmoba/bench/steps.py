@@ -1,7 +1,7 @@
-"""How long one decoding step against a cache takes, beside dense attention over all keys.
+"""Measures the time of one decoding step with a cache, and of dense attention over all keys.
 
-The step writes the new keys and values down, chooses and attends; the dense ones only attend. On a
-GPU both are replayed as CUDA graphs, as servers run them.
+The step appends the new keys and values, selects blocks and attends. The dense baselines only
+attend. On a GPU, both run as replayed CUDA graphs, like in a server.
 """
 
 import functools
@@ -25,11 +25,20 @@ from flexmoba.bench.configs import Config
 from flexmoba.cache import MobaCache
 from flexmoba.gate import moba_select
 
-_STEPS = 256  # room for those that are timed
+_STEPS = 256  # capacity of the cache for the timed steps, each of which appends a token
 
 
 def measure_step(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Error and milliseconds of one step at the end of the context."""
+    """Measures one decoding step at the end of the context, and its dense baselines.
+
+    Args:
+        config: The configuration.
+        device: Device of the inputs.
+        dtype: Dtype of the inputs.
+
+    Returns:
+        ``error`` and ``allowed``; if the error is allowed, also median milliseconds by name.
+    """
     generator = torch.Generator(device).manual_seed(0)
     batch, length, dim = config.batch, config.length, config.head_dim
 
@@ -74,6 +83,7 @@ def measure_step(config: Config, device: torch.device, dtype: torch.dtype) -> di
 
 
 def _replayed_ms(step: Callable[[], Tensor], device: torch.device) -> float:
+    """Returns the median milliseconds of a step; on CUDA, of a replayed CUDA graph of it."""
     if device.type != "cuda":
         return call_ms(step, device)
     step()  # compiles

@@ -1,4 +1,4 @@
-"""The command line: ``flexmoba`` and its commands."""
+"""The command line program ``flexmoba`` and its commands."""
 
 from flexmoba.commands.cli import main
 

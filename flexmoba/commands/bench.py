@@ -1,19 +1,20 @@
-"""How fast flex_moba is on this device, beside dense attention, and whether it is right.
+"""Check and time flex_moba and dense attention on this device.
 
-Every configuration is first compared with float64 attention on sampled queries; one that disagrees
-is reported as wrong and not timed. Times are medians over repeated calls (CUDA events on a GPU),
-of the whole call, gate included; all of one run, on one device. Each result is printed at once, and
-all of them as tables at the end, with the length from which on MoBA is faster, where several tell.
+The command first compares each configuration with float64 attention on sampled queries. It reports
+a configuration with too large an error as WRONG, and does not time it. A time is the median over
+repeated whole calls, including the gate, measured by CUDA events on a GPU. All times are from one
+run on one device. The command prints each result at once, and tables of all results at the end. If
+several results differ only in length, it also prints the length from which MoBA is faster.
 
-Presets are
+Presets:
   cpu          4K to 16K tokens, for a CPU
-  quick        8K and 32K tokens; on a CPU it is cpu
+  quick        8K and 32K tokens; on a CPU, the same as cpu
   flashmoba    8K to 128K tokens
   paper        128K and 1M tokens, block 4096, topk 12
   longest      1M and 10M tokens, forward
   gates        gate="token", "group" and "tile" at 64K tokens
-  documents    64K tokens, packed of 1 to 1024 documents
-  decode       steps of one token at contexts of 32K to 1M
+  documents    64K tokens in 1 to 1024 packed documents
+  decode       decoding steps at contexts of 32K to 1M tokens
 """
 
 import argparse
@@ -43,14 +44,14 @@ from flexmoba.reporting import (
     check_writable,
     note,
     note_load,
+    print_result,
     save_picture,
-    say,
     write_json,
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``flexmoba bench``."""
+    """Adds the options of ``flexmoba bench``."""
     on_gpu = torch.cuda.is_available()
     parser.add_argument(
         "--preset",
@@ -58,55 +59,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["quick" if on_gpu else "cpu"],
         metavar="NAME",
-        help=f"which configurations (default: {'quick' if on_gpu else 'cpu'})",
+        help=f"the configurations to measure (default: {'quick' if on_gpu else 'cpu'})",
     )
     add_device(parser)
     parser.add_argument(
         "--dtype",
         choices=[str(dtype).removeprefix("torch.") for dtype in ROUNDINGS],
         default="bfloat16" if on_gpu else "float32",
-        help="default: %(default)s",
+        help="dtype of the inputs (default: %(default)s)",
     )
     add_json(parser)
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the times (needs matplotlib)"
+        "--plot", type=Path, metavar="FILE", help="plot the times to FILE (needs matplotlib)"
     )
     parser.add_argument(
-        "--show", type=Path, metavar="FILE", help="show an earlier --json FILE; measure nothing"
+        "--show",
+        type=Path,
+        metavar="FILE",
+        help="show the FILE of an earlier --json, without measuring",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures and prints, or writes, the tables; 1 if a result was wrong."""
+    """Measures and prints or writes the results; returns 1 if a result is wrong."""
     check_writable(json=arguments.json, plot=arguments.plot)
     report = _earlier(arguments.show) if arguments.show else _heading(arguments)
     try:
         if not arguments.show:
             _measure_all(report, arguments)
-    finally:  # an interruption or a failure loses nothing that was measured
+    finally:  # after an interruption or a failure, too
         if report["results"] and write_json(report, arguments.json):
             print(f"\n{tables(report)}")
     if arguments.plot:
         try:
             save_picture(plot(report), "plot", arguments.plot)
-        except ValueError as error:  # nothing was right enough to be timed, which the code tells
+        except ValueError as error:  # every result is wrong; the exit code reports it
             print(f"--plot: {error}", file=sys.stderr)
     return int(any(result["error"] > result["allowed"] for result in report["results"]))
 
 
 def _earlier(file: Path) -> dict[str, Any]:
+    """Reads a report that ``--json`` wrote."""
     if not file.is_file():
-        raise UsageError(f"--show {file}: there is no such file; --json writes one")
+        raise UsageError(f"--show {file}: there is no such file; write one with --json")
     try:
         report: dict[str, Any] = json.loads(file.read_text())
         tables(report)
     except (ValueError, LookupError, TypeError) as error:
-        raise UsageError(f"--show {file}: that is no report; --json writes one") from error
+        raise UsageError(
+            f"--show {file}: this is not a report of flexmoba bench; write one with --json"
+        ) from error
     return report
 
 
 def _heading(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A report without results."""
+    """Returns a report without results, and prints it to standard error."""
     device = torch.device(arguments.device)
     report: dict[str, Any] = {
         "command": f"flexmoba bench --preset {' '.join(arguments.preset)}",
@@ -119,7 +126,7 @@ def _heading(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure_all(report: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Fills in the results."""
+    """Measures the configurations and adds the results to the report."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     note_load(arguments.device)
     small = {"quick": "cpu"} if device.type == "cpu" else {}
@@ -128,6 +135,6 @@ def _measure_all(report: dict[str, Any], arguments: argparse.Namespace) -> None:
         note(f"{i} of {len(configs)}: {config}")
         measured = (measure_step if config.decode else measure)(config, device, dtype)
         report["results"].append(asdict(config) | measured)
-        say(line(report["results"][-1]), arguments.json)
-        if arguments.json not in (None, "-"):  # after every row, in case this is killed
+        print_result(line(report["results"][-1]), arguments.json)
+        if arguments.json not in (None, "-"):  # after every result, in case the process is killed
             write_json(report, arguments.json)

@@ -1,4 +1,4 @@
-"""The command line: ``flexmoba`` and ``python -m flexmoba``."""
+"""The command line program: ``flexmoba`` and ``python -m flexmoba``."""
 
 import argparse
 import os
@@ -11,19 +11,18 @@ from flexmoba.commands import bench, demo, info, tune
 from flexmoba.reporting import UsageError
 
 EXIT_CODES = """exit codes:
-  0    done
-  1    done, and what was measured is not as it should be: a result differs from MoBA in float64,
-       or (tune) nothing keeps to the budget
-  2    not done: wrong options, or something is missing; the message says what to do
-  130  interrupted by Ctrl-C; what was measured by then is printed, and written where --json says"""
+  0    success
+  1    completed, but a result differs from MoBA in float64, or (tune) no choice meets the budget
+  2    wrong usage, or something is missing; the message names the remedy
+  130  interrupted by Ctrl-C; the results so far are printed, and written with --json"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="flexmoba",
-        description="Mixture of Block Attention on this machine.",
-        epilog=f"flexmoba COMMAND --help explains a command\n\n{EXIT_CODES}",
+        description="Check, time and tune Mixture of Block Attention on this machine.",
+        epilog=f"Run flexmoba COMMAND --help for the options of a command.\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"flexmoba {__version__}")
@@ -32,21 +31,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands,
         demo,
         "demo",
-        "train a small model with flex_moba, check, time and draw its attention",
+        "train a small model with flex_moba, and check, time and plot its attention",
         "flexmoba demo --seconds 20 --max-length 4096",
     )
     _add(
         commands,
         bench,
         "bench",
-        "check and time flex_moba beside dense attention",
+        "check and time flex_moba and dense attention",
         "flexmoba bench --preset flashmoba --json results.json --plot results.png",
     )
     _add(
         commands,
         tune,
         "tune",
-        "choose block size and topk for a model's own queries and keys",
+        "measure block sizes and topks on the queries and keys of a model",
         "flexmoba tune --example --sparsity 0.9 --plot frontier.png\n"
         "         flexmoba tune --model ./my-model --text book.txt --latency-ms 5 --json tune.json",
     )
@@ -54,18 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands,
         info,
         "info",
-        'print versions, the device and what impl="auto" chooses',
+        'print versions, the device and the backend of impl="auto"',
         "flexmoba info --dtype float32 --head-dim 64",
     )
-    chosen = parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
     try:
-        code: int = chosen.run(chosen)
-        sys.stdout.flush()  # while a closed pipe can still be told from an error
+        code: int = parsed.run(parsed)
+        sys.stdout.flush()  # raises BrokenPipeError here, not at exit
     except UsageError as error:
         parser.exit(2, f"flexmoba: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "flexmoba: interrupted\n")
-    except BrokenPipeError:  # the reader, `head` say, has enough
+    except BrokenPipeError:  # the reader, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code

@@ -1,14 +1,14 @@
-"""Trains a small language model with MoBA attention, then checks, times and draws that attention.
+"""Train a small language model with MoBA attention, then check, time and plot its attention.
 
-1. A byte-level language model, whose only attention is `flex_moba`, learns the sources of Python's
-   standard library for about a minute.
-2. The trained model reads one long text; its queries, keys and values are put through `flex_moba`
-   and compared with the oracle, `moba_reference`.
-3. Pictures show which blocks the queries chose on unseen text, and how often each.
-4. The same attention is timed beside full attention, at growing lengths.
+1. Train a byte-level language model whose only attention is flex_moba on the sources of Python's
+   standard library, for about a minute.
+2. Run the model on one long text, and compare flex_moba on its queries, keys and values with the
+   oracle, moba_reference.
+3. Plot the blocks that the queries select on unseen text, and how often they select each block.
+4. Time the same attention and full attention at growing lengths.
 
-Everything runs on this machine's best device; nothing is downloaded. On two cores it takes about
-two minutes; every result is printed at once.
+The command uses the GPU if there is one, and downloads nothing. On two CPU cores, it takes about
+two minutes. It prints each result at once.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from flexmoba.reporting import (
     add_device,
     add_json,
     check_writable,
+    faster_from,
     median_ms,
     note,
     note_load,
-    pays_from,
     positive,
+    print_result,
     save_picture,
-    say,
     table_row,
     table_rule,
     versions,
@@ -49,15 +49,15 @@ from flexmoba.tune import gate_quality
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 64, 2
 BLOCK, TOPK = 64, 4
-LENGTH, BATCH = 1024, 4  # of the training
+LENGTH, BATCH = 1024, 4  # of a training step
 PICTURES = ("selection.png", "choices.png")
 
 
 class Layer(nn.Module):
-    """Attention and a feed-forward part, each on normalized inputs and added to them."""
+    """A pre-norm transformer layer of attention and a feed-forward network."""
 
     def __init__(self) -> None:
-        """Makes the parts."""
+        """Creates the layer with random weights."""
         super().__init__()
         width = HEADS * HEAD_DIM
         self.norms = nn.ModuleList([nn.RMSNorm(width), nn.RMSNorm(width)])
@@ -69,17 +69,17 @@ class Layer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The next layer's input, from x (B, L, width)."""
+        """Computes the input of the next layer, ``(B, L, width)`` like ``x``."""
         x = x + self.attention(self.norms[0](x))
         out: Tensor = x + self.feed_forward(self.norms[1](x))
         return out
 
 
 class ByteModel(nn.Module):
-    """Predicts each byte of a text from those before it."""
+    """A language model that predicts each byte of a text from the bytes before it."""
 
     def __init__(self) -> None:
-        """Makes the layers."""
+        """Creates the model with random weights."""
         super().__init__()
         width = HEADS * HEAD_DIM
         self.embed = nn.Embedding(256, width)
@@ -88,7 +88,7 @@ class ByteModel(nn.Module):
         self.to_logits = nn.Linear(width, 256, bias=False)
 
     def forward(self, text: Tensor) -> Tensor:
-        """Logits (B, L, 256) of the next byte, from bytes (B, L)."""
+        """Computes logits of the next byte, ``(B, L, 256)``, from bytes ``(B, L)`` int64."""
         x = self.embed(text)
         for layer in self.layers:
             x = layer(x)
@@ -96,13 +96,13 @@ class ByteModel(nn.Module):
         return logits
 
     def bits_per_byte(self, text: Tensor) -> Tensor:
-        """The mean loss, in bits; 8 is chance."""
+        """Computes the mean loss in bits, ``()``; 8 is chance."""
         logits = self(text[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()) / math.log(2)
 
 
 def standard_library() -> Tensor:
-    """The text: the standard library's own modules, one after the other, as bytes."""
+    """Returns the sources of the standard library as one text, ``(bytes,)`` uint8."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "test", "tests", "idle_test", "dist-packages", "__pycache__"}
     files = [x for x in sorted(root.rglob("*.py")) if skipped.isdisjoint(x.parts)]
@@ -112,16 +112,27 @@ def standard_library() -> Tensor:
 def train(
     text: Tensor, held_out: Tensor, seconds: int, device: torch.device
 ) -> tuple[ByteModel, dict[str, float]]:
-    """Trains on a text for some seconds; bits per byte on held-out sequences."""
+    """Trains a model on a text for some seconds.
+
+    Args:
+        text: The text, ``(bytes,)`` uint8.
+        held_out: Sequences for the validation, ``(n, LENGTH + 1)`` int64.
+        seconds: Duration of the training.
+        device: Device of the model.
+
+    Returns:
+        The model, and its bits per byte on the held-out sequences, with MoBA and with full
+        attention.
+    """
     model = ByteModel().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     parameters = sum(x.numel() for x in model.parameters())
     size = f"{parameters / 1e6:.1f}M parameters on {len(text) / 1e6:.0f} MB of Python"
-    note(f"Training {size} for {seconds} s")
-    model.bits_per_byte(held_out[:1]).backward()  # compiles, on a GPU, outside the time budget
+    note(f"Training a model of {size} for {seconds} s")
+    model.bits_per_byte(held_out[:1]).backward()  # compiles on a GPU, outside the time budget
     began, step, noted = time.perf_counter(), 0, 0.0
     while (elapsed := time.perf_counter() - began) < seconds:
-        for group in optimizer.param_groups:  # up, then linearly down to nothing
+        for group in optimizer.param_groups:  # a warm-up, then linearly down to 0
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 20) * (1 - elapsed / seconds)
         batch = windows(text, torch.randint(len(text) - LENGTH - 1, (BATCH,))).to(device)
         loss = model.bits_per_byte(batch)
@@ -141,45 +152,50 @@ def train(
 
 
 def windows(text: Tensor, starts: Tensor) -> Tensor:
-    """One sequence of LENGTH + 1 bytes from each start."""
+    """Returns a sequence of LENGTH + 1 bytes from each start, ``(n, LENGTH + 1)`` int64."""
     return text[starts[:, None] + torch.arange(LENGTH + 1)].long()
 
 
 @torch.no_grad()
 def qkv_of(model: ByteModel, texts: Tensor) -> list[Tensor]:
-    """The last layer's queries, keys and values on texts ``(B, L)``."""
+    """Returns queries, keys and values of the last layer on texts ``(B, L)`` int64."""
     *_, attend = (module for module in model.modules() if isinstance(module, FlexMoba))
-    caught: list[Tensor] = []
-    hook = attend.register_forward_pre_hook(lambda _, qkv: caught.extend(qkv))
+    recorded: list[Tensor] = []
+    hook = attend.register_forward_pre_hook(lambda _, qkv: recorded.extend(qkv))
     model(texts)
     hook.remove()
     dtype = torch.bfloat16 if texts.is_cuda else torch.float32
-    return [x.to(dtype).contiguous() for x in caught]
+    return [x.to(dtype).contiguous() for x in recorded]
 
 
 def check(qkv: list[Tensor]) -> dict[str, float]:
-    """Compares flex_moba with the oracle on the first 2,048 positions."""
+    """Compares flex_moba with the oracle on the first 2,048 positions.
+
+    Returns:
+        The largest error of 99.9 % of the queries, the allowed error, and the share of queries with
+        a larger error, which selected another block.
+    """
     q, k, v = (x[:, :, :2048] for x in qkv)
     expected = moba_reference(q.cpu(), k.cpu(), v.cpu(), BLOCK, TOPK).float()
     out: Any = flex_moba(q, k, v, BLOCK, TOPK)
     error = (out.float().cpu() - expected).abs().amax(-1)
-    error = error.nan_to_num(nan=torch.finfo(error.dtype).max)  # a NaN compares as no error
-    roundings = 16 if q.dtype == torch.float32 else 2  # half precision is rounded once per part
+    error = error.nan_to_num(nan=torch.finfo(error.dtype).max)  # NaN would compare as no error
+    roundings = 16 if q.dtype == torch.float32 else 2  # half precision rounds each partial output
     allowed = roundings * torch.finfo(q.dtype).eps * float(expected.abs().max())
-    # Two scores may be equal but for rounding: then either block is right.
+    # Rounding may swap two blocks with equal scores; then either selection is correct.
     wrong = (error > allowed).float().mean().item()
     return {"error": error.quantile(0.999).item(), "allowed": allowed, "other_block": wrong}
 
 
 def captured(qkv: list[Tensor]) -> dict[str, float]:
-    """What the chosen blocks capture of the attention that full attention would pay."""
+    """Returns the captured mass of the selected blocks, and of the best possible selection."""
     q, k, _ = qkv
     quality = gate_quality(q, k, BLOCK, TOPK)[BLOCK]
     return {"mass": float(quality.mass.mean()), "best_mass": float(quality.best_mass.mean())}
 
 
 def time_lengths(qkv: list[Tensor], max_length: int) -> Iterator[dict[str, float]]:
-    """Milliseconds beside full attention's, at lengths doubled up to the longest."""
+    """Yields the milliseconds of MoBA and of full attention, at lengths that double each time."""
     for length in (max_length >> i for i in (3, 2, 1, 0) if max_length >> i >= 1024):
         q, k, v = (x[:, :, :length].detach().requires_grad_() for x in qkv)
 
@@ -202,13 +218,13 @@ def time_lengths(qkv: list[Tensor], max_length: int) -> Iterator[dict[str, float
         yield row
 
 
-HEADS_OF_TIMES = ["length", "full, forward", "MoBA, forward", "speed-up"]
-HEADS_OF_TIMES += ["full, both ways", "MoBA, both ways", "speed-up"]
-WIDTHS = [len(head) for head in HEADS_OF_TIMES]
+TIME_HEADINGS = ["length", "full, forward", "MoBA, forward", "speed-up"]
+TIME_HEADINGS += ["full, both ways", "MoBA, both ways", "speed-up"]
+WIDTHS = [len(heading) for heading in TIME_HEADINGS]
 
 
 def times_row(row: dict[str, float]) -> str:
-    """The times of one length as a line of the table."""
+    """Formats the times at one length as a line of the table."""
     line = [f"{row['length']:,}"]
     for way in ("forward_ms", "both_ms"):
         full, moba = row[f"full_{way}"], row[f"moba_{way}"]
@@ -217,18 +233,20 @@ def times_row(row: dict[str, float]) -> str:
 
 
 def summary(rows: list[dict[str, float]]) -> str:
-    """From which length on MoBA is the faster."""
+    """Formats the length from which MoBA is faster."""
     texts = []
     for way, name in (("forward_ms", "forward"), ("both_ms", "forward and backward")):
-        start = pays_from(
+        start = faster_from(
             [(int(row["length"]), row[f"moba_{way}"], row[f"full_{way}"]) for row in rows]
         )
-        texts.append(f"{name} from {start:,} tokens on" if start else f"{name} at none of these")
-    return f"Here MoBA is the faster {', '.join(texts)}"
+        texts.append(
+            f"{name} from {start:,} tokens" if start else f"{name} at none of these lengths"
+        )
+    return f"On this machine, MoBA is faster: {', '.join(texts)}"
 
 
 def draw(qkv: list[Tensor], folder: Path) -> list[str]:
-    """Which blocks the queries of each head chose on the first text, and how often on it."""
+    """Plots the blocks that the queries of each head select, and how often; returns the files."""
     from flexmoba.plot import plot_choices, plot_heads
 
     q, k, _ = qkv
@@ -241,101 +259,106 @@ def draw(qkv: list[Tensor], folder: Path) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``flexmoba demo``."""
+    """Adds the options of ``flexmoba demo``."""
     on_gpu = torch.cuda.is_available()
     parser.add_argument(
-        "--seconds", type=positive, default=60, help="how long to train (default: %(default)s)"
+        "--seconds",
+        type=positive,
+        default=60,
+        help="duration of the training in seconds (default: %(default)s)",
     )
     add_device(parser)
     parser.add_argument(
         "--max-length",
         type=positive,
         default=65536 if on_gpu else 16384,
-        help="the longest text to time (default: %(default)s)",
+        help="length of the longest text to time (default: %(default)s)",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("demo-output"),
         metavar="FOLDER",
-        help="where the pictures go (default: %(default)s)",
+        help="folder for the pictures (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the model (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of the model (default: %(default)s)"
+    )
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains, checks, draws and times; 1 if flex_moba disagrees with the oracle."""
+    """Trains, checks, plots and times; returns 1 if flex_moba disagrees with the oracle."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("the demo needs matplotlib; pip install 'flexmoba[plot]'")
+        raise UsageError("the demo needs matplotlib; run pip install 'flexmoba[plot]'")
     check_writable(json=arguments.json)
     torch.manual_seed(arguments.seed)
     text = standard_library()
     if not 1024 <= arguments.max_length <= len(text):
         raise UsageError(
-            f"--max-length {arguments.max_length}: must lie from 1024 to {len(text)}, the bytes of "
-            "the text"
+            f"--max-length {arguments.max_length}: must be from 1024 to {len(text)}, the number of "
+            "bytes of the text"
         )
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"--output {arguments.output}: no such folder can be made ({error.strerror}); name "
-            "another"
+            f"--output {arguments.output}: the folder cannot be created ({error.strerror}); choose "
+            "another folder"
         ) from error
     for name in PICTURES:
         check_writable(output=arguments.output / name)
     report: dict[str, Any] = {"captured": None, "times": [], "pictures": []}
     try:
         return measure(text, report, arguments)
-    finally:  # an interruption or a failure loses nothing that was measured
+    finally:  # after an interruption or a failure, too
         if "bits_per_byte" in report:
             write_json(report, arguments.json)
 
 
 def measure(text: Tensor, report: dict[str, Any], arguments: argparse.Namespace) -> int:
-    """Fills in the report, and prints each part at once."""
+    """Fills in the report and prints each result at once; returns the exit code."""
 
-    def tell(result: str) -> None:
-        say(result, arguments.json)
+    def show(result: str) -> None:
+        print_result(result, arguments.json)
 
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else platform.machine()
     report |= {"device": name, **versions()}
-    tell(f"Device: {name}, torch {torch.__version__}")
+    show(f"Device: {name}, torch {torch.__version__}")
     note_load(arguments.device)
-    seen, unseen = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+    training, unseen = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
     held_out = windows(unseen, torch.linspace(0, len(unseen) - LENGTH - 1, 16).long()).to(device)
-    model, bits = train(seen, held_out, arguments.seconds, device)
+    model, bits = train(training, held_out, arguments.seconds, device)
     report["bits_per_byte"] = bits
-    tell(
-        f"Unseen text: {bits['moba']:.3f} bits per byte, {bits['full']:.3f} if it attends fully "
+    show(
+        f"Unseen text: {bits['moba']:.3f} bits per byte, {bits['full']:.3f} with full attention "
         "(8 is chance)"
     )
     long = qkv_of(model, text[None, : max(arguments.max_length, 2048)].long().to(device))
     report["oracle"] = agreement = check(long)
-    tell(
-        f"Against the oracle, 2,048 positions: largest error {agreement['error']:.1e} (allowed "
-        f"{agreement['allowed']:.1e}), {agreement['other_block']:.2%} of the queries chose "
-        "another, equally good block"
+    show(
+        f"Comparison with the oracle at 2,048 positions: largest error {agreement['error']:.1e} "
+        f"(allowed {agreement['allowed']:.1e}); {agreement['other_block']:.2%} of the queries "
+        "select another block with an almost equal score"
     )
     if not agreement["other_block"] < 1e-3:
         note("flex_moba disagrees with the oracle")
         return 1
     qkv = qkv_of(model, held_out[:, :-1])
     report["captured"] = share = captured(qkv)
-    tell(
-        f"The chosen blocks capture {share['mass']:.1%} of full attention on unseen text of "
-        f"{LENGTH:,} bytes, as in training; the best {TOPK} of {LENGTH // BLOCK} blocks would "
-        f"{share['best_mass']:.1%}"
+    show(
+        f"The selected blocks capture {share['mass']:.1%} of full attention on unseen text of "
+        f"{LENGTH:,} bytes, the length of the training; the best {TOPK} of {LENGTH // BLOCK} "
+        f"blocks capture {share['best_mass']:.1%}"
     )
     report["pictures"] = draw(qkv, arguments.output)
-    tell(f"Pictures of that: {', '.join(report['pictures'])}")
-    tell(f"\nMilliseconds, block {BLOCK}, topk {TOPK}, {long[0].dtype}\n")
-    tell(f"{table_row(HEADS_OF_TIMES, WIDTHS)}\n{table_rule(WIDTHS)}")
+    show(f"Pictures of the selection: {', '.join(report['pictures'])}")
+    show(f"\nMilliseconds, block {BLOCK}, topk {TOPK}, {long[0].dtype}\n")
+    show(f"{table_row(TIME_HEADINGS, WIDTHS)}\n{table_rule(WIDTHS)}")
     for row in time_lengths(long, arguments.max_length):
         report["times"].append(row)
-        tell(times_row(row))
-    tell(f"\n{summary(report['times'])}")
+        show(times_row(row))
+    show(f"\n{summary(report['times'])}")
     return 0

@@ -1,4 +1,4 @@
-"""What is installed, and which implementation ``impl="auto"`` chooses here, and why."""
+"""Print versions, the device, and the backends that support the inputs of a call."""
 
 import argparse
 from typing import Any
@@ -11,38 +11,45 @@ from flexmoba.reporting import add_device, add_json, check_writable, positive, v
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``flexmoba info``."""
+    """Adds the options of ``flexmoba info``."""
     on_gpu = torch.cuda.is_available()
     add_device(parser)
     parser.add_argument(
         "--dtype",
         choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES],
         default="bfloat16" if on_gpu else "float32",
-        help="of the inputs that a call would have (default: %(default)s)",
+        help="dtype of the inputs (default: %(default)s)",
     )
-    parser.add_argument("--head-dim", type=positive, default=128, help="default: %(default)s")
+    parser.add_argument(
+        "--head-dim", type=positive, default=128, help="head dim (default: %(default)s)"
+    )
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints it."""
+    """Prints or writes the description; returns 0."""
     check_writable(json=arguments.json)
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     report = describe(device, dtype, arguments.head_dim)
     if not write_json(report, arguments.json):
         return 0
-    implementations = report.pop("implementations")
+    backends = report.pop("implementations")
     for name, value in report.items():
         print(f"{name:<16} {'none' if value is None else value}")
     print()
-    for name, reason in implementations.items():
-        chosen = " <- auto" if name == report["auto"] else ""
-        print(f"{name:<16} {'available' if reason is None else reason}{chosen}")
+    for name, reason in backends.items():
+        mark = " <- auto" if name == report["auto"] else ""
+        print(f"{name:<16} {'available' if reason is None else reason}{mark}")
     return 0
 
 
 def describe(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
-    """Versions, the device, and for each implementation why it cannot serve, or None."""
+    """Describes the installation for inputs of a dtype and head dim.
+
+    Returns:
+        Versions, the device, the backend of ``impl="auto"``, and for each backend the reason why it
+        does not support the inputs, or None.
+    """
     q = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
     return {
         **versions(),

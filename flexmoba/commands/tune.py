@@ -1,16 +1,17 @@
-"""Which block size and topk suit given queries and keys, on this device.
+"""Measure block sizes and topks on given queries and keys, on this device.
 
-For every block size and topk it prints how much of full attention the selected blocks capture
-(mass), what the best selection of as many blocks would (best mass), the head that gets least
-(worst head), how often the block of the strongest past key is selected (found), the gate's
-signal-to-noise ratio (SNR) beside the one that is needed, and the time beside dense attention.
-A star marks the choices that are worth their cost; an arrow the one recommended for your budget.
+For each block size and topk, the table shows the share of full attention that the selected blocks
+capture (mass), the share that the best selection of as many blocks captures (best mass), the lowest
+mass of any head (worst head), how often the block of the strongest past key is selected (found),
+the signal-to-noise ratio of the gate (SNR), the ratio that makes the gate reliable (needed), and
+the time, with the speedup over dense attention. A star marks the frontier: the choices without an
+alternative that captures more mass at no higher cost. An arrow marks the choice for your budget.
 
-Queries and keys come from one of
-  --model FOLDER --text FILE   a Hugging Face model on this disk that reads a text
+Sources of queries and keys:
+  --model FOLDER --text FILE   a local Hugging Face model, and a text for it
   --tensors FILE               tensors "q" (B, Hq, L, D) and "k" (B, Hkv, L, D), or several pairs
                                "NAME.q" and "NAME.k", in a .pt or .safetensors file
-  --example                    made-up ones: they show how to read the table, no more
+  --example                    synthetic tensors, only to show the output
 """
 
 import argparse
@@ -33,25 +34,27 @@ from flexmoba.reporting import (
     check_writable,
     note_load,
     positive,
+    print_result,
     save_picture,
-    say,
     write_json,
 )
 from flexmoba.tune import Call, Choice, Report, capture, reports, sampled, synthetic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``flexmoba tune``."""
+    """Adds the options of ``flexmoba tune``."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", type=Path, metavar="FOLDER", help="needs --text")
-    source.add_argument("--tensors", type=Path, metavar="FILE")
-    source.add_argument("--example", action="store_true")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="what the model reads")
+    source.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="folder of a model; needs --text"
+    )
+    source.add_argument("--tensors", type=Path, metavar="FILE", help="file of tensors")
+    source.add_argument("--example", action="store_true", help="use synthetic tensors")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="text for the model")
     parser.add_argument(
         "--length",
         type=positive,
         default=8192,
-        help="tokens, at most, of the text or the example (default: %(default)s)",
+        help="maximum number of tokens of the text or the example (default: %(default)s)",
     )
     for name, default in (("block-sizes", [64, 128, 256, 512]), ("topks", [2, 3, 4, 8])):
         parser.add_argument(
@@ -60,41 +63,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             nargs="+",
             default=default,
             metavar="N",
-            help=f"default: {' '.join(map(str, default))}",
+            help=f"{name.replace('-', ' ')} to measure (default: {' '.join(map(str, default))})",
         )
     parser.add_argument(
         "--queries",
         type=positive,
         default=256,
-        help="how many queries to sample of each layer (default: %(default)s)",
+        help="number of queries to sample of each layer (default: %(default)s)",
     )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--mass",
         type=_share,
         default=0.95,
-        help="recommend the cheapest that captures this share (default: %(default)s)",
+        help="recommend the cheapest choice with at least this mass (default: %(default)s)",
     )
     budget.add_argument(
-        "--sparsity", type=_share, help="recommend what captures most at this sparsity at least"
+        "--sparsity",
+        type=_share,
+        help="recommend the choice with most mass at this sparsity or more",
     )
     budget.add_argument(
-        "--latency-ms", type=_milliseconds, help="recommend what captures most in this time at most"
+        "--latency-ms", type=_milliseconds, help="recommend the choice with most mass in this time"
     )
-    parser.add_argument("--backward", action="store_true", help="time the backward pass, too")
-    parser.add_argument("--no-times", action="store_true", help="time nothing")
+    parser.add_argument("--backward", action="store_true", help="also time the backward pass")
+    parser.add_argument("--no-times", action="store_true", help="omit times")
     add_device(parser)
     add_json(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (needs matplotlib)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="plot the report to FILE (needs matplotlib)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures and prints; 1 if nothing that was measured keeps to the budget."""
+    """Measures and prints or writes a report; returns 1 if no choice meets the budget."""
     check_writable(json=arguments.json, plot=arguments.plot)
     if arguments.no_times and (arguments.latency_ms is not None or arguments.backward):
-        raise UsageError("--latency-ms and --backward need times; leave --no-times out")
+        raise UsageError("--latency-ms and --backward need times; remove --no-times")
     if (arguments.model is None) != (arguments.text is None):
-        raise UsageError("--model and --text go together: a model reads a text")
+        raise UsageError("--model and --text go together; pass both")
     if not arguments.no_times:
         note_load(arguments.device)
     report: Report | None = None
@@ -111,24 +118,24 @@ def run(arguments: argparse.Namespace) -> int:
             show_progress=True,
         ):
             if report.timed:
-                say(_line(report), arguments.json)
+                print_result(_line(report), arguments.json)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
-    finally:  # an interruption or a failure loses nothing that was measured
+    finally:  # after an interruption or a failure, too
         if report is not None:
             recommended = _show(report, arguments)
     if arguments.plot:
         from flexmoba.plot import plot_report
 
-        assert report is not None  # of one choice at least
+        assert report is not None  # reports yields at least one, or raises
         save_picture(plot_report(report, recommended), "plot", arguments.plot)
     return int(recommended is None)
 
 
 def _show(report: Report, arguments: argparse.Namespace) -> Choice | None:
-    """Prints, or writes, a report; what it recommends."""
+    """Prints or writes a report; returns the recommended choice."""
     budget, recommended = _recommend(report, arguments)
-    example = "synthetic, no model's" if arguments.example else None
+    example = "synthetic, from no model" if arguments.example else None
     asked = {"budget": budget, "recommended": recommended, "example": example}
     if write_json(_json(report, asked), arguments.json):
         tables = report.table(recommended)
@@ -139,7 +146,7 @@ def _show(report: Report, arguments: argparse.Namespace) -> Choice | None:
 
 
 def _line(report: Report) -> str:
-    """What was measured last."""
+    """Formats the last choice of a report as a line."""
     x = report.choices[-1]
     text = (
         f"block {x.block_size}, topk {x.topk}: captures {x.mass:.1%}, {x.forward_ms:.2f} ms forward"
@@ -152,7 +159,7 @@ def _line(report: Report) -> str:
 def _share(text: str) -> float:
     value = _number(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie above 0 and be at most 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be greater than 0 and at most 1, got {text}")
     return value
 
 
@@ -171,8 +178,8 @@ def _number(text: str) -> float:
 
 
 def _json(report: Report, asked: dict[str, Any]) -> dict[str, Any]:
-    chosen = asked["recommended"]
-    index = None if chosen is None else report.choices.index(chosen)
+    recommended = asked["recommended"]
+    index = None if recommended is None else report.choices.index(recommended)
     return report.to_dict() | asked | {"recommended": index}
 
 
@@ -180,8 +187,8 @@ def _recommend(report: Report, arguments: argparse.Namespace) -> tuple[str, Choi
     if arguments.sparsity is not None:
         return f"sparsity {arguments.sparsity:g}", report.recommend(sparsity=arguments.sparsity)
     if arguments.latency_ms is not None:
-        found = report.recommend(latency_ms=arguments.latency_ms)
-        return f"latency {arguments.latency_ms:g} ms", found
+        choice = report.recommend(latency_ms=arguments.latency_ms)
+        return f"latency {arguments.latency_ms:g} ms", choice
     return f"mass {arguments.mass:g}", report.recommend(mass=arguments.mass)
 
 
@@ -202,9 +209,9 @@ def _advice(report: Report, budget: str, choice: Choice | None) -> str:
     if choice is None:
         best = max(report.choices, key=lambda x: x.mass)
         return (
-            f"For {budget}: nothing measured keeps to it. The most mass, {best.mass:.1%}, has "
-            f"block {best.block_size}, topk {best.topk}, at sparsity {best.sparsity:.1%}. Try "
-            "other --block-sizes and --topks, or another budget."
+            f"For {budget}: no measured choice meets this budget. Block {best.block_size}, topk "
+            f"{best.topk} captures the most mass, {best.mass:.1%}, at sparsity "
+            f"{best.sparsity:.1%}. Try other --block-sizes and --topks, or another budget."
         )
     return (
         f"For {budget}: block_size={choice.block_size}, topk={choice.topk}. It captures "
@@ -213,7 +220,7 @@ def _advice(report: Report, budget: str, choice: Choice | None) -> str:
     )
 
 
-# ---- Where queries and keys come from -----------------------------------------------------------
+# ---- Sources of queries and keys ----------------------------------------------------------------
 
 
 def _calls(arguments: argparse.Namespace) -> Sequence[Call | tuple[Tensor, Tensor]]:
@@ -227,7 +234,7 @@ def _calls(arguments: argparse.Namespace) -> Sequence[Call | tuple[Tensor, Tenso
 
 def _from_file(file: Path, queries: int) -> list[Call]:
     if not file.is_file():
-        raise UsageError(f"--tensors {file}: there is no such file")
+        raise UsageError(f"--tensors {file}: there is no such file; check the path")
     load: Callable[[Path], Any] = functools.partial(
         torch.load, map_location="cpu", weights_only=True
     )
@@ -239,12 +246,12 @@ def _from_file(file: Path, queries: int) -> list[Call]:
         tensors = load(file)
     except Exception as error:
         raise UsageError(
-            f"--tensors {file}: {reader} cannot read it as tensors; write it by "
+            f"--tensors {file}: {reader} cannot read tensors from it; write it with "
             f'{writer}({{"q": q, "k": k}}, FILE)'
         ) from error
     if not isinstance(tensors, dict) or not all(map(_is_dense, tensors.values())):
         raise UsageError(
-            f"--tensors {file}: it must hold a dict of dense tensors; write it by "
+            f"--tensors {file}: it must hold a dict of dense tensors; write it with "
             f'{writer}({{"q": q, "k": k}}, FILE)'
         )
     names = [name for name in tensors if name == "q" or str(name).endswith(".q")]
@@ -252,8 +259,8 @@ def _from_file(file: Path, queries: int) -> list[Call]:
     missing = [k for _, k in pairs.values() if k not in tensors]
     if missing or not pairs:
         raise UsageError(
-            f'--tensors {file}: needs "q" and "k", or pairs "NAME.q" and "NAME.k"; it has '
-            f"{_few(tensors) or 'nothing'}"
+            f'--tensors {file}: must have "q" and "k", or pairs "NAME.q" and "NAME.k", got '
+            f"{_few(tensors) or 'nothing'}; rename the tensors"
         )
     calls = []
     for name, (q, k) in pairs.items():
@@ -271,7 +278,7 @@ def _is_dense(x: object) -> bool:
 
 
 def _few(names: Iterable[Any]) -> str:
-    """The first of some names, as text."""
+    """Formats the first names as text."""
     first = [str(name) for name in itertools.islice(names, 9)]
     return ", ".join(first[:8]) + ", ..." * (len(first) > 8)
 
@@ -279,9 +286,9 @@ def _few(names: Iterable[Any]) -> str:
 def _from_model(arguments: argparse.Namespace) -> list[Call]:
     folder, file = arguments.model, arguments.text
     if not folder.is_dir():
-        raise UsageError(f"--model {folder}: there is no such folder; nothing is downloaded")
+        raise UsageError(f"--model {folder}: there is no such folder; download the model first")
     if not file.is_file():
-        raise UsageError(f"--text {file}: there is no such file")
+        raise UsageError(f"--text {file}: there is no such file; check the path")
     transformers = _module("transformers", "transformers")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -293,10 +300,10 @@ def _from_model(arguments: argparse.Namespace) -> list[Call]:
         raise UsageError(f"--model {folder}: transformers cannot load it: {reason}") from error
     model = model.to(arguments.device).eval()
     with file.open(encoding="utf-8", errors="replace") as lines:
-        text = lines.read(64 * arguments.length)  # more than the tokens of any text would hold
+        text = lines.read(64 * arguments.length)  # enough for that many tokens of most texts
     tokens = tokenizer(text, return_tensors="pt").input_ids
     tokens = tokens[:, : arguments.length].to(arguments.device)
-    print(f"the model reads {tokens.shape[1]:,} tokens", file=sys.stderr)
+    print(f"the model processes {tokens.shape[1]:,} tokens", file=sys.stderr)
     with torch.no_grad(), capture(model, queries=arguments.queries, device="cpu") as calls:
         model.base_model(tokens, use_cache=False)
     return calls
@@ -306,4 +313,4 @@ def _module(name: str, package: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UsageError(f"this needs {package}; pip install {package}") from error
+        raise UsageError(f"this command needs {package}; run pip install {package}") from error

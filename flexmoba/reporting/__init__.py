@@ -1,4 +1,4 @@
-"""What commands and examples share: terminal and files, figures, timing, versions."""
+"""Helpers of commands and examples: terminal and files, figures, timing, versions."""
 
 from flexmoba.reporting.console import (
     UsageError,
@@ -8,16 +8,16 @@ from flexmoba.reporting.console import (
     note,
     note_load,
     positive,
+    print_result,
     progress,
     save_picture,
-    say,
     table,
     table_row,
     table_rule,
     write_json,
 )
 from flexmoba.reporting.figure import can_draw, log_scale, mpl, new_figure
-from flexmoba.reporting.timing import median_ms, pays_from
+from flexmoba.reporting.timing import faster_from, median_ms
 from flexmoba.reporting.versions import versions
 
 __all__ = [
@@ -26,17 +26,17 @@ __all__ = [
     "add_json",
     "can_draw",
     "check_writable",
+    "faster_from",
     "log_scale",
     "median_ms",
     "mpl",
     "new_figure",
     "note",
     "note_load",
-    "pays_from",
     "positive",
+    "print_result",
     "progress",
     "save_picture",
-    "say",
     "table",
     "table_row",
     "table_rule",

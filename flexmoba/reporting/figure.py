@@ -1,4 +1,4 @@
-"""Figures of matplotlib that belong to no window and no notebook, for files of every format."""
+"""Figures of matplotlib for files, independent of windows and notebooks."""
 
 import contextlib
 import importlib
@@ -13,30 +13,30 @@ if TYPE_CHECKING:
 
 
 def mpl(module: str) -> Any:
-    """A module of matplotlib, also where ``MPLBACKEND`` names a backend that is not installed.
+    """Imports a module of matplotlib, even if ``MPLBACKEND`` names a backend that is missing.
 
-    A notebook sets that variable, and programs started from it may run in another environment.
+    A notebook sets this variable, and a program that it starts may run in another environment.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     first = "matplotlib" not in sys.modules
-    backend = os.environ.pop("MPLBACKEND", None) if first else None  # which may fail the import
+    backend = os.environ.pop("MPLBACKEND", None) if first else None  # can make the import fail
     try:
         imported = importlib.import_module(f"matplotlib.{module}")
     except ImportError as error:
-        raise ImportError("pictures need matplotlib; pip install 'flexmoba[plot]'") from error
+        raise ImportError("pictures need matplotlib; run pip install 'flexmoba[plot]'") from error
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
     if backend:
         with contextlib.suppress(ValueError):
-            sys.modules["matplotlib"].rcParams["backend"] = backend  # as its import would have
+            sys.modules["matplotlib"].rcParams["backend"] = backend  # as the import would have done
     return imported
 
 
 def new_figure(size: tuple[float, float]) -> "Figure":
-    """An empty figure of some inches, drawn the same everywhere."""
+    """Returns an empty figure of ``size`` inches with fixed resolution, layout and background."""
     figure: Figure = mpl("figure").Figure(
         figsize=size, dpi=120, layout="constrained", facecolor="white"
     )
@@ -44,7 +44,7 @@ def new_figure(size: tuple[float, float]) -> "Figure":
 
 
 def log_scale(axes: "Axes", text: str = "{:g}", factor: float = 1.0) -> None:
-    """A logarithmic x axis with numbers at 1, 2 and 5, which do not overlap."""
+    """Makes the x axis logarithmic, with labels at 1, 2 and 5 that do not overlap."""
     ticker = mpl("ticker")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -53,5 +53,5 @@ def log_scale(axes: "Axes", text: str = "{:g}", factor: float = 1.0) -> None:
 
 
 def can_draw(file: Path) -> bool:
-    """Whether a figure can be written in the format that the name of a file ends in."""
+    """Returns whether matplotlib supports the format of the file's suffix."""
     return file.suffix[1:].lower() in new_figure((1, 1)).canvas.get_supported_filetypes()

@@ -1,4 +1,4 @@
-"""How long a call takes, and from which length on one is faster than another."""
+"""Times a call, and finds the length from which one call is faster than another."""
 
 import statistics
 import time
@@ -9,14 +9,14 @@ import torch
 
 
 def median_ms(function: Callable[[], Any], device: torch.device, *, seconds: float = 0.3) -> float:
-    """Median milliseconds of a call: of three at least, and of more while time is left.
+    """Returns the median milliseconds of a call, over at least three runs.
 
-    A first call, which may compile, is not counted. Of calls that take seconds, one must do.
+    The first run, which may compile, does not count. A call of more than two seconds runs once.
 
     Args:
-        function: What is timed.
-        device: Where it runs; on CUDA the device's clock is read.
-        seconds: How long to go on, at about.
+        function: The call.
+        device: Its device. On CUDA, events measure the time.
+        seconds: Approximate duration of the measurement.
     """
     began = time.perf_counter()
     _once(function, device)
@@ -28,17 +28,21 @@ def median_ms(function: Callable[[], Any], device: torch.device, *, seconds: flo
     return statistics.median(times)
 
 
-def pays_from(times: Sequence[tuple[int, float, float]]) -> int | None:
-    """The length from which on the first time is below the second, of those measured, or None.
+def faster_from(times: Sequence[tuple[int, float, float]]) -> int | None:
+    """Returns the shortest measured length from which the first time is always the lower one.
 
     Args:
-        times: ``(length, time, time)`` of each measurement.
+        times: ``(length, first time, second time)`` of each measurement.
+
+    Returns:
+        The length, or None if the first time is not lower at the greatest length.
     """
     slow = max((length for length, ours, other in times if ours >= other), default=-1)
     return min((length for length, _, _ in times if length > slow), default=None)
 
 
 def _once(function: Callable[[], Any], device: torch.device) -> float:
+    """Returns the milliseconds of one call."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

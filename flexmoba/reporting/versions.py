@@ -1,4 +1,4 @@
-"""What a report was made with: versions, the commit of a checkout, and the day."""
+"""The versions, the commit and the date that every report contains."""
 
 import datetime
 import functools
@@ -15,7 +15,7 @@ CHECKOUT = Path(__file__).parent.parent
 
 
 def versions() -> dict[str, str | None]:
-    """By name; None for what is not there."""
+    """Returns versions, commit and date by name; None for a missing one."""
     return {
         "flexmoba": __version__,
         "commit": _commit(CHECKOUT),
@@ -29,15 +29,15 @@ def versions() -> dict[str, str | None]:
 
 @functools.cache
 def _commit(folder: Path) -> str | None:
-    """The commit of a checkout, with ``-dirty`` where its files differ from it."""
-    if not (folder / ".git").exists():  # an installed package may lie in another project's checkout
+    """Returns the commit of a checkout, with ``-dirty`` if tracked files differ from it."""
+    if not (folder / ".git").exists():  # it may be installed inside another checkout
         return None
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         git = subprocess.run(
             [*command, "--exclude=*"], capture_output=True, text=True, timeout=10, check=True
         )
-    except (OSError, subprocess.SubprocessError):  # no git, or one that refuses
+    except (OSError, subprocess.SubprocessError):  # git is missing or fails
         return None
     return git.stdout.strip()
 

@@ -1,4 +1,4 @@
-"""Choosing block size and topk for a model's own queries and keys, on this device."""
+"""Measurements that help choose block size and topk for the queries and keys of a model."""
 
 from flexmoba.tune.calls import Call, capture, sample_positions
 from flexmoba.tune.example import synthetic

@@ -1,4 +1,4 @@
-"""The queries and keys that a model's attention sees, caught while it runs."""
+"""Records the queries and keys of a model's attention calls while the model runs."""
 
 import functools
 import warnings
@@ -15,26 +15,26 @@ from torch.overrides import TorchFunctionMode
 
 from flexmoba.nn import FlexMoba
 
-MAX_NAMES = 4  # of layers in a message
+MAX_NAMES = 4  # layers that a message names for each reason
 _NO_LIMIT = 1 << 30
-# Why a call is left out.
-_SHAPES = "shapes other than (B, H, L, D) of as many queries as keys, two at least"
+# Reasons to skip a call.
+_SHAPES = "shapes other than (B, H, L, D) with as many queries as keys, at least two"
 _NO_MASK = "no causal mask"
-_MASK = "a mask other than the causal one (a window, padding, documents), or a bias on scores"
+_MASK = "a mask other than the causal one (a window, padding, documents), or a bias on the scores"
 _CONVERTED = "a model converted to flexmoba"
-# Options of `flex_moba` under which a call is not plain causal self-attention of whole sequences.
+# With any of these options of `flex_moba`, a call is not plain causal self-attention.
 _NOT_PLAIN = ("cu_seqlens", "document_ids", "key_padding_mask", "cache", "score_mod")
 
 
 @dataclass
 class Call:
-    """One call of causal self-attention.
+    """A recorded call of causal self-attention.
 
     Attributes:
         name: The innermost module that made the call, as in ``model.named_modules()``.
         q: A sample of its queries, ``(B, Hq, n, D)``.
-        k: Its keys, ``(B, Hkv, L, D)``.
-        positions: Where those queries stand among the keys, int64 ``(n,)``.
+        k: Its keys, ``(B, Hkv, L, D)``, in the dtype of ``q``.
+        positions: The position of each of these queries among the keys, int64 ``(n,)``.
         scale: Factor on the attention scores.
     """
 
@@ -49,25 +49,27 @@ class Call:
 def capture(
     model: nn.Module, *, queries: int = 256, device: torch.device | str | None = None
 ) -> Iterator[list[Call]]:
-    """Catches queries and keys of the attention calls that a model makes, in their order.
+    """Records queries and keys of the attention calls of a model, in the order of the calls.
 
-    Seen are calls of ``scaled_dot_product_attention`` and ``flex_attention``, also inside
-    ``torch.compile``, and of `flexmoba.nn.FlexMoba` modules; not those of other kernels, of
-    ``torch.nn.MultiheadAttention``, or of `flex_moba` called as a function. Kept are those of
-    plain causal self-attention: as many queries as keys, more than one, and ``is_causal`` or a mask
-    that shows each kept query all keys up to its own and no other, without a bias or a
-    ``score_mod`` that changes its scores. All others are left out with a warning that names their
-    layers: those with a window, with padding, with packed documents, with a cache; and those of
-    transformers models after ``convert``.
+    It intercepts ``scaled_dot_product_attention`` and ``flex_attention``, also inside
+    ``torch.compile``, and `flexmoba.nn.FlexMoba` modules. It does not intercept other kernels,
+    ``torch.nn.MultiheadAttention``, or `flex_moba` called as a function. It keeps a call if the
+    call is plain causal self-attention: it has as many queries as keys, at least two, and
+    ``is_causal`` or a mask that shows each kept query exactly the keys up to its position, without
+    a bias or a ``score_mod`` that changes its scores. It skips all other calls, with a warning
+    that names their layers: calls with a window, padding, packed documents or a cache, and calls
+    of transformers models after ``convert``.
 
     Args:
-        model: Any module. Call it inside the ``with`` block, with gradients or without.
-        queries: How many queries of each call to keep, spread over the sequence; all keys are.
-        device: Where to keep them; where they are, by default. ``"cpu"`` spares GPU memory.
+        model: Any module. Call it inside the ``with`` block, with or without gradients.
+        queries: Number of queries to keep of each call, spread over the sequence. All keys are
+            kept.
+        device: Device for the kept tensors, by default the device of the call. ``"cpu"`` saves GPU
+            memory.
 
     Yields:
-        The list of calls, filled while the model runs. The mask of a call inside ``torch.compile``
-        is judged at the end of the block.
+        The list of calls, filled while the model runs. For a call inside ``torch.compile``, the
+        mask is checked at the end of the block.
 
     Raises:
         ValueError: The block ended without a call to keep.
@@ -87,44 +89,46 @@ def capture(
         for name, module in model.named_modules()
         if getattr(getattr(module, "config", None), "_attn_implementation", None) == "flexmoba"
     }
-    seen = _Seen(queries, device, converted)
+    recorder = _Recorder(queries, device, converted)
     with ExitStack() as stack:
         for name, module in model.named_modules():
             hooks = [
-                module.register_forward_pre_hook(functools.partial(seen.enter, name)),
-                module.register_forward_hook(seen.leave, always_call=True),
+                module.register_forward_pre_hook(functools.partial(recorder.enter, name)),
+                module.register_forward_hook(recorder.leave, always_call=True),
             ]
             if isinstance(module, FlexMoba):
-                hook = module.register_forward_pre_hook(seen.flex_moba, with_kwargs=True)
+                hook = module.register_forward_pre_hook(recorder.flex_moba, with_kwargs=True)
                 hooks.append(hook)
             for hook in hooks:
                 stack.callback(hook.remove)
-        # Each call inside torch.compile is another program, as it ends in another entry of a list.
+        # Each attention call inside torch.compile appends to a list of another length, so dynamo
+        # compiles it anew.
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=_NO_LIMIT))
         stack.enter_context(torch._dynamo.config.patch(accumulated_recompile_limit=_NO_LIMIT))
-        with seen:
-            yield seen.calls
-    seen.judge()
-    reasons = seen.reasons()
-    if not seen.calls:
+        with recorder:
+            yield recorder.calls
+    recorder.check_masks()
+    reasons = recorder.reasons()
+    if not recorder.calls:
         raise ValueError(
-            f"no plain causal self-attention was seen ({reasons or 'no attention call'}); the "
-            "model must call scaled_dot_product_attention, flex_attention or flexmoba.nn.FlexMoba "
-            "on whole sequences inside the block, without a window, padding, documents or a cache; "
-            'a model of transformers does if loaded with attn_implementation="sdpa"'
+            f"capture found no plain causal self-attention ({reasons or 'no attention call'}); "
+            "inside the block, call scaled_dot_product_attention, flex_attention or "
+            "flexmoba.nn.FlexMoba on complete sequences, without a window, padding, documents or a "
+            'cache; load a model of transformers with attn_implementation="sdpa"'
         )
     if reasons:
-        warnings.warn(f"capture left out attention calls: {reasons}", stacklevel=3)
+        warnings.warn(f"capture skipped attention calls: {reasons}", stacklevel=3)
 
 
 def sample_positions(length: int, queries: int) -> Tensor:
-    """Positions of ``queries`` of ``length`` queries, int64, one out of each equal stretch.
+    """Returns sample positions, int64 ``(min(queries, length),)``, one in each equal interval.
 
-    Where in its stretch goes by the golden ratio, and so keeps no step with any block size.
+    The offset in the interval follows the golden ratio, so the samples do not align with blocks of
+    any size.
     """
     if queries < 1:
         raise ValueError(
-            f"queries must be at least 1, got {queries}; 256 of a sequence tell enough"
+            f"queries must be at least 1, got {queries}; pass a positive number, such as 256"
         )
     if queries >= length:
         return torch.arange(length)
@@ -133,8 +137,8 @@ def sample_positions(length: int, queries: int) -> Tensor:
     return ends[:-1] + (share * ends.diff()).long()
 
 
-class _Seen(TorchFunctionMode):
-    """Sees the functions of torch that are called; dynamo traces it like other code."""
+class _Recorder(TorchFunctionMode):
+    """A mode that intercepts attention functions of torch; dynamo traces it like other code."""
 
     def __init__(
         self, queries: int, device: torch.device | str | None, converted: set[str]
@@ -143,10 +147,10 @@ class _Seen(TorchFunctionMode):
         self.queries, self.device = queries, device
         self.converted = converted  # names of transformers modules that dispatch to flexmoba
         self.calls: list[Call] = []
-        self.plain: list[Tensor | bool] = []  # whether each call's mask is the causal one
-        self.left_out: list[tuple[str, str]] = []  # names and reasons
-        self.names: list[str] = []
-        self.inside: list[str] = []  # FlexMoba modules, whose own calls are not the model's
+        self.is_causal: list[Tensor | bool] = []  # for each call, whether its mask is causal
+        self.skipped: list[tuple[str, str]] = []  # names and reasons
+        self.names: list[str] = []  # the modules that run now, innermost last
+        self.inside: list[str] = []  # FlexMoba modules that run now; their inner calls do not count
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -178,7 +182,7 @@ class _Seen(TorchFunctionMode):
         if is_causal or isinstance(attn_mask, CausalBias):
             self.keep(query, key, scale)
         elif attn_mask is None:
-            self.leave_out(_NO_MASK)
+            self.skip(_NO_MASK)
         else:
             self.keep(query, key, scale, functools.partial(_is_causal_mask, attn_mask))
 
@@ -194,30 +198,31 @@ class _Seen(TorchFunctionMode):
         score_buffers: Any = (),
         mask_buffers: Any = (),
     ) -> None:
-        def plain(positions: Tensor) -> Tensor:
-            def same(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-                seen = mask[-1](b, h, i, j, *mask_buffers)
+        def is_causal(positions: Tensor) -> Tensor:
+            def pair_is_causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                visible = mask[-1](b, h, i, j, *mask_buffers)
                 score = torch.full_like(j, 0.7, dtype=q.dtype)
                 unchanged = score_mod(score, b, h, i, j, *score_buffers) == score
-                plain: Tensor = (seen == (j <= i)) & (unchanged | ~seen)
-                return plain
+                is_plain: Tensor = (visible == (j <= i)) & (unchanged | ~visible)
+                return is_plain
 
-            return _of_each(same, q.shape[0], q.shape[1], positions, k.shape[2]).all()
+            pairs = _for_all_pairs(pair_is_causal, q.shape[0], q.shape[1], positions, k.shape[2])
+            return pairs.all()
 
-        self.keep(q, k, scale, plain)
+        self.keep(q, k, scale, is_causal)
 
     def flex_moba(self, module: FlexMoba, args: Any, kwargs: Any) -> None:
-        def given(
+        def split_arguments(
             q: Tensor, k: Tensor, v: Tensor, **options: Any
         ) -> tuple[Tensor, Tensor, dict[str, Any]]:
             return q, k, module.options | options
 
-        q, k, options = given(*args, **kwargs)
-        parts = [name for name in _NOT_PLAIN if options.get(name) is not None]
-        if parts:
-            self.leave_out(f"called with {' and '.join(parts)}")
+        q, k, options = split_arguments(*args, **kwargs)
+        given = [name for name in _NOT_PLAIN if options.get(name) is not None]
+        if given:
+            self.skip(f"called with {' and '.join(given)}")
         elif not options.get("is_causal", True):
-            self.leave_out(_NO_MASK)
+            self.skip(_NO_MASK)
         else:
             self.keep(q, k, options.get("scale"))
         self.inside.append(self.names[-1])
@@ -227,64 +232,65 @@ class _Seen(TorchFunctionMode):
         q: Tensor,
         k: Tensor,
         scale: float | None,
-        plain: Callable[[Tensor], Tensor] | None = None,
+        is_causal: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Keeps a call if its mask is causal: where that is not sure, ``plain(positions)`` tells.
+        """Keeps a call if its mask is causal.
 
-        It tells by a tensor, which inside torch.compile nobody can read yet.
+        ``is_causal(positions)`` computes that as a bool tensor ``()``, which cannot be read inside
+        ``torch.compile``; None means that the mask is causal.
         """
         if self.inside:
             return
-        if self.caller() in self.converted:  # a local layer: converted ones call a function
-            self.leave_out(_CONVERTED)
+        if self.caller() in self.converted:  # a layer that kept its window
+            self.skip(_CONVERTED)
             return
         if q.dim() != 4 or not 1 < q.shape[2] == k.shape[2]:
-            self.leave_out(_SHAPES)
+            self.skip(_SHAPES)
             return
         positions = sample_positions(q.shape[2], self.queries)
-        at = positions.to(q.device)
-        causal = True if plain is None else plain(at)
+        index = positions.to(q.device)
+        causal = True if is_causal is None else is_causal(index)
         if not torch.compiler.is_compiling() and not causal:
-            self.leave_out(_MASK)
+            self.skip(_MASK)
             return
-        self.plain.append(causal)
+        self.is_causal.append(causal)
         self.calls.append(
             Call(
                 name=self.caller(),
-                q=q.detach()[:, :, at].to(self.device or q.device),
+                q=q.detach()[:, :, index].to(self.device or q.device),
                 k=k.detach().to(self.device or k.device, copy=True),
                 positions=positions,
                 scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
             )
         )
 
-    def leave_out(self, reason: str) -> None:
+    def skip(self, reason: str) -> None:
         if not self.inside:
-            self.left_out.append((self.caller(), reason))
+            self.skipped.append((self.caller(), reason))
 
     def caller(self) -> str:
         return self.names[-1] if self.names else ""
 
-    def judge(self) -> None:
-        """Leaves out what was kept inside torch.compile and has another mask."""
-        judged = list(zip(self.calls, map(bool, self.plain), strict=True))
-        self.calls[:] = [call for call, causal in judged if causal]
-        self.left_out += [(call.name, _MASK) for call, causal in judged if not causal]
+    def check_masks(self) -> None:
+        """Removes calls that were kept inside torch.compile and whose mask is not causal."""
+        checked = list(zip(self.calls, map(bool, self.is_causal), strict=True))
+        self.calls[:] = [call for call, causal in checked if causal]
+        self.skipped += [(call.name, _MASK) for call, causal in checked if not causal]
 
     def reasons(self) -> str:
-        """Why calls were left out, and of which layers."""
+        """Returns the reasons for skipped calls, each with its layers, as text."""
         layers: dict[str, dict[str, None]] = {}
-        for name, reason in self.left_out:
+        for name, reason in self.skipped:
             layers.setdefault(reason, {})[name or "the model itself"] = None
         texts = []
         for reason, names in layers.items():
             more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-            texts.append(f"{reason}, of {', '.join(list(names)[:MAX_NAMES])}{more}")
+            texts.append(f"{reason}, in {', '.join(list(names)[:MAX_NAMES])}{more}")
         return "; ".join(texts)
 
 
 def _is_causal_mask(mask: Tensor, positions: Tensor) -> Tensor:
-    """Whether queries at ``positions`` see all keys up to their own and no other, unbiased."""
+    """Returns whether a mask shows queries at ``positions`` exactly the keys up to theirs."""
     length = mask.shape[-1]
     rows = mask.expand(*mask.shape[:-2], length, length)[..., positions, :]
     past = torch.arange(length, device=mask.device) <= positions[:, None]
@@ -293,10 +299,10 @@ def _is_causal_mask(mask: Tensor, positions: Tensor) -> Tensor:
     return torch.where(past, rows == 0, rows <= torch.finfo(mask.dtype).min / 2).all()
 
 
-def _of_each(
+def _for_all_pairs(
     function: Callable[..., Tensor], batch: int, heads: int, positions: Tensor, length: int
 ) -> Tensor:
-    """A function of single (b, h, i, j), as FlexAttention calls a mask_mod, of all of them."""
+    """Maps a function of scalars ``(b, h, i, j)``, like a mask_mod, over rows, heads and pairs."""
     for dims in (
         (None, None, None, 0),
         (None, None, 0, None),

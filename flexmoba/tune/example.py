@@ -1,4 +1,4 @@
-"""Queries and keys made up to have a structure: what a command can show without a model."""
+"""Synthetic queries and keys with a structure, to show the tools without a model."""
 
 import math
 
@@ -16,22 +16,22 @@ def synthetic(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys of a made-up text of topics that come, go and come again.
+    """Returns queries and keys that imitate a text with recurring topics.
 
-    The text is stretches of random length, each on one of a few topics. A key points to the topic
-    that it is on, and a query to its own topic or, one time in four, to another. Every head's
-    keys are more or less plain to tell apart from noise. Recent keys weigh more, since a part of
-    each vector turns slowly with its position. No model made them: they show how to read the
-    numbers, and the numbers are of this text alone.
+    The text consists of sections of random length, each about one of a few topics. A key points in
+    the direction of its topic. A query points to the topic of its section or, in one of four
+    cases, to a random topic. The heads differ in their noise. Recent keys get more weight, because
+    one component of each vector rotates slowly with the position. The tensors come from no model:
+    they show how to read the numbers, and the numbers hold for this text alone.
 
     Args:
-        length: Tokens, at least 1.
-        heads: Query heads.
-        kv_heads: KV heads, which divide them.
-        head_dim: Elements of a vector.
-        device: Where to make them.
-        dtype: Of what type.
-        seed: Of the random numbers; the same seed gives the same tensors.
+        length: Number of tokens, at least 1.
+        heads: Number of query heads.
+        kv_heads: Number of KV heads, a divisor of ``heads``.
+        head_dim: Head dim.
+        device: Device of the tensors.
+        dtype: Dtype of the tensors.
+        seed: Seed of the random numbers. The same seed gives the same tensors.
 
     Returns:
         q ``(1, heads, length, head_dim)`` and k ``(1, kv_heads, length, head_dim)``.
@@ -43,18 +43,18 @@ def synthetic(
 
     topics = 16
     ends = torch.randint(50, 500, (length // 50 + 1,), generator=generator).cumsum(0)
-    stretch = torch.searchsorted(ends, torch.arange(length), right=True)
-    of_stretch = torch.randint(topics, (len(ends) + 1,), generator=generator)
-    topic = of_stretch[stretch]
-    elsewhere = torch.randint(topics, (length,), generator=generator)
-    wanted = torch.where(torch.rand(length, generator=generator) < 0.25, elsewhere, topic)
+    section = torch.searchsorted(ends, torch.arange(length), right=True)
+    topic_of_section = torch.randint(topics, (len(ends) + 1,), generator=generator)
+    topic = topic_of_section[section]
+    random_topic = torch.randint(topics, (length,), generator=generator)
+    query_topic = torch.where(torch.rand(length, generator=generator) < 0.25, random_topic, topic)
 
     direction = torch.nn.functional.normalize(normal(kv_heads, topics, head_dim), dim=-1)
     angle = torch.arange(length) * (math.pi / length)
-    turning = torch.zeros(length, head_dim)
-    turning[:, 0], turning[:, 1] = angle.cos(), angle.sin()
+    rotating = torch.zeros(length, head_dim)
+    rotating[:, 0], rotating[:, 1] = angle.cos(), angle.sin()
     clarity = torch.linspace(1.0, 0.5, heads)[:, None, None] * head_dim**0.5 * 4
-    k = direction[:, topic] + turning + normal(kv_heads, length, head_dim) * head_dim**-0.5
-    q = direction.repeat_interleave(heads // kv_heads, 0)[:, wanted] + turning
+    k = direction[:, topic] + rotating + normal(kv_heads, length, head_dim) * head_dim**-0.5
+    q = direction.repeat_interleave(heads // kv_heads, 0)[:, query_topic] + rotating
     q = q * clarity + normal(heads, length, head_dim)
     return q[None].to(device, dtype), k[None].to(device, dtype)

@@ -1,4 +1,4 @@
-"""Measure a grid of block sizes and topks on given queries and keys."""
+"""Measures a grid of block sizes and topks on given queries and keys."""
 
 import math
 import warnings
@@ -29,34 +29,36 @@ def tune(
     device: torch.device | str | None = None,
     show_progress: bool = False,
 ) -> Report:
-    """Measures every block size and topk on given queries and keys, and on this device.
+    """Measures every pair of block size and topk on given queries and keys.
 
-    Of each call: the share of full attention that the blocks selected by the gate of
-    arXiv 2502.13189, Sec. 2.2, capture, beside the best possible, and the gate's signal-to-noise
-    ratio of arXiv 2511.11571, Sec. 3, as defined by `flexmoba.tune.gate_quality`. Of the
-    longest call's shape: the time of `flex_moba` beside ``scaled_dot_product_attention``, of
-    random values, since the time does not depend on them. Captured mass says what an operator
-    swapped into the model loses at first; a model trained with it loses less.
+    For each call, it computes the share of full attention that the blocks selected by the gate of
+    arXiv 2502.13189, Sec. 2.2, capture, the best possible share, and the signal-to-noise ratio of
+    the gate (arXiv 2511.11571, Sec. 3), as `flexmoba.tune.gate_quality` defines them. At the shape
+    of the longest call, it times `flex_moba` and ``scaled_dot_product_attention`` on random values,
+    since the time does not depend on the values. Captured mass shows how much attention the model
+    loses if `flex_moba` replaces full attention without training; a model trained with it loses
+    less.
 
     Args:
-        calls: What `capture` caught, or pairs of q ``(B, Hq, L, D)`` and k ``(B, Hkv, L, D)``.
-            Calls of one name are batches of one layer, and so are all pairs.
-        block_sizes: Keys in a block, each at least 1.
-        topks: Blocks that a query attends to, its own included. Of a block size, those are left
-            out that select every block of the longest call: that is full attention.
-        queries: How many queries to sample of each pair; a `Call` holds its sample.
-        timed: Whether to time.
-        backward: Whether to time forward and backward, too.
-        device: Where to measure; where the first call's tensors are, by default.
-        show_progress: Whether to note on standard error what is measured.
+        calls: Calls recorded by `capture`, or pairs of q ``(B, Hq, L, D)`` and k
+            ``(B, Hkv, L, D)``. Calls with the same name are batches of one layer. All pairs are
+            batches of one layer.
+        block_sizes: Numbers of keys in a block, each at least 1.
+        topks: Numbers of blocks that a query attends to, including its own block. A topk that
+            selects all blocks of the longest call is omitted, because that is full attention.
+        queries: Number of queries to sample of each pair. A `Call` already holds a sample.
+        timed: Whether to measure times.
+        backward: Whether to also time forward and backward together.
+        device: Device of the measurement, by default the device of the longest call.
+        show_progress: Whether to print progress to standard error.
 
     Returns:
-        A `Report`. What fails while it is timed, for want of memory, say, is left out of it with a
-        warning.
+        A `Report`. It omits choices that fail while they are timed, for example for lack of
+        memory, with a warning for each.
 
     Raises:
         RuntimeError: Every choice failed.
-        TypeError: An argument is of the wrong type.
+        TypeError: An argument has the wrong type.
         ValueError: There is nothing to measure, or shapes, dtypes or sizes do not fit.
 
     Examples:
@@ -91,10 +93,12 @@ def reports(
     device: torch.device | str | None,
     show_progress: bool,
 ) -> Iterator[Report]:
-    """What `tune` returns, after every choice: the report of those measured by then."""
+    """Yields the report of `tune` after each choice, with the choices measured so far."""
     samples = [x if isinstance(x, Call) else sampled(*x, queries) for x in calls]
     if not samples:
-        raise ValueError("nothing to measure: calls is empty; `capture` catches a model's")
+        raise ValueError(
+            "nothing to measure: calls is empty; record calls by `capture`, or pass pairs (q, k)"
+        )
     longest = max(samples, key=lambda x: x.k.shape[2])
     device = torch.device(device or longest.q.device)
     grid = _grid(longest.k.shape[2], block_sizes, topks)
@@ -107,9 +111,9 @@ def reports(
     if timer:
         try:
             dense = timer(_dense)
-        except RuntimeError as error:  # memory, mostly, which costs no other result
+        except RuntimeError as error:  # mostly out of memory, which need not end the other runs
             warnings.warn(
-                f"dense attention was not timed, it failed: {_first_line(error)}", stacklevel=3
+                f"dense attention failed and was not timed: {_first_line(error)}", stacklevel=3
             )
     choices: list[Choice] = []
     pairs = [(size, topk) for size in grid for topk in grid[size]]
@@ -123,12 +127,12 @@ def reports(
         try:
             times = timer(moba) if timer else (None, None)
         except RuntimeError as error:
-            what = f"block_size={block_size}, topk={topk} was left out, it failed"
-            warnings.warn(f"{what}: {_first_line(error)}", stacklevel=3)
+            failed = f"block_size={block_size}, topk={topk} failed and was omitted"
+            warnings.warn(f"{failed}: {_first_line(error)}", stacklevel=3)
             if (block_size, topk) == pairs[-1] and not choices:
                 raise
             continue
-        layers = [[x[block_size] for x in several] for several in measured.values()]
+        layers = [[x[block_size] for x in batches] for batches in measured.values()]
         row = topks.index(topk)
         choices.append(_choice(longest.k.shape[2], block_size, topk, row, layers, times))
         yield Report(
@@ -143,7 +147,7 @@ def reports(
 
 
 def _grid(length: int, block_sizes: Sequence[int], topks: Sequence[int]) -> dict[int, list[int]]:
-    """The topks of each block size that do not select all keys."""
+    """Returns for each block size the topks that do not select all keys."""
     grid = {
         size: kept
         for size in sorted(set(block_sizes))
@@ -152,7 +156,7 @@ def _grid(length: int, block_sizes: Sequence[int], topks: Sequence[int]) -> dict
     if not grid:
         raise ValueError(
             f"block_sizes {tuple(block_sizes)} with topks {tuple(topks)} select all of {length} "
-            "keys; take smaller blocks, a smaller topk or a longer sequence"
+            "keys; use smaller blocks, a smaller topk or a longer sequence"
         )
     return grid
 
@@ -163,19 +167,22 @@ def _qualities(
     topks: Sequence[int],
     device: torch.device,
 ) -> dict[str, list[dict[int, Quality]]]:
-    """The quality of the gate in each call of each layer, by block size."""
+    """Returns by layer the quality of the gate in each call, by block size."""
     measured: dict[str, list[dict[int, Quality]]] = {}
     heads: dict[str, int] = {}
     for call in samples:
         q, k = call.q.to(device), call.k.to(device)
         quality = gate_quality(q, k, tuple(grid), topks, positions=call.positions, scale=call.scale)
         if not all(x.mass.isfinite().all() for x in quality.values()):
-            raise ValueError(f"q or k of {call.name or 'a call'} hold NaN or inf; check the model")
+            raise ValueError(
+                f"q or k of {call.name or 'a call'} contain NaN or inf; check the model"
+            )
         heads.setdefault(call.name, call.q.shape[1])
         if call.q.shape[1] != heads[call.name]:
             raise ValueError(
-                f"calls of one layer must have as many query heads, got {heads[call.name]} and "
-                f"{call.q.shape[1]} of {call.name!r}; give each layer a name, as a `Call` has"
+                "calls of one layer must have the same number of query heads, got "
+                f"{heads[call.name]} and {call.q.shape[1]} for {call.name!r}; pass a `Call` with "
+                "the name of its layer"
             )
         measured.setdefault(call.name, []).append(quality)
     return measured
@@ -189,25 +196,25 @@ def _choice(
     layers: list[list[Quality]],
     times: tuple[float | None, float | None],
 ) -> Choice:
-    """What was measured of one block size and topk; ``row`` is the index of topk in a quality."""
-    of_all = [x for several in layers for x in several]
+    """Returns the choice of one block size and topk; ``row`` is the row of topk in a `Quality`."""
+    qualities = [x for batches in layers for x in batches]
     return Choice(
         block_size=block_size,
         topk=topk,
         sparsity=_sparsity(length, block_size, topk),
-        mass=float(torch.cat([x.mass[row] for x in of_all]).mean()),
-        best_mass=float(torch.cat([x.best_mass[row] for x in of_all]).mean()),
-        found=_mean([x.found[row] for x in of_all]),
-        snr=_mean([x.snr for x in of_all]),
+        mass=float(torch.cat([x.mass[row] for x in qualities]).mean()),
+        best_mass=float(torch.cat([x.best_mass[row] for x in qualities]).mean()),
+        found=_mean([x.found[row] for x in qualities]),
+        snr=_mean([x.snr for x in qualities]),
         required_snr=required_snr(ceil_div(length, block_size), topk),
         forward_ms=times[0],
         both_ms=times[1],
-        heads=[torch.stack([x.mass[row] for x in several]).mean(0).tolist() for several in layers],
+        heads=[torch.stack([x.mass[row] for x in batches]).mean(0).tolist() for batches in layers],
     )
 
 
 def sampled(q: Tensor, k: Tensor, queries: int, name: str = "") -> Call:
-    """A call of causal self-attention, with a sample of its queries."""
+    """Returns a call of causal self-attention with a sample of its queries."""
     check_queries_and_keys(q, k)
     index = sample_positions(q.shape[2], queries)
     sample = q[:, :, index.to(q.device)]
@@ -226,7 +233,7 @@ def _inputs(call: Call) -> str:
 
 
 def _sparsity(length: int, block_size: int, topk: int) -> float:
-    """Share of the pairs of causal attention that are left out."""
+    """Returns the share of the query-key pairs of causal attention that are not computed."""
     position = torch.arange(length)
     own = position // block_size
     read = position % block_size + 1 + own.clamp(max=topk - 1) * block_size
@@ -244,7 +251,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _Timer:
-    """Times attention of one shape, forward and, if asked for, both ways."""
+    """A timer of attention at one shape, forward and, on request, forward and backward."""
 
     def __init__(self, call: Call, device: torch.device, *, backward: bool) -> None:
         k, heads = call.k, call.q.shape[1]

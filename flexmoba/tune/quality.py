@@ -1,6 +1,7 @@
-"""How good the gate's choice is on given queries and keys: captured attention and its clarity.
+"""Measures the selection of the gate on given queries and keys: captured mass and SNR.
 
-Full attention is computed for sampled queries only, in pieces, so that sequences may be long.
+Full attention is computed only for the given queries, a few at a time, so that sequences may be
+long.
 """
 
 import math
@@ -18,19 +19,20 @@ _SCORES_AT_ONCE = 2**24
 
 
 class Quality(NamedTuple):
-    """What a gate of one block size does with given queries and keys, for several topk.
+    """The quality of a gate with one block size on given queries and keys, for several topks.
 
-    All are float32 on CPU, means over the batch and the sampled queries. A value that no query
-    can tell anything about, as there are too few blocks before it, is NaN.
+    All tensors are float32 on CPU, means over the batch and the given queries. A value is NaN if
+    no query has enough past blocks for it.
 
     Attributes:
-        mass: ``(topks, Hq)``: the share of a query's full attention that goes to keys of its
-            selected blocks, its own included.
-        best_mass: ``(topks, Hq)``: the same for the best selection of as many blocks, the own one
-            and those of the largest share. What `mass` lacks of it the gate loses.
-        found: ``(topks, Hq)``: of queries with a past block, the share whose strongest past key
-            (before the own block) stands in a selected block.
-        snr: ``(Hq,)``: the gate's signal-to-noise ratio; see `gate_quality`.
+        mass: ``(topks, Hq)``, captured mass: the share of a query's full attention that falls on
+            the keys of its selected blocks, including its own block.
+        best_mass: ``(topks, Hq)``, the captured mass of the best selection of as many blocks: the
+            own block and the past blocks with the largest shares. The gate loses the difference
+            to `mass`.
+        found: ``(topks, Hq)``, the share of the queries with a past block for which the block of
+            the strongest past key (the key of highest attention before the own block) is selected.
+        snr: ``(Hq,)``, the signal-to-noise ratio of the gate; see `gate_quality`.
     """
 
     mass: Tensor
@@ -49,41 +51,45 @@ def gate_quality(
     positions: Tensor | None = None,
     scale: float | None = None,
 ) -> dict[int, Quality]:
-    r"""Measures what selected blocks capture of full causal attention, and how clear the choice is.
+    r"""Measures captured mass and the signal-to-noise ratio of the gate in causal attention.
 
-    The choice is that of `moba_select` (arXiv 2502.13189, Sec. 2.2). The signal-to-noise ratio
-    is that of arXiv 2511.11571, Sec. 3: a block that holds one signal key among noise keys scores
-    by ``D`` higher than a block of noise, with ``E[D] = dmu_eff / B`` and ``Var[D] = 2 / (d B)``
-    for block size ``B`` and head dim ``d``, so that ``SNR = E[D] / sd[D] = dmu_eff sqrt(d / 2B)``,
-    and a noise block wins with probability ``Phi(-SNR)``.
+    The selection is that of `moba_select` (arXiv 2502.13189, Sec. 2.2). The signal-to-noise ratio
+    is defined in arXiv 2511.11571, Sec. 3: a block with one signal key among noise keys scores
+    higher than a block of noise by ``D``, with ``E[D] = dmu_eff / B`` and ``Var[D] = 2 / (d B)``
+    for block size ``B`` and head dim ``d``. It follows that
+    ``SNR = E[D] / sd[D] = dmu_eff sqrt(d / 2B)``, and that a noise block scores higher with
+    probability ``Phi(-SNR)``.
 
-    Here the same ratio is estimated from the scores themselves. For each query the signal block
-    is the block before the own one that holds its key of highest attention, and the noise blocks
-    are the others before the own one. With ``diff`` the score of the signal block less the mean
-    score of the noise blocks, and ``var`` the variance of the scores of the noise blocks,
+    This function estimates the ratio from the scores. For each query, the signal block is the past
+    block with the key of highest attention, and the noise blocks are the other past blocks. With
+    ``diff``, the score of the signal block minus the mean score of the noise blocks, and ``var``,
+    the variance of the scores of the noise blocks,
 
         ``SNR = mean(diff) / sqrt(2 mean(var))``
 
-    where the means go over the queries with two noise blocks at least. The ratio estimates the
-    paper's where its model holds: one signal block, noise keys independent and alike. Real keys
-    are neither, real attention is spread over several blocks, and on pure noise the strongest key
-    still lifts its block a little, so the ratio is above 0 there. ``found`` needs no model: read
-    the ratio to compare block sizes, and ``found`` for what comes of it.
+    where the means are over the queries with at least two noise blocks. The result estimates the
+    ratio of the paper under the assumptions of the paper: one signal block, and independent and
+    identically distributed noise keys. Real keys are neither, real attention is often spread over
+    several blocks, and the strongest key raises the score of its block even in pure noise, so that
+    the ratio is above 0 there. Use the ratio to compare block sizes. ``found`` shows the effect
+    without these assumptions.
 
     Args:
         q: Queries, ``(B, Hq, Lq, D)``, float16, bfloat16, float32 or float64.
-        k: Keys, ``(B, Hkv, Lk, D)``, of the same dtype, ``Hkv`` dividing ``Hq``.
-        block_size: Keys in a block, or several sizes.
-        topk: Blocks that a query attends to, its own included, or several numbers.
-        positions: Where the queries stand among the keys, int64 ``(Lq,)``; by default query ``i``
-            stands at ``i + Lk - Lq``. With it, q may hold any sample of a sequence's queries.
-        scale: Factor on the attention scores, ``1 / sqrt(D)`` by default.
+        k: Keys, ``(B, Hkv, Lk, D)``, in the dtype of ``q``. ``Hkv`` divides ``Hq``.
+        block_size: Number of keys in a block, or several such numbers.
+        topk: Number of blocks that a query attends to, including its own block, or several such
+            numbers.
+        positions: The position of each query among the keys, int64 ``(Lq,)``. By default, query
+            ``i`` has position ``i + Lk - Lq``. With it, q may be any sample of the queries of a
+            sequence.
+        scale: Factor on the attention scores, by default ``1 / sqrt(D)``.
 
     Returns:
-        By block size, its `Quality`; rows of it are in the order of ``topk``.
+        The `Quality` for each block size, with rows in the order of ``topk``.
 
     Raises:
-        TypeError: An argument is of the wrong type.
+        TypeError: An argument has the wrong type.
         ValueError: Shapes, dtypes, devices, sizes or positions do not fit.
 
     Examples:
@@ -112,50 +118,60 @@ def gate_quality(
     if not sizes or not topks or q.numel() == 0:
         raise ValueError(
             f"nothing to measure: q is {tuple(q.shape)}, block_size {sizes}, topk {topks}; "
-            "give queries, a block size and a topk"
+            "pass queries, a block size and a topk"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     positions = positions.to(q.device)
     group = q.shape[1] // k.shape[1]
     sums = {size: _Sums(len(topks), q.shape[1]) for size in sizes}
     means = {size: block_means(k, size) for size in sizes}
-    piece = max(1, _SCORES_AT_ONCE // k.shape[2])
+    queries_at_once = max(1, _SCORES_AT_ONCE // k.shape[2])
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
-            for rows in torch.arange(q.shape[2], device=q.device).split(piece):
-                queries, places = q[b, h, rows], positions[rows]
-                logits = _logits(queries, k[b, h // group], places, scale)
+            for rows in torch.arange(q.shape[2], device=q.device).split(queries_at_once):
+                queries, at = q[b, h, rows], positions[rows]
+                logits = _logits(queries, k[b, h // group], at, scale)
                 for size in sizes:
-                    centres = means[size][b, h // group]
-                    sums[size].add(h, logits, queries, centres, places, size, topks)
+                    mean_keys = means[size][b, h // group]
+                    sums[size].add(h, logits, queries, mean_keys, at, size, topks)
     return {size: sums[size].quality() for size in sizes}
 
 
 def required_snr(n_blocks: int, topk: int) -> float | None:
-    """The ratio above which a gate is reliable: ``Phi^-1(1 - topk / n)``, arXiv 2511.11571, Sec. 3.
+    """Returns the SNR that makes a gate reliable: ``Phi^-1(1 - topk / n)`` for ``n`` blocks.
 
-    Above it, of ``n`` blocks fewer than ``topk`` of pure noise are expected to outscore the one
-    with the signal. None where all blocks are selected anyway.
+    Above this ratio, fewer than ``topk`` noise blocks are expected to score higher than the signal
+    block (arXiv 2511.11571, Sec. 3).
+
+    Args:
+        n_blocks: Number of blocks.
+        topk: Number of selected blocks.
+
+    Returns:
+        The ratio, or None if ``topk`` selects all blocks.
     """
     return None if topk >= n_blocks else NormalDist().inv_cdf(1 - topk / n_blocks)
 
 
 def _check_positions(q: Tensor, k: Tensor, positions: Tensor) -> None:
+    """Raises unless ``positions`` holds the index of a key for each query."""
     check_queries_and_keys(q, k)
     if positions.dtype != torch.int64 or positions.shape != q.shape[2:3]:
         raise ValueError(
             f"positions must be int64 of shape ({q.shape[2]},), one for each query, got "
-            f"{positions.dtype} of shape {tuple(positions.shape)}"
+            f"{positions.dtype} of shape {tuple(positions.shape)}; pass the index of each query "
+            "among the keys"
         )
     if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < k.shape[2]:
         raise ValueError(
-            f"positions must lie from 0 to {k.shape[2] - 1}, among the keys, got "
-            f"{int(positions.min())} to {int(positions.max())}"
+            f"positions must be from 0 to {k.shape[2] - 1}, the last key, got "
+            f"{int(positions.min())} to {int(positions.max())}; pass the index of each query among "
+            "the keys"
         )
 
 
 def _logits(q: Tensor, k: Tensor, positions: Tensor, scale: float) -> Tensor:
-    """Causally masked attention scores ``(rows, Lk)``, in float32 at least."""
+    """Returns causally masked attention scores ``(rows, Lk)``, at least float32."""
     precise = torch.promote_types(q.dtype, torch.float32)
     logits = q.to(precise) @ k.to(precise).T * scale
     future = torch.arange(k.shape[0], device=q.device) > positions[:, None]
@@ -163,7 +179,7 @@ def _logits(q: Tensor, k: Tensor, positions: Tensor, scale: float) -> Tensor:
 
 
 class _Sums:
-    """Sums over queries of one block size, from which the means come."""
+    """The sums over queries from which the `Quality` for one block size is computed."""
 
     def __init__(self, topks: int, heads: int) -> None:
         self.queries, self.with_past, self.with_noise = torch.zeros(3, heads, dtype=torch.float64)
@@ -181,7 +197,17 @@ class _Sums:
         block_size: int,
         topks: tuple[int, ...],
     ) -> None:
-        """Adds the queries ``q (rows, D)`` of one head, given their logits ``(rows, Lk)``."""
+        """Adds the queries of one head.
+
+        Args:
+            head: Index of the query head.
+            logits: ``(rows, Lk)``, attention scores of the queries, -inf for hidden keys.
+            q: ``(rows, D)``, the queries.
+            means: ``(blocks, D)``, mean keys.
+            positions: ``(rows,)`` int64, positions of the queries.
+            block_size: Keys in a block.
+            topks: Numbers of selected blocks.
+        """
         n_blocks, own = means.shape[0], (positions // block_size)[:, None]
         past = torch.arange(n_blocks, device=q.device) < own
         padded = torch.nn.functional.pad(
@@ -195,14 +221,14 @@ class _Sums:
         scores = q.to(precise) @ means.to(precise).T
         width = min(max(topks) - 1, n_blocks)
         zero = torch.zeros_like(own[:, 0])
-        chosen = top_blocks(scores, zero, own[:, 0], width).long()  # by descending score
-        captured = share.gather(1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0.0)
+        selected = top_blocks(scores, zero, own[:, 0], width).long()  # by descending score
+        captured = share.gather(1, selected.clamp(min=0)).masked_fill(selected < 0, 0.0)
         best = share.masked_fill(~past, 0.0).topk(width, dim=-1).values
-        hit = (chosen == strongest) & (own > 0)
-        of_own = share.gather(1, own)[:, 0].sum()
+        hit = (selected == strongest) & (own > 0)
+        own_share = share.gather(1, own)[:, 0].sum()
         for i, topk in enumerate(topks):
-            self.mass[i, head] += float(of_own + captured[:, : topk - 1].sum())
-            self.best_mass[i, head] += float(of_own + best[:, : topk - 1].sum())
+            self.mass[i, head] += float(own_share + captured[:, : topk - 1].sum())
+            self.best_mass[i, head] += float(own_share + best[:, : topk - 1].sum())
             self.found[i, head] += float(hit[:, : topk - 1].sum())
         self.queries[head] += len(q)
         self.with_past[head] += float((own > 0).sum())
@@ -214,13 +240,13 @@ class _Sums:
         usable = n >= 2
         scores, noise, signal, n = scores[usable], noise[usable], signal[usable], n[usable]
         mean = scores.masked_fill(~noise, 0.0).sum(-1) / n
-        off = (scores - mean[:, None]).masked_fill(~noise, 0.0)
+        deviation = (scores - mean[:, None]).masked_fill(~noise, 0.0)
         self.diff[head] += float((scores.gather(1, signal)[:, 0] - mean).sum())
-        self.var[head] += float((off.square().sum(-1) / (n - 1)).sum())
+        self.var[head] += float((deviation.square().sum(-1) / (n - 1)).sum())
         self.with_noise[head] += len(n)
 
     def quality(self) -> Quality:
-        """The means."""
+        """Returns the means."""
         diff, var = self.diff / self.with_noise, self.var / self.with_noise
         values = (
             self.mass / self.queries,

@@ -1,4 +1,4 @@
-"""What `flexmoba.tune` found: the choices, which of them are worth their cost, and a table."""
+"""The report of `flexmoba.tune`: choices of block size and topk, their frontier, and a table."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,23 +11,23 @@ Cost = Literal["sparsity", "forward_ms"]
 
 @dataclass(frozen=True)
 class Choice:
-    """One block size and topk, and what was measured of it.
+    """A choice of block size and topk, with its measurements.
 
     Attributes:
-        block_size: Keys in a block.
-        topk: Blocks that each query attends to, its own included.
-        sparsity: Share of the pairs of a query and a key of full causal attention that are left
-            out, at the longest sequence.
-        mass: Share of full attention that selected blocks capture, mean over layers and heads;
-            see `flexmoba.tune.Quality`.
-        best_mass: The same of the best selection of as many blocks.
-        found: How often the block of the strongest past key is selected; None if never asked.
-        snr: The gate's signal-to-noise ratio, mean over layers and heads; None if there are too
-            few blocks to tell.
-        required_snr: What `flexmoba.tune.required_snr` asks for.
+        block_size: Number of keys in a block.
+        topk: Number of blocks that each query attends to, including its own block.
+        sparsity: Share of the query-key pairs of full causal attention that are not computed, for
+            the longest sequence.
+        mass: Captured mass, mean over layers and heads; see `flexmoba.tune.Quality`.
+        best_mass: Captured mass of the best selection of as many blocks.
+        found: Share of queries for which the block of the strongest past key is selected; None if
+            no query has a past block.
+        snr: Signal-to-noise ratio of the gate, mean over layers and heads; None if there are too
+            few blocks.
+        required_snr: The ratio that makes the gate reliable; see `flexmoba.tune.required_snr`.
         forward_ms: Median milliseconds of a forward call of `flex_moba`; None if not timed.
-        both_ms: The same of forward and backward.
-        heads: ``mass`` of each layer's heads.
+        both_ms: Median milliseconds of forward and backward; None if not timed.
+        heads: Captured mass of each head, by layer.
     """
 
     block_size: int
@@ -44,23 +44,23 @@ class Choice:
 
     @property
     def worst_mass(self) -> float:
-        """The mass of the head that has the least."""
+        """The lowest captured mass of any head."""
         return min(min(layer) for layer in self.heads)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `tune` found.
+    """The result of `tune`.
 
     Attributes:
-        device: Where it was measured.
-        versions: Of flexmoba, torch and others, with flexmoba's commit and the date.
-        inputs: Shape and dtype of the longest call, which the times and the sparsity are of.
+        device: Name of the device of the measurement.
+        versions: Versions of flexmoba, torch and others, the commit of flexmoba, and the date.
+        inputs: Shape and dtype of the longest call, for which times and sparsity hold.
         layers: Names of the layers.
         dense_forward_ms: Median milliseconds of ``scaled_dot_product_attention``; None if not
             timed, or if it failed.
-        dense_both_ms: The same of forward and backward.
-        choices: What was measured of each block size and topk.
+        dense_both_ms: Median milliseconds of its forward and backward; None likewise.
+        choices: The measured choices.
     """
 
     device: str
@@ -73,14 +73,20 @@ class Report:
 
     @property
     def timed(self) -> bool:
-        """Whether the choices were timed."""
+        """Whether all choices were timed."""
         return all(x.forward_ms is not None for x in self.choices)
 
     def frontier(self, cost: Cost = "sparsity") -> list[Choice]:
-        """The choices that none equals in mass at less cost, or beats in mass at no more.
+        """Returns the Pareto frontier of captured mass and cost.
+
+        It omits a choice if another one has at least the same mass at no higher cost, and is
+        better in one of the two.
 
         Args:
-            cost: ``"sparsity"`` (the more, the cheaper) or ``"forward_ms"``.
+            cost: ``"sparsity"`` (higher is cheaper) or ``"forward_ms"``.
+
+        Returns:
+            The choices, from the cheapest on.
         """
         price = _price(cost, self.choices)
 
@@ -101,13 +107,16 @@ class Report:
         sparsity: float | None = None,
         latency_ms: float | None = None,
     ) -> Choice | None:
-        """The best choice within one budget; None if no choice that was measured keeps it.
+        """Returns the best choice for one budget.
 
         Args:
-            mass: At least this share of attention captured: the cheapest such choice, in
-                milliseconds if they were measured, else in sparsity.
-            sparsity: At least this sparsity: the choice that captures most.
-            latency_ms: At most these milliseconds forward: the choice that captures most.
+            mass: Least captured mass. Returns the cheapest choice with at least this mass, by
+                milliseconds if measured, else by sparsity.
+            sparsity: Least sparsity. Returns the choice with the most mass.
+            latency_ms: Most milliseconds of a forward call. Returns the choice with the most mass.
+
+        Returns:
+            The choice, or None if no measured choice meets the budget.
 
         Raises:
             ValueError: Not exactly one budget is given, or ``latency_ms`` without times.
@@ -115,8 +124,8 @@ class Report:
         given = [x for x in (mass, sparsity, latency_ms) if x is not None]
         if len(given) != 1:
             raise ValueError(
-                f"give one of mass, sparsity and latency_ms, got mass={mass}, "
-                f"sparsity={sparsity}, latency_ms={latency_ms}"
+                f"recommend takes exactly one of mass, sparsity and latency_ms, got mass={mass}, "
+                f"sparsity={sparsity}, latency_ms={latency_ms}; pass one budget"
             )
         if mass is not None:
             cost: Cost = "forward_ms" if self.timed else "sparsity"
@@ -131,11 +140,15 @@ class Report:
         return max(fitting, key=lambda x: x.mass, default=None)
 
     def table(self, recommended: Choice | None = None) -> str:
-        """All choices as a Markdown table; ``*`` marks the frontier, ``<-`` the recommended one."""
+        """Formats the choices as a Markdown table.
+
+        Args:
+            recommended: The choice to mark with ``<-``. ``*`` marks the frontier.
+        """
         backward = any(x.both_ms is not None for x in self.choices)
         frontier = self.frontier("forward_ms" if self.timed else "sparsity")
-        heads = ["", "block", "topk", "sparsity", "mass", "best mass", "worst head", "found"]
-        heads += ["SNR", "needed"] + ["forward ms"] * self.timed + ["both ms"] * backward
+        headings = ["", "block", "topk", "sparsity", "mass", "best mass", "worst head", "found"]
+        headings += ["SNR", "needed"] + ["forward ms"] * self.timed + ["both ms"] * backward
         rows = []
         for x in self.choices:
             mark = "*" * (x in frontier) + " <-" * (x == recommended)
@@ -150,21 +163,22 @@ class Report:
                 if ms is not None:
                     row.append(f"{ms:.2f}" + (f" ({dense / ms:.1f}x)" if dense else ""))
             rows.append(row)
-        return table(heads, rows)
+        return table(headings, rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON holds it."""
+        """Returns the report as a dict that JSON can hold, with the versions at the top level."""
         report = asdict(self)
         versions: dict[str, Any] = report.pop("versions")
         return versions | report
 
 
 def _price(cost: Cost, choices: list[Choice]) -> Callable[[Choice], float]:
+    """Returns the cost of a choice as a function; lower is cheaper."""
     if cost == "sparsity":
         return lambda x: 1 - x.sparsity
     if cost != "forward_ms":
-        raise ValueError(f'cost must be "sparsity" or "forward_ms", got {cost!r}')
+        raise ValueError(f'cost must be "sparsity" or "forward_ms", got {cost!r}; pass one of them')
     times = {id(x): x.forward_ms for x in choices if x.forward_ms is not None}
     if len(times) < len(choices):
-        raise ValueError("nothing was timed; use the sparsity, or tune(..., timed=True)")
+        raise ValueError("nothing was timed; use sparsity as the cost, or tune(..., timed=True)")
     return lambda x: times[id(x)]
