@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexmoba.cache import MobaCache, check_new, check_no_gradients, storage
+from flexmoba.cache import MobaCache, check_new_tokens, check_no_gradients, storage
 from flexmoba.checks import check_positive
 
 
@@ -133,7 +133,7 @@ class KeyConvCache(MobaCache):
 
     def keep(self, k: Tensor, positions: Tensor) -> Tensor:
         """Remembers new keys ``(B, Hkv, n, D)`` at ``positions (B, n)``, and returns all."""
-        check_new("k", k, self.k)
+        check_new_tokens("k", k, self.k)
         check_no_gradients(k)
         self._make_room(k.shape[2])
         fits = (positions >= 0) & (positions < self.capacity)
