@@ -1,4 +1,4 @@
-"""Change between MoBA and full attention while a model is trained (arXiv 2502.13189, Sec. 2.3)."""
+"""Change of the attention settings of a model during training (arXiv 2502.13189, Sec. 2.3)."""
 
 import bisect
 import itertools
@@ -27,29 +27,34 @@ def set_attention(
     block_size: int | Literal["unchanged"] = "unchanged",
     layers: Layers = None,
 ) -> None:
-    """Sets what the `FlexMoba` modules of a model attend to, at any step of training.
+    """Sets ``topk``, ``eval_topk`` or ``block_size`` of the `FlexMoba` modules of a model.
 
-    Parameters and optimizer state stay as they are, since neither kind of attention has any: the
-    hybrids of arXiv 2502.13189, Sec. 2.3 and 3.2. A compiled model compiles once for each
-    combination of settings that it meets. Nothing is changed if anything is refused.
+    Call it at any step of training, as in the hybrids of arXiv 2502.13189, Sec. 2.3 and 3.2.
+    Parameters and optimizer state do not change, since neither MoBA nor full attention has
+    parameters. ``torch.compile`` compiles a model once for each combination of settings. If a
+    setting is invalid, nothing changes.
 
     Args:
-        model: Holds the layers, which are counted in the order of ``model.modules()``.
-        topk: Blocks that each query attends to, its own included; None for full attention.
-        eval_topk: The same outside training; ``"same"`` for no other.
-        block_size: Keys in a block. A cache made before must have the same.
-        layers: Which of them, by number, from the end if negative: an int, a slice or several
-            ints. All by default.
+        model: A model that contains `FlexMoba` modules. A layer is such a module; layers are
+            numbered in the order of ``model.modules()``.
+        topk: Blocks that each query attends to, its own block included, at least 1; None for full
+            attention; ``"unchanged"`` for the present value.
+        eval_topk: ``topk`` outside training (``module.eval()``); ``"same"`` for the value of
+            ``topk``.
+        block_size: Keys in a block, at least 1. Existing caches keep the old block size and then
+            raise an error.
+        layers: Layers to change: an int, a slice or several ints, which count from the last layer
+            if negative. All layers by default.
 
     Raises:
-        TypeError: A setting is no integer.
-        ValueError: There is no `FlexMoba` in the model, or a setting is out of its range or does
-            not fit a layer's options.
+        TypeError: A setting is not an int.
+        ValueError: The model contains no `FlexMoba`, or a setting is out of range or does not fit
+            the options of a layer.
         IndexError: The model has no such layer.
-        NotImplementedError: A layer's gate does not serve this block size.
+        NotImplementedError: The gate of a layer does not support this block size.
 
     Examples:
-        The paper's layer-wise hybrid: full attention in the last three layers.
+        The paper's layer-wise hybrid uses full attention in the last three layers:
 
         >>> from torch import nn
         >>> from flexmoba.hybrid import set_attention
@@ -66,28 +71,30 @@ def set_attention(
 
 
 class HybridSchedule:
-    """Attention by phases of training: MoBA first and full attention last, say, or the reverse.
+    """Schedule of attention settings in phases, for example MoBA first and full attention last.
 
     The paper trains on 90 % of the tokens with MoBA and on the last 10 % with full attention
-    (arXiv 2502.13189, Sec. 3.2). Steps or tokens are counted, as you like. The first phase is set
-    at once, each other one by the call of `step` that reaches its start.
+    (arXiv 2502.13189, Sec. 3.2). The schedule counts steps or tokens. The constructor applies the
+    first phase; the call of `step` that reaches the start of another phase applies that phase.
 
     Args:
-        model: Holds `FlexMoba` modules, whose settings the schedule sets from now on.
-        phases: Pairs of a start and the keyword arguments of `set_attention` from there on. A
-            start is an int, a count, or a float, a fraction of ``total``, rounded to a count. The
-            first is 0, and they rise. What a phase does not name stays as the one before left it.
-        total: Steps or tokens of the whole training; needed if starts are fractions.
+        model: A model that contains `FlexMoba` modules.
+        phases: Pairs of a start and of keyword arguments of `set_attention`. A start is an int (a
+            count) or a float (a fraction of ``total``, rounded to a count). The first start is 0,
+            and starts increase. Settings that a phase does not name keep their value.
+        total: Number of steps or tokens of the training, required if a start is a fraction.
 
     Attributes:
         count: Steps or tokens so far.
         starts: The count at which each phase begins.
 
     Raises:
-        TypeError: A start or ``total`` is no number of the right type, or a phase names what
+        TypeError: A start or ``total`` has the wrong type, or a phase has a keyword argument that
             `set_attention` does not have.
-        ValueError: Starts do not rise from 0, or a fraction lacks a total or is beyond 1; and what
-            `set_attention` raises, for any phase.
+        ValueError: Starts do not increase from 0, a fraction has no total or exceeds 1, or
+            `set_attention` would raise for a phase.
+        IndexError: A phase names a layer that the model does not have.
+        NotImplementedError: The gate of a layer does not support a block size.
 
     Examples:
         >>> from torch import nn
@@ -110,18 +117,18 @@ class HybridSchedule:
         *,
         total: int | None = None,
     ) -> None:
-        """Checks every phase, and sets the first."""
+        """Checks every phase, and applies the first phase."""
         if total is not None:
             _check_count("total", total)
         self.starts = [_count_of(start, total) for start, _ in phases]
-        rises = all(a < b for a, b in itertools.pairwise(self.starts))
-        if not rises or self.starts[:1] != [0]:
+        increasing = all(a < b for a, b in itertools.pairwise(self.starts))
+        if not increasing or self.starts[:1] != [0]:
             raise ValueError(
-                f"phases must begin at counts that rise from 0, got {self.starts}; give the first "
-                "one the start 0"
+                f"the starts of phases must increase from 0, got {self.starts}; begin the first "
+                "phase at 0, and each other phase after the phase before it"
             )
         self._modules = _layers_of(model)
-        # What every layer has in every phase, so that going back or resuming is no special case.
+        # All settings of every phase, so that going back and resuming need no special case.
         settings = [_setting_of(module) for module in self._modules]
         self._settings: list[list[_Setting]] = []
         for _, changes in phases:
@@ -132,11 +139,22 @@ class HybridSchedule:
 
     @property
     def phase(self) -> int:
-        """Which phase it is, from 0 on."""
+        """Index of the current phase, from 0."""
         return bisect.bisect_right(self.starts, self.count) - 1
 
     def step(self, n: int = 1) -> bool:
-        """Counts ``n`` more steps or tokens; whether that began another phase, which is now set."""
+        """Counts steps or tokens, and applies the phase of the new count.
+
+        Args:
+            n: Steps or tokens since the last call, at least 0.
+
+        Returns:
+            Whether a new phase has begun.
+
+        Raises:
+            TypeError: ``n`` is not an int.
+            ValueError: ``n`` is negative.
+        """
         _check_count("n", n)
         before = self.phase
         self.count += n
@@ -146,11 +164,19 @@ class HybridSchedule:
         return True
 
     def state_dict(self) -> dict[str, int]:
-        """The count: all that a schedule made from the same arguments needs to go on."""
+        """Returns the count, which a schedule with the same arguments needs to continue."""
         return {"count": self.count}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes to the count of a state, forth or back, and sets what its phase says."""
+        """Restores the count, and applies its phase, even if it is an earlier phase.
+
+        Args:
+            state: The result of `state_dict`.
+
+        Raises:
+            TypeError: The count is not an int.
+            ValueError: The count is negative.
+        """
         _check_count("count", state["count"])
         self.count = state["count"]
         _apply(self._modules, self._settings[self.phase])
@@ -160,8 +186,8 @@ def _layers_of(model: nn.Module) -> list[FlexMoba]:
     modules = [module for module in model.modules() if isinstance(module, FlexMoba)]
     if not modules:
         raise ValueError(
-            f"there is no flexmoba.nn.FlexMoba in this {type(model).__name__}; give its attention "
-            "one, or use MobaAttention, which has one"
+            f"there is no flexmoba.nn.FlexMoba in this {type(model).__name__}; call a FlexMoba in "
+            "its attention, or use MobaAttention"
         )
     return modules
 
@@ -177,11 +203,11 @@ def _changed(
     layers: Layers = None,
     **changes: Any,
 ) -> list[_Setting]:
-    """The settings of all layers after a change of some, checked."""
+    """Returns the settings of all layers after changes in ``layers``, or raises."""
     if unknown := changes.keys() - set(_Setting._fields):
         raise TypeError(
-            f"set_attention has no argument {', '.join(sorted(unknown))}; it has "
-            f"{', '.join(_Setting._fields)} and layers"
+            f"set_attention has no argument {', '.join(sorted(unknown))}; use "
+            f"{', '.join(_Setting._fields)} or layers"
         )
     settings = list(settings)
     for i in _indices(layers, len(modules)):
@@ -199,7 +225,10 @@ def _indices(layers: Layers, n: int) -> Iterable[int]:
     layers = [layers] if isinstance(layers, int) else list(layers)
     for i in layers:
         if not -n <= i < n:
-            raise IndexError(f"layers must be from {-n} to {n - 1}, as there are {n}, got {i}")
+            raise IndexError(
+                f"layers must be from {-n} to {n - 1} for a model with {n} FlexMoba modules, got "
+                f"{i}; the first layer is 0"
+            )
     return layers
 
 
@@ -218,13 +247,14 @@ def _check_count(name: str, count: int) -> None:
 def _count_of(start: float, total: int | None) -> int:
     if isinstance(start, bool) or not isinstance(start, (int, float)):
         raise TypeError(
-            f"a phase must begin at an int, a count, or a float, a fraction of total, got {start!r}"
+            f"a phase must begin at an int (a count) or at a float (a fraction of total), got "
+            f"{start!r}"
         )
     if isinstance(start, int):
         return start
     if total is None or not 0.0 <= start <= 1.0:
         raise ValueError(
-            f"a phase that begins at a fraction needs one from 0 to 1 and a total, got {start} and "
-            f"total={total}"
+            f"a phase that begins at a fraction needs a fraction from 0 to 1 and a total, got "
+            f"{start} and total={total}; pass total, or begin the phase at a count"
         )
     return round(start * total)

@@ -1,4 +1,4 @@
-"""The cache: chunks and steps against it equal one call over everything."""
+"""Tests of `MobaCache`: chunks and steps with a cache equal one call without a cache."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def cache_for(problem: Problem, max_len: int | None = None) -> MobaCache:
 
 
 def whole(problems_):
-    """Self-attention: as many queries as keys."""
+    """Returns the problems with as many queries as keys (self-attention)."""
     return problems_.map(lambda p: Problem(**(vars(p) | {"q_len": p.kv_len})))
 
 
@@ -166,7 +166,7 @@ def test_a_cache_of_inference_mode_goes_on_outside(gate, max_len):
     with torch.inference_mode():
         cache = cache_for(problem, max_len)
         attend((q, k, v), 0, 100)
-        attend((q, k, v), 100, 150)  # grows
+        attend((q, k, v), 100, 150)  # the storage grows
         cache.reorder(rows)
         cache.crop(140)
     moved = [x[rows] for x in (q, k, v)]
@@ -187,7 +187,7 @@ def test_full_attention_and_a_replayed_step_without_room():
     before = cache.k[:, :, :12].clone()
     with pytest.raises(ValueError, match="12 tokens, of which 12 are taken, so 1 more"):
         cache.append(k[:, :, 12:], v[:, :, 12:])
-    cache._most = 0  # as if a graph had been replayed, past the checks of the host
+    cache._longest_row = 0  # a replayed graph does not update this number, so nothing raises
     positions = cache.append(k[:, :, 12:], v[:, :, 12:])
     assert cache.attend(q[:, :, 12:], positions, 3)[0].isnan().all()
     assert_bitwise_equal(cache.k[:, :, :12], before)

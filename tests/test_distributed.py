@@ -1,6 +1,6 @@
-"""Two processes: sharded parameters (FSDP2), and heads split over devices (DTensor).
+"""Tests with two processes: sharded parameters (FSDP2), and heads split over devices (DTensor).
 
-Each is compared with one process that has everything, in loss and gradients.
+Each test compares outputs and gradients with one process that has the complete model.
 """
 
 import datetime
@@ -43,14 +43,14 @@ class Model(nn.Module):
 
 
 def sharded(model: Model, mesh: DeviceMesh) -> None:
-    """FSDP2: each process has a part of every parameter, and other rows of the batch."""
+    """Applies FSDP2: each process has a shard of every parameter, and its own rows of the batch."""
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
 def split_by_heads(model: Model, mesh: DeviceMesh) -> None:
-    """Tensor parallelism: each process has other heads, and all of the batch."""
+    """Applies tensor parallelism: each process has its own heads, and the complete batch."""
     for layer in model.layers:
         plan = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
         parallelize_module(layer, mesh, plan | {"o_proj": RowwiseParallel()})
@@ -59,7 +59,7 @@ def split_by_heads(model: Model, mesh: DeviceMesh) -> None:
 
 
 def compare(rank: int, store: str, device: str, backend: str) -> None:
-    """What every process runs."""
+    """Compares parallel models with a single model, in every process."""
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
@@ -68,10 +68,10 @@ def compare(rank: int, store: str, device: str, backend: str) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=RANKS,
-        timeout=datetime.timedelta(minutes=5),  # compiling included
+        timeout=datetime.timedelta(minutes=5),  # includes compilation
     )
     try:
-        # Where values go through float64, a wrong result cannot hide in roundings.
+        # In float64, rounding cannot hide a wrong result.
         dtype = torch.float64 if device == "cpu" else torch.float32
         close = {} if device == "cpu" else {"rtol": 1e-3, "atol": 1e-4}
         mesh = init_device_mesh(device, (RANKS,))
@@ -93,12 +93,12 @@ def compare(rank: int, store: str, device: str, backend: str) -> None:
                 mine = {name: x[rows] for name, x in where.items()}
                 expected, out = alone(x, **where), model(x[rows], **mine)
                 torch.testing.assert_close(out, expected[rows], **close)
-                for y in (expected, out):  # FSDP takes the mean over processes
+                for y in (expected, out):  # FSDP averages gradients over processes, as `mean` does
                     y.square().mean().backward()
                 for (name, p), q in zip(alone.named_parameters(), model.parameters(), strict=True):
                     actual = q.grad.full_tensor() if hasattr(q.grad, "full_tensor") else q.grad
                     torch.testing.assert_close(actual, p.grad, **close, msg=f"{name}, topk={topk}")
-        for inference in (decode, compiled):  # of the model whose heads are split
+        for inference in (decode, compiled):  # `model` is now the one with split heads
             inference(model.layers[0], alone.layers[0], x, close)
     finally:
         dist.destroy_process_group()
@@ -115,7 +115,7 @@ def decode(layer: MobaAttention, alone: MobaAttention, x: Tensor, close: dict[st
 def compiled(
     layer: MobaAttention, alone: MobaAttention, x: Tensor, close: dict[str, float]
 ) -> None:
-    # On CUDA what runs FlexAttention must compile it.
+    # On CUDA, FlexAttention must be compiled by inductor.
     backend = "eager" if x.device.type == "cpu" else "inductor"
     layer = torch.compile(layer, fullgraph=True, backend=backend)
     torch.testing.assert_close(layer(x), alone(x), **close)

@@ -1,4 +1,4 @@
-"""Generation of transformers models: with a `FlexMobaCache`, and right without one."""
+"""Tests of generation by transformers models, with a `FlexMobaCache` and with other caches."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ CACHES = {
 
 
 def generate(model, ids: Tensor, **options) -> tuple[Tensor, Tensor]:
-    """New tokens ``(B, n)`` and the logits ``(n, B, vocabulary)`` that each was chosen by."""
+    """Returns new tokens, ``(B, n)`` int64, and their logits, ``(n, B, vocabulary)``."""
     defaults = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0}
     result = model.generate(
         ids, **defaults | options, return_dict_in_generate=True, output_logits=True
@@ -32,9 +32,9 @@ def generate(model, ids: Tensor, **options) -> tuple[Tensor, Tensor]:
 
 
 def assert_whole_passes_choose(model, ids: Tensor, new: Tensor, logits: Tensor) -> None:
-    """That every new token is the best one of a pass over all before it, by the same logits."""
+    """Asserts that passes over all tokens give the same logits, and select the same new tokens."""
     whole = model(torch.cat([ids, new], 1), use_cache=False).logits[:, ids.shape[1] - 1 : -1]
-    torch.testing.assert_close(logits.transpose(0, 1), whole.float())  # as generate keeps them
+    torch.testing.assert_close(logits.transpose(0, 1), whole.float())  # generate returns float32
     assert_bitwise_equal(new, whole.argmax(-1))
 
 
@@ -48,7 +48,7 @@ def test_greedy_decoding_is_what_whole_passes_compute(family):
         assert_whole_passes_choose(model, ids, new, logits)
     convert(model, BLOCK, None)
     dense = model(torch.cat([ids, new], 1)).logits[:, LENGTH - 1 : -1]
-    assert (dense - logits.transpose(0, 1)).abs().max() > 0.1  # or the rest says nothing
+    assert (dense - logits.transpose(0, 1)).abs().max() > 0.1  # so that the comparison can fail
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -125,7 +125,7 @@ def test_beams_and_samples_are_those_of_whole_passes(options):
 def test_assisted_decoding_is_greedy_decoding(draft, cache):
     model, ids = convert(model_of("llama"), BLOCK, TOPK), tokens(1, LENGTH).repeat(1, 2)
     if draft == "assistant":
-        assistant = model_of("llama", dtype=torch.float32)  # agrees now and then, dense as it is
+        assistant = model_of("llama", dtype=torch.float32)  # dense, so it agrees only sometimes
         assistant.generation_config = GenerationConfig(num_assistant_tokens=5, pad_token_id=0)
         options = {"assistant_model": assistant}
     else:
@@ -185,7 +185,7 @@ def test_a_step_reads_selected_blocks_only():
     model, ids = convert(model_of("llama"), BLOCK, 1), tokens(1, LENGTH)
     cache = FlexMobaCache()
     step(model, cache, ids)
-    for layer in cache.layers:  # what is not the own block
+    for layer in cache.layers:  # NaN in all blocks but the own block
         layer._cache.k[:, :, : LENGTH // BLOCK * BLOCK] = torch.nan
     assert step(model, cache, ids[:, :1]).isfinite().all()
 
@@ -208,7 +208,7 @@ def test_a_compiled_step_compiles_once():
 def test_generate_compiles_its_steps_once(device):
     model = convert(model_of("llama", dtype=torch.float32), BLOCK, TOPK).to(device)
     ids = tokens(2, LENGTH).to(device)
-    if device == "cpu":  # where generate compiles only if told to
+    if device == "cpu":  # where generate does not compile by default
         options = {"compile_config": CompileConfig(backend="eager", mode=None, fullgraph=True)}
         options["compile_config"]._compile_all_devices = True
     else:
@@ -217,7 +217,7 @@ def test_generate_compiles_its_steps_once(device):
     torch.compiler.reset()
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for shift in range(2):  # blocks end elsewhere in the second prompt
+        for shift in range(2):  # the second prompt is one token shorter, and so fills blocks later
             prompt = ids[:, shift:]
             new, logits = generate(model, prompt, past_key_values=cache, **options)
             expected = generate(model, prompt, past_key_values=FlexMobaCache())
@@ -232,7 +232,7 @@ def test_what_a_cache_cannot_do_raises():
     dense, ids = model_of("llama"), tokens(1, LENGTH)
     cache = FlexMobaCache()
     step(dense, cache, ids)
-    with pytest.raises(RuntimeError, match="never came to flexmoba's attention"):
+    with pytest.raises(RuntimeError, match="did not reach flexmoba's attention"):
         step(dense, cache, ids[:, :1])
 
     model = convert(dense, BLOCK, TOPK)
@@ -245,9 +245,9 @@ def test_what_a_cache_cannot_do_raises():
     with pytest.raises(NotImplementedError, match="'llama' was given a static cache of"):
         generate(model, ids, cache_implementation="static")
     with pytest.raises(NotImplementedError, match="'llama' was given a static cache of"):
-        step(model, StaticCache(model.config, max_cache_len=64), ids)  # the prefill alone
+        step(model, StaticCache(model.config, max_cache_len=64), ids)  # raises in the prefill
     with (
-        pytest.raises(NotImplementedError, match="'llama' was given packed documents and 40"),
+        pytest.raises(NotImplementedError, match="'llama' was given packed documents with 40"),
         torch.no_grad(),
     ):
         model(ids, position_ids=torch.arange(LENGTH)[None] % 20, past_key_values=cache)
@@ -266,7 +266,7 @@ def test_what_a_cache_cannot_do_raises():
             bad()
 
     convert(model, BLOCK, TOPK, impl="portable")
-    with pytest.raises(NotImplementedError, match="impl='portable' does not go with a cache"):
+    with pytest.raises(NotImplementedError, match="a cache does not support impl='portable'"):
         step(model, FlexMobaCache(), ids)
     padded = FlexMobaCache()
     convert(model, BLOCK, TOPK)
@@ -292,7 +292,7 @@ def test_windows_shorter_than_what_is_cached_raise():
             step(windowed, made, ids[:, :1])
     with pytest.raises(NotImplementedError, match="context of 64"):
         step(windowed, FlexMobaCache(64), ids)
-    # Its window is in its masks alone.
+    # Only the masks of this model have a window.
     windowed = model_of("phimoe", sliding_window=LENGTH, dtype=torch.float32)
     cache = FlexMobaCache(64)
     step(convert(windowed, BLOCK, TOPK), cache, ids)

@@ -1,4 +1,4 @@
-"""`flexmoba.hybrid`: the kind of attention changes, and nothing else."""
+"""Tests of `flexmoba.hybrid`: the attention settings change, and nothing else."""
 
 import copy
 
@@ -15,7 +15,7 @@ from tests.conftest import assert_bitwise_equal
 
 
 class Model(nn.Module):
-    """Residual layers of attention, whose `FlexMoba` are found wherever they are."""
+    """Residual attention layers, which contain their `FlexMoba` modules at any depth."""
 
     def __init__(self, n: int, **options) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def test_what_is_not_named_stays():
         ({"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
         ({"block_size": None}, TypeError, "None"),
         ({"topk": 1}, ValueError, "topk=1 is too small for sink_blocks=1"),
-        ({"layers": 2}, IndexError, "from -2 to 1, as there are 2, got 2"),
+        ({"layers": 2}, IndexError, "from -2 to 1 for a model with 2 FlexMoba modules, got 2"),
         ({"layers": [0, -3]}, IndexError, "got -3"),
     ],
 )
@@ -158,7 +158,7 @@ def test_counts_and_fractions_of_a_total():
 @pytest.mark.parametrize(
     ("phases", "total", "error", "text"),
     [
-        ([], None, ValueError, r"rise from 0, got \[\]"),
+        ([], None, ValueError, r"increase from 0, got \[\]"),
         ([(1, {})], None, ValueError, r"got \[1\]"),
         ([(0, {}), (5, {}), (5, {})], None, ValueError, r"got \[0, 5, 5\]"),
         ([(0, {}), (0.5, {})], None, ValueError, "0.5 and total=None"),
@@ -166,7 +166,7 @@ def test_counts_and_fractions_of_a_total():
         ([(0, {}), (float("nan"), {})], 10, ValueError, "nan"),
         ([("0", {})], None, TypeError, "'0'"),
         ([(0, {}), (0.5, {})], 1e6, TypeError, "total must be an int, got 1000000.0"),
-        ([(0, {"top_k": 3})], None, TypeError, "no argument top_k; it has block_size, topk"),
+        ([(0, {"top_k": 3})], None, TypeError, "no argument top_k; use block_size, topk"),
     ],
 )
 def test_bad_phases(phases, total, error, text):
@@ -225,7 +225,7 @@ def test_a_compiled_model_compiles_once_for_each_setting():
     phases = [(i, {"topk": topk}) for i, topk in enumerate((2, 3, None, 2, None, 3))]
     phases.append((6, {"topk": None, "layers": -1}))
     schedule = HybridSchedule(model, phases)
-    for _ in range(2):  # through all of training, and once more after going back
+    for _ in range(2):  # through all phases, and once more after a return to the first
         for _ in phases:
             assert_bitwise_equal(compiled(x), model(x))
             schedule.step()

@@ -1,4 +1,4 @@
-"""`flexmoba.nn`: modules around the operator."""
+"""Tests of `flexmoba.nn`."""
 
 import itertools
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def test_flex_moba_as_a_module_refuses_options():
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one layer and its input."""
+    """Sizes of one layer and its input."""
 
     batch: int
     length: int
@@ -114,7 +114,7 @@ EXAMPLE = Sizes(2, 50, 2, 2, 8, 8, 3, 10000.0, True, 3, seed=0)
 
 
 def written_out(layer: MobaAttention, x: Tensor) -> Tensor:
-    """The layer by its definition: one token, one lag, one pair of dims after another."""
+    """Computes the layer by its definition, one token, one lag and one pair of dims at a time."""
     heads = [
         F.linear(x, proj.weight, proj.bias).view(*x.shape[:2], -1, layer.head_dim).transpose(1, 2)
         for proj in (layer.q_proj, layer.k_proj, layer.v_proj)
@@ -179,7 +179,7 @@ def test_packed_documents_are_as_if_alone(sizes, cuts):
 @given(sizes(), st.data())
 def test_padding_does_not_matter(sizes, data):
     layer, x = sizes.layer(), sizes.x()
-    share = data.draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))  # of padding, between tokens as well
+    share = data.draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))  # of padding, also between tokens
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
     real = torch.rand(x.shape[:2], generator=generator) >= share
     out = layer(x.masked_fill(~real[..., None], float("nan")), key_padding_mask=real)
@@ -197,8 +197,8 @@ def test_padding_does_not_matter(sizes, data):
 
 
 def test_positions_begin_anew_with_every_sequence():
-    # Attention knows only differences of positions, but for roundings. So that these tell, let a
-    # rotation be so fast that no two positions but the same give the same angles.
+    # Except for rounding, attention depends only on differences of positions. With this base, the
+    # rotation is so fast that rounding reveals positions: no two positions have the same angles.
     layer = replace(EXAMPLE, rope_base=7e-21, key_conv=None).layer()
     x = EXAMPLE.x()[:1]
     first, second = layer(x[:, :20]), layer(x[:, 20:])
@@ -238,7 +238,7 @@ def test_rows_of_different_lengths_are_decoded_on_their_own(sizes, data):
     layer, x = sizes.layer(), sizes.x()
     cache = layer.make_cache(sizes.batch)
     ends = [0] * sizes.batch
-    for _ in range(3):  # padded chunks: some tokens of each row, on either side
+    for _ in range(3):  # padded chunks, with the tokens of each row anywhere in the chunk
         take = [data.draw(st.integers(0, sizes.length - end)) for end in ends]
         n = max(take) + data.draw(st.integers(1, 2))
         chunk, real = x.new_full((sizes.batch, n, 12), float("nan")), torch.zeros(sizes.batch, n)
@@ -300,7 +300,7 @@ def test_a_new_key_convolution_changes_nothing():
     out = convolved(x)
     assert_bitwise_equal(out, plain(x))
     out.square().sum().backward()
-    assert (convolved.key_conv.weight.grad != 0).all()  # but learns
+    assert (convolved.key_conv.weight.grad != 0).all()  # so that training can change the weights
 
 
 def test_state_dict_and_repr():
@@ -326,7 +326,7 @@ def test_state_dict_and_repr():
     assert not meta.key_conv.weight.any()
 
 
-# Said of what torch.compile itself does with an autograd.Function.
+# torch.compile itself causes this warning for an autograd.Function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiles_to_one_graph_that_serves_all_lengths():
@@ -372,7 +372,8 @@ def test_inductor_does_not_take_positions_from_lengths_that_were_changed_since()
 @torch.no_grad()
 def test_an_exported_layer_equals_it_at_any_length():
     layer, x = EXAMPLE.layer().eval(), EXAMPLE.x()
-    length = torch.export.Dim("length", min=25)  # more than topk blocks: below, all is attended to
+    # More than topk blocks, since at most topk blocks are full attention, another program.
+    length = torch.export.Dim("length", min=25)
     exported = torch.export.export(layer, (x,), dynamic_shapes={"x": {1: length}})
     for n in (25, 50, 64, 101):
         x = torch.randn(2, n, 12, dtype=torch.float64)
@@ -393,7 +394,7 @@ def test_autocast_projects_and_attends_in_half_precision():
     torch.testing.assert_close(cached, out)
     out.float().square().mean().backward()
     assert {x.grad.dtype for x in layer.parameters()} == {torch.float32}
-    # As much as the same roundings cost dense attention.
+    # The error is compared with the error of full attention under the same autocast.
     with torch.autocast("cpu", torch.bfloat16):
         layer.moba.topk = None
         dense = layer(x)
@@ -416,7 +417,7 @@ def test_activation_checkpointing_changes_no_bit(use_reentrant):
 
 
 class Quantised(nn.Module):
-    """A linear map with weights of 8 bits, and scales, if any, as a buffer."""
+    """Linear map with 8-bit weights, whose scales are a buffer if ``scales``."""
 
     def __init__(self, linear, scales=True, weight_dtype=torch.int8):
         super().__init__()
@@ -432,7 +433,7 @@ class Quantised(nn.Module):
 
 
 class Plain(nn.Module):
-    """What another library puts in the place of a projection: no module of torch, no weight."""
+    """Projection of another library, without parameters and buffers."""
 
     def __init__(self, linear):
         super().__init__()
@@ -480,7 +481,7 @@ def test_a_cache_for_quantised_projections_follows_autocast():
     ("wrap", "options", "text"),
     [
         (lambda x: Quantised(x, scales=False), {}, "a Quantised, .* dtype=None and device=cpu; "),
-        (Plain, {}, "a Plain, gives keys, got dtype=None and device=None; pass both"),
+        (Plain, {}, "from k_proj, a Plain, got dtype=None and device=None; pass both"),
         (Plain, {"dtype": torch.half}, "dtype=torch.float16 and device=None; pass both"),
     ],
 )
@@ -492,7 +493,7 @@ def test_a_cache_that_nothing_tells_the_dtype_of_is_refused(wrap, options, text)
 
 @pytest.mark.gpu
 def test_the_layer_on_cuda_and_a_step_in_a_cuda_graph():
-    # Float32, so that hardly a gate chooses differently than in float64.
+    # Float32, so that the gate rarely selects other blocks than in float64.
     sizes = replace(EXAMPLE, length=300, head_dim=64, block_size=64)
     exact, x = sizes.layer(), sizes.x()
     layer, x32 = sizes.layer(torch.float32).cuda(), x.float().cuda()
@@ -506,7 +507,7 @@ def test_the_layer_on_cuda_and_a_step_in_a_cuda_graph():
         cache = layer.make_cache(2, max_len=300)
         layer(x32[:, :299], cache=cache)
         token = x32[:, 299:].clone()
-        layer(token, cache=cache)  # compiles what it launches
+        layer(token, cache=cache)  # compiles the kernels before the capture
         cache.crop(299)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -562,7 +563,7 @@ def test_the_layer_refuses(options, error, text):
         (lambda m: KeyConv(8)(torch.zeros(1, 2, 5, 8)), ValueError, "8 channels, got 2 heads of 8"),
         (lambda m: KeyConv(0), ValueError, "channels must be at least 1"),
         (lambda m: m(X[0]), ValueError, r"x must be \(B, L, dim\), got \(10, 16\)"),
-        (lambda m: m._heads(X[..., :6]), ValueError, "6 features here"),
+        (lambda m: m._heads(X[..., :6]), ValueError, "6 features on this device"),
     ],
 )
 def test_a_call_is_refused(call, error, text):

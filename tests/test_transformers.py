@@ -1,6 +1,6 @@
-"""transformers models with ``attn_implementation="flexmoba"``: logits, padding, packing, training.
+"""Tests of transformers models with ``attn_implementation="flexmoba"``, without a `FlexMobaCache`.
 
-`test_generate.py` has the cache.
+They cover logits, padding, packing and training. `test_generate.py` tests the cache.
 """
 
 import inspect
@@ -40,7 +40,7 @@ from tests.conftest import assert_bitwise_equal
 from tests.tiny_models import FAMILIES, HIDING, SIZES, VOCABULARY, model_of, register_oracle, tokens
 
 LENGTH, BLOCK, TOPK = 45, 8, 3
-# Newer versions of transformers call it activation checkpointing, and warn.
+# Newer versions of transformers have renamed it to activation checkpointing, and warn.
 old_name = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 drops_queries = pytest.mark.skipif(
@@ -65,7 +65,7 @@ def test_sparse_is_the_oracle_and_all_blocks_are_dense_attention(family):
     register_oracle()
     model.set_attn_implementation("oracle")
     oracle = logits_and_gradients(model, ids, block_size=BLOCK, topk=TOPK)
-    assert (oracle[0] - dense[0]).abs().max() > 0.1  # or the rest says nothing
+    assert (oracle[0] - dense[0]).abs().max() > 0.1  # so that the next comparison can fail
 
     names = [name for name, _ in model.named_parameters()]
     assert convert(model, BLOCK, TOPK) is model
@@ -74,7 +74,7 @@ def test_sparse_is_the_oracle_and_all_blocks_are_dense_attention(family):
     for topk in (-(-LENGTH // BLOCK), None):
         convert(model, BLOCK, topk)
         for actual, expected in zip(logits_and_gradients(model, ids), dense, strict=True):
-            # Eager attention, the only one with a cap, has its softmax in float32.
+            # Only eager attention has a cap. It computes the softmax in float32.
             dtype = torch.float32 if family == "gemma2" else torch.float64
             torch.testing.assert_close(actual.to(dtype), expected.to(dtype))
 
@@ -82,7 +82,7 @@ def test_sparse_is_the_oracle_and_all_blocks_are_dense_attention(family):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_autocast_gives_attention_half_precision_as_elsewhere(family):
-    """Rotary embeddings leave queries and keys in float32, and caches all or some of them."""
+    """Rotary embeddings return float32 queries and keys, and a cache holds some or all of them."""
     model, ids = model_of(family, dtype=torch.float32), tokens(2, LENGTH)
     exact = model(ids).logits
     with torch.autocast("cpu", torch.bfloat16):
@@ -174,7 +174,7 @@ def test_padding_between_real_tokens_is_what_other_attentions_take_it_for():
 
 
 def prefix_of(model, length):
-    """Learned keys and values of every layer, and a cache of them as prefix tuning makes it."""
+    """Returns learned keys and values of every layer, and a function that makes a cache of them."""
     config = model.config
     generator = torch.Generator().manual_seed(1)
     shape = config.num_hidden_layers, 2, config.num_key_value_heads, length, config.head_dim
@@ -191,7 +191,7 @@ def prefix_of(model, length):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_prefix_tuning_of_padded_rows(side):
-    """A prefix of keys that learn, before padding on the left: a hole."""
+    """Trains a prefix of keys. Padding on the left then lies between prefix and tokens."""
     model, ids = model_of("qwen3"), tokens(2, LENGTH)
     model.set_attn_implementation("sdpa")
     learned, cache = prefix_of(model, 6)
@@ -225,7 +225,7 @@ def test_prefix_tuning_of_padded_rows(side):
     alone = torch.cat(alone)
     alone = [alone, *torch.autograd.grad(alone.logsumexp(-1).sum(), learned)]
     torch.testing.assert_close(sparse, alone)
-    with torch.no_grad():  # by a MobaCache
+    with torch.no_grad():  # which uses a MobaCache
         logits = model(ids, **inputs, position_ids=positions, past_key_values=cache(2)).logits
     torch.testing.assert_close(logits[real], sparse[0])
     convert(model, 128, 2, gate="tile")
@@ -244,7 +244,7 @@ WAYS = ("position_ids", "all-ones mask", "cu_seq_lens", "seq_idx", "two rows", "
 
 
 def inputs_of(way, lengths):
-    """How a collator or user may say where documents are, rows, and the columns of their tokens."""
+    """Returns the inputs that describe documents, the number of rows, and the columns of tokens."""
     positions, ids, bounds = packed(lengths)
     columns = torch.arange(ids.shape[1])
     if way == "all-ones mask":
@@ -256,7 +256,7 @@ def inputs_of(way, lengths):
         del batch["input_ids"], batch["labels"]
         return batch, 1, columns
     if way == "seq_idx":
-        # Positions that count on say nothing.
+        # The positions do not restart, so they do not reveal the documents.
         return {"position_ids": columns[None], "seq_idx": ids.int()}, 1, columns
     if way == "two rows":
         return {"position_ids": positions}, 2, columns
@@ -298,7 +298,9 @@ def test_a_loaded_model_whose_attention_is_not_told_positions_raises(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float64, attn_implementation="flexmoba"
     )
-    with pytest.raises(NotImplementedError, match=r"'persimmon' is not given.*\.attach\(model\)"):
+    with pytest.raises(
+        NotImplementedError, match=r"'persimmon' gets no position_ids.*\.attach\(model\)"
+    ):
         loaded(ids, position_ids=positions)
     for inputs in ({"cu_seq_lens_q": bounds}, {"use_cache": False}):
         out = loaded(ids, position_ids=positions, **inputs).logits
@@ -312,7 +314,7 @@ def test_a_loaded_model_whose_attention_is_not_told_positions_raises(tmp_path):
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("family", ["llama", "llama4_text", "granitemoehybrid"])
 def test_positions_that_jump_ahead_are_what_transformers_takes_them_for(family, use_cache):
-    """Documents where it looks for documents; else the same sequence, further apart."""
+    """Tests that a jump begins a document only where transformers looks for documents."""
     model, ids = model_of(family), tokens(2, LENGTH)
     model.set_attn_implementation("sdpa")
     positions = torch.arange(LENGTH).expand(2, -1) + (torch.arange(LENGTH) >= 20) * 80
@@ -425,7 +427,7 @@ def test_the_text_model_of_a_larger_one_is_converted():
     torch.testing.assert_close(model(ids, pixel_values=pixels).logits, dense)
     convert(model, BLOCK, TOPK)
     assert (model(ids, pixel_values=pixels).logits - dense).abs().max() > 0.01
-    model.set_attn_implementation("flexmoba")  # of the vision tower as well
+    model.set_attn_implementation("flexmoba")  # also in the vision tower
     with pytest.raises(NotImplementedError, match=r"CLIPAttention.*not causal"):
         model(ids, pixel_values=pixels)
 
@@ -490,7 +492,7 @@ MASK_4D = torch.ones(1, 1, 20, 20).bool().tril()
                        "cu_seq_lens_q": torch.tensor([0, 20])}, ValueError, "cu_seq_lens_q"),
         pytest.param(
             "gemma4", {}, {"position_ids": torch.arange(20)[None] % 10, "logits_to_keep": 1},
-            NotImplementedError, "'gemma4_text' was given packed documents and 1 queries for 20 k",
+            NotImplementedError, "'gemma4_text' was given packed documents with 1 queries for 20 k",
             marks=drops_queries),
     ],
 )  # fmt: skip
@@ -501,10 +503,10 @@ def test_what_is_not_there_raises(family, config, inputs, error, text):
 
 
 def test_masks_that_are_not_padding_raise():
-    with pytest.raises(NotImplementedError, match="other than causal"):  # images that see ahead
+    with pytest.raises(NotImplementedError, match="other than causal"):  # bidirectional images
         padding_mask(batch_size=1, q_length=8, kv_length=8, use_vmap=True)
     with pytest.raises(NotImplementedError, match="shorter than the context of 21"):
-        # Of a window's cache.
+        # These offsets belong to a cache that keeps one window.
         padding_mask(batch_size=1, q_length=1, kv_length=8, q_offset=20, kv_offset=13)
 
 
@@ -512,7 +514,7 @@ def test_settings_that_do_not_fit_raise():
     model = model_of("llama")
     register()
     model.set_attn_implementation("flexmoba")
-    with pytest.raises(ValueError, match=r"'llama' has no block_size and topk: call .*convert"):
+    with pytest.raises(ValueError, match=r"'llama' has no block_size and topk; call .*convert"):
         model(IDS)
     for arguments, error, text in [
         ((0, 3), ValueError, "got 0"),
@@ -537,14 +539,22 @@ def indexed(config):
 @pytest.mark.parametrize(
     ("make", "options", "text"),
     [
-        (lambda: BertModel(BertConfig(**SIZES)), {}, "BertModel has no causal self-attention that"),
-        (lambda: BloomForCausalLM(BloomConfig(n_layer=1)), {}, "Bloom.* that it dispatches"),
+        (
+            lambda: BertModel(BertConfig(**SIZES)),
+            {},
+            "BertModel dispatches no causal self-attention",
+        ),
+        (
+            lambda: BloomForCausalLM(BloomConfig(n_layer=1)),
+            {},
+            "Bloom.* dispatches no causal self-attention",
+        ),
         (
             lambda: indexed(DeepseekV32Config),
             {},
-            "DeepseekV32Attention.* has an indexer of its own",
+            "DeepseekV32Attention.* by its own indexer",
         ),
-        (lambda: indexed(DeepseekV4Config), {}, "DeepseekV4Attention.* has an indexer of its own"),
+        (lambda: indexed(DeepseekV4Config), {}, "DeepseekV4Attention.* by its own indexer"),
         (lambda: model_of("llama"), {"sink_blocks": TOPK}, "topk=3 is too small for sink_blocks=3"),
     ],
 )

@@ -1,4 +1,4 @@
-"""transformers models of local layers, which keep their window or chunks, and global ones."""
+"""Tests of transformers models with local layers, which keep their window or chunks."""
 
 from importlib.metadata import version
 
@@ -38,25 +38,25 @@ from tests.test_transformers import WAYS, check_packing, inputs_of, logits_and_g
 from tests.tiny_models import COMMON, CONFIGS, GROUPED, WINDOW, WINDOWED, model_of, tokens
 
 LENGTH, BLOCK, TOPK = 45, 8, 2
-EAGER = ("local gemma2", "local gpt_oss")  # which have no sdpa; their softmax is in float32
+EAGER = ("local gemma2", "local gpt_oss")  # models without sdpa, which compute softmax in float32
 SINKS = "local gpt_oss"
 DIFFERENT = ["local gemma2", "local gemma3", "local llama4", "local gpt_oss"]
 CHUNKS = pytest.param(
     "local llama4",
     marks=pytest.mark.skipif(
         Version(version("transformers")) < Version("5.23"),
-        reason="before 5.23 transformers counts chunks from the row's beginning, not a document's",
+        reason="before 5.23 the chunks of transformers begin with the row, not with a document",
     ),
 )
 
 
 def windowed(family, **config):
-    """A model with the attention that it has by default."""
+    """Returns a model with its default attention."""
     dtype = torch.float32 if family in EAGER else torch.float64
     model = model_of(family, dtype=dtype, **config)
     model.set_attn_implementation("eager" if family in EAGER else "sdpa")
     for name, p in model.named_parameters():
-        if name.endswith("sinks"):  # so that they matter, and differ
+        if name.endswith("sinks"):  # different values, which change the output clearly
             p.data.copy_(torch.linspace(-1, 3, p.numel()))
     return model
 
@@ -77,14 +77,14 @@ def test_global_layers_alone_are_converted(family, monkeypatch):
 
     sparse = logits_and_gradients(convert(model, BLOCK, TOPK), ids)
     assert (sparse[0] - dense[0]).abs().max() > 0.05
-    if family != SINKS:  # of which the oracle knows nothing
+    if family != SINKS:  # the oracle has no sinks
         monkeypatch.setattr(attention, "flex_moba", by_definition)
         torch.testing.assert_close(logits_and_gradients(model, ids), sparse)
 
 
 @pytest.mark.parametrize("family", WINDOWED)
 def test_padding_is_what_it_is_to_the_model(family):
-    """On the left, on the right, and between tokens; with positions that count tokens, too."""
+    """Tests padding on the left, on the right and between tokens, with and without positions."""
     model, ids = windowed(family), tokens(3, LENGTH)
     mask = torch.ones_like(ids)
     mask[0, :20], mask[1, 30:], mask[2, [0, 7, 8, 31]] = 0, 0, 0
@@ -98,7 +98,7 @@ def test_padding_is_what_it_is_to_the_model(family):
     whole = model(ids, **ways[1]).logits
     for row in range(3):
         alone = model(ids[row][mask[row].bool()][None]).logits
-        if row < 2:  # else windows reach further than without the padding
+        if row < 2:  # padding between tokens counts in a window, so the third row differs
             torch.testing.assert_close(whole[row, mask[row].bool()], alone[0])
 
 
@@ -106,7 +106,7 @@ def test_padding_is_what_it_is_to_the_model(family):
 @pytest.mark.parametrize("family", DIFFERENT)
 def test_packed_documents_are_alone(family, way):
     model = convert(windowed(family), BLOCK, TOPK)
-    # Padding sees real tokens in local layers.
+    # In local layers, padding attends to real tokens.
     check_packing(model, [19, 1, 13], way, use_cache=True, padding_as_well=False)
 
 
@@ -117,7 +117,7 @@ def test_packed_documents_that_transformers_tells_apart(family):
 
 @pytest.mark.parametrize("family", DIFFERENT)
 def test_packed_documents_with_holes_are_alone(family):
-    """A window is one of columns, holes included, as the model has it."""
+    """Tests padding between tokens. As in the model, a window counts columns, padding included."""
     model = convert(windowed(family), BLOCK, TOPK)
     inputs, _, columns = inputs_of("holes", [19, 1, 13])
     ids = tokens(1, inputs["position_ids"].shape[1])
@@ -131,7 +131,7 @@ def test_packed_documents_with_holes_are_alone(family):
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("family", ["local gemma3", "local llama4"])
 def test_documents_are_those_of_transformers(family, use_cache):
-    """Which takes jumps ahead for new documents where it looks for any."""
+    """Tests jumps of positions, which begin documents only where transformers looks for them."""
     model, ids = windowed(family), tokens(2, LENGTH)
     positions = torch.arange(LENGTH).expand(2, -1).clone()
     positions[:, 20:] += 80
@@ -152,9 +152,9 @@ def test_local_layers_share_a_mask_of_documents(monkeypatch):
     monkeypatch.setattr(local, "local_mask", lambda **x: made.append(0) or make(**x))
     ids, (positions, _, _) = tokens(1, LENGTH), packed([20, 25])
     model(ids, position_ids=positions)
-    assert len(made) == 2  # that of transformers, and that of documents
+    assert len(made) == 2  # the mask of transformers and the mask with documents
     model(ids, position_ids=positions, use_cache=False)
-    assert len(made) == 3  # where transformers looks for documents itself
+    assert len(made) == 3  # the mask of transformers already separates the documents
 
 
 CACHES = {
@@ -176,7 +176,7 @@ def test_greedy_decoding_is_what_whole_passes_compute(family):
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_cache_shorter_than_the_window(cache):
-    """In a static cache there are more keys than queries, unwritten ones."""
+    """Tests a short cache. A static cache has more keys than queries, and some are unwritten."""
     model = convert(windowed("local gemma3", sliding_window=256), BLOCK, TOPK)
     ids = tokens(2, 40)
     new, logits = generate(model, ids, past_key_values=CACHES[cache](model.config))
@@ -207,7 +207,7 @@ def test_beams_and_drafts_go_with_windows():
 
 
 def test_layers_that_drop_queries_see_what_they_saw():
-    """The last ones of Gemma 4, which share keys, where only a few logits are wanted."""
+    """Tests the last layers of Gemma 4, which share keys and drop queries for a few logits."""
     for family, window in [("local gemma4", WINDOW), ("local gemma4", 256)]:
         model, ids = convert(windowed(family, sliding_window=window), BLOCK, TOPK), tokens(2, 40)
         whole = model(ids, use_cache=False).logits
@@ -230,7 +230,7 @@ def test_the_models_own_attention_is_what_it_was(tmp_path):
     model, ids = windowed("local gemma3"), tokens(2, LENGTH)
     for name in ("eager", "sdpa"):
         model.set_attn_implementation(name)
-        for _ in range(2):  # also what is converted already
+        for _ in range(2):  # the second call converts a converted model
             convert(model, BLOCK, [None, TOPK])
             assert model.config.flexmoba["local_attention"] == name
     expected = model(ids).logits
@@ -253,7 +253,7 @@ def test_the_models_own_attention_is_what_it_was(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["local gemma3", "local gpt_oss"])
 def test_flex_attention_in_local_layers(family):
-    """Which needs no mask of all queries and keys."""
+    """Tests FlexAttention, which does not build a mask of all queries and keys."""
     model = windowed(family, head_dim=16).float().cuda()
     ids, mask = tokens(2, 200).cuda(), torch.ones(2, 200, dtype=torch.int, device="cuda")
     mask[0, :30], mask[1, 70] = 0, 0
@@ -275,7 +275,7 @@ def test_schedules_change_global_layers_alone():
     model, ids = windowed("local gemma3"), tokens(2, LENGTH)
     dense = model(ids).logits
     convert(model, BLOCK, TOPK)
-    set_attention(model, topk=None, layers=0)  # the first that is converted
+    set_attention(model, topk=None, layers=0)  # the first converted layer
     torch.testing.assert_close(model(ids).logits, dense)
 
 
@@ -313,7 +313,8 @@ def test_a_value_for_a_local_layer_is_refused():
 
 def test_what_local_layers_do_not_have_raises():
     model, ids = windowed("local gemma3"), tokens(1, LENGTH)
-    model.config._attn_implementation_internal = "flash_attention_2"  # needs no package that way
+    # Set in this way, FlashAttention need not be installed.
+    model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match=r"'flash_attention_2'.*set_attn_implementation.*\"sdpa\""):
         convert(model, BLOCK, TOPK)
     model.set_attn_implementation("sdpa")
@@ -350,7 +351,7 @@ ALL_LOCAL |= {
 
 @pytest.mark.parametrize("family", ALL_LOCAL)
 def test_models_of_windows_alone_say_what_to_load(family, tmp_path):
-    """A window is served up to its length, and can be made longer."""
+    """Tests contexts up to the window, and models that are loaded with a longer window."""
     name, make = ALL_LOCAL[family]
     ids, config = tokens(1, LENGTH), make()
     setattr(config, name, WINDOW)

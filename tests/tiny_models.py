@@ -1,4 +1,4 @@
-"""Two-layer transformers models with random weights, and the oracle as an attention of theirs."""
+"""Two-layer transformers models with random weights, and the oracle as an attention function."""
 
 from functools import cache
 
@@ -40,7 +40,7 @@ from transformers import (
 from flexmoba import moba_reference
 
 VOCABULARY = 61
-# Weights large enough for attention to have preferences.
+# Large weights, so that attention is far from uniform.
 COMMON = {"vocab_size": VOCABULARY, "initializer_range": 0.3, "pad_token_id": 0}
 COMMON |= {"bos_token_id": None, "eos_token_id": None}
 SIZES = {
@@ -63,7 +63,7 @@ CONFIGS = {
         **COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=256,
         attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, scale_attn_by_inverse_layer_idx=True,
     ),
-    # A cap and a scale that change much.
+    # A cap and a scale that change the output clearly.
     "gemma2": lambda: Gemma2Config(
         **COMMON, **GROUPED, head_dim=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=3,
         layer_types=["full_attention"] * 2,
@@ -75,7 +75,8 @@ SHARING = GROUPED | {
     "layer_types": ["full_attention"] * 4,
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
 }  # fmt: skip
-# Models that keep position_ids from their attention; the last one from its mask as well.
+# Models that do not pass position_ids to their attention. The last one does not use them for its
+# mask either.
 HIDING = {
     "llama4_text": lambda: Llama4TextConfig(
         **COMMON, **GROUPED, head_dim=8, intermediate_size_mlp=48, moe_layers=[],
@@ -101,7 +102,7 @@ LOCAL = GROUPED | {
     "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
 SHARING_LOCAL = SHARING | {"sliding_window": WINDOW, "layer_types": LOCAL["layer_types"] * 2}
-# Models of a local and a global layer.
+# Models with one local and one global layer.
 WINDOWED = {
     "local gemma2": lambda: Gemma2Config(
         **COMMON, **LOCAL, head_dim=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=3,
@@ -126,12 +127,12 @@ WINDOWED = {
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     ),
 }  # fmt: skip
-# Of which a test or two is enough.
+# Models for only one or two tests.
 CONFIGS |= HIDING | WINDOWED | {
     "diffllama": lambda: DiffLlamaConfig(**COMMON, **GROUPED),
     "lfm2": lambda: Lfm2Config(**COMMON, **GROUPED, layer_types=["conv", "full_attention"]),
     "phimoe": lambda: PhimoeConfig(**COMMON, **GROUPED, num_local_experts=2),
-    # Their last two layers attend to keys of the layers before.
+    # The last two layers of these models attend to keys of earlier layers.
     "gemma3n": lambda: Gemma3nTextConfig(
         **COMMON, **SHARING, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4,
     ),
@@ -144,7 +145,7 @@ CONFIGS |= HIDING | WINDOWED | {
 
 
 def model_of(family: str, *, dtype: torch.dtype = torch.float64, **config) -> PreTrainedModel:
-    """A new model with the same weights each time, in evaluation mode."""
+    """Returns a new model in evaluation mode, with the same weights for every call."""
     generator = torch.random.get_rng_state()
     torch.manual_seed(0)
     made = CONFIGS[family]()
@@ -155,14 +156,14 @@ def model_of(family: str, *, dtype: torch.dtype = torch.float64, **config) -> Pr
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
-    """Random token ids ``(batch, length)``, none of them padding."""
+    """Returns random token ids, ``(batch, length)`` int64, without padding."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
 
 
 @cache
 def register_oracle() -> None:
-    """Makes ``attn_implementation="oracle"`` known: `moba_reference`, given what tests pass on."""
+    """Registers ``attn_implementation="oracle"``: `moba_reference`, with the arguments of tests."""
     AttentionInterface.register("oracle", _oracle)
     AttentionMaskInterface.register("oracle", lambda attention_mask=None, **_: attention_mask)
 

@@ -1,4 +1,4 @@
-"""Adds new tokens to a cache: their positions, keys, values, and the means of filled blocks."""
+"""Operators that append tokens to a cache and compute the mean keys of blocks that become full."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,17 @@ from flexmoba.cache.options import NO_ROOM
 from flexmoba.runtime import without_autocast
 
 
-# An operator of its own, as inductor computes an expression of lengths anew wherever it is used:
-# also after `append` has changed them.
+# A separate operator, because inductor may recompute an expression of `lengths` at each use, also
+# after `append` has changed `lengths`.
 @torch.library.custom_op("flexmoba::next_positions", mutates_args=())
 def next_positions(lengths: Tensor, n: int, mask: Tensor | None) -> Tensor:
-    """The positions of ``n`` new tokens of every row, ``(B, n)`` int32; -1 for padding."""
+    """Returns the positions of ``n`` new tokens per row, ``(B, n)`` int32; -1 for padding.
+
+    Args:
+        lengths: Tokens in each row of the cache, ``(B,)`` int32.
+        n: New tokens of every row.
+        mask: ``(B, n)`` bool, False for padding; None if there is no padding.
+    """
     if mask is None:
         return lengths[:, None] + torch.arange(n, device=lengths.device, dtype=torch.int32)
     return torch.where(mask, lengths[:, None] + mask.cumsum(1, dtype=torch.int32) - 1, -1)
@@ -36,7 +42,16 @@ def append(
     v: Tensor,
     mask: Tensor | None,
 ) -> Tensor:
-    """Adds new keys and values, and the means of the blocks that they fill, in place.
+    """Appends keys and values, and the mean keys of the blocks that they fill, in place.
+
+    Args:
+        k_cache: Keys of the cache, ``(B, Hkv, N * block_size, D)``.
+        v_cache: Values of the cache, ``(B, Hkv, N * block_size, Dv)``.
+        means: Mean keys of the cache, ``(B, Hkv, N, D)``.
+        lengths: Tokens in each row, ``(B,)`` int32.
+        k: New keys, ``(B, Hkv, n, D)``.
+        v: New values, ``(B, Hkv, n, Dv)``.
+        mask: ``(B, n)`` bool, False for padding; None if there is no padding.
 
     Returns:
         The position of each token, ``(B, n)`` int32; -1 for padding, `NO_ROOM` beyond the capacity.
@@ -57,27 +72,28 @@ def append_scattered(
     v: Tensor,
     mask: Tensor | None,
 ) -> Tensor:
-    """`append` by plain tensor operations."""
+    """Computes `append` by plain tensor operations."""
     n_blocks, n = means.shape[2], k.shape[2]
     block_size = k_cache.shape[2] // n_blocks
-    spare = (n_blocks - 1) * block_size
-    before = lengths.clone()
-    positions = next_positions(before, n, mask)
+    capacity = (n_blocks - 1) * block_size  # the last block takes writes that nothing reads
+    old_lengths = lengths.clone()
+    positions = next_positions(old_lengths, n, mask)
     lengths += n if mask is None else mask.sum(1, dtype=torch.int32)
-    fits = (positions >= 0) & (positions < spare)
-    at = torch.where(fits, positions, spare).long()[:, None, :, None]
-    k_cache.scatter_(2, at.expand_as(k), k)
-    v_cache.scatter_(2, at.expand_as(v), v)
-    positions = torch.where(positions < spare, positions, NO_ROOM)
+    fits = (positions >= 0) & (positions < capacity)
+    index = torch.where(fits, positions, capacity).long()[:, None, :, None]
+    k_cache.scatter_(2, index.expand_as(k), k)
+    v_cache.scatter_(2, index.expand_as(v), v)
+    positions = torch.where(positions < capacity, positions, NO_ROOM)
 
-    # The blocks that these tokens may have filled.
-    block = before[:, None] // block_size + torch.arange(n // block_size + 1, device=k.device)
-    full = ((block + 1) * block_size <= lengths[:, None]) & (block < n_blocks - 1)
-    block = torch.where(full, block, n_blocks - 1)
+    # The blocks that the new tokens may have filled. The mean of a block that is not full goes to
+    # the last block, since only the device knows the number of full blocks.
+    block = old_lengths[:, None] // block_size + torch.arange(n // block_size + 1, device=k.device)
+    is_full = ((block + 1) * block_size <= lengths[:, None]) & (block < n_blocks - 1)
+    block = torch.where(is_full, block, n_blocks - 1)
     row = torch.arange(k.shape[0], device=k.device)[:, None]
     precise = torch.promote_types(k.dtype, torch.float32)
-    filled = k_cache.unflatten(2, (n_blocks, block_size))[row, :, block]
-    means[row, :, block] = filled.mean(3, dtype=precise).to(k.dtype)
+    block_keys = k_cache.unflatten(2, (n_blocks, block_size))[row, :, block]
+    means[row, :, block] = block_keys.mean(3, dtype=precise).to(k.dtype)
     return positions
 
 

@@ -1,4 +1,4 @@
-"""Attention of new queries to a cache: a step of few queries, or a chunk of many."""
+"""Attention of new queries to a cache: a step of at most 16 queries, or a longer chunk."""
 
 import functools
 from typing import Any, NamedTuple
@@ -19,10 +19,10 @@ class CachedTensors(NamedTuple):
     """The tensors of a cache.
 
     Attributes:
-        k: ``(B, Hkv, N * block_size, D)``.
-        v: ``(B, Hkv, N * block_size, Dv)``.
-        means: ``(B, Hkv, N, D)``, mean keys of the full blocks.
-        tile_queries: ``(B, Hq, tiles, D)``, the first query of every tile; None unless
+        k: Keys, ``(B, Hkv, N * block_size, D)``.
+        v: Values, ``(B, Hkv, N * block_size, Dv)``.
+        means: Mean keys of the full blocks, ``(B, Hkv, N, D)``.
+        tile_queries: The first query of every tile, ``(B, Hq, tiles, D)``; None unless
             ``gate="tile"``.
     """
 
@@ -39,7 +39,22 @@ def cached_attention(
     call: CachedCall,
     score_mod: ScoreMod | None,
 ) -> tuple[Tensor, Tensor]:
-    """`MobaCache.attend` of checked arguments."""
+    """Computes `MobaCache.attend` for validated arguments.
+
+    Args:
+        q: ``(B, Hq, n, D)``.
+        positions: Position of each query, ``(B, n)`` int32; -1 for padding.
+        cache: Tensors of the cache.
+        call: Options.
+        score_mod: A function that modifies every score, or None.
+
+    Returns:
+        The output ``(B, Hq, n, Dv)`` in the dtype of ``q``, and the log-sum-exp ``(B, Hq, n)``,
+        float32 or float64.
+
+    Raises:
+        NotImplementedError: A long chunk with ``score_mod`` is traced.
+    """
     if score_mod is None:
         tensors = q, cache.k, cache.v, cache.means, positions, cache.tile_queries
         out, lse = _attend(*tensors, call.block_size, call.topk, call.scale, *call.gate)
@@ -48,14 +63,14 @@ def cached_attention(
     if n > MAX_STEP_QUERIES and not has_values(positions):
         raise NotImplementedError(
             f"a chunk of {n} tokens with score_mod reads lengths back to the host, which "
-            f"torch.compile and fake tensors do not take; trace steps of at most "
+            f"torch.compile and fake tensors do not support; trace steps of at most "
             f"{MAX_STEP_QUERIES} tokens"
         )
     return _attend_step_or_chunk(q, positions, cache, call, score_mod)
 
 
-# Opaque to compilers: what it launches depends on lengths, where there are many queries. The
-# arguments are flat because the schema of an operator has no tuples.
+# An operator, so that compilers do not trace it: the calls for a long chunk depend on the values of
+# `positions`. The arguments are flat because the schema of an operator has no tuples.
 @torch.library.custom_op("flexmoba::attend_cached", mutates_args=())
 def _attend(
     q: Tensor,
@@ -107,27 +122,28 @@ def _attend_chunk(
     call: CachedCall,
     score_mod: ScoreMod | None,
 ) -> tuple[Tensor, Tensor]:
-    """Many queries are sorted by block, like any other call, one row of the batch at a time.
+    """Attends like a call without a cache, which sorts queries by block, one batch row at a time.
 
-    If all rows have the same positions, they are one call.
+    If all rows have the same positions and no padding, one call attends for all rows.
     """
     out = q.new_zeros(*q.shape[:3], cache.v.shape[3])
     lse = torch.full_like(
         out[..., 0], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32)
     )
-    here = positions.tolist()
-    if all(row == here[0] for row in here) and -1 not in here[0]:
-        return _attend_rows(q, slice(None), max(here[0]) + 1, cache, call, score_mod)
-    for i, places in enumerate(here):
+    positions_of_row = positions.tolist()
+    first_row = positions_of_row[0]
+    if all(row == first_row for row in positions_of_row) and -1 not in first_row:
+        return _attend_rows(q, slice(None), max(first_row) + 1, cache, call, score_mod)
+    for i, row_positions in enumerate(positions_of_row):
         real = positions[i] >= 0
         queries = q[i : i + 1, :, real]
         if queries.numel() == 0:
             continue
         row = slice(i, i + 1)
-        part, part_lse = _attend_rows(
-            queries, row, max(places) + 1, cache, call, _of_row(score_mod, i)
+        row_out, row_lse = _attend_rows(
+            queries, row, max(row_positions) + 1, cache, call, _score_mod_of_row(score_mod, i)
         )
-        out[row, :, real], lse[row, :, real] = part, part_lse
+        out[row, :, real], lse[row, :, real] = row_out, row_lse
     return out, lse
 
 
@@ -139,13 +155,13 @@ def _attend_rows(
     call: CachedCall,
     score_mod: ScoreMod | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the last queries of some rows of the batch to their ``kv_len`` keys."""
+    """Attends from the last queries of batch rows to the first ``kv_len`` keys of these rows."""
     block_size, gate = call.block_size, call.gate
     k, v, means, tile_queries = cache
     if kv_len > k.shape[2]:
         raise ValueError(
-            f"the cache has room for {k.shape[2] - block_size} tokens, too few for these; "
-            "make it with a larger max_len"
+            f"the cache has room for {k.shape[2] - block_size} tokens, too few for the positions "
+            "of these queries; make it with a larger max_len"
         )
     heads, q_len = q.shape[1:3]
     first = kv_len - q_len
@@ -164,9 +180,9 @@ def _attend_rows(
     return attend_selected(q, k, v, selected, Layout(block_size), options, score_mod)
 
 
-@functools.lru_cache(maxsize=256)  # the same function again is not compiled again
-def _of_row(score_mod: ScoreMod | None, row: int) -> ScoreMod | None:
-    """A ``score_mod`` for a call with this row of the batch alone."""
+@functools.lru_cache(maxsize=256)  # compilers compile every new function, but not a cached one
+def _score_mod_of_row(score_mod: ScoreMod | None, row: int) -> ScoreMod | None:
+    """Returns ``score_mod`` for a call that has only row ``row`` of the batch."""
     if score_mod is None:
         return None
     return lambda score, b, h, query, key: score_mod(score, b + row, h, query, key)

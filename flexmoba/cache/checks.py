@@ -1,32 +1,42 @@
-"""Validation of calls through a cache, before anything is added to it."""
+"""Validation of calls with a cache, before the call adds tokens to the cache."""
 
 import torch
 from torch import Tensor
 
 
-def check_new(name: str, new: Tensor, old: Tensor, length: int | None = None) -> None:
-    """That new tokens ``(B, Hkv, n, D)`` fit to those of a cache ``(B, Hkv, capacity, D)``."""
+def check_new_tokens(name: str, new: Tensor, cached: Tensor, length: int | None = None) -> None:
+    """Raises unless new keys or values fit the cache.
+
+    Args:
+        name: Name of the argument, for the message.
+        new: New keys or values, ``(B, Hkv, n, D)``.
+        cached: Keys or values of the cache, ``(B, Hkv, capacity, D)``.
+        length: Expected number of new tokens ``n``; None for any.
+    """
     if length is None and new.ndim == 4:
         length = new.shape[2]
-    want = (*old.shape[:2], "n" if length is None else length, old.shape[3])
-    if tuple(new.shape) != want:
-        raise ValueError(f"{name} must be {want} for this cache, got {tuple(new.shape)}")
-    check_like_cache(name, new, old)
-
-
-def check_like_cache(name: str, new: Tensor, old: Tensor) -> None:
-    """That new tokens have the dtype and device of a cache."""
-    if (new.dtype, new.device) != (old.dtype, old.device):
+    expected = (*cached.shape[:2], "n" if length is None else length, cached.shape[3])
+    if tuple(new.shape) != expected:
         raise ValueError(
-            f"{name} must be {old.dtype} on {old.device} like the cache, got {new.dtype} on "
-            f"{new.device}"
+            f"{name} must be {expected} for this cache, got {tuple(new.shape)}; pass a tensor of "
+            "this shape, or make the cache for the other shape"
+        )
+    check_like_cache(name, new, cached)
+
+
+def check_like_cache(name: str, new: Tensor, cached: Tensor) -> None:
+    """Raises unless ``new`` has the dtype and device of the cache."""
+    if (new.dtype, new.device) != (cached.dtype, cached.device):
+        raise ValueError(
+            f"{name} must be {cached.dtype} on {cached.device} like the cache, got {new.dtype} on "
+            f"{new.device}; make the cache with the dtype and device of the model"
         )
 
 
 def check_no_gradients(*tensors: Tensor) -> None:
-    """That nothing would be differentiated."""
+    """Raises if autograd would record an operation on one of the tensors."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise NotImplementedError(
-            "attention to a cache has no gradients; call it under torch.no_grad(), or without a "
-            "cache to train"
+            "attention to a cache has no gradients; call it under torch.no_grad(), or train "
+            "without a cache"
         )

@@ -1,7 +1,7 @@
-"""A few queries against a cache: each reads the blocks that it selected, and nothing else.
+"""Attention of a decoding step: few queries, each of which reads only its selected blocks.
 
-arXiv 2502.13189, Sec. 2.2, where there is nothing to sort: queries of one step want blocks of
-their own. The bytes read are those of the mean keys and of ``topk`` blocks a query.
+arXiv 2502.13189, Sec. 2.2, without sorting queries by block: the few queries of a step rarely share
+a block. A step reads the mean keys, and the keys and values of ``topk`` blocks for each query.
 """
 
 import math
@@ -16,11 +16,11 @@ from flexmoba.gate import forced_blocks, top_blocks
 from flexmoba.runtime import HAS_TRITON
 
 _MAX_DIM = 256
-MAX_STEP_QUERIES = 16  # more are better sorted by block
+MAX_STEP_QUERIES = 16  # for more queries, sorting them by block is faster
 
 
 def has_kernels(q: Tensor, v: Tensor) -> bool:
-    """Whether Triton kernels can take these tensors."""
+    """Returns whether the Triton kernels support queries ``q`` and values ``v``."""
     few_dims = max(q.shape[-1], v.shape[-1]) <= _MAX_DIM
     return q.is_cuda and HAS_TRITON and q.dtype != torch.float64 and few_dims
 
@@ -31,32 +31,34 @@ def attend_step(
     v: Tensor,
     means: Tensor,
     positions: Tensor,
-    rows: Tensor,
+    gate_rows: Tensor,
     call: CachedCall,
     score_mod: ScoreMod | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of each query to its own block and its ``topk - 1`` best past ones.
+    """Attends from each query to its own block and to the ``topk - 1`` past blocks it selects.
 
     Args:
         q: ``(B, Hq, Lq, D)``.
         k: ``(B, Hkv, N * block_size, D)``.
         v: ``(B, Hkv, N * block_size, Dv)``.
-        means: ``(B, Hkv, N, D)``, mean keys; those of blocks that are not full are not read.
-        positions: ``(B, Lq)`` int32, where each query stands; below 0 for none, which gets zeros.
-        rows: ``(B, Hq or Hkv, Lq, D)``, what selects for each query, from `gate_rows`.
+        means: Mean keys, ``(B, Hkv, N, D)``; only mean keys of full blocks are read.
+        positions: Position of each query, ``(B, Lq)`` int32; negative for padding, whose output is
+            zeros.
+        gate_rows: Rows that the gate scores, ``(B, Hq or Hkv, Lq, D)``: queries, or sums of the
+            queries of a KV head, from `flexmoba.gate.gate_rows`.
         call: Options; ``topk`` is at least the number of blocks that are always selected.
-        score_mod: A function of every score, or None.
+        score_mod: A function that modifies every score, or None.
 
     Returns:
-        The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``, float32 or float64.
-        Both are NaN for a query that stands beyond the last block.
+        The output ``(B, Hq, Lq, Dv)`` in the dtype of ``q``, and the log-sum-exp ``(B, Hq, Lq)``,
+        float32 or float64. Both are NaN for a query whose position is beyond the last block.
     """
     if has_kernels(q, v) and score_mod is None:
         from flexmoba.cache.kernels import MAX_TOPK, attend_step_on_cuda
 
         if call.topk <= MAX_TOPK:
-            return attend_step_on_cuda(q, k, v, means, positions, rows, call)
-    return attend_gathered(q, k, v, means, positions, rows, call, score_mod)
+            return attend_step_on_cuda(q, k, v, means, positions, gate_rows, call)
+    return attend_gathered(q, k, v, means, positions, gate_rows, call, score_mod)
 
 
 def attend_gathered(
@@ -65,49 +67,49 @@ def attend_gathered(
     v: Tensor,
     means: Tensor,
     positions: Tensor,
-    rows: Tensor,
+    gate_rows: Tensor,
     call: CachedCall,
     score_mod: ScoreMod | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attend_step` by plain tensor operations, which gather the selected blocks."""
+    """Computes `attend_step` by plain tensor operations, which gather the selected blocks."""
     scale, gate, block_size = call.scale, call.gate, call.block_size
     batch, kv_heads, n_blocks, _ = means.shape
     precise = torch.promote_types(q.dtype, torch.float32)
     queries = rearrange(q.to(precise), "b (h g) l d -> b h g l d", h=kv_heads)
     own = (positions.clamp(0, n_blocks * block_size - 1) // block_size)[:, None, None]
-    rows = rearrange(rows.to(precise), "b (h g) l d -> b h g l d", h=kv_heads)
+    gate_rows = rearrange(gate_rows.to(precise), "b (h g) l d -> b h g l d", h=kv_heads)
     scored = call.scored
     first, end = torch.full_like(own, gate.sink_blocks), own - gate.local_blocks
-    parts = [
+    selections = [
         own[..., None],
-        top_blocks(rows @ means.to(precise)[:, :, None].mT, first, end, scored),
+        top_blocks(gate_rows @ means.to(precise)[:, :, None].mT, first, end, scored),
     ]
-    always = forced_blocks(torch.zeros_like(own[:, 0, 0]), own[:, 0, 0], gate)
-    if always is not None:
-        parts.append(always[:, None])
+    forced = forced_blocks(torch.zeros_like(own[:, 0, 0]), own[:, 0, 0], gate)
+    if forced is not None:
+        selections.append(forced[:, None])
     group = queries.shape[2]
-    chosen = torch.cat([x.expand(batch, kv_heads, group, *x.shape[3:]) for x in parts], -1)
+    selected = torch.cat([x.expand(batch, kv_heads, group, *x.shape[3:]) for x in selections], -1)
 
     batch_index = torch.arange(batch, device=q.device).view(-1, 1, 1, 1, 1)
     head_index = torch.arange(kv_heads, device=q.device).view(-1, 1, 1, 1)
-    at = batch_index, head_index, chosen.clamp(min=0)
-    keys, values = (x.unflatten(2, (n_blocks, -1))[at].to(precise) for x in (k, v))
+    index = batch_index, head_index, selected.clamp(min=0)
+    keys, values = (x.unflatten(2, (n_blocks, -1))[index].to(precise) for x in (k, v))
     scores = torch.einsum("bhgld,bhgltkd->bhgltk", queries, keys) * scale
-    position = chosen[..., None] * block_size + torch.arange(block_size, device=q.device)
-    limit = positions[:, None, None, :, None, None]
+    key_position = selected[..., None] * block_size + torch.arange(block_size, device=q.device)
+    query_position = positions[:, None, None, :, None, None]
     if score_mod is not None:
         head = head_index * group + torch.arange(group, device=q.device)[:, None, None]
-        # It may look places up: those that are none, or hidden, must not lead out of its tables.
-        query = limit.clamp(0, n_blocks * block_size - 1)
-        key = torch.minimum(position.clamp(min=0), query)
-        scores = modify(score_mod, scores, batch_index[..., None], head[..., None], query, key)
-    seen = (position <= limit) & (chosen >= 0)[..., None]
-    scores = scores.masked_fill(~seen, float("-inf")).flatten(-2)
+        # A score_mod may index tensors by position. Masked scores must not lead out of bounds.
+        q_idx = query_position.clamp(0, n_blocks * block_size - 1)
+        kv_idx = torch.minimum(key_position.clamp(min=0), q_idx)
+        scores = modify(score_mod, scores, batch_index[..., None], head[..., None], q_idx, kv_idx)
+    visible = (key_position <= query_position) & (selected >= 0)[..., None]
+    scores = scores.masked_fill(~visible, float("-inf")).flatten(-2)
 
     lse = scores.logsumexp(-1)
     weights = (scores - torch.where(lse == float("-inf"), 0.0, lse)[..., None]).exp()
-    # What is not seen, such as what a reset left behind, may be NaN: 0 * NaN is NaN.
-    values = values.masked_fill_(~seen[..., None], 0.0)
+    # Masked values may be NaN, such as values from before a reset, and 0 * NaN is NaN.
+    values = values.masked_fill_(~visible[..., None], 0.0)
     out = torch.einsum("bhglk,bhglkd->bhgld", weights, values.flatten(-3, -2))
     beyond = (positions >= n_blocks * block_size)[:, None, None]
     out, lse = out.masked_fill(beyond[..., None], math.nan), lse.masked_fill(beyond, math.nan)

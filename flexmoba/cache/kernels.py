@@ -1,9 +1,12 @@
-"""Triton kernels for a few tokens and a cache, in the order in which they are launched.
+"""Triton kernels for a decoding step, in launch order: append, score, attend, merge.
 
-The new tokens are written down. *Splits* of the blocks are scored in parallel, each keeping its
-best; every program of the attention then picks its block from all of them and takes a *chunk* of
-its keys; the last kernel merges the chunks. Queries are rows, ``(b * Hq + h) * Lq + i``; scores are
-in units of log2.
+`_append_kernel` writes the new tokens. `_score_kernel` divides the blocks into ``SPLITS`` splits of
+``SPLIT`` blocks, which it scores in parallel, and keeps the best blocks of each split. Each program
+of `_attend_kernel` finds one selected block among the best blocks of all splits, and attends to
+``CHUNK`` of its keys, which makes one partial output. `_merge_kernel` merges the partial outputs.
+
+Query ``i`` of head ``h`` and batch row ``b`` is row ``(b * Hq + h) * Lq + i``. Scores inside the
+kernels are in units of log2.
 """
 
 import math
@@ -34,7 +37,7 @@ def attend_step_on_cuda(
     gate_rows: Tensor,
     call: CachedCall,
 ) -> tuple[Tensor, Tensor]:
-    """What `attend_step` describes."""
+    """Computes `attend_step` by Triton kernels."""
     topk, scale, gate, block_size = call
     batch, heads, q_len, dim = q.shape
     kv_heads, n_blocks, value_dim = k.shape[1], means.shape[2], v.shape[3]
@@ -46,7 +49,7 @@ def attend_step_on_cuda(
     split = max(_LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(n_blocks, _MOST_SPLITS)))
     splits = triton.cdiv(n_blocks, split)
     chunks = triton.cdiv(block_size, _CHUNK)
-    parts = topk * chunks
+    n_partials = topk * chunks
     constants = {
         "GROUP": group,
         "Q_LEN": q_len,
@@ -64,9 +67,9 @@ def attend_step_on_cuda(
         "BLOCK_SIZE": block_size,
         "CHUNK": _CHUNK,
         "CHUNKS": chunks,
-        "PARTS": parts,
-        "ALL_PARTS": triton.next_power_of_2(parts),
-        "SOME_PARTS": min(32, triton.next_power_of_2(parts)),
+        "PARTS": n_partials,
+        "ALL_PARTS": triton.next_power_of_2(n_partials),
+        "SOME_PARTS": min(32, triton.next_power_of_2(n_partials)),
         "KEYS": _KEYS,
         "DIM": dim,
         "TILE_D": max(16, triton.next_power_of_2(dim)),
@@ -78,8 +81,8 @@ def attend_step_on_cuda(
     best = torch.empty(
         n_gate_rows * splits * constants["SLOTS"], dtype=torch.int64, device=q.device
     )
-    part = torch.empty(rows, parts, value_dim, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(rows, parts, dtype=torch.float32, device=q.device)
+    partial_out = torch.empty(rows, n_partials, value_dim, dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty(rows, n_partials, dtype=torch.float32, device=q.device)
     out = q.new_empty(batch, heads, q_len, value_dim)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     factor = scale / math.log(2)
@@ -95,15 +98,15 @@ def attend_step_on_cuda(
             )
         launch(
             _attend_kernel,
-            rows * parts,
-            (q, k, v, positions, best, part, part_lse, kv_heads, n_blocks, factor),
+            rows * n_partials,
+            (q, k, v, positions, best, partial_out, partial_lse, kv_heads, n_blocks, factor),
             constants,
             dtypes,
         )
         launch(
             _merge_kernel,
             rows,
-            (part, part_lse, positions, out, lse, kv_heads, n_blocks),
+            (partial_out, partial_lse, positions, out, lse, kv_heads, n_blocks),
             constants,
             dtypes,
         )
@@ -113,9 +116,12 @@ def attend_step_on_cuda(
 def append_on_cuda(
     k_cache: Tensor, v_cache: Tensor, means: Tensor, lengths: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """Adds a few tokens to every row, in one launch; returns their positions, ``(B, n)`` int32.
+    """Computes `flexmoba.cache.append.append` of a few tokens without padding, in one launch.
 
-    Those beyond the last block but one are not written.
+    Tokens beyond the capacity, which excludes the last block, are not written.
+
+    Returns:
+        The positions of the tokens, ``(B, n)`` int32; `NO_ROOM` beyond the capacity.
     """
     batch, kv_heads, n, dim = k.shape
     n_blocks, value_dim = means.shape[2], v.shape[3]
@@ -146,31 +152,31 @@ def _append_kernel(
     N: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
     TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
 ):  # fmt: skip
-    """The new tokens of one KV head, and the means of the blocks that they fill."""
-    head = tl.program_id(0).to(tl.int64)  # counted over the batch
+    """Writes the new tokens of one KV head, and the mean keys of the blocks that they fill."""
+    head = tl.program_id(0).to(tl.int64)  # b * Hkv + KV head
     length = tl.load(lengths_ptr + head // kv_heads)
-    room = (n_blocks - 1) * BLOCK_SIZE
+    capacity = (n_blocks - 1) * BLOCK_SIZE
     dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
     first = head * (n_blocks * BLOCK_SIZE)
     for i in range(N):
         position = length + i
         k = tl.load(k_ptr + (head * N + i) * DIM + dim, mask=dim < DIM)
         v = tl.load(v_ptr + (head * N + i) * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM)
-        if position < room:
-            at = first + position
-            tl.store(k_cache_ptr + at * DIM + dim, k, mask=dim < DIM)
-            tl.store(v_cache_ptr + at * VALUE_DIM + value_dim, v, mask=value_dim < VALUE_DIM)
+        if position < capacity:
+            token = first + position
+            tl.store(k_cache_ptr + token * DIM + dim, k, mask=dim < DIM)
+            tl.store(v_cache_ptr + token * VALUE_DIM + value_dim, v, mask=value_dim < VALUE_DIM)
         if head % kv_heads == 0:
-            where = tl.where(position < room, position, _NO_ROOM)
-            tl.store(positions_ptr + head // kv_heads * N + i, where)
-    tl.debug_barrier()  # the means read what other threads wrote
+            stored_position = tl.where(position < capacity, position, _NO_ROOM)
+            tl.store(positions_ptr + head // kv_heads * N + i, stored_position)
+    tl.debug_barrier()  # the means read keys that other threads wrote
     for block in range(length // BLOCK_SIZE, tl.minimum((length + N) // BLOCK_SIZE, n_blocks - 1)):
         total = tl.zeros([TILE_D], tl.float32)
         for start in range(0, BLOCK_SIZE, KEYS):
             key = start + tl.arange(0, KEYS)
-            at = first + block * BLOCK_SIZE + key
+            token = first + block * BLOCK_SIZE + key
             mask = (key < BLOCK_SIZE)[:, None] & (dim < DIM)[None, :]
-            x = tl.load(k_cache_ptr + at[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
+            x = tl.load(k_cache_ptr + token[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
             total += tl.sum(x.to(tl.float32), 0)
         mean = (total / BLOCK_SIZE).to(means_ptr.dtype.element_ty)
         tl.store(means_ptr + (head * n_blocks + block) * DIM + dim, mean, mask=dim < DIM)
@@ -184,24 +190,24 @@ def _score_kernel(
     SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILE_Q: tl.constexpr, TILE_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
-    """The best blocks of one split for the queries of one KV head."""
+    """Keeps the best blocks of one split for a tile of queries of one KV head."""
     tiles: tl.constexpr = (GATE_GROUP * Q_LEN + TILE_Q - 1) // TILE_Q
     split = tl.program_id(0) % SPLITS
     tile = tl.program_id(0) // SPLITS % tiles
-    kv_head = tl.program_id(0) // (SPLITS * tiles)  # counted over the batch
+    kv_head = tl.program_id(0) // (SPLITS * tiles)  # b * Hkv + KV head
     query = tile * TILE_Q + tl.arange(0, TILE_Q)
-    there = query < GATE_GROUP * Q_LEN
+    is_query = query < GATE_GROUP * Q_LEN
     query = tl.minimum(query, GATE_GROUP * Q_LEN - 1)
     position = tl.load(positions_ptr + kv_head // kv_heads * Q_LEN + query % Q_LEN)
     first = tl.full([TILE_Q], SINKS, tl.int32)
-    candidates = tl.minimum(tl.maximum(position, 0) // BLOCK_SIZE, n_blocks) - LOCALS
+    candidates_end = tl.minimum(tl.maximum(position, 0) // BLOCK_SIZE, n_blocks) - LOCALS
     row = kv_head.to(tl.int64) * (GATE_GROUP * Q_LEN) + query
     dim = tl.arange(0, TILE_D)
     in_dim = (dim < DIM)[None, :]
     q = tl.load(q_ptr + row[:, None] * DIM + dim[None, :], mask=in_dim, other=0.0)
     means_ptr += kv_head.to(tl.int64) * n_blocks * DIM
     slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
-    end = tl.minimum(tl.max(candidates, 0), (split + 1) * SPLIT)
+    end = tl.minimum(tl.max(candidates_end, 0), (split + 1) * SPLIT)
     for start in range(split * SPLIT, end, TILE_N):
         block = start + tl.arange(0, TILE_N)
         mean = tl.load(
@@ -209,15 +215,16 @@ def _score_kernel(
             mask=(block < n_blocks)[:, None] & in_dim,
             other=0.0,
         )
-        best = keep_best(best, score_keys(q, mean.to(q.dtype), block, first, candidates, BY_PARTS))
+        keys = score_keys(q, mean.to(q.dtype), block, first, candidates_end, BY_PARTS)
+        best = keep_best(best, keys)
     best = tl.where(slot < COUNT, best, NOTHING)
-    at = (row * SPLITS + split) * SLOTS
-    tl.store(best_ptr + at[:, None] + slot, best, mask=there[:, None])
+    offset = (row * SPLITS + split) * SLOTS
+    tl.store(best_ptr + offset[:, None] + slot, best, mask=is_query[:, None])
 
 
 @kernel
 def _attend_kernel(
-    q_ptr, k_ptr, v_ptr, positions_ptr, best_ptr, part_ptr, part_lse_ptr,
+    q_ptr, k_ptr, v_ptr, positions_ptr, best_ptr, partial_out_ptr, partial_lse_ptr,
     kv_heads: tl.int32, n_blocks: tl.int32, factor: tl.float32,
     GROUP: tl.constexpr, GATE_GROUP: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr,
     Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
@@ -225,25 +232,29 @@ def _attend_kernel(
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
     DIM: tl.constexpr, TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one query to a chunk of one of its blocks, the own one first."""
+    """Attends from one query to at most ``CHUNK`` keys of one of its selected blocks.
+
+    The columns of the selection are the own block, local blocks, sink blocks, and the ``COUNT``
+    blocks of the highest scores.
+    """
     row = (tl.program_id(0) // PARTS).to(tl.int64)
-    place = tl.program_id(0) % PARTS // CHUNKS
+    column = tl.program_id(0) % PARTS // CHUNKS
     chunk = tl.program_id(0) % CHUNKS
-    head = row // Q_LEN  # counted over the batch
+    head = row // Q_LEN  # b * Hq + query head
     position = tl.load(positions_ptr + head // (GROUP * kv_heads) * Q_LEN + row % Q_LEN)
     block = tl.where(position < n_blocks * BLOCK_SIZE, position // BLOCK_SIZE, -1)
     block = tl.where(position >= 0, block, -1)
-    own, chosen = block, place - (1 + LOCALS + SINKS)
-    if place > 0:
-        block = own - place
-        if block < SINKS:  # a sink already
+    own, rank = block, column - (1 + LOCALS + SINKS)
+    if column > 0:
+        block = own - column
+        if block < SINKS:  # a block that is also a sink block counts as a sink block
             block = -1
-        if place > LOCALS:
-            block = place - (1 + LOCALS)
+        if column > LOCALS:
+            block = column - (1 + LOCALS)
             if block >= own:
                 block = -1
-    if COUNT > 0:  # known when compiling  # noqa: SIM102
-        if chosen >= 0:
+    if COUNT > 0:  # a constexpr, so a separate condition  # noqa: SIM102
+        if rank >= 0:
             gate_row = head // (GROUP // GATE_GROUP) * Q_LEN + row % Q_LEN
             index = tl.arange(0, ALL_SPLITS * SLOTS)
             keys = tl.load(
@@ -252,27 +263,27 @@ def _attend_kernel(
                 other=NOTHING,
             )
             keys = tl.sort(keys, descending=True)
-            wanted = tl.max(tl.where(index == chosen, keys, NOTHING), 0)
-            exists = (own >= 0) & (wanted >= NOTHING + SLOTS)
-            block = tl.where(exists, (wanted & 0xFFFFFFFF).to(tl.int32), -1)
-    part = row * PARTS + tl.program_id(0) % PARTS
+            ranked_key = tl.max(tl.where(index == rank, keys, NOTHING), 0)
+            exists = (own >= 0) & (ranked_key >= NOTHING + SLOTS)
+            block = tl.where(exists, (ranked_key & 0xFFFFFFFF).to(tl.int32), -1)
+    partial = row * PARTS + tl.program_id(0) % PARTS
     first = block * BLOCK_SIZE + chunk * CHUNK
     end = tl.minimum(tl.minimum(first + CHUNK, (block + 1) * BLOCK_SIZE), position + 1)
     if (block < 0) | (first >= end):
-        tl.store(part_lse_ptr + part, float("-inf"))
+        tl.store(partial_lse_ptr + partial, float("-inf"))
         return
     dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
     q = tl.load(q_ptr + row * DIM + dim, mask=dim < DIM, other=0.0).to(tl.float32)
-    kv_head = head // GROUP * (n_blocks * BLOCK_SIZE)
+    first_key = head // GROUP * (n_blocks * BLOCK_SIZE)
     highest, total = float("-inf"), 0.0
     out = tl.zeros([TILE_VALUE_D], tl.float32)
     for start in range(first, end, KEYS):
         key = start + tl.arange(0, KEYS)
-        at = kv_head + tl.minimum(key, end - 1)
+        token = first_key + tl.minimum(key, end - 1)
         mask = (dim < DIM)[None, :]
-        k = tl.load(k_ptr + at[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
+        k = tl.load(k_ptr + token[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
         mask = (value_dim < VALUE_DIM)[None, :]
-        v = tl.load(v_ptr + at[:, None] * VALUE_DIM + value_dim[None, :], mask=mask, other=0.0)
+        v = tl.load(v_ptr + token[:, None] * VALUE_DIM + value_dim[None, :], mask=mask, other=0.0)
         scores = tl.sum(k.to(tl.float32) * q[None, :], 1) * factor
         scores = tl.where(key < end, scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 0))
@@ -282,46 +293,46 @@ def _attend_kernel(
         total = total * decay + tl.sum(weights, 0)
         out = out * decay + tl.sum(weights[:, None] * v.to(tl.float32), 0)
         highest = new_highest
-    tl.store(part_lse_ptr + part, highest + tl.log2(total))
-    at = part * VALUE_DIM + value_dim
-    tl.store(part_ptr + at, out * (1.0 / total), mask=value_dim < VALUE_DIM)
+    tl.store(partial_lse_ptr + partial, highest + tl.log2(total))
+    offset = partial * VALUE_DIM + value_dim
+    tl.store(partial_out_ptr + offset, out * (1.0 / total), mask=value_dim < VALUE_DIM)
 
 
 @kernel
 def _merge_kernel(
-    part_ptr, part_lse_ptr, positions_ptr, out_ptr, lse_ptr,
+    partial_out_ptr, partial_lse_ptr, positions_ptr, out_ptr, lse_ptr,
     kv_heads: tl.int32, n_blocks: tl.int32,
     GROUP: tl.constexpr, Q_LEN: tl.constexpr, BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr,
     ALL_PARTS: tl.constexpr, SOME_PARTS: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILE_VALUE_D: tl.constexpr,
 ):  # fmt: skip
-    """The output of one query from its parts, by their log-sum-exps."""
+    """Merges the partial outputs of one query, weighted by their log-sum-exps."""
     row = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + row // (Q_LEN * GROUP * kv_heads) * Q_LEN + row % Q_LEN)
-    every = tl.arange(0, ALL_PARTS)
-    part_lse_ptr += row * PARTS
-    all_lse = tl.load(part_lse_ptr + every, mask=every < PARTS, other=float("-inf"))
+    index = tl.arange(0, ALL_PARTS)
+    partial_lse_ptr += row * PARTS
+    all_lse = tl.load(partial_lse_ptr + index, mask=index < PARTS, other=float("-inf"))
     highest = tl.max(all_lse, 0)
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(tl.exp2(all_lse - highest), 0)
     value_dim = tl.arange(0, TILE_VALUE_D)
     out = tl.zeros([TILE_VALUE_D], tl.float32)
     for start in range(0, PARTS, SOME_PARTS):
-        part = start + tl.arange(0, SOME_PARTS)
-        part_lse = tl.load(part_lse_ptr + part, mask=part < PARTS, other=float("-inf"))
-        there = part_lse > float("-inf")
-        there = there | (part_lse != part_lse)
+        partial = start + tl.arange(0, SOME_PARTS)
+        partial_lse = tl.load(partial_lse_ptr + partial, mask=partial < PARTS, other=float("-inf"))
+        has_keys = partial_lse > float("-inf")
+        has_keys = has_keys | (partial_lse != partial_lse)
         x = tl.load(
-            part_ptr + (row * PARTS + part)[:, None] * VALUE_DIM + value_dim[None, :],
-            mask=there[:, None] & (value_dim < VALUE_DIM)[None, :],
-            other=0.0,  # a part without keys was never written
+            partial_out_ptr + (row * PARTS + partial)[:, None] * VALUE_DIM + value_dim[None, :],
+            mask=has_keys[:, None] & (value_dim < VALUE_DIM)[None, :],
+            other=0.0,  # the partial output of no keys was never written
         )
-        out += tl.sum(x * tl.exp2(part_lse - highest)[:, None], 0)
+        out += tl.sum(x * tl.exp2(partial_lse - highest)[:, None], 0)
     out *= 1.0 / tl.where(total == 0.0, 1.0, total)
     lse = (highest + tl.log2(total)) * _LN_2
     beyond = position >= n_blocks * BLOCK_SIZE
     out = tl.where(beyond, float("nan"), out)
     lse = tl.where(beyond, float("nan"), lse)
-    at = row * VALUE_DIM + value_dim
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=value_dim < VALUE_DIM)
+    offset = row * VALUE_DIM + value_dim
+    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=value_dim < VALUE_DIM)
     tl.store(lse_ptr + row, lse)

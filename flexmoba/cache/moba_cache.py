@@ -10,7 +10,7 @@ from flexmoba.backends import ScoreMod
 from flexmoba.blocks import TILE
 from flexmoba.cache.append import append, next_positions
 from flexmoba.cache.attention import CachedTensors, cached_attention
-from flexmoba.cache.checks import check_like_cache, check_new, check_no_gradients
+from flexmoba.cache.checks import check_like_cache, check_new_tokens, check_no_gradients
 from flexmoba.cache.options import CachedCall
 from flexmoba.cache.storage import storage
 from flexmoba.checks import (
@@ -26,30 +26,38 @@ from flexmoba.runtime import has_values, values_readable
 
 
 class MobaCache:
-    """Keys, values and the mean keys of full blocks, of one attention layer.
+    """Cache of the keys, values and mean keys of one attention layer.
 
-    Rows of the batch may differ in length: each is a sequence of its own, whose blocks are counted
-    from its first token (arXiv 2502.13189, Sec. 2.2). A block's mean is computed once, when the
-    block is full; the gate never needs that of the block that a query stands in. Pass the cache to
-    `flex_moba` with q ``(B, Hq, Lq, D)``, k and v of new tokens, or call `append` and `attend`.
+    Each row of the batch is a separate sequence with its own length. Its blocks begin at its first
+    token (arXiv 2502.13189, Sec. 2.2). The cache computes the mean key of a block once, when the
+    block is full; the gate never needs the mean key of the own block. Pass the cache to `flex_moba`
+    with q ``(B, Hq, Lq, D)``, k ``(B, Hkv, Lq, D)`` and v ``(B, Hkv, Lq, Dv)`` of ``Lq`` new
+    tokens, or call `append` and `attend`.
 
-    Steps of at most 16 tokens wait for nothing on a GPU: with ``max_len`` given, they can be
-    captured in a CUDA graph and compiled with ``mode="reduce-overhead"``, and never compile again
-    as the sequence grows. They read the mean keys and the selected blocks only. Longer chunks read
-    the lengths back to the host.
+    A step of at most 16 tokens does not synchronize a GPU with the host, and reads only the mean
+    keys and the selected blocks. With ``max_len``, such steps can be captured in a CUDA graph or
+    compiled with ``mode="reduce-overhead"``, and do not recompile as the sequence grows. A longer
+    chunk copies the positions of its tokens to the host.
 
     Args:
-        batch: Rows.
-        kv_heads: KV heads.
+        batch: Rows ``B``.
+        kv_heads: KV heads ``Hkv``.
         head_dim: Head dim ``D`` of the keys.
         block_size: Keys in a block, at least 1.
         value_dim: Head dim ``Dv`` of the values; ``head_dim`` by default.
-        max_len: Tokens that each row has room for. None to grow as needed, by doubling.
-        dtype: Of keys and values.
-        device: Where they are.
+        max_len: Capacity of each row in tokens, rounded up to full blocks. None to double the
+            storage whenever it is full.
+        dtype: Dtype of keys and values.
+        device: Device of the cache.
+
+    Attributes:
+        k: Keys, ``(B, Hkv, N * block_size, D)`` in ``dtype``.
+        v: Values, ``(B, Hkv, N * block_size, Dv)`` in ``dtype``.
+        means: Mean keys of the full blocks, ``(B, Hkv, N, D)`` in ``dtype``.
+        lengths: Tokens in each row, ``(B,)`` int32.
 
     Raises:
-        TypeError: A size is no integer.
+        TypeError: A size is not an int.
         ValueError: A size is not positive.
 
     Examples:
@@ -83,12 +91,12 @@ class MobaCache:
         sizes = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim}
         sizes |= {"value_dim": value_dim, "max_len": 1 if max_len is None else max_len}
         for name, size in sizes.items():
-            check_positive(name, size, "pass the size of what is to be kept")
+            check_positive(name, size, "pass a number of rows, heads, features or tokens")
         self.block_size = block_size
         self.grows = max_len is None
-        # One block more, where padding goes: written, never read.
+        # One more block takes the writes of padding. Nothing reads it.
         n_blocks = -(-(max_len or 1) // block_size) + 1
-        # Zeros, as what is not seen is multiplied by weights of 0.
+        # Zeros, because masked keys and values are multiplied by weights of 0, and 0 * NaN is NaN.
         self.k, self.v, self.means = (
             storage((batch, kv_heads, length, dim), dtype, device)
             for length, dim in (
@@ -98,53 +106,66 @@ class MobaCache:
             )
         )
         self.lengths = storage((batch,), torch.int32, device)
-        self._most = 0  # tokens of the longest row, or more; known without asking the device
-        # Under gate="tile", the first query of every tile: it chooses for those still to come.
+        # An upper bound of the length of the longest row, known without reading from the device.
+        self._longest_row = 0
+        # Under gate="tile", the first query of every tile, which selects for all of the tile.
         self._tile_queries: Tensor | None = None
-        self._untiled = 0  # tokens whose queries were not kept that way, or more
+        # An upper bound of the tokens in a row that were not attended with gate="tile".
+        self._tokens_without_tile_gate = 0
 
     @property
     def capacity(self) -> int:
-        """Tokens that each row has room for; a multiple of the block size."""
+        """Tokens that each row can hold; a multiple of the block size."""
         return self.k.shape[2] - self.block_size
 
     def next_positions(self, n: int, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Where `append` would put ``n`` new tokens: for what depends on that, such as rotation.
+        """Returns the positions that `append` would give to ``n`` new tokens of every row.
 
-        In a compiled step take it from here, not from `lengths`: inductor may read these again
-        when they have changed.
+        Call it before `append` for operations that depend on the position, such as a rotary
+        embedding. In a compiled step, do not compute positions from ``lengths``: inductor may read
+        ``lengths`` after `append` has changed them.
 
         Args:
             n: New tokens of every row.
             key_padding_mask: As in `append`.
 
         Returns:
-            ``(B, n)`` int32; -1 for padding.
+            Positions, ``(B, n)`` int32; -1 for padding.
         """
         positions: Tensor = next_positions(self.lengths, n, key_padding_mask)
         return positions
 
     def append(self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Adds new tokens to every row, and the means of the blocks that they fill.
+        """Appends new tokens to every row, and the mean keys of the blocks that they fill.
 
         Args:
-            k: New keys, ``(B, Hkv, n, D)``.
-            v: New values, ``(B, Hkv, n, Dv)``.
-            key_padding_mask: ``(B, n)`` bool, which of them are real; the others, wherever they
-                stand, are left out. All of them by default.
+            k: New keys, ``(B, Hkv, n, D)`` in the dtype of the cache.
+            v: New values, ``(B, Hkv, n, Dv)`` in the dtype of the cache.
+            key_padding_mask: ``(B, n)`` bool, True for real tokens. The cache omits the others,
+                which may be anywhere in the chunk. None if all tokens are real.
 
         Returns:
-            Where each token stands in its row, ``(B, n)`` int32; -1 for padding.
+            The position of each token in its row, ``(B, n)`` int32; -1 for padding.
 
         Raises:
-            ValueError: Shapes, dtypes or devices do not fit, or there is no room left.
+            ValueError: Shapes, dtypes or devices do not fit, or the cache is full.
             NotImplementedError: k or v requires gradients.
+
+        Examples:
+            >>> import torch
+            >>> from flexmoba import MobaCache
+            >>> cache = MobaCache(batch=2, kv_heads=1, head_dim=8, block_size=4)
+            >>> k, v = torch.randn(2, 2, 1, 3, 8)
+            >>> real = torch.tensor([[True, True, True], [False, True, True]])
+            >>> cache.append(k, v, key_padding_mask=real)
+            tensor([[ 0,  1,  2],
+                    [-1,  0,  1]], dtype=torch.int32)
         """
         self._check(k, v, key_padding_mask)
         self._make_room(k.shape[2])
         if not torch.compiler.is_compiling():
-            self._most += k.shape[2]
-            self._untiled += k.shape[2]
+            self._longest_row += k.shape[2]
+            self._tokens_without_tile_gate += k.shape[2]
         positions: Tensor = append(self.k, self.v, self.means, self.lengths, k, v, key_padding_mask)
         return positions
 
@@ -160,30 +181,31 @@ class MobaCache:
         sink_blocks: int = 0,
         local_blocks: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of new queries to their own and their best past blocks (Eq. 2 to 6).
+        """Attends from new queries to their own block and to selected past blocks (Eq. 2 to 6).
 
         Args:
-            q: ``(B, Hq, n, D)``.
-            positions: What `append` returned for the same tokens, ``(B, n)`` int32.
-            topk: Blocks that each query attends to, its own included; None for all of them.
+            q: Queries of the tokens that were just appended, ``(B, Hq, n, D)`` in the dtype of the
+                cache.
+            positions: The positions that `append` returned for these tokens, ``(B, n)`` int32.
+            topk: Blocks that each query attends to, its own block included; None for all blocks.
             scale: Factor on the attention scores, ``1 / sqrt(D)`` by default.
-            score_mod: As in `flex_moba`; it sees the positions in each row of the cache, which
-                counts no padding. Without one, steps on a GPU run kernels that cannot call it:
-                with one, they are plain tensor operations, which read the same blocks.
-            gate: As in `moba_select`. With ``"tile"``, every token must come through `attend`, as
-                the first query of a tile chooses for all of it.
+            score_mod: As in `flex_moba`. It gets positions in the rows of the cache, which do not
+                count padding. With a ``score_mod``, a step on a GPU runs plain tensor operations
+                instead of the decoding kernels, and reads the same blocks.
+            gate: As in `moba_select`. With ``"tile"``, the query of every token must pass through
+                `attend`, since the first query of a tile selects for all of the tile.
             sink_blocks: As in `moba_select`.
             local_blocks: As in `moba_select`.
 
         Returns:
-            The output ``(B, Hq, n, Dv)`` and the log-sum-exp ``(B, Hq, n)``. Queries of padding
-            get zeros and -inf. A query beyond the capacity, as a replayed CUDA graph may make,
-            gets NaN.
+            The output, ``(B, Hq, n, Dv)`` in the dtype of q, and the log-sum-exp, ``(B, Hq, n)``
+            float32 (float64 for float64 q). They are 0 and -inf for padding, and NaN for a query
+            beyond the capacity, which a replayed CUDA graph can make.
 
         Raises:
-            TypeError: An argument is of the wrong type.
-            ValueError: Shapes, dtypes or the gate's options do not fit, or tokens were added
-                before ``gate="tile"`` could keep their tile's query.
+            TypeError: An argument has the wrong type.
+            ValueError: Shapes, dtypes or the options of the gate do not fit, or ``gate="tile"``
+                lacks the queries of earlier tokens.
             NotImplementedError: q requires gradients, or a chunk of more than 16 tokens has a
                 ``score_mod`` inside ``torch.compile``.
         """
@@ -192,12 +214,13 @@ class MobaCache:
             raise ValueError(
                 f"q must be ({self.k.shape[0]}, Hq, n, {self.k.shape[3]}) and positions "
                 f"({self.k.shape[0]}, n) for this cache, got {tuple(q.shape)} and "
-                f"{tuple(positions.shape)}"
+                f"{tuple(positions.shape)}; pass the queries and positions of the appended tokens"
             )
         if heads == 0 or heads % self.k.shape[1] != 0:
             raise ValueError(
                 f"the number of query heads must be a positive multiple of the cache's "
-                f"{self.k.shape[1]} KV heads, got {heads}"
+                f"{self.k.shape[1]} KV heads, got {heads}; make the cache with the kv_heads of the "
+                "model"
             )
         check_like_cache("q", q, self.k)
         check_no_gradients(q)
@@ -205,7 +228,7 @@ class MobaCache:
         check_options(scale, score_mod, None, None)
         check_gate(gate, sink_blocks, local_blocks, None, self.block_size, topk, is_causal=True)
         n_blocks = self.means.shape[2]
-        topk = n_blocks if topk is None else min(topk, n_blocks)  # no fewer are full attention
+        topk = n_blocks if topk is None else min(topk, n_blocks)
         topk = max(topk, 1 + sink_blocks + local_blocks)
         scale = dim**-0.5 if scale is None else float(scale)
         tile_queries = self._keep_tile_queries(q, positions) if gate == "tile" else None
@@ -216,37 +239,45 @@ class MobaCache:
         return cached_attention(q, positions, tensors, call, score_mod)
 
     def reset(self) -> None:
-        """Forgets all tokens."""
+        """Removes all tokens and keeps the storage."""
         self.lengths.zero_()
-        self._most = self._untiled = 0
+        self._longest_row = self._tokens_without_tile_gate = 0
 
     def crop(self, length: int | Tensor) -> None:
-        """Forgets all but the first ``length`` tokens of every row; an int, or ``(B,)`` ints.
+        """Removes all tokens after the first ``length`` tokens of every row.
+
+        Args:
+            length: Tokens to keep: an int, or an integer tensor ``(B,)`` with one number per row. A
+                row that is shorter stays as it is.
 
         Raises:
-            TypeError: ``length`` is neither.
-            ValueError: It is negative. On other devices than CPU a tensor is not read, and what
-                is negative counts as 0.
+            TypeError: ``length`` is neither an int nor a tensor.
+            ValueError: ``length`` is negative. A tensor is checked on CPU only; elsewhere negative
+                numbers count as 0.
         """
+        remedy = "pass the number of tokens to keep"
         if isinstance(length, Tensor):
             if values_readable(length) and bool((length < 0).any()):
-                raise ValueError(f"length must be at least 0, got {length.tolist()}")
-            left = length.to(self.lengths).clamp(min=0)
-            self.lengths.copy_(torch.minimum(self.lengths, left))
+                raise ValueError(f"length must be at least 0, got {length.tolist()}; {remedy}")
+            kept = length.to(self.lengths).clamp(min=0)
+            self.lengths.copy_(torch.minimum(self.lengths, kept))
         elif isinstance(length, int):
             if length < 0:
-                raise ValueError(f"length must be at least 0, got {length}")
+                raise ValueError(f"length must be at least 0, got {length}; {remedy}")
             self.lengths.clamp_(max=length)
-            self._most, self._untiled = min(self._most, length), min(self._untiled, length)
+            self._longest_row = min(self._longest_row, length)
+            self._tokens_without_tile_gate = min(self._tokens_without_tile_gate, length)
         else:
             raise TypeError(
-                f"length must be an int or a tensor of ints, got {type(length).__name__}"
+                f"length must be an int or a tensor of ints, got {type(length).__name__}; {remedy}"
             )
 
     def reorder(self, rows: Tensor) -> None:
-        """Makes row ``i`` what row ``rows[i]`` was, ``(B,)`` ints: for beam search.
+        """Replaces row ``i`` by a copy of the old row ``rows[i]``, as beam search needs.
 
-        With another number of ints the cache has that many rows from then on, in new storage.
+        Args:
+            rows: Row indices, ``(B,)`` int32 or int64. With another number of indices, the cache
+                moves to new storage with that number of rows.
         """
         for name in ("k", "v", "means", "lengths", "_tile_queries"):
             x = getattr(self, name)
@@ -258,20 +289,26 @@ class MobaCache:
                     setattr(self, name, storage(moved.shape, x.dtype, x.device).copy_(moved))
 
     def check_tiles(self, heads: int, new: int = 0) -> None:
-        """That ``gate="tile"`` can go on: it kept the queries of all but the ``new`` tokens.
+        """Raises unless the cache has the queries that ``gate="tile"`` needs.
+
+        Args:
+            heads: Query heads of the call.
+            new: Tokens that were appended and not yet attended.
 
         Raises:
-            ValueError: Tokens came without that gate, or queries with another number of heads.
+            ValueError: Earlier tokens were attended without that gate, or with another number of
+                query heads.
         """
-        if self._untiled > new:
+        if self._tokens_without_tile_gate > new:
+            missing = self._tokens_without_tile_gate - new
             raise ValueError(
-                f'gate="tile" needs the queries of all tokens, but {self._untiled - new} came '
-                "without it; use it from the first token on"
+                f'gate="tile" needs the queries of all tokens, but {missing} came without it; use '
+                "it from the first token on"
             )
         if self._tile_queries is not None and self._tile_queries.shape[1] != heads:
             raise ValueError(
-                f"q must have the {self._tile_queries.shape[1]} heads of the tokens before, got "
-                f"{heads}; other queries need a cache of their own"
+                f"q must have the {self._tile_queries.shape[1]} heads of the earlier queries, got "
+                f"{heads}; make another cache for queries with other heads"
             )
 
     def check_call(
@@ -285,49 +322,51 @@ class MobaCache:
         impl: str,
         kernel_options: Mapping[str, Any] | None,
     ) -> None:
-        """Raises unless a call of `flex_moba` may go through the cache; adds nothing to it.
+        """Raises unless the cache supports these arguments of `flex_moba`. Appends nothing.
 
         Raises:
             ValueError: Block sizes or lengths do not fit, or the call is not causal.
-            NotImplementedError: The call needs gradients, or options that a cache does not take.
+            NotImplementedError: The call needs gradients, or has options that a cache does not
+                support.
         """
         if self.block_size != block_size:
             raise ValueError(
-                f"block_size must be that of the cache, {self.block_size}, got {block_size}"
+                f"block_size must be the block size of the cache, {self.block_size}, got "
+                f"{block_size}; pass the same, or make another cache"
             )
         if q.shape[2] != k.shape[2]:
             raise ValueError(
-                f"with a cache, q, k and v are of the same new tokens, got Lq={q.shape[2]} and "
-                f"Lk={k.shape[2]}"
+                f"with a cache, q, k and v must hold the same new tokens, got Lq={q.shape[2]} and "
+                f"Lk={k.shape[2]}; pass only the new tokens"
             )
         if not is_causal:
-            raise ValueError("is_causal=False and cache do not go together; leave one out")
+            raise ValueError("is_causal=False and cache do not go together; omit one of them")
         if impl != "auto":
-            raise NotImplementedError(f'impl="{impl}" does not go with cache; use impl="auto"')
+            raise NotImplementedError(f'a cache does not support impl="{impl}"; use impl="auto"')
         if kernel_options:
-            raise NotImplementedError("kernel_options do not go with cache; leave them out")
+            raise NotImplementedError("a cache does not support kernel_options; omit them")
         check_no_gradients(q)
         if gate == "tile":
             self.check_tiles(q.shape[1])
 
     def _make_room(self, n: int) -> None:
-        # Inside a compiled graph lengths are not known: there, room is made by `max_len`.
+        # A compiled graph does not know the lengths, so its cache must have a fixed capacity.
         if torch.compiler.is_compiling():
             if self.grows:
-                raise ValueError("a cache that grows cannot be compiled; give it max_len")
+                raise ValueError("a cache that grows cannot be compiled; make it with max_len")
             return
-        if self._most + n > self.capacity and has_values(self.lengths):
-            self._most = int(self.lengths.max())  # fewer, if rows were cropped, say
-        if self._most + n <= self.capacity:
+        if self._longest_row + n > self.capacity and has_values(self.lengths):
+            self._longest_row = int(self.lengths.max())  # less after padding, or a crop by a tensor
+        if self._longest_row + n <= self.capacity:
             return
         if not self.grows:
             if has_values(self.lengths):
                 raise ValueError(
-                    f"the cache has room for {self.capacity} tokens, of which {self._most} are "
-                    f"taken, so {n} more do not fit; make it with a larger max_len"
+                    f"the cache has room for {self.capacity} tokens, of which {self._longest_row} "
+                    f"are taken, so {n} more do not fit; make it with a larger max_len"
                 )
             return
-        blocks = -(-max(2 * self.capacity, self._most + n) // self.block_size) + 1
+        blocks = -(-max(2 * self.capacity, self._longest_row + n) // self.block_size) + 1
         n_blocks = self.means.shape[2]
         for name in ("k", "v", "means", "_tile_queries"):
             x = getattr(self, name)
@@ -340,21 +379,21 @@ class MobaCache:
     def _keep_tile_queries(self, q: Tensor, positions: Tensor) -> Tensor:
         batch, heads, n, dim = q.shape
         self.check_tiles(heads, n)
-        self._untiled = 0
+        self._tokens_without_tile_gate = 0
         if self._tile_queries is None:
             tiles = self.k.shape[2] // TILE
             self._tile_queries = storage((batch, heads, tiles, dim), q.dtype, q.device)
-        starts = (positions >= 0) & (positions < self.capacity) & (positions % TILE == 0)
-        tile = torch.where(starts, positions // TILE, self.capacity // TILE)
+        is_first = (positions >= 0) & (positions < self.capacity) & (positions % TILE == 0)
+        tile = torch.where(is_first, positions // TILE, self.capacity // TILE)
         self._tile_queries.scatter_(2, tile.long()[:, None, :, None].expand_as(q), q)
         return self._tile_queries
 
     def _check(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        check_new("k", k, self.k)
-        check_new("v", v, self.v, k.shape[2])
+        check_new_tokens("k", k, self.k)
+        check_new_tokens("v", v, self.v, k.shape[2])
         check_no_gradients(k, v)
         if mask is not None and (mask.shape != k.shape[::2] or mask.dtype != torch.bool):
             raise ValueError(
                 f"key_padding_mask must be bool of shape {tuple(k.shape[::2])}, got {mask.dtype} "
-                f"of shape {tuple(mask.shape)}"
+                f"of shape {tuple(mask.shape)}; pass one value for every new token"
             )

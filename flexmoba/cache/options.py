@@ -1,19 +1,19 @@
-"""The options of attention to a cache."""
+"""Options of attention to a cache."""
 
 from typing import NamedTuple
 
 from flexmoba.gate import GateOptions
 
-NO_ROOM = 2**30  # the position of a token beyond the capacity: after any block
+NO_ROOM = 2**30  # the position of a token beyond the capacity; greater than any valid position
 
 
 class CachedCall(NamedTuple):
-    """The options of attention to a cache.
+    """Options of one call that attends to a cache.
 
     Attributes:
-        topk: Blocks that each query attends to, its own included.
-        scale: Factor on the scores.
-        gate: The gate's options.
+        topk: Blocks that each query attends to, its own block included.
+        scale: Factor on the attention scores.
+        gate: Options of the gate.
         block_size: Keys in a block.
     """
 

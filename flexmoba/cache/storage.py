@@ -1,4 +1,4 @@
-"""Tensors that a cache writes to."""
+"""Allocation of the tensors of a cache."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def storage(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-    """Zeros that may be written to in and out of ``torch.inference_mode``."""
+    """Returns zeros that can be written inside and outside ``torch.inference_mode``."""
     with torch.inference_mode(False):
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -1,1 +1,1 @@
-"""flexmoba within other libraries, each in a module that imports its library."""
+"""Integrations with other libraries, one module or package for each library."""

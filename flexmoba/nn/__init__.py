@@ -1,4 +1,4 @@
-"""Modules: Mixture of Block Attention as a part of a model."""
+"""Modules that use Mixture of Block Attention in a model."""
 
 from flexmoba.nn.attention import MobaAttention
 from flexmoba.nn.flex_moba import FlexMoba

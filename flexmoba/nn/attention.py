@@ -1,4 +1,4 @@
-"""`MobaAttention`: self-attention with projections."""
+"""`MobaAttention`: a self-attention layer with projections."""
 
 from typing import Any, Literal
 
@@ -16,38 +16,40 @@ from flexmoba.sequence import positions_of, without_padding
 
 
 class MobaAttention(nn.Module):
-    """Self-attention with projections, by Mixture of Block Attention (arXiv 2502.13189, Sec. 2.2).
+    """Self-attention layer that uses Mixture of Block Attention (arXiv 2502.13189, Sec. 2.2).
 
-    ``q_proj``, ``k_proj`` and ``v_proj``, then the key convolution and the rotary embedding where
-    asked for, `flex_moba`, and ``o_proj``. The heads of a forward pass are counted from what the
-    projections give, so these may be split over devices by heads (tensor parallelism).
+    Applies ``q_proj``, ``k_proj`` and ``v_proj``, the key convolution and the rotary embedding if
+    they are set, `flex_moba`, and ``o_proj``. `forward` counts heads by the features that the
+    projections return, so tensor parallelism can split the projections by heads.
 
     Args:
         dim: Features of a token.
         heads: Query heads ``Hq``.
-        kv_heads: Key-value heads, dividing ``heads`` (grouped-query attention); ``heads`` by
+        kv_heads: KV heads ``Hkv``, a divisor of ``heads`` (grouped-query attention); ``heads`` by
             default.
-        block_size: As in `FlexMoba`.
-        topk: As in `FlexMoba`.
+        block_size: Keys in a block, at least 1.
+        topk: Blocks that each query attends to, its own block included; None for full attention.
         head_dim: Head dim ``D`` of queries, keys and values; ``dim / heads`` by default.
-        rope_base: Base of a rotary position embedding, such as 10000; None for none. It turns the
-            first half of the dims against the second, and begins anew with every document, at a
-            row's first real token, and where a cache ends.
-        bias: Whether the projections have one.
-        key_conv: Width of a `KeyConv` on the keys before their rotation, 3 or 5; None for none.
-        eval_topk: As in `FlexMoba`.
-        dropout: Must be 0, there is none.
-        device: Where the parameters are.
-        dtype: Of the parameters.
-        options: As in `FlexMoba`.
+        rope_base: Base of a rotary position embedding, such as 10000; None for no embedding. The
+            embedding rotates dim ``i`` with dim ``i + D / 2``. Positions begin at 0 in every
+            document and at the first real token of a row, and continue at the end of a cache.
+        bias: Whether the projections have a bias.
+        key_conv: Width of a `KeyConv` on the keys before the rotary embedding, 3 or 5; None for no
+            convolution.
+        eval_topk: ``topk`` outside training (``module.eval()``); ``"same"`` for the value of
+            ``topk``.
+        dropout: Dropout of attention weights, which must be 0.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        options: Keyword arguments for every call of `flex_moba`, such as ``gate="tile"``.
 
     Attributes:
         moba: The `FlexMoba` between the projections.
 
     Raises:
-        TypeError: A size is no integer, or `flex_moba` has no such option.
+        TypeError: A size is not an int, or `flex_moba` has no such option.
         ValueError: A size is not positive, or sizes do not fit each other.
-        NotImplementedError: ``dropout`` is not 0, or an option cannot serve.
+        NotImplementedError: ``dropout`` is not 0, or the gate does not support the block size.
 
     Examples:
         >>> import torch
@@ -90,23 +92,25 @@ class MobaAttention(nn.Module):
             check_positive(name, size, "pass a number of features or heads")
         if heads % kv_heads != 0:
             raise ValueError(
-                f"heads must be a multiple of kv_heads, got heads={heads} and kv_heads={kv_heads}"
+                f"heads must be a multiple of kv_heads, got heads={heads} and kv_heads={kv_heads}; "
+                "change one of them"
             )
         if head_dim is None and dim % heads != 0:
             raise ValueError(
-                f"dim must be a multiple of heads, got dim={dim} and heads={heads}; or give a "
-                "head_dim"
+                f"dim must be a multiple of heads, got dim={dim} and heads={heads}; change one of "
+                "them, or pass head_dim"
             )
         head_dim = dim // heads if head_dim is None else head_dim
         if rope_base is not None and (head_dim % 2 != 0 or rope_base <= 0):
             raise ValueError(
                 f"a rotary embedding needs an even head_dim and a positive rope_base, got "
-                f"head_dim={head_dim} and rope_base={rope_base}"
+                f"head_dim={head_dim} and rope_base={rope_base}; change them, or pass "
+                "rope_base=None"
             )
         if dropout != 0.0:
             raise NotImplementedError(
                 f"dropout of attention weights is not available, got dropout={dropout}; use 0, and "
-                "nn.Dropout on what the layer returns"
+                "apply nn.Dropout to the output of the layer"
             )
         for name in (
             *("return_aux", "cache", "cu_seqlens", "document_ids", "key_padding_mask"),
@@ -114,16 +118,18 @@ class MobaAttention(nn.Module):
         ):
             if name in options:
                 raise TypeError(
-                    f"MobaAttention has no option {name!r}; it goes with one call, of the layer or "
-                    "of a FlexMoba"
+                    f"MobaAttention has no option {name!r}; pass it to a call of the layer or of a "
+                    "FlexMoba"
                 )
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.head_dim, self.kv_heads, self.rope_base = head_dim, kv_heads, rope_base
-        self.q_proj = nn.Linear(dim, heads * head_dim, bias, **at)
-        self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias, **at)
-        self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias, **at)
-        self.o_proj = nn.Linear(heads * head_dim, dim, bias, **at)
-        self.key_conv = None if key_conv is None else KeyConv(kv_heads * head_dim, key_conv, **at)
+        self.q_proj = nn.Linear(dim, heads * head_dim, bias, **factory)
+        self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias, **factory)
+        self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias, **factory)
+        self.o_proj = nn.Linear(heads * head_dim, dim, bias, **factory)
+        self.key_conv = (
+            None if key_conv is None else KeyConv(kv_heads * head_dim, key_conv, **factory)
+        )
         self.moba = FlexMoba(block_size, topk, eval_topk=eval_topk, **options)
 
     def make_cache(
@@ -135,30 +141,33 @@ class MobaAttention(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> MobaCache:
-        """An empty cache for `forward`: a `MobaCache`, of the class that this layer needs.
+        """Returns an empty cache for `forward`.
 
         Args:
-            batch: Rows.
-            max_len: Tokens that each row has room for; None to grow as needed.
-            kv_heads: KV heads of this device, where they are split over several; all by default.
-            dtype: Of keys and values, as the projections give them; that of autocast by default, or
-                the first of half, single or double precision among the parameters and buffers of
-                ``k_proj``, then of the layer. Quantised layers may compute in another: give it.
-            device: Where they are; where the first parameter or buffer is, by default.
+            batch: Rows ``B``.
+            max_len: Capacity of each row in tokens; None for a cache that grows.
+            kv_heads: KV heads on this device, under tensor parallelism; all by default.
+            dtype: Dtype of the keys and values that the projections return. By default, the dtype
+                of autocast, or else the dtype of the first floating point tensor of at least 16
+                bits among the parameters and buffers of ``k_proj``, then of the layer. Pass it for
+                quantized layers that compute in another dtype.
+            device: Device of the cache; by default, the device of the first parameter or buffer.
+
+        Returns:
+            A `MobaCache`, or a `KeyConvCache` if the layer has a key convolution.
 
         Raises:
-            ValueError: The layer holds nothing that tells the dtype or the device.
+            ValueError: No parameter or buffer determines the dtype or the device.
         """
-        held = [x for part in (self.k_proj, self) for x in (*part.parameters(), *part.buffers())]
+        tensors = [x for m in (self.k_proj, self) for x in (*m.parameters(), *m.buffers())]
         if dtype is None:
-            dtype = next((y for x in held if (y := autocast_dtype(x)) in DTYPES), None)
+            dtype = next((y for x in tensors if (y := autocast_dtype(x)) in DTYPES), None)
         if device is None:
-            device = next((x.device for x in held), None)
+            device = next((x.device for x in tensors), None)
         if dtype is None or device is None:
             raise ValueError(
-                f"make_cache cannot tell where or in what dtype k_proj, a "
-                f"{type(self.k_proj).__name__}, gives keys, got dtype={dtype} and device={device}; "
-                "pass both"
+                f"make_cache cannot determine the dtype and device of keys from k_proj, a "
+                f"{type(self.k_proj).__name__}, got dtype={dtype} and device={device}; pass both"
             )
         return (MobaCache if self.key_conv is None else KeyConvCache)(
             batch,
@@ -180,35 +189,39 @@ class MobaAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        """Attention of every token to itself and those before it.
+        """Returns the output of the layer for every token.
 
         Args:
-            x: ``(B, L, dim)``.
-            cache: What `make_cache` made, to prefill in chunks and to decode: x is of new tokens
-                only, which are added to it. Without gradients.
-            cu_seqlens: Boundaries of packed documents, as in `flex_moba`.
-            document_ids: Each token's document, ``(B, L)``, as in `flex_moba`.
-            key_padding_mask: Which tokens are real, bool ``(B, L)``, also with a cache, which adds
-                no padding. The contents of padding have no effect, on gradients neither; attention
-                gives zeros there.
-            max_seqlen: Tokens of the longest document, as in `flex_moba`.
+            x: Tokens, ``(B, L, dim)`` in the dtype of the projections.
+            cache: A cache from `make_cache`, for prefill in chunks and for decoding. With a cache,
+                ``x`` holds only new tokens, which the call appends. A cache has no gradients.
+            cu_seqlens: Boundaries of packed documents, ``(documents + 1,)`` int32 or int64, as in
+                `flex_moba`.
+            document_ids: Document of each token, ``(B, L)`` int32 or int64, as in `flex_moba`.
+            key_padding_mask: ``(B, L)`` bool, True for real tokens. A cache omits padding. The
+                values of padding affect neither outputs nor gradients; the attention output there
+                is 0.
+            max_seqlen: Length of the longest document in tokens, as in `flex_moba`.
 
         Returns:
-            ``(B, L, dim)``.
+            ``(B, L, dim)`` in the dtype of the projections.
 
         Raises:
-            TypeError: An argument is of the wrong type.
-            ValueError: Shapes, dtypes or devices do not fit, or values do not.
-            NotImplementedError: A cache, and gradients are asked for.
+            TypeError: An argument has the wrong type, or a layer with a key convolution got another
+                cache.
+            ValueError: Shapes, dtypes, devices or values do not fit.
+            NotImplementedError: The call has a cache and needs gradients.
         """
         if x.ndim != 3:
-            raise ValueError(f"x must be (B, L, dim), got {tuple(x.shape)}")
-        where = {
+            raise ValueError(
+                f"x must be (B, L, dim), got {tuple(x.shape)}; pass the input of the projections"
+            )
+        packing = {
             "cu_seqlens": cu_seqlens,
             "document_ids": document_ids,
             "key_padding_mask": key_padding_mask,
         }
-        check_documents(x[:, None], x[:, None], **where, max_seqlen=max_seqlen)
+        check_documents(x[:, None], x[:, None], **packing, max_seqlen=max_seqlen)
         if key_padding_mask is not None:
             x = x.masked_fill(~key_padding_mask[..., None], 0.0)
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -217,15 +230,18 @@ class MobaAttention(nn.Module):
             if cache.lengths.shape[0] != x.shape[0]:
                 raise ValueError(
                     f"x and the cache must have the same batch size, got {x.shape[0]} and "
-                    f"{cache.lengths.shape[0]}"
+                    f"{cache.lengths.shape[0]}; make a cache for the batch size of x"
                 )
             positions = cache.next_positions(x.shape[1], key_padding_mask)
-        elif x.numel() > 0 and any(given is not None for given in where.values()):
-            positions = positions_of(x.shape[1], **where)
+        elif x.numel() > 0 and any(given is not None for given in packing.values()):
+            positions = positions_of(x.shape[1], **packing)
         if self.key_conv is not None:
             if cache is not None and not isinstance(cache, KeyConvCache):
-                raise TypeError("a layer with a key convolution needs the cache of its make_cache")
-            if cache is None and key_padding_mask is not None:  # neighbours are real tokens
+                raise TypeError(
+                    f"a layer with a key convolution needs a KeyConvCache, got "
+                    f"{type(cache).__name__}; make it with make_cache of the layer"
+                )
+            if cache is None and key_padding_mask is not None:  # convolve real tokens alone
                 layout = without_padding(key_padding_mask, 1)
                 k = layout.collect(self.key_conv(layout.spread(k)))
             else:
@@ -234,18 +250,18 @@ class MobaAttention(nn.Module):
             if positions is None:
                 positions = torch.arange(x.shape[1], device=x.device)[None]
             q, k = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base)
-        out = self.moba(q, k, v, cache=cache, **where, max_seqlen=max_seqlen)
+        out = self.moba(q, k, v, cache=cache, **packing, max_seqlen=max_seqlen)
         projected: Tensor = self.o_proj(rearrange(out, "b h l d -> b l (h d)"))
         return projected
 
     def _heads(self, x: Tensor) -> Tensor:
         if x.shape[-1] % self.head_dim != 0:
             raise ValueError(
-                f"a projection gave {x.shape[-1]} features here, no whole heads of "
-                f"{self.head_dim}; split the model over a number of devices that divides the heads"
+                f"a projection returned {x.shape[-1]} features on this device, not a multiple of "
+                f"head_dim={self.head_dim}; use a number of devices that divides the heads"
             )
         return rearrange(x, "b l (h d) -> b h l d", d=self.head_dim)
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """Returns the sizes, for ``repr``."""
         return f"head_dim={self.head_dim}, rope_base={self.rope_base}"

@@ -1,4 +1,4 @@
-"""`FlexMoba`: `flex_moba` as a module."""
+"""`FlexMoba`: a module that calls `flex_moba`."""
 
 import inspect
 from typing import Any, Literal
@@ -16,24 +16,32 @@ _OPTIONS = [
 
 
 class FlexMoba(nn.Module):
-    """`flex_moba` as a module: how many blocks of what size, and no parameters.
+    """Module that calls `flex_moba` with fixed options. It has no parameters.
 
-    Computes Eq. 2 to 6 of arXiv 2502.13189, Sec. 2.2. Its options may change at any time, between
-    two steps of training, say: the paper's Sec. 2.3 switches between MoBA and full attention; see
-    `flexmoba.hybrid.set_attention`. A compiled model compiles anew for each combination of options
-    that it meets, once.
+    Computes Eq. 2 to 6 of arXiv 2502.13189, Sec. 2.2. The options may change at any time, for
+    example between two steps of training: the paper's Sec. 2.3 switches between MoBA and full
+    attention; see `flexmoba.hybrid.set_attention`. ``torch.compile`` compiles a model once for each
+    combination of options.
 
     Args:
         block_size: Keys in a block, at least 1.
-        topk: Blocks that each query attends to, its own included; None for full attention.
-        eval_topk: The same outside training (``module.eval()``); ``"same"`` for no other.
+        topk: Blocks that each query attends to, its own block included, at least 1; None for full
+            attention.
+        eval_topk: ``topk`` outside training (``module.eval()``); ``"same"`` for the value of
+            ``topk``.
         options: Keyword arguments for every call of `flex_moba`, such as ``gate="tile"`` or
             ``sink_blocks=1``.
 
+    Attributes:
+        block_size: Keys in a block; may be changed, like ``topk`` and ``eval_topk``.
+        topk: Blocks in training.
+        eval_topk: Blocks outside training.
+        options: The other options, by name.
+
     Raises:
-        TypeError: ``block_size`` or a ``topk`` is no integer, or `flex_moba` has no such option.
-        ValueError: One of them is not positive, or does not fit the gate.
-        NotImplementedError: The gate does not serve this block size.
+        TypeError: ``block_size`` or a ``topk`` is not an int, or `flex_moba` has no such option.
+        ValueError: ``block_size`` or a ``topk`` is less than 1, or does not fit the gate.
+        NotImplementedError: The gate does not support this block size.
 
     Examples:
         >>> import torch
@@ -54,24 +62,26 @@ class FlexMoba(nn.Module):
         eval_topk: int | Literal["same"] | None = "same",
         **options: Any,
     ) -> None:
-        """Checks and keeps the options."""
+        """Checks and stores the options."""
         super().__init__()
         for name in options:
             if name not in _OPTIONS:
-                raise TypeError(f"flex_moba has no option {name!r}; it has {', '.join(_OPTIONS)}")
+                raise TypeError(
+                    f"flex_moba has no option {name!r}; use one of {', '.join(_OPTIONS)}"
+                )
         self.options = options
         self.check(block_size, topk, eval_topk)
         self.block_size, self.topk, self.eval_topk = block_size, topk, eval_topk
 
     @property
     def current_topk(self) -> int | None:
-        """The one of training or of evaluation, whichever the module is in."""
+        """The number of blocks in the current mode: ``topk`` in training, else ``eval_topk``."""
         return self.topk if self.training or self.eval_topk == "same" else self.eval_topk
 
     def check(
         self, block_size: int, topk: int | None, eval_topk: int | Literal["same"] | None
     ) -> None:
-        """Raises what the constructor would for these, given the module's options."""
+        """Raises the constructor's errors unless these settings fit the options of the module."""
         check_block_size(block_size)
         option = self.options.get
         for k in (topk, topk if eval_topk == "same" else eval_topk):
@@ -87,14 +97,22 @@ class FlexMoba(nn.Module):
             )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        """`flex_moba` of q ``(B, Hq, Lq, D)``, k ``(B, Hkv, Lk, D)`` and v ``(B, Hkv, Lk, Dv)``.
+        """Returns the result of `flex_moba`.
 
-        Keyword arguments are those of `flex_moba`, and win over the module's.
+        Args:
+            q: Queries, ``(B, Hq, Lq, D)``, float16, bfloat16, float32 or float64.
+            k: Keys, ``(B, Hkv, Lk, D)`` in the dtype of q.
+            v: Values, ``(B, Hkv, Lk, Dv)`` in the dtype of q.
+            options: Keyword arguments of `flex_moba`. They override the options of the module.
+
+        Returns:
+            The output, ``(B, Hq, Lq, Dv)`` in the dtype of q; with ``return_aux``, the pair that
+            `flex_moba` returns.
         """
         return flex_moba(q, k, v, self.block_size, self.current_topk, **self.options | options)
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """Returns the options, for ``repr``."""
         shown = {"block_size": self.block_size, "topk": self.topk}
         if self.eval_topk != "same":
             shown["eval_topk"] = self.eval_topk

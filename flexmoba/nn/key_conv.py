@@ -1,4 +1,4 @@
-"""The short convolution on keys, and the cache that it decodes with."""
+"""`KeyConv`, a short convolution on keys, and `KeyConvCache`, its cache for decoding."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,27 +7,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexmoba.cache import MobaCache, check_new, check_no_gradients, storage
+from flexmoba.cache import MobaCache, check_new_tokens, check_no_gradients, storage
 from flexmoba.checks import check_positive
 
 
 class KeyConv(nn.Module):
-    """A short causal convolution on keys: neighbours share what a block's mean tells of them.
+    """Short causal convolution on keys, which makes neighbouring keys more similar.
 
-    Computes ``k'_t = k_t + SiLU(sum_{l < W} W_l * k_{t - l})`` for every channel on its own
-    (arXiv 2511.11571, App. C). The result takes the place of the keys, for the block means and for
-    attention. Weights begin as zeros, which change no key, so that a trained model may be given
-    one.
+    Computes ``k'_t = k_t + SiLU(sum_{l < width} W_l * k_{t - l})`` for every channel separately
+    (arXiv 2511.11571, App. C). The result replaces the key in the mean keys and in attention. The
+    weights are initially 0, which changes no key, so a convolution can be added to a trained model.
 
     Args:
         channels: Channels of all KV heads, ``Hkv * D``.
-        width: Keys that each one is made of, itself included; the paper's 3 or 5.
-        device: Where the weights are.
-        dtype: Of the weights.
+        width: Keys that contribute to each result, the key itself included; 3 or 5, as in the
+            paper.
+        device: Device of the weights.
+        dtype: Dtype of the weights.
 
     Attributes:
-        weight: ``(channels, width)``; column ``l`` is for the key ``l`` tokens before. Split over
-            devices by channels, as a ``DTensor``, it convolves each device's own heads.
+        weight: Parameter, ``(channels, width)``. Column ``l`` multiplies the key ``l`` tokens
+            earlier. As a ``DTensor`` that is sharded by channels, it applies to the heads of each
+            device.
 
     Raises:
         ValueError: ``width`` is not 3 or 5, or ``channels`` is not positive.
@@ -59,34 +60,37 @@ class KeyConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Makes it change no key."""
+        """Sets the weights to 0, so that the convolution changes no key."""
         nn.init.zeros_(self.weight)
 
     def forward(
         self, k: Tensor, positions: Tensor | None = None, cache: "KeyConvCache | None" = None
     ) -> Tensor:
-        """The keys ``(B, Hkv, L, D)`` to attend to, in the dtype of ``k``.
+        """Returns the convolved keys.
 
         Args:
-            k: Keys as projected, ``(B, Hkv, L, D)``.
-            positions: Where each token stands in its sequence, ``(B or 1, L)`` ints, below 0 for
-                padding: none mixes with what came before position 0. By default from 0 on, or
-                where the cache ends.
-            cache: What holds the keys before these, and keeps these at their positions.
+            k: Projected keys, before a rotary embedding, ``(B, Hkv, L, D)``.
+            positions: Position of each token in its sequence, ``(B or 1, L)``, an integer dtype;
+                negative for padding. A key mixes only with keys from position 0 on. By default,
+                positions begin at 0, or at the lengths of the cache.
+            cache: Cache of the earlier keys, which also stores these keys at their positions.
+
+        Returns:
+            ``(B, Hkv, L, D)`` in the dtype of ``k``.
 
         Raises:
-            ValueError: The heads' channels are not the weight's.
+            ValueError: ``Hkv * D`` differs from the channels of the weight.
         """
         weight: Tensor = self.weight
-        if type(weight) not in (Tensor, nn.Parameter):  # tensor parallelism?
-            from torch.distributed.tensor import DTensor  # slow to import, so not without need
+        if type(weight) not in (Tensor, nn.Parameter):  # a DTensor under tensor parallelism
+            from torch.distributed.tensor import DTensor  # lazily, since the import is slow
 
             if isinstance(weight, DTensor):
-                weight = weight.to_local()  # the channels of this device's heads
+                weight = weight.to_local()  # the channels of the heads of this device
         if k.shape[1] * k.shape[3] != weight.shape[0]:
             raise ValueError(
                 f"k must have {weight.shape[0]} channels, got {k.shape[1]} heads of {k.shape[3]}; "
-                "under tensor parallelism split the convolution's weight like k_proj's"
+                "under tensor parallelism, split the weight of the convolution like k_proj.weight"
             )
         precise = torch.promote_types(k.dtype, torch.float32)
         taps = weight.to(precise).view(k.shape[1], 1, k.shape[3], self.width).unbind(-1)
@@ -98,32 +102,34 @@ class KeyConv(nn.Module):
     def _earlier(
         self, k: Tensor, positions: Tensor | None, cache: "KeyConvCache | None"
     ) -> Iterator[Tensor]:
-        """The keys 1, 2 ... tokens before; zeros where there is none."""
+        """Yields the keys 1, 2, ... ``width - 1`` tokens earlier, or zeros, ``(B, Hkv, L, D)``."""
         if cache is not None:
             positions = cache.next_positions(k.shape[2]) if positions is None else positions
-            kept = cache.keep(k, positions)
+            stored = cache.keep(k, positions)
         else:
-            kept = F.pad(k, (0, 0, self.width - 1, 0))
+            stored = F.pad(k, (0, 0, self.width - 1, 0))
         for lag in range(1, self.width):
             if cache is not None and positions is not None:
-                at = (positions - lag).clamp(0, kept.shape[2] - 1).long()
-                earlier = kept.gather(2, at[:, None, :, None].expand_as(k))
+                index = (positions - lag).clamp(0, stored.shape[2] - 1).long()
+                earlier = stored.gather(2, index[:, None, :, None].expand_as(k))
             else:
-                earlier = kept.narrow(2, self.width - 1 - lag, k.shape[2])
+                earlier = stored.narrow(2, self.width - 1 - lag, k.shape[2])
             if positions is not None:
                 earlier = earlier.masked_fill((positions < lag)[:, None, :, None], 0.0)
             yield earlier
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """Returns the sizes, for ``repr``."""
         return f"channels={self.channels}, width={self.width}"
 
 
 class KeyConvCache(MobaCache):
-    """A `MobaCache` that keeps the keys as they were before a `KeyConv`, too.
+    """`MobaCache` that also keeps the keys from before a `KeyConv`.
 
-    All of them, so that a row cropped to any length goes on as if it had ended there. Takes the
-    arguments of a `MobaCache`.
+    It keeps all of them, which makes any `crop` correct. Takes the arguments of `MobaCache`.
+
+    Attributes:
+        projected: Keys before the convolution, in the shape and dtype of ``k``.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -132,21 +138,29 @@ class KeyConvCache(MobaCache):
         self.projected = storage(self.k.shape, self.k.dtype, self.k.device)
 
     def keep(self, k: Tensor, positions: Tensor) -> Tensor:
-        """Remembers new keys ``(B, Hkv, n, D)`` at ``positions (B, n)``, and returns all."""
-        check_new("k", k, self.k)
+        """Stores projected keys, and returns all of them.
+
+        Args:
+            k: New projected keys, ``(B, Hkv, n, D)`` in the dtype of the cache.
+            positions: Their positions, ``(B, n)`` int32; -1 for padding.
+
+        Returns:
+            ``projected``, ``(B, Hkv, N * block_size, D)``.
+        """
+        check_new_tokens("k", k, self.k)
         check_no_gradients(k)
         self._make_room(k.shape[2])
         fits = (positions >= 0) & (positions < self.capacity)
-        at = torch.where(fits, positions, self.capacity).long()[:, None, :, None]
-        self.projected.scatter_(2, at.expand_as(k), k)
+        index = torch.where(fits, positions, self.capacity).long()[:, None, :, None]
+        self.projected.scatter_(2, index.expand_as(k), k)
         return self.projected
 
     def reorder(self, rows: Tensor) -> None:
-        """As `MobaCache.reorder`."""
+        """Replaces row ``i`` by a copy of the old row ``rows[i]``; see `MobaCache.reorder`."""
         moved = self.projected.index_select(0, rows)
         super().reorder(rows)
         if moved.shape == self.projected.shape:
-            self.projected.copy_(moved)  # in place, for CUDA graphs
+            self.projected.copy_(moved)  # in place, because CUDA graphs record the address
         else:
             self.projected = storage(moved.shape, moved.dtype, moved.device).copy_(moved)
 

@@ -1,20 +1,20 @@
-"""Rotary position embedding (RoPE), of whatever positions."""
+"""Rotary position embedding (RoPE) at given positions."""
 
 import torch
 from torch import Tensor
 
 
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Turns each pair of dims ``(i, i + D / 2)`` by ``position * base ** (-2 i / D)``.
+    """Rotates each pair of dims ``(i, i + D / 2)`` by ``position * base ** (-2 i / D)`` radians.
 
     Args:
         x: Queries or keys, ``(B, H, L, D)``, ``D`` even.
-        positions: Where every token stands in its sequence, ``(B or 1, L)`` ints.
-        base: The base of the wavelengths, such as 10000.
+        positions: Position of every token in its sequence, ``(B or 1, L)``, an integer dtype.
+        base: Base of the wavelengths, such as 10000.
 
     Returns:
-        ``(B, H, L, D)`` in the dtype of ``x``; angles and products are computed in float32 at
-        least.
+        ``(B, H, L, D)`` in the dtype of ``x``, computed in float32, or in float64 for float64
+        ``x``.
     """
     half = x.shape[-1] // 2
     precise = torch.promote_types(x.dtype, torch.float32)

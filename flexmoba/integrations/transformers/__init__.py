@@ -1,6 +1,6 @@
-"""Hugging Face transformers: ``attn_implementation="flexmoba"``, conversion, and a cache.
+"""Hugging Face transformers: ``attn_implementation="flexmoba"``, model conversion, and a cache.
 
-arXiv 2502.13189, Sec. 2.2, in every model that dispatches its attention.
+Adds arXiv 2502.13189, Sec. 2.2, to models that dispatch their attention.
 """
 
 import importlib.util

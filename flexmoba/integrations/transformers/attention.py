@@ -1,4 +1,4 @@
-"""The attention function that transformers dispatches to."""
+"""The attention function of converted layers, to which transformers dispatches."""
 
 import functools
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ from flexmoba.integrations.transformers.settings import CHILD, name_of, settings
 from flexmoba.runtime import autocast_dtype
 from flexmoba.sequence import without_padding
 
-# Arguments of models whose attention is another one; None is no argument.
-UNKNOWN = ("sinks", "position_bias", "head_mask", "indices", "block_indices", "cache")
+# Arguments of models with another attention. Their value None is the same as no argument.
+UNSUPPORTED = ("sinks", "position_bias", "head_mask", "indices", "block_indices", "cache")
 
 
 def attention(
@@ -35,35 +35,37 @@ def attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Mixture of Block Attention as transformers calls it (arXiv 2502.13189, Sec. 2.2).
+    """Computes Mixture of Block Attention, as transformers calls it (arXiv 2502.13189, Sec. 2.2).
 
     Args:
-        module: The attention module, whose `FlexMoba` or config has block size and topk.
+        module: The attention module, whose `FlexMoba` or config has the settings.
         query: ``(B, Hq, L, D)``.
-        key: ``(B, Hkv, S, D)``; only new ones if the others are in a `FlexMobaCache`.
+        key: ``(B, Hkv, S, D)``; with a `FlexMobaCache`, only the new keys.
         value: ``(B, Hkv, S, Dv)``.
-        attention_mask: ``(B, S)``, as `padding_mask` makes it: bool, which keys are real, or int32,
-            the document of each.
-        scaling: Factor on the scores.
-        dropout: Must be 0.
-        is_causal: Must be True, if given.
-        softcap: Scores are ``softcap * tanh(score / softcap)``.
-        sliding_window: Must be no less than the context.
-        s_aux: ``(Hq,)``, the score of each head's attention sink, a key without a value.
-        kwargs: What else the model passes on: ``position_ids``, ``cu_seq_lens_q`` and ``seq_idx``
-            tell packed documents apart.
+        attention_mask: The result of `padding_mask`, ``(B, S)``: real keys (bool), or the document
+            of each key (int32).
+        scaling: Factor on the attention scores; ``1 / sqrt(D)`` by default.
+        dropout: Must be 0 in training.
+        is_causal: Must be True or None.
+        softcap: Bound of the scores, which become ``softcap * tanh(score / softcap)``; None for no
+            bound.
+        sliding_window: Length of the window in tokens, at least the length of the context; None for
+            no window.
+        s_aux: Score of the attention sink of each head, ``(Hq,)``. A sink is a key without a value.
+        kwargs: Other arguments of the model. ``position_ids``, ``cu_seq_lens_q`` and ``seq_idx``
+            determine packed documents.
 
     Returns:
-        The output, ``(B, L, Hq, Dv)``, and None for weights.
+        The output, ``(B, L, Hq, Dv)``, and None in place of weights.
 
     Raises:
-        ValueError: The layer has no settings, or the mask is none of padding.
-        NotImplementedError: The model asks for what `flex_moba` does not have.
+        ValueError: The layer has no settings, or the mask is not a padding mask.
+        NotImplementedError: The model needs a feature that `flex_moba` does not support.
     """
     _check(module, attention_mask, dropout, is_causal, kwargs)
     block_size, topk, options = settings_of(module)
     layer = _layer_of(module, key, value)
-    # As other attentions have it; rotary embeddings may have left queries and keys in float32.
+    # Other attentions cast under autocast, too. Rotary embeddings may return float32.
     query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
     _check_window(module, layer, key.shape[2], sliding_window)
     options = {**options, "scale": scaling}
@@ -81,19 +83,19 @@ def attention(
         _check_positions(module, kwargs)
     if documents and (layer is not None or query.shape[2] != key.shape[2]):
         raise NotImplementedError(
-            f"{name_of(module)} was given packed documents and {query.shape[2]} queries for "
-            f"{key.shape[2]} keys, or a FlexMobaCache; pack without a cache and with "
-            "logits_to_keep=0, or give each document a row of its own"
+            f"{name_of(module)} was given packed documents with {query.shape[2]} queries for "
+            f"{key.shape[2]} keys, or with a FlexMobaCache; pack documents without a cache and "
+            "with logits_to_keep=0, or put each document into its own row"
         )
 
     inputs = query, key, value
-    added = attention_mask is not None and key.shape[2] > query.shape[2]
-    if layer is not None or (added and not _needs_gradients(*inputs)):
+    is_continuation = attention_mask is not None and key.shape[2] > query.shape[2]
+    if layer is not None or (is_continuation and not _needs_gradients(*inputs)):
         out, lse = _attend_with_cache(layer, inputs, attention_mask, block_size, topk, options)
     else:
         out, lse = _attend(module, inputs, attention_mask, documents, (block_size, topk), options)
     if s_aux is not None:
-        # One more term in the sum of the softmax: keys keep this share of the weight.
+        # The sink adds one term to the sum of the softmax. The keys keep this share of the weight.
         share = torch.sigmoid(lse - s_aux.reshape(-1, 1))
         out = (out * share[..., None]).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
@@ -107,12 +109,11 @@ def _attend_with_cache(
     topk: int | None,
     options: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """Attention by the layer of a `FlexMobaCache`, or to padded rows by a cache for this call."""
+    """Attends by the layer of a `FlexMobaCache`, or else by a temporary cache of padded rows."""
     for name in ("impl", "kernel_options"):
         if options.get(name, "auto") not in ("auto", None):
             raise NotImplementedError(
-                f"{name}={options[name]!r} does not go with a cache; leave it out of "
-                "config.flexmoba"
+                f"a cache does not support {name}={options[name]!r}; remove it from config.flexmoba"
             )
     options = {x: y for x, y in options.items() if x not in ("impl", "kernel_options")}
     attend = _attend_to_rows if layer is None else layer.attend
@@ -127,40 +128,40 @@ def _attend(
     blocks: tuple[int, int | None],
     options: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """Attention by `flex_moba`; ``blocks`` are the block size and topk."""
+    """Attends by `flex_moba`; ``blocks`` holds the block size and topk."""
     query, key, value = inputs
-    added = 0 if real is None else key.shape[2] - query.shape[2]
+    earlier = 0 if real is None else key.shape[2] - query.shape[2]
     layout = None
-    if real is not None and documents:  # which are of the real tokens alone
+    if real is not None and documents:  # `documents` describes only the real tokens
         layout = without_padding(real, 1)
         query, key, value = (layout.spread(x) for x in inputs)
     elif real is not None:
-        if added and options.get("gate") == "tile":
+        if earlier and options.get("gate") == "tile":
             raise NotImplementedError(
-                'gate="tile" needs the queries of all tokens, and the padded rows of '
+                'gate="tile" needs the queries of all tokens, but the padded rows of '
                 f"{name_of(module)} have {query.shape[2]} queries for {key.shape[2]} keys; use "
                 "another gate, or no padding"
             )
         documents = {"key_padding_mask": real}
-        query = nn.functional.pad(query, (0, 0, added, 0))
+        query = nn.functional.pad(query, (0, 0, earlier, 0))
     block_size, topk = blocks
-    everything: dict[str, Any] = {**documents, **options}
+    keywords: dict[str, Any] = {**documents, **options}
     result: Any = flex_moba(
-        query, key, value, block_size, topk, return_aux=AuxRequest(lse=True), **everything
+        query, key, value, block_size, topk, return_aux=AuxRequest(lse=True), **keywords
     )
     out, lse = result[0], result[1].lse[..., None]
     if layout is not None:
         out, lse = layout.collect(out), layout.collect(lse)
-    return out[:, :, added:], lse[:, :, added:, 0]
+    return out[:, :, earlier:], lse[:, :, earlier:, 0]
 
 
 def _layer_of(module: nn.Module, key: Tensor, value: Tensor) -> MobaLayer | None:
-    """The layer of a `FlexMobaCache` that keys and values have just come through, if any."""
+    """Returns the layer of the `FlexMobaCache` that returned the keys and values, or None."""
     layer = layer_of(key)
     if layer is not layer_of(value):
         raise NotImplementedError(
             f"{name_of(module)} changes keys or values between its cache and its attention, which "
-            "a FlexMobaCache cannot follow; use a cache of transformers"
+            "a FlexMobaCache does not support; use a cache of transformers"
         )
     return layer
 
@@ -168,14 +169,14 @@ def _layer_of(module: nn.Module, key: Tensor, value: Tensor) -> MobaLayer | None
 def _check_window(
     module: nn.Module, layer: MobaLayer | None, keys: int, sliding_window: int | None
 ) -> None:
-    """Refuses a sliding window that is shorter than the context."""
+    """Raises if a sliding window is shorter than the context."""
     length: Any = keys
-    if layer is not None:  # of a static cache, the room: how many tokens there are is on the device
+    if layer is not None:  # for a static cache, the capacity: its length is a tensor on the device
         length = layer.columns if layer.max_cache_len is None else layer.max_cache_len
     if sliding_window is not None and length > sliding_window:
         raise NotImplementedError(
             f"{name_of(module)} has a sliding window of {sliding_window} tokens, shorter than the "
-            f"context of {length}, which flexmoba does not have; use a shorter context, or "
+            f"context of {length}, which flexmoba does not support; use a shorter context, or "
             f"load the model with sliding_window={length} or more"
         )
 
@@ -185,7 +186,7 @@ def _needs_gradients(*tensors: Tensor) -> bool:
 
 
 def softcap_of(cap: float) -> ScoreMod:
-    """A ``score_mod`` that bounds scores by ``cap``; one function for each value."""
+    """Returns a ``score_mod`` that bounds scores by ``cap``, one function for each value."""
     return _softcap(cap) if torch.compiler.is_compiling() else _known_softcap(cap)
 
 
@@ -208,7 +209,7 @@ def _attend_to_rows(
     topk: int | None,
     options: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """New queries against all keys of padded rows, from another cache: each row on its own."""
+    """Attends from new queries to all keys of padded rows, which another cache returned."""
     cache = MobaCache(
         *(key.shape[0], key.shape[1], key.shape[3]),
         block_size=block_size,
@@ -228,43 +229,43 @@ def _check(
     is_causal: bool | None,
     kwargs: dict[str, Any],
 ) -> None:
-    """Refuses what `flex_moba` does not have."""
-    for name in UNKNOWN:
+    """Raises if the model needs a feature that `flex_moba` does not support."""
+    for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise NotImplementedError(
-                f"{name_of(module)} passes {name} to its attention, which flexmoba does not have; "
-                'use attn_implementation="sdpa" or "eager"'
+                f"{name_of(module)} passes {name} to its attention, which flexmoba does not "
+                'support; use attn_implementation="sdpa" or "eager"'
             )
     if kwargs.get("output_attentions"):
         raise NotImplementedError(
-            f"{name_of(module)} was asked for attention weights, which flexmoba never has in one "
-            'piece; use output_attentions=False, or attn_implementation="eager"'
+            f"{name_of(module)} was asked for attention weights, which flexmoba does not compute; "
+            'use output_attentions=False, or attn_implementation="eager"'
         )
     if dropout > 0 and module.training:
         raise NotImplementedError(
-            f"{name_of(module)} has attention dropout of {dropout}, which flexmoba does not have; "
-            "set it to 0 in the config (attention_dropout, or attn_pdrop)"
+            f"{name_of(module)} has attention dropout of {dropout}, which flexmoba does not "
+            "support; set it to 0 in the config (attention_dropout, or attn_pdrop)"
         )
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotImplementedError(
-            f"{name_of(module)} is not causal self-attention, which is all that flexmoba does in "
-            'transformers; use attn_implementation="sdpa" for it'
+            f"{name_of(module)} is not causal self-attention, the only attention that flexmoba "
+            'supports in transformers; use attn_implementation="sdpa" for it'
         )
     mask: Any = attention_mask
-    kinds = torch.bool, torch.int32
-    if mask is not None and (getattr(mask, "dtype", None) not in kinds or len(mask.shape) != 2):
+    dtypes = torch.bool, torch.int32
+    if mask is not None and (getattr(mask, "dtype", None) not in dtypes or len(mask.shape) != 2):
         raise ValueError(
-            f"{name_of(module)} was given as its mask a {type(mask).__name__} of shape "
-            f"{tuple(mask.shape)}; flexmoba takes a padding mask, (B, S), as the model's "
-            "attention_mask, and packed documents as position_ids or cu_seq_lens_q"
+            f"{name_of(module)} was given a {type(mask).__name__} of shape {tuple(mask.shape)} as "
+            "its mask; pass a padding mask (B, S) as the model's attention_mask, and packed "
+            "documents as position_ids or cu_seq_lens_q"
         )
 
 
 def _check_positions(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """That documents would have been seen, had there been any: `convert` takes care of it."""
-    told = ("position_ids", POSITIONS, "cu_seq_lens_q", "seq_idx")
-    if CHILD not in module._modules and not any(name in kwargs for name in told):
+    """Raises if the module cannot find packed documents. After `convert` or `attach`, it can."""
+    names = ("position_ids", POSITIONS, "cu_seq_lens_q", "seq_idx")
+    if CHILD not in module._modules and not any(name in kwargs for name in names):
         raise NotImplementedError(
-            f"{name_of(module)} is not given position_ids by its model, so packed documents could "
-            "see each other; call flexmoba.integrations.transformers.attach(model) once"
+            f"{name_of(module)} gets no position_ids from its model, so packed documents could "
+            "attend to each other; call flexmoba.integrations.transformers.attach(model) once"
         )

@@ -1,4 +1,4 @@
-"""A transformers cache whose layers keep block means, so that ``generate`` decodes sparsely."""
+"""A transformers cache whose layers keep mean keys, for sparse decoding by ``generate``."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -14,22 +14,22 @@ from flexmoba.runtime import autocast_dtype
 
 
 class FlexMobaCache(Cache):
-    """`MobaCache` for every layer of a transformers model with ``attn_implementation="flexmoba"``.
+    """Cache with a `MobaCache` for every layer of a model with ``attn_implementation="flexmoba"``.
 
-    Pass a new one to ``generate`` or to the model as ``past_key_values``. A step of decoding then
-    reads mean keys and selected blocks (arXiv 2502.13189, Sec. 2.2) and nothing else. It serves
-    greedy decoding, sampling, beam search, prefill in chunks, batches with padding on either side,
-    and assisted decoding. Inference only.
+    Pass a new cache to ``generate`` or to the model as ``past_key_values``. A decoding step then
+    reads only mean keys and selected blocks (arXiv 2502.13189, Sec. 2.2). The cache supports greedy
+    decoding, sampling, beam search, assisted decoding, prefill in chunks, and batches with padding.
+    It is for inference only.
 
     Args:
-        max_cache_len: Tokens that each row has room for, the prompt included: storage that never
-            moves, for ``torch.compile`` and CUDA graphs, into which ``generate`` compiles its
-            steps on a GPU. None to grow as needed.
-        config: The model's. Only models whose local layers keep a sliding window or chunks need it:
-            these layers get a cache of transformers, which holds no more than a window.
+        max_cache_len: Capacity of each row in tokens, including the prompt. The storage then never
+            moves, which ``torch.compile`` and CUDA graphs need, and ``generate`` compiles its steps
+            on a GPU. None for storage that grows.
+        config: Config of the model. Required only for models whose local layers keep a sliding
+            window or chunks: these layers get a cache of transformers, which holds one window.
 
     Raises:
-        ValueError: ``max_cache_len`` is not positive.
+        ValueError: ``max_cache_len`` is less than 1.
 
     Examples:
         >>> import torch
@@ -54,30 +54,33 @@ class FlexMobaCache(Cache):
     """
 
     def __init__(self, max_cache_len: int | None = None, *, config: Any = None) -> None:
-        """Makes an empty cache; its layers are made as the model comes to them."""
+        """Makes an empty cache."""
         if max_cache_len is not None and max_cache_len < 1:
-            raise ValueError(f"max_cache_len must be at least 1 or None, got {max_cache_len}")
+            raise ValueError(
+                f"max_cache_len must be at least 1 or None, got {max_cache_len}; pass the number "
+                "of tokens of prompt and output"
+            )
         self.max_cache_len = max_cache_len
         super().__init__(layer_class_to_replicate=partial(MobaLayer, max_cache_len))
         local = () if config is None else local_layers(config.get_text_config(decoder=True))
-        if local:  # masks are made for the first layer of each kind, so layers must be there
-            usual = (
+        if local:  # all layers now, since the masks depend on the first layer of each type
+            default = (
                 DynamicCache(config=config)
                 if max_cache_len is None
                 else StaticCache(config, max_cache_len)
             )
             self.layers = [
                 layer if index in local else MobaLayer(max_cache_len)
-                for index, layer in enumerate(usual.layers)
+                for index, layer in enumerate(default.layers)
             ]
 
     @property
     def is_compileable(self) -> bool:
-        """Whether steps can be compiled: they can if nothing has to grow."""
+        """Whether ``generate`` may compile steps: only if the storage does not grow."""
         return self.max_cache_len is not None
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Tokens that there is room for; -1 for no limit."""
+        """Returns the capacity in tokens, or -1 if the storage grows."""
         return self.max_cache_len or -1
 
     def _no_states(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,11 +94,11 @@ class FlexMobaCache(Cache):
 
 
 class MobaLayer(CacheLayerMixin):
-    """The cache of one layer.
+    """Cache of one layer.
 
-    A model calls `update` with new keys, and its attention right after that. Only the attention
-    knows which of them are padding, so only it adds them: `update` hands the new keys on with this
-    layer attached to them, where `layer_of` finds it.
+    A model calls `update` with new keys and values, and then its attention. Only the attention
+    knows padding, so `update` returns the new keys and values with a reference to this layer. The
+    attention finds the layer by `layer_of`, and calls `attend`, which appends them.
     """
 
     is_sliding = False
@@ -107,36 +110,50 @@ class MobaLayer(CacheLayerMixin):
         super().__init__()
         self.max_cache_len = max_cache_len
         self.is_compileable = max_cache_len is not None
-        # Columns that came so far, padding included, as transformers counts them. A tensor in a
-        # static cache, since a number would compile anew with every step.
+        # The number of columns so far. transformers counts padding as columns. In a static cache it
+        # is a tensor, because compiled code would recompile for each value of an int.
         self.columns: int | Tensor = 0
-        self._padded = 0  # up to which column any of them may be padding; of a static cache, if any
-        self._unattended = False
+        # How many of the first columns may contain padding; in a static cache, 1 if any may.
+        self._padded_columns = 0
+        self._is_unattended = False  # whether `update` returned keys that `attend` did not get
         self._cache: MobaCache | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Makes the counter; what is stored waits for the attention, which knows the blocks."""
+        """Makes the counter of columns. `attend`, which knows the block size, makes the rest."""
         if self.max_cache_len is not None:
             self.columns = storage((), torch.int64, key_states.device)
-            _keep_in_place(self.columns)
+            _mark_static(self.columns)
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hands on new keys and values for the attention to add."""
-        if self._unattended:
+        """Returns new keys and values, which the attention then appends.
+
+        Args:
+            key_states: New keys, ``(B, Hkv, L, D)``.
+            value_states: New values, ``(B, Hkv, L, Dv)``.
+            args: Ignored, like ``kwargs``.
+            kwargs: Arguments for other caches.
+
+        Returns:
+            The keys and values, cast under autocast, with a reference to this layer.
+
+        Raises:
+            RuntimeError: The keys of the last call did not reach `attend`.
+        """
+        if self._is_unattended:
             raise RuntimeError(
-                "keys that came into a FlexMobaCache before never came to flexmoba's attention: "
-                'the model needs attn_implementation="flexmoba" (see convert), or a cache of '
-                "transformers if it caches latents in place of keys; after an exception, the cache "
-                "needs reset()"
+                "a FlexMobaCache has keys that did not reach flexmoba's attention; load the model "
+                'with attn_implementation="flexmoba" (see convert), use a cache of transformers if '
+                "the model caches latents in place of keys, or call reset() on the cache after an "
+                "exception"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.columns += key_states.shape[2]
-        self._unattended = True
-        # Here, so that layers that share keys share what they become.
+        self._is_unattended = True
+        # Cast here and not in the attention, so that layers that share keys get the same tensors.
         key, value = (x.to(autocast_dtype(x)) for x in (key_states, value_states))
         for x in (key, value):
             x.flexmoba_layer = self  # type: ignore[attr-defined]
@@ -152,23 +169,28 @@ class MobaLayer(CacheLayerMixin):
         topk: int | None,
         options: Mapping[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        """Adds the new keys and values, and attends to all that there are.
+        """Appends the new keys and values, and attends to all tokens of the cache.
 
-        Layers that share keys come with those of the first one, which are added once.
+        Layers that share keys call it with the same keys, which are appended once.
 
         Args:
-            query: ``(B, Hq, L, D)``; of layers that share keys perhaps the last ones only.
-            key: What `update` returned, ``(B, Hkv, L, D)``.
-            value: Likewise, ``(B, Hkv, L, Dv)``.
-            real: ``(B, L)`` bool, which of them are no padding; None for all of them.
+            query: Queries of the last ``Lq`` new tokens, ``(B, Hq, Lq, D)``. ``Lq`` is ``L``,
+                except in layers that share keys.
+            key: Keys from `update`, ``(B, Hkv, L, D)``.
+            value: Values from `update`, ``(B, Hkv, L, Dv)``.
+            real: ``(B, L)`` bool, False for padding; None if there is no padding.
             block_size: Keys in a block.
-            topk: Blocks that each query attends to; None for all.
+            topk: Blocks that each query attends to, its own block included; None for all blocks.
             options: Keyword arguments of `MobaCache.attend`.
 
         Returns:
-            The output ``(B, Hq, L, Dv)`` and the log-sum-exp ``(B, Hq, L)``.
+            The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``.
+
+        Raises:
+            ValueError: The cache has another block size.
+            NotImplementedError: Layers share keys under ``gate="tile"``.
         """
-        self._unattended = False
+        self._is_unattended = False
         if self._cache is None:
             self._cache = MobaCache(
                 *(key.shape[0], key.shape[1], key.shape[3]),
@@ -180,90 +202,100 @@ class MobaLayer(CacheLayerMixin):
             )
             if self.max_cache_len is not None:
                 for x in (self._cache.k, self._cache.v, self._cache.means, self._cache.lengths):
-                    _keep_in_place(x)
+                    _mark_static(x)
         elif self._cache.block_size != block_size:
             raise ValueError(
-                f"the cache holds means of blocks of {self._cache.block_size} keys, but the layer "
-                f"has block_size={block_size} now; begin with a new FlexMobaCache"
+                f"the cache holds mean keys of blocks of {self._cache.block_size} keys, but the "
+                f"layer has block_size={block_size} now; make a new FlexMobaCache"
             )
         positions: Tensor | None = getattr(key, "flexmoba_positions", None)
         if positions is None:
             if real is not None:
-                self._padded = self.columns if isinstance(self.columns, int) else 1
+                self._padded_columns = self.columns if isinstance(self.columns, int) else 1
             positions = self._cache.append(key, value, real)
             key.flexmoba_positions = positions  # type: ignore[attr-defined]
         elif options.get("gate") == "tile":
             raise NotImplementedError(
-                'gate="tile" keeps the queries of one layer in a cache, and several layers of this '
-                "model share its keys; use another gate, or no FlexMobaCache"
+                'gate="tile" keeps the queries of one layer in a cache, but several layers of this '
+                "model share its keys; use another gate, or a cache of transformers"
             )
         positions = positions[:, positions.shape[1] - query.shape[2] :]
         return self._cache.attend(query, positions, topk, **options)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys the attention is given, and the column of the first: the new ones."""
+        """Returns the number of keys that the attention gets, the new ones, and their column."""
         return query_length, self.get_seq_length()
 
     def get_seq_length(self) -> int:
-        """Columns that came so far; of a static cache a tensor."""
+        """Returns the number of columns so far; an int64 scalar tensor for a static cache."""
         return self.columns  # type: ignore[return-value]
 
     def get_max_length(self) -> int:
-        """Tokens that there is room for; -1 for no limit."""
+        """Returns the capacity in tokens, or -1 if the storage grows."""
         return self.max_cache_len or -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last columns; transformers counts them by negative numbers."""
+        """Removes the last columns.
+
+        Args:
+            tokens_to_remove: Number of columns to remove, as a negative number or 0.
+
+        Raises:
+            ValueError: The number is positive, or the cache has fewer columns.
+            NotImplementedError: A removed column may contain padding.
+        """
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop takes how many columns to remove as a negative number, got "
-                f"{tokens_to_remove}"
+                f"crop expects the number of columns to remove as a negative number, got "
+                f"{tokens_to_remove}; negate it"
             )
         if tokens_to_remove == 0 or self._cache is None:
             return
         left = self.columns + tokens_to_remove
         if isinstance(left, int) and left < 0:
-            raise ValueError(f"the cache has {self.columns} columns, got crop({tokens_to_remove})")
-        if self._padded and (not isinstance(left, int) or left < self._padded):
+            raise ValueError(
+                f"the cache has {self.columns} columns, got crop({tokens_to_remove}); remove fewer"
+            )
+        if self._padded_columns and (not isinstance(left, int) or left < self._padded_columns):
             raise NotImplementedError(
-                f"crop({tokens_to_remove}) may reach into columns that came with padding; keep "
-                "them, or begin with a new FlexMobaCache"
+                f"crop({tokens_to_remove}) may remove columns that came with padding; keep them, "
+                "or make a new FlexMobaCache"
             )
         self.columns += tokens_to_remove
         self._cache.crop((self._cache.lengths + tokens_to_remove).clamp(min=0))
 
     def reset(self) -> None:
-        """Forgets all tokens, and keeps the storage."""
+        """Removes all tokens, and keeps the storage."""
         self.columns *= 0
-        self._padded = 0
-        self._unattended = False
+        self._padded_columns = 0
+        self._is_unattended = False
         if self._cache is not None:
             self._cache.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Makes row ``i`` what row ``beam_idx[i]`` was."""
+        """Replaces row ``i`` by a copy of the old row ``beam_idx[i]``, ``(B,)`` int64."""
         if self._cache is not None:
             self._cache.reorder(beam_idx.to(self._cache.lengths.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row."""
+        """Repeats every row ``repeats`` times."""
         if self._cache is not None:
             rows = torch.arange(self._cache.lengths.shape[0], device=self._cache.lengths.device)
             self._cache.reorder(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows."""
+        """Keeps the rows ``indices``, an integer tensor ``(rows,)``."""
         if self._cache is not None:
             self._cache.reorder(indices.to(self._cache.lengths.device))
 
 
 def layer_of(x: Tensor) -> MobaLayer | None:
-    """The layer of a `FlexMobaCache` that these keys or values have just come through, if any."""
+    """Returns the layer of a `FlexMobaCache` that returned these keys or values, or None."""
     layer: MobaLayer | None = getattr(x, "flexmoba_layer", None)
     return layer
 
 
-def _keep_in_place(x: Tensor) -> None:
-    # So that CUDA graphs may write to it. Not while tracing, where it is unsupported.
+def _mark_static(x: Tensor) -> None:
+    # CUDA graphs may then write to `x`. Dynamo does not support the call while it traces.
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(x)

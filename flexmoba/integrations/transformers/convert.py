@@ -1,4 +1,4 @@
-"""Register the attention with transformers, and convert a model to it."""
+"""Registration of the attention with transformers, and conversion of models."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -13,7 +13,7 @@ from flexmoba.integrations.transformers.settings import (
     LOCAL,
     LOCAL_ATTENTIONS,
     arguments_for,
-    checked,
+    checked_entry,
     is_local,
     local_layers,
     name_of,
@@ -26,9 +26,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def register() -> None:
-    """Makes ``attn_implementation="flexmoba"`` known to transformers; again is no harm.
+    """Registers ``attn_implementation="flexmoba"`` with transformers. Repeated calls do no harm.
 
-    A model loaded with it takes its settings from ``config.flexmoba``, which `convert` writes.
+    A model that is loaded with it reads its settings from ``config.flexmoba``, which `convert`
+    writes.
     """
     AttentionInterface.register(NAME, layer_attention)
     AttentionMaskInterface.register(NAME, layer_mask)
@@ -42,32 +43,37 @@ def convert(
     eval_topk: Topk | Literal["same"] | Sequence[Topk | Literal["same"]] = "same",
     **options: Any,
 ) -> Model:
-    """Makes a transformers model attend by `flex_moba`, in place; its weights stay as they are.
+    """Converts a transformers model to `flex_moba`, in place. Its weights do not change.
 
     Every causal self-attention of its (text) decoder then computes Eq. 2 to 6 of arXiv 2502.13189,
-    Sec. 2.2. If some layers are global and others have a sliding window or chunks, these keep the
-    attention that the model had. The settings go to the model's config, so ``save_pretrained``
+    Sec. 2.2. If some layers are global and others have a sliding window or chunks, the others keep
+    the attention that the model had. ``model.config`` holds the settings, so ``save_pretrained``
     saves them; load with ``from_pretrained(..., attn_implementation="flexmoba")`` after `register`.
-    Each converted module gets a `FlexMoba` of its own, without parameters, whose settings hold for
-    this session.
+    Each converted attention module gets a `FlexMoba` without parameters, ``module.flexmoba``, whose
+    settings can change in training and are not saved.
 
     Args:
         model: A transformers model that dispatches its attention.
         block_size: Keys in a block, at least 1.
-        topk: Blocks that each query attends to, its own included; None for full attention. Or one
-            value for each layer: ``[3] * 29 + [None] * 3`` keeps the last three layers full, as in
-            the paper's Sec. 2.3. None for layers that keep their window or chunks.
-        eval_topk: The same outside training (``model.eval()``); ``"same"`` for no other.
-        options: Of `flex_moba`: ``gate``, ``sink_blocks``, ``local_blocks``, ``impl``,
+        topk: Blocks that each query attends to, its own block included; None for full attention. A
+            sequence gives one value for each layer: ``[3] * 29 + [None] * 3`` keeps full attention
+            in the last three layers, as in the paper's Sec. 2.3. Layers that keep their window or
+            chunks must have None in a sequence.
+        eval_topk: ``topk`` outside training (``model.eval()``), in the same forms; ``"same"`` for
+            the value of ``topk``.
+        options: Options of `flex_moba`: ``gate``, ``sink_blocks``, ``local_blocks``, ``impl`` and
             ``kernel_options``.
 
     Returns:
-        The model.
+        The same model.
 
     Raises:
-        TypeError: A setting is of the wrong type, or no option.
-        ValueError: A setting is out of its range, or the model dispatches no attention, or has one
-            that cannot be kept, or its attention selects keys by an indexer of its own.
+        TypeError: ``model`` is not a transformers model, a setting has the wrong type, or an option
+            does not exist.
+        ValueError: A setting is out of range, the model does not dispatch causal self-attention,
+            its local layers use an unsupported attention, or its attention selects keys by its own
+            indexer.
+        NotImplementedError: The gate does not support the block size.
 
     Examples:
         >>> import torch
@@ -90,55 +96,59 @@ def convert(
         >>> model(ids, labels=ids).loss.backward()
     """
     config = _text_config(model)
-    entry = checked(config, block_size, topk, eval_topk, options)
+    entry = checked_entry(config, block_size, topk, eval_topk, options)
     if local_layers(config):
         entry[LOCAL] = _own_attention(model, config)
-    made = _made(model, entry)  # before anything changes, so that a refusal changes nothing
+    pairs = _new_modules(model, entry)  # may raise, so before anything changes
     register()
     _dispatch(model, config)
     config.flexmoba = entry
-    return _given(model, made)
+    return _add_modules(model, pairs)
 
 
 def attach(model: Model) -> Model:
-    """Gives each attention module the `FlexMoba` that ``config.flexmoba`` describes.
+    """Adds the `FlexMoba` that ``config.flexmoba`` describes to each attention module.
 
-    `convert` does so. After ``from_pretrained`` it is needed only to change settings by module, as
-    a schedule does in training, and for models that keep ``position_ids`` from their attention:
-    they pass them on from then on, so that packed documents stay apart.
+    `convert` does the same. Call `attach` after ``from_pretrained`` in two cases: to change the
+    settings of single modules, as `HybridSchedule` does, and for models that do not pass
+    ``position_ids`` to their attention. It makes these models pass them, so that packed documents
+    stay separate.
 
     Args:
-        model: A transformers model whose config has the settings.
+        model: A transformers model with the settings in its config.
 
     Returns:
-        The model.
+        The same model.
 
     Raises:
-        ValueError: There is no attention module, or there are no settings.
+        TypeError: ``model`` is not a transformers model.
+        ValueError: The model dispatches no causal self-attention, or its config has no settings.
     """
-    return _given(model, _made(model, getattr(_text_config(model), CHILD, None)))
+    return _add_modules(model, _new_modules(model, getattr(_text_config(model), CHILD, None)))
 
 
-def _made(model: nn.Module, entry: Mapping[str, Any] | None) -> list[tuple[nn.Module, FlexMoba]]:
-    """Each attention module, and a `FlexMoba` for it."""
+def _new_modules(
+    model: nn.Module, entry: Mapping[str, Any] | None
+) -> list[tuple[nn.Module, FlexMoba]]:
+    """Returns each attention module with a new `FlexMoba` for it."""
     modules = list(_attention_modules(model))
     if not modules:
         raise ValueError(
-            f"{type(model).__name__} has no causal self-attention that it dispatches, so it cannot "
-            "be converted"
+            f"{type(model).__name__} dispatches no causal self-attention, so it cannot be "
+            "converted; call a flexmoba.nn.FlexMoba in a copy of its code"
         )
     for module in modules:
         if any(name.split(".")[-1] == "indexer" for name, _ in module.named_modules()):
             raise ValueError(
-                f"{name_of(module)} has an indexer of its own, which selects the keys of each "
-                "query, so it cannot be converted; keep its own attention"
+                f"{name_of(module)} selects the keys of each query by its own indexer, so it "
+                "cannot be converted; keep its own attention"
             )
     return [(module, FlexMoba(**arguments_for(module, entry))) for module in modules]
 
 
-def _given(model: Model, made: list[tuple[nn.Module, FlexMoba]]) -> Model:
-    for module, own in made:
-        module.add_module(CHILD, own.train(module.training))
+def _add_modules(model: Model, pairs: list[tuple[nn.Module, FlexMoba]]) -> Model:
+    for module, flex_moba in pairs:
+        module.add_module(CHILD, flex_moba.train(module.training))
     config = _text_config(model)
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part.config is config and part.base_model is part:
@@ -148,7 +158,10 @@ def _given(model: Model, made: list[tuple[nn.Module, FlexMoba]]) -> Model:
 
 def _text_config(model: Any) -> Any:
     if not hasattr(getattr(model, "config", None), "get_text_config"):
-        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a transformers model, got {type(model).__name__}; pass the complete "
+            "model, with its config"
+        )
     return model.config.get_text_config(decoder=True)
 
 
@@ -165,17 +178,17 @@ def _attention_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _own_attention(model: nn.Module, config: Any) -> str:
-    """What the model attends by before it is converted: its local layers go on with it."""
+    """Returns the name of the attention before the conversion, which local layers keep."""
     name: str = config._attn_implementation
-    if name == NAME:  # converted before, or loaded with that name
-        own = next(x for x in model.modules() if getattr(x, "config", None) is config)
-        usual = "sdpa" if getattr(own, "_supports_sdpa", False) else "eager"
-        name = (getattr(config, CHILD, None) or {}).get(LOCAL, usual)
+    if name == NAME:  # the model was converted before, or loaded with this name
+        owner = next(x for x in model.modules() if getattr(x, "config", None) is config)
+        default = "sdpa" if getattr(owner, "_supports_sdpa", False) else "eager"
+        name = (getattr(config, CHILD, None) or {}).get(LOCAL, default)
     if name not in LOCAL_ATTENTIONS:
         raise ValueError(
-            f"{type(model).__name__} has attn_implementation={name!r}, which its layers with a "
-            "sliding window or chunks cannot keep beside flexmoba; call "
-            'model.set_attn_implementation with "sdpa", "eager" or "flex_attention" before convert'
+            f"{type(model).__name__} has attn_implementation={name!r}, which flexmoba does not "
+            "support in layers with a sliding window or chunks; call model.set_attn_implementation "
+            'with "sdpa", "eager" or "flex_attention" before convert'
         )
     return name
 
@@ -183,10 +196,11 @@ def _own_attention(model: nn.Module, config: Any) -> str:
 def _dispatch(model: Any, config: Any) -> None:
     if config is model.config:
         model.set_attn_implementation(NAME)
-    else:  # the part of a larger model that generates text
-        parts = [name for name in model.config.sub_configs if getattr(model.config, name) is config]
-        model.set_attn_implementation(dict.fromkeys(parts, NAME))
+    else:  # the text decoder of a larger model
+        names = [name for name in model.config.sub_configs if getattr(model.config, name) is config]
+        model.set_attn_implementation(dict.fromkeys(names, NAME))
     if config._attn_implementation != NAME:
         raise ValueError(
-            f"{type(model).__name__} does not dispatch its attention, so it cannot be converted"
+            f"{type(model).__name__} does not dispatch its attention, so it cannot be converted; "
+            "call a flexmoba.nn.FlexMoba in a copy of its code"
         )

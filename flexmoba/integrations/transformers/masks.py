@@ -1,6 +1,6 @@
-"""What transformers asks of an attention implementation's mask: here, padding or documents.
+"""The mask function for transformers: its mask describes padding or documents.
 
-Everything causal is up to the attention. What this mask cannot say is refused.
+The attention itself is causal. Any other mask raises an error.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from transformers.masking_utils import causal_mask_function
 
 from flexmoba.integrations.transformers.packing import may_read
 
-NO_WINDOW = {"full_attention", "linear_attention"}  # among the layer_types of a config
+NO_WINDOW = {"full_attention", "linear_attention"}  # entries of config.layer_types
 
 
 def padding_mask(
@@ -30,67 +30,74 @@ def padding_mask(
     device: torch.device | str | None = None,
     **_: Any,
 ) -> Tensor | None:
-    """Which of the attention's keys are real, ``(B, kv_length)`` bool; None for all of them.
+    """Returns the mask that `attention` expects: real keys, documents, or None.
 
-    Without ``attention_mask`` or a cache, transformers tells packed documents apart by their
-    positions. If there are any, the result is the document of each token, ``(B, kv_length)`` int32.
-
-    Called once a forward pass, outside of layers. There it waits for the device, unless traced by a
-    compiler or captured in a CUDA graph.
+    transformers calls it once for each forward pass, before the layers. It reads values from the
+    device, except in code that is compiled or captured in a CUDA graph.
 
     Args:
         batch_size: Rows ``B``.
         q_length: Queries.
-        kv_length: Keys that the attention is given: all of them, or the queries' own if the rest
-            is in a `FlexMobaCache`.
-        q_offset: Column of the first query.
+        kv_length: Keys that the attention gets: all keys, or only the new ones if a `FlexMobaCache`
+            has the others.
+        q_offset: Column of the first query. Columns count the tokens of a row, padding included.
         kv_offset: Column of the first key.
-        mask_function: What transformers wants masked beside padding.
-        attention_mask: ``(B, q_offset + q_length)`` bool, real columns.
-        local_size: Length of a sliding window or chunk.
-        use_vmap: Whether the model changes the mask by a function of its own.
-        config: The model's.
-        device: Where the mask is to be.
+        mask_function: The mask of transformers without padding.
+        attention_mask: ``(B, q_offset + q_length)`` bool, True for real tokens.
+        local_size: Length of a sliding window or chunk in tokens; None for neither.
+        use_vmap: Whether the model changes the mask by its own function.
+        config: Config of the model.
+        device: Device of the mask.
+
+    Returns:
+        Real keys, ``(B, kv_length)`` bool, or None if all keys are real. If transformers found
+        packed documents by their positions, which it does only without ``attention_mask`` and
+        without a cache, the document of each token, ``(B, kv_length)`` int32.
 
     Raises:
-        ValueError: The mask does not fit.
-        NotImplementedError: A mask that is not causal with padding.
+        ValueError: The length of ``attention_mask`` does not fit.
+        NotImplementedError: The mask is not causal, or limits the context to a window or chunk, or
+            the cache is a static cache of transformers.
     """
     model = f"model type {getattr(config, 'model_type', None)!r}"
-    # "and_mask": packed documents or a window, see below.
+    # "and_mask" combines the causal mask with packed documents or a window; see below.
     causal = mask_function is causal_mask_function or mask_function.__name__ == "and_mask"
     if use_vmap or not causal:
         raise NotImplementedError(
-            f"{model} asks for a mask other than causal attention, with padding, of packed "
-            'documents, which flexmoba does not have; use attn_implementation="sdpa"'
+            f"{model} asks for a mask other than causal, padding and packed documents, which "
+            'flexmoba does not support; use attn_implementation="sdpa"'
         )
     _check_window(model, local_size, q_length, kv_length, q_offset, kv_offset, config)
     if kv_length != q_length and isinstance(q_offset, Tensor):
-        raise _static(model)
+        raise _static_cache_error(model)
     if isinstance(q_offset, int) and isinstance(kv_offset, int):
-        seen = q_offset + q_length
-        if kv_offset + kv_length > seen:
-            raise _static(model)
-        if attention_mask is not None and attention_mask.shape[1] != seen:
+        columns = q_offset + q_length
+        if kv_offset + kv_length > columns:
+            raise _static_cache_error(model)
+        if attention_mask is not None and attention_mask.shape[1] != columns:
             raise ValueError(
                 f"attention_mask must cover the {q_offset} columns of the cache and the {q_length} "
-                f"new ones, {seen} in all, got {attention_mask.shape[1]} ({model})"
+                f"new ones, {columns} in all, got {attention_mask.shape[1]} ({model}); pass one "
+                "value for every token so far"
             )
     if attention_mask is None:
-        first = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length > 1
-        if mask_function is causal_mask_function or not first:
+        is_complete = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length > 1
+        if mask_function is causal_mask_function or not is_complete:
             return None
-        return _documents(mask_function, batch_size, q_length, device)
+        return _document_of_token(mask_function, batch_size, q_length, device)
     real = attention_mask[:, attention_mask.shape[1] - kv_length :]
     if may_read(real) and bool(real.all()):
         return None
     return real
 
 
-def _documents(
+def _document_of_token(
     mask_function: Callable[..., Any], batch: int, length: int, device: torch.device | str | None
 ) -> Tensor | None:
-    """The document of each token: a new one begins where a token does not see the one before."""
+    """Returns the document of each token, ``(B, L)`` int32, or None if a row has one document.
+
+    A document begins at each token that the mask separates from the previous token.
+    """
     rows = torch.arange(batch, device=device)[:, None]
     tokens = torch.arange(1, length, device=device)[None]
     starts = ~mask_function(rows, torch.zeros_like(rows), tokens, tokens - 1)
@@ -109,28 +116,34 @@ def _check_window(
     kv_offset: int | Tensor,
     config: Any,
 ) -> None:
-    """That no window is shorter than what is seen, which for a static cache is on the device."""
+    """Raises if a window or chunk is shorter than the context.
+
+    With a static cache, the length of the context is a tensor on the device.
+    """
     if set(getattr(config, "layer_types", None) or [None]) <= NO_WINDOW:
-        local_size = None  # a mask that models make whether or not a layer asks for it
-    seen = kv_offset + kv_length
-    cut = isinstance(kv_offset, int) and kv_offset > 0 and kv_length != q_length
-    beyond = cut or (local_size is not None and seen > local_size)  # cut: a cache that forgot keys
-    if isinstance(beyond, Tensor) and not may_read(beyond):
+        local_size = None  # some models make the mask of a window that no layer uses
+    context = kv_offset + kv_length
+    is_cut = isinstance(kv_offset, int) and kv_offset > 0 and kv_length != q_length
+    # If the context is cut, the cache has dropped the keys before the window.
+    is_beyond = is_cut or (local_size is not None and context > local_size)
+    if isinstance(is_beyond, Tensor) and not may_read(is_beyond):
         torch._assert_async(
-            ~beyond, f"{model} has a sliding window or chunks of {local_size} tokens, and more came"
+            ~is_beyond,
+            f"{model} has a sliding window or chunks of {local_size} tokens, shorter than the "
+            "context",
         )
-    elif beyond:
-        window = getattr(config, "sliding_window", None) is not None
-        name = "sliding_window" if window else "attention_chunk_size"
+    elif is_beyond:
+        has_window = getattr(config, "sliding_window", None) is not None
+        name = "sliding_window" if has_window else "attention_chunk_size"
         raise NotImplementedError(
             f"{model} has a sliding window or chunks of {local_size} tokens, shorter than the "
-            f"context of {int(seen)}, which flexmoba does not have; use a shorter context, or "
-            f"load the model with {name}={int(seen)} or more"
+            f"context of {int(context)}, which flexmoba does not support; use a shorter context, "
+            f"or load the model with {name}={int(context)} or more"
         )
 
 
-def _static(model: str) -> Exception:
+def _static_cache_error(model: str) -> Exception:
     return NotImplementedError(
-        f"{model} was given a static cache of transformers, whose unwritten keys flexmoba would "
-        "take for keys; pass past_key_values=FlexMobaCache(max_cache_len=...)"
+        f"{model} was given a static cache of transformers, which does not mark its unwritten "
+        "keys; pass past_key_values=FlexMobaCache(max_cache_len=...)"
     )

@@ -1,4 +1,4 @@
-"""Packed documents in a row, from what data collators pass to a model."""
+"""Packed documents, found by the arguments that data collators pass to a model."""
 
 import functools
 import inspect
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from flexmoba.runtime import has_values
 from flexmoba.sequence import without_padding
 
-POSITIONS = "flexmoba_position_ids"  # how `pass_positions` names what models keep from attention
+POSITIONS = "flexmoba_position_ids"  # the argument in which `pass_positions` passes position_ids
 
-# The tensors asked about last, their versions, and what they said: all layers of a forward pass ask
-# the same; where some keep a window, these and the others, so there are two.
+# The last two inputs, as weak references and versions, with their documents. All layers of a
+# forward pass have the same inputs, or two different ones if some layers are local.
 _last: list[tuple[list[weakref.ref[Tensor]], list[int], dict[str, Tensor]]] = []
 
 
@@ -27,25 +27,29 @@ def documents_of(
     cu_seq_lens_q: Tensor | None,
     seq_idx: Tensor | None,
 ) -> dict[str, Tensor]:
-    """`flex_moba`'s argument for packed documents, if there are any, as a dictionary.
+    """Returns the argument of `flex_moba` for packed documents, or an empty dictionary.
 
-    A document begins where ``cu_seq_lens_q`` or ``seq_idx`` says so, or else where the documents of
-    the mask change, or else where a token's position is no greater than that of the token before.
-    Where there is padding, the result is of the real tokens of each row, one after the other, with
-    what is left of the row in the last document. The last three are read from the device, once a
-    forward pass. Compiled or captured code cannot read them, and raises when it runs where a
-    document begins.
+    The first argument that is not None determines the documents: ``cu_seq_lens_q``, ``seq_idx``,
+    the documents of the mask, or ``position_ids``, where a document begins at each position that is
+    not greater than the previous one. With padding, the result describes the real tokens of each
+    row without gaps, and the rest of the row belongs to the last document. All but
+    ``cu_seq_lens_q`` are read from the device, once for each forward pass. Compiled or captured
+    code cannot read them, and raises an error when it runs if a document begins inside a row.
 
     Args:
-        mask: What `padding_mask` made: which tokens are no padding, bool, ``(B, L)``, or more
-            columns of which the last ones count; or the document of each token, int32, ``(B, L)``;
-            None if all tokens are real and transformers found no documents.
+        mask: The result of `padding_mask`: real tokens, bool ``(B, L)``, or more columns, of which
+            the last ``L`` count; or the document of each token, int32 ``(B, L)``; or None if all
+            tokens are real and transformers found no documents.
         batch: Rows ``B``.
-        lengths: Queries and keys in a row; ``L`` is either. With a cache positions are those of
-            the new tokens, and a model that keeps the last logits only may drop the other queries.
-        position_ids: ``(B, L)`` or ``(1, L)`` ints.
-        cu_seq_lens_q: ``(n + 1,)`` ints, bounds of the documents of the only row.
-        seq_idx: ``(B, L)`` ints, the document of each token.
+        lengths: Queries and keys in a row. ``L`` is either: with a cache, positions belong to the
+            new tokens, and a model that computes only the last logits may drop queries.
+        position_ids: ``(B, L)`` or ``(1, L)``, an integer dtype.
+        cu_seq_lens_q: ``(documents + 1,)``, an integer dtype, boundaries of the documents of the
+            only row.
+        seq_idx: ``(B, L)``, an integer dtype, the document of each token.
+
+    Returns:
+        A dictionary with ``cu_seqlens`` or ``document_ids``, or without an entry.
 
     Raises:
         ValueError: ``cu_seq_lens_q`` came with padding.
@@ -53,32 +57,30 @@ def documents_of(
     documents, real = (None, mask) if mask is None or mask.dtype == torch.bool else (mask, None)
     if cu_seq_lens_q is not None:
         if real is not None:
-            raise ValueError(
-                "cu_seq_lens_q and padding do not go together; leave attention_mask out"
-            )
+            raise ValueError("cu_seq_lens_q and padding do not go together; omit attention_mask")
         return {"cu_seqlens": cu_seq_lens_q}
     source = seq_idx if seq_idx is not None else documents
-    positions = source is None
+    is_positions = source is None
     if source is None:
         source = position_ids
     if source is None or source.ndim != 2 or source.shape[1] not in lengths or source.shape[1] == 1:
         return {}
     if not may_read(source):
         if seq_idx is not None:
-            return {"document_ids": seq_idx}  # which does not compile, and says so
+            return {"document_ids": seq_idx}  # `flex_moba` raises an error while compiling
         torch._assert_async(
-            ~_starts(source, real, positions).any(),
-            "position_ids restart, but compiled code cannot tell how many documents there are; "
-            "pass cu_seq_lens_q",
+            ~_document_starts(source, real, is_positions).any(),
+            "position_ids restart, but compiled code cannot count the documents; pass "
+            "cu_seq_lens_q",
         )
         return {}
-    return _remembered(source, real, positions, batch)
+    return _last_or_read(source, real, is_positions, batch)
 
 
 def pass_positions(model: nn.Module) -> None:
-    """Makes a model pass ``position_ids`` to its attention, which some models keep to themselves.
+    """Makes a model pass ``position_ids`` to its attention, which some models do not.
 
-    Models hand what they do not know, under whatever name, on to their attention.
+    The hook adds them under another name, because models pass unknown arguments to their attention.
     """
     parameters = inspect.signature(model.forward).parameters
     hooks = model._forward_pre_hooks.values()
@@ -87,40 +89,45 @@ def pass_positions(model: nn.Module) -> None:
         and any(x.kind is x.VAR_KEYWORD for x in parameters.values())
         and not any(getattr(hook, "func", None) is _with_positions for hook in hooks)
     ):
-        place = list(parameters).index("position_ids")
-        hook = functools.partial(_with_positions, place)
+        index = list(parameters).index("position_ids")
+        hook = functools.partial(_with_positions, index)
         model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _with_positions(
-    place: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    index: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    positions = args[place] if len(args) > place else kwargs.get("position_ids")
+    positions = args[index] if len(args) > index else kwargs.get("position_ids")
     return args, kwargs if positions is None else kwargs | {POSITIONS: positions}
 
 
 def may_read(x: Tensor) -> bool:
-    """Whether values can be read: not while tracing, nor while capturing a CUDA graph."""
+    """Returns whether values can be read: not while tracing or capturing a CUDA graph."""
     return has_values(x) and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _remembered(
-    source: Tensor, real: Tensor | None, positions: bool, batch: int
+def _last_or_read(
+    source: Tensor, real: Tensor | None, is_positions: bool, batch: int
 ) -> dict[str, Tensor]:
-    given = [x for x in (source, real) if x is not None]
-    if any(x.is_inference() for x in given):
-        return _read(source, real, positions, batch)  # such a tensor may change without a trace
-    state = [batch, positions, *(x._version for x in given)]
-    for known, known_state, result in _last:
-        if known_state == state and all(ref() is x for ref, x in zip(known, given, strict=True)):
+    """Returns the documents of the last call with the same tensors, or reads them."""
+    inputs = [x for x in (source, real) if x is not None]
+    if any(x.is_inference() for x in inputs):  # without a version, so changes stay unnoticed
+        return _read_documents(source, real, is_positions, batch)
+    state = [batch, is_positions, *(x._version for x in inputs)]
+    for last_inputs, last_state, result in _last:
+        if last_state == state and all(
+            ref() is x for ref, x in zip(last_inputs, inputs, strict=True)
+        ):
             return result
-    result = _read(source, real, positions, batch)
-    _last[:] = [([weakref.ref(x) for x in given], state, result), *_last[:1]]
+    result = _read_documents(source, real, is_positions, batch)
+    _last[:] = [([weakref.ref(x) for x in inputs], state, result), *_last[:1]]
     return result
 
 
-def _read(source: Tensor, real: Tensor | None, positions: bool, batch: int) -> dict[str, Tensor]:
-    starts = _starts(source, real, positions)
+def _read_documents(
+    source: Tensor, real: Tensor | None, is_positions: bool, batch: int
+) -> dict[str, Tensor]:
+    starts = _document_starts(source, real, is_positions)
     if not bool(starts.any()):
         return {}
     if batch == 1:
@@ -131,13 +138,13 @@ def _read(source: Tensor, real: Tensor | None, positions: bool, batch: int) -> d
     return {"document_ids": ids.expand(batch, -1)}
 
 
-def _starts(source: Tensor, real: Tensor | None, positions: bool) -> Tensor:
-    """Where a document begins, ``(B, L - 1)``, of the real tokens of each row after the first."""
+def _document_starts(source: Tensor, real: Tensor | None, is_positions: bool) -> Tensor:
+    """Returns whether each real token after the first begins a document, ``(B, L - 1)`` bool."""
     token = None
     if real is not None:
         token = without_padding(real[:, -source.shape[1] :], 1).token_of_slot
         assert token is not None
         source = source.expand(token.shape).gather(1, token.clamp(min=0).long())
     step = source.diff(dim=1)
-    starts = step <= 0 if positions else step != 0
+    starts = step <= 0 if is_positions else step != 0
     return starts if token is None else starts & (token[:, 1:] >= 0)

@@ -1,4 +1,4 @@
-"""What a model's config says of its layers: ``config.flexmoba``, a dictionary saved with it."""
+"""Settings of the layers of a model: ``config.flexmoba``, a dictionary saved with the config."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,16 +8,23 @@ from torch import nn
 from flexmoba.checks import check_block_size, check_topk
 from flexmoba.nn import FlexMoba
 
-CHILD = "flexmoba"  # the name of a layer's own module, and of the entry in the config
+CHILD = "flexmoba"  # the name of the `FlexMoba` of an attention module, and of the config entry
 OPTIONS = ("gate", "sink_blocks", "local_blocks", "impl", "kernel_options")
-# How the layers attend that are not converted: the name of the model's own attention.
+# The key in the entry for the model's own attention, which the layers that are not converted use.
 LOCAL = "local_attention"
-LOCAL_ATTENTIONS = ("sdpa", "eager", "flex_attention")  # those that ask no config for their name
-LOCAL_TYPES = ("sliding_attention", "chunked_attention")  # among the layer_types of a config
+# Attentions that do not read their name from the config, where the name is "flexmoba".
+LOCAL_ATTENTIONS = ("sdpa", "eager", "flex_attention")
+LOCAL_TYPES = ("sliding_attention", "chunked_attention")  # local layers in config.layer_types
 
 
 class Settings(NamedTuple):
-    """How one layer attends: `FlexMoba`'s arguments, for training or evaluation."""
+    """Settings of one layer in its current mode, training or evaluation.
+
+    Attributes:
+        block_size: Keys in a block.
+        topk: Blocks that each query attends to, its own block included; None for full attention.
+        options: Other keyword arguments of `flex_moba`.
+    """
 
     block_size: int
     topk: int | None
@@ -25,7 +32,7 @@ class Settings(NamedTuple):
 
 
 def settings_of(module: nn.Module) -> Settings:
-    """The settings of an attention module: its own `FlexMoba`'s, or else its config's."""
+    """Returns the settings of an attention module, from its `FlexMoba` or else from its config."""
     own = module._modules.get(CHILD)
     if isinstance(own, FlexMoba):
         return Settings(own.block_size, own.current_topk, own.options)
@@ -37,10 +44,10 @@ def settings_of(module: nn.Module) -> Settings:
 
 
 def arguments_for(module: nn.Module, entry: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`FlexMoba`'s arguments for an attention module, from the entry of its config."""
+    """Returns the arguments of `FlexMoba` for an attention module, from the config entry."""
     if entry is None:
         raise ValueError(
-            f"{name_of(module)} has no block_size and topk: call flexmoba.integrations."
+            f"{name_of(module)} has no block_size and topk; call flexmoba.integrations."
             "transformers.convert(model, block_size=..., topk=...), or load the model with a "
             'config that has flexmoba = {"block_size": ..., "topk": ...}'
         )
@@ -53,10 +60,10 @@ def arguments_for(module: nn.Module, entry: Mapping[str, Any] | None) -> dict[st
 
 
 def local_layers(config: Any) -> list[int]:
-    """The layers of a sliding window or of chunks, if others are global.
+    """Returns the indices of the layers with a sliding window or chunks, if others are global.
 
-    They keep the model's own attention, which already is sparse. Where all layers have a window,
-    all are converted, and serve contexts up to its length.
+    Local layers keep the model's own attention, which already is sparse. If all layers have a
+    window, the result is empty: all layers are converted, for contexts up to the window.
     """
     types = getattr(config, "layer_types", None) or ()
     if "full_attention" not in types:
@@ -65,31 +72,31 @@ def local_layers(config: Any) -> list[int]:
 
 
 def is_local(module: nn.Module) -> bool:
-    """Whether an attention module keeps the model's own attention."""
+    """Returns whether an attention module keeps the model's own attention."""
     return getattr(module, "layer_idx", None) in local_layers(getattr(module, "config", None))
 
 
 def local_attention_of(config: Any) -> str:
-    """The name of the model's own attention, as `convert` wrote it into the config."""
+    """Returns the name of the model's own attention, which `convert` wrote into the config."""
     name: str | None = (getattr(config, CHILD, None) or {}).get(LOCAL)
     if name not in LOCAL_ATTENTIONS:
         raise ValueError(
             f"local_attention in config.flexmoba must be one of {', '.join(LOCAL_ATTENTIONS)}, for "
-            f"the layers of model type {config.model_type!r} that keep their sliding window or "
-            f"chunks, got {name!r}; call flexmoba.integrations.transformers.convert, which sets it"
+            f"the layers of model type {config.model_type!r} with a sliding window or chunks, got "
+            f"{name!r}; call flexmoba.integrations.transformers.convert, which sets it"
         )
     return name
 
 
-def checked(
+def checked_entry(
     config: Any, block_size: int, topk: Any, eval_topk: Any, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The entry for a config. ``topk`` and ``eval_topk`` may be sequences, a value per layer."""
+    """Checks the arguments of `convert`, and returns them as an entry for the config."""
     local = local_layers(config)
     check_block_size(block_size)
     for name in options:
         if name not in OPTIONS:
-            raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {name}")
+            raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {name}; omit it")
     entry = {"block_size": block_size, "topk": topk, "eval_topk": eval_topk, **options}
     for name in ("topk", "eval_topk"):
         value = entry[name]
@@ -98,7 +105,7 @@ def checked(
             if len(value) != config.num_hidden_layers:
                 raise ValueError(
                     f"{name} must be one value, or one for each of the "
-                    f"{config.num_hidden_layers} layers, got {len(value)}"
+                    f"{config.num_hidden_layers} layers, got {len(value)}; pass one per layer"
                 )
             for layer in local:
                 if value[layer] not in (None, "same"):
@@ -114,6 +121,6 @@ def checked(
 
 
 def name_of(module: nn.Module) -> str:
-    """What an error calls a module: its class and its model."""
+    """Returns the class and the model type of a module, for error messages."""
     config: Any = getattr(module, "config", None)
     return f"{type(module).__name__} of model type {getattr(config, 'model_type', None)!r}"
