@@ -283,7 +283,7 @@ def test_a_capture_does_not_take_local_layers_for_converted_ones():
     for window in (WINDOW, 256):
         model, ids = windowed("local gemma3", sliding_window=window), tokens(1, LENGTH)
         convert(model, BLOCK, TOPK)
-        left_out = r"converted to flexmoba, of model\.layers\.0\.self_attn.*\"sdpa\""
+        left_out = r"converted to flexmoba, in model\.layers\.0\.self_attn.*\"sdpa\""
         with pytest.raises(ValueError, match=left_out), capture(model):
             model(ids)
 
