@@ -57,7 +57,7 @@ def test_the_commit_is_that_of_the_package():
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         pytest.skip("needs a checkout")
-    assert CHECKOUT == root
+    assert root == CHECKOUT
     assert versions()["commit"] is not None
 
 
