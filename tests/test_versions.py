@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import flexmoba
 from flexmoba.commands.cli import main
 from flexmoba.reporting import versions
-from flexmoba.reporting.versions import _commit
+from flexmoba.reporting.versions import CHECKOUT, _commit
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,14 @@ def test_the_commit_is_that_of_the_checkout_alone(tmp_path):
     assert commit() == f"{git('rev-parse', 'HEAD')}-dirty"
     (tmp_path / "site-packages").mkdir()
     assert commit(tmp_path / "site-packages") is None
+
+
+def test_the_commit_is_that_of_the_package():
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        pytest.skip("needs a checkout")
+    assert root == CHECKOUT
+    assert versions()["commit"] is not None
 
 
 def test_no_git_is_no_failure(tmp_path, monkeypatch):

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from flexmoba import __version__
+import flexmoba
 
-CHECKOUT = Path(__file__).parent.parent
+CHECKOUT = Path(flexmoba.__file__).parent.parent
 
 
 def versions() -> dict[str, str | None]:
     """Returns versions, commit and date by name; None for a missing one."""
     return {
-        "flexmoba": __version__,
+        "flexmoba": flexmoba.__version__,
         "commit": _commit(CHECKOUT),
         "torch": torch.__version__,
         "triton": _triton_version(),
