@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> dict[str, Tensor]:
     print(f"\nblocks of {o.block_size}, topk {o.topk}\n\n{table(heads, rows)}\n")
     tokens = {name: new for name, (new, _, _) in results.items()}
     same = (tokens["MoBA"] == tokens["MoBA, sparse"]).sum().item()
-    print(f"both ways of MoBA chose the same {same} of {o.new_tokens} tokens")
+    print(f"MoBA with both caches generated the same {same} of {o.new_tokens} tokens")
     return tokens
 
 

@@ -41,7 +41,7 @@ def load(o: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[GPT, T
         state = torch.load(o.checkpoint, map_location="cpu", weights_only=True)
         trained = argparse.Namespace(**state["options"])
     except Exception as error:
-        parser.error(f"{o.checkpoint} is no checkpoint of train.py ({type(error).__name__})")
+        parser.error(f"{o.checkpoint} is not a checkpoint of train.py ({type(error).__name__})")
     model = GPT(trained).to(o.device).eval()
     model.load_state_dict(state["model"])
     for name in ("length", "batch", "accumulate"):

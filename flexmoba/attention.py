@@ -240,6 +240,7 @@ def flex_moba(
     options = AttentionOptions(impl, scale, is_causal, kernel_options)
     gate_options = GateOptions(gate, sink_blocks, local_blocks)
 
+    # Lay out the sequences, gate, attend, and put the results back.
     packing = packing_of(k.shape[2], cu_seqlens, document_ids, max_seqlen)
     n_blocks = ceil_div(k.shape[2] if packing is None else packing.longest, block_size)
     if topk is None or topk > n_blocks:
@@ -396,7 +397,7 @@ def _check_no_documents(**given: Tensor | None) -> None:
     for name, x in given.items():
         if x is not None:
             raise ValueError(
-                f"{name} and cache do not go together; give every document its own row of the cache"
+                f"{name} and cache cannot be combined; give every document its own row of the cache"
             )
 
 

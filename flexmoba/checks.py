@@ -113,7 +113,7 @@ def check_gate(
             raise ValueError(f"{name} must be at least 0, got {value}")
     if local_blocks and not is_causal:
         raise ValueError(
-            f"local_blocks={local_blocks} and is_causal=False do not go together: non-causal "
+            f"local_blocks={local_blocks} and is_causal=False cannot be combined: non-causal "
             "attention has no own block; use local_blocks=0"
         )
     always = sink_blocks + local_blocks + int(is_causal)

@@ -361,7 +361,7 @@ def test_tuning_needs_a_checkpoint(example, capsys):
     assert "train.py --attention full --out nowhere.pt makes it" in fails(
         main, ["nowhere.pt"], capsys
     )
-    assert "is no checkpoint of train.py" in fails(main, [__file__], capsys)
+    assert "is not a checkpoint of train.py" in fails(main, [__file__], capsys)
 
 
 def test_text_that_has_gone_is_named(example, text, tmp_path, capsys):
@@ -516,7 +516,7 @@ def test_the_sparse_cache_changes_no_token(example, static, capsys):
     assert torch.equal(tokens["MoBA"], tokens["MoBA, sparse"])
     assert not torch.equal(tokens["dense"], tokens["MoBA"])
     printed = capsys.readouterr().out
-    assert "both ways of MoBA chose the same 8 of 8 tokens" in printed
+    assert "MoBA with both caches generated the same 8 of 8 tokens" in printed
     # A step of full attention reads 201 to 207 keys. A step of MoBA reads one block of 16 and 9 to
     # 15 keys of the own block, and for the gate 12 mean keys or, without them, all keys.
     reads = re.findall(r"\| +([\d,]+) \|$", printed, re.M)

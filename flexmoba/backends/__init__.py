@@ -8,18 +8,18 @@ from flexmoba.backends.attend import attend, attend_selected, check_selected_val
 from flexmoba.backends.choice import resolve, why_not
 from flexmoba.backends.flex import full_mask, selection_mask
 from flexmoba.backends.options import IMPLS, AttentionOptions, ImplName
-from flexmoba.backends.score_mod import ScoreMod, modify
+from flexmoba.backends.score_mod import ScoreMod, apply_score_mod
 
 __all__ = [
     "IMPLS",
     "AttentionOptions",
     "ImplName",
     "ScoreMod",
+    "apply_score_mod",
     "attend",
     "attend_selected",
     "check_selected_values",
     "full_mask",
-    "modify",
     "resolve",
     "selection_mask",
     "why_not",

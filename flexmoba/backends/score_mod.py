@@ -95,7 +95,7 @@ def remap_indices(
     return remapped
 
 
-def modify(score_mod: ScoreMod, scores: Tensor, *indices: Tensor) -> Tensor:
+def apply_score_mod(score_mod: ScoreMod, scores: Tensor, *indices: Tensor) -> Tensor:
     """Applies a ``score_mod`` to each score separately, as FlexAttention does.
 
     Args:

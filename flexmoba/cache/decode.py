@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flexmoba.backends import ScoreMod, modify
+from flexmoba.backends import ScoreMod, apply_score_mod
 from flexmoba.cache.options import CachedCall
 from flexmoba.gate import forced_blocks, top_blocks
 from flexmoba.runtime import HAS_TRITON
@@ -102,7 +102,9 @@ def attend_gathered(
         # A score_mod may index tensors by position. Masked scores must not lead out of bounds.
         q_idx = query_position.clamp(0, n_blocks * block_size - 1)
         kv_idx = torch.minimum(key_position.clamp(min=0), q_idx)
-        scores = modify(score_mod, scores, batch_index[..., None], head[..., None], q_idx, kv_idx)
+        scores = apply_score_mod(
+            score_mod, scores, batch_index[..., None], head[..., None], q_idx, kv_idx
+        )
     visible = (key_position <= query_position) & (selected >= 0)[..., None]
     scores = scores.masked_fill(~visible, float("-inf")).flatten(-2)
 

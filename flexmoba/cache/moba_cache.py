@@ -340,7 +340,7 @@ class MobaCache:
                 f"Lk={k.shape[2]}; pass only the new tokens"
             )
         if not is_causal:
-            raise ValueError("is_causal=False and cache do not go together; omit one of them")
+            raise ValueError("is_causal=False and cache cannot be combined; omit one of them")
         if impl != "auto":
             raise NotImplementedError(f'a cache does not support impl="{impl}"; use impl="auto"')
         if kernel_options:

@@ -57,7 +57,7 @@ def documents_of(
     documents, real = (None, mask) if mask is None or mask.dtype == torch.bool else (mask, None)
     if cu_seq_lens_q is not None:
         if real is not None:
-            raise ValueError("cu_seq_lens_q and padding do not go together; omit attention_mask")
+            raise ValueError("cu_seq_lens_q and padding cannot be combined; omit attention_mask")
         return {"cu_seqlens": cu_seq_lens_q}
     source = seq_idx if seq_idx is not None else documents
     is_positions = source is None
