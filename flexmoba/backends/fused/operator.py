@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexmoba.backends.operators import register_attention
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.backends.score_mod import ScoreMod
-from flexmoba.runtime import no_second_derivatives
 from flexmoba.selection import BlockSelection
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -94,11 +94,6 @@ def _attend(
     return attend_on_cuda(q, k, v, BlockSelection(routed, block_size, own), scale, is_causal)
 
 
-@_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
 @torch.library.custom_op("flexmoba::attend_fused_backward", mutates_args=())
 def _attend_backward(
     grad_out: Tensor,
@@ -122,23 +117,4 @@ def _attend_backward(
     )
 
 
-@_attend_backward.register_fake
-def _(
-    grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *inputs: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = inputs[:3]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:5])
-    ctx.numbers = inputs[5:]
-
-
-def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _attend_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.numbers)
-    return (*grads, *(None for _ in range(5)))
-
-
-_attend.register_autograd(_differentiate, setup_context=_save)
-_attend_backward.register_autograd(no_second_derivatives)
+register_attention(_attend, _attend_backward, n_tensors=5)

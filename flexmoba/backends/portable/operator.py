@@ -9,7 +9,7 @@ is computed in float32.
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flexmoba.backends.merge import merge_forward
+from flexmoba.backends.operators import register_attention
 from flexmoba.backends.portable.tile_math import (
     attend_large_rows_apart,
     attend_tiles,
@@ -26,7 +27,7 @@ from flexmoba.backends.portable.tile_math import (
 )
 from flexmoba.backends.routing import Tiles, first_visible_keys
 from flexmoba.blocks import TILE
-from flexmoba.runtime import no_second_derivatives, without_autocast
+from flexmoba.runtime import without_autocast
 
 # Scores of one piece, 24 tiles of 512 keys. The backward pass writes the scores, which should stay
 # in a core's share of the caches. Smaller pieces take more time for their launches than they save.
@@ -133,12 +134,6 @@ def _attend(
     return out.view(*q.shape[:3], -1), lse.view(q.shape[:3])
 
 
-@_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    precise = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=precise)
-
-
 @torch.library.custom_op("flexmoba::attend_portable_backward", mutates_args=())
 @without_autocast
 def _attend_backward(
@@ -201,26 +196,7 @@ def _attend_backward(
     return d_q, _unblocks(d_keys, k, block_size), _unblocks(d_values, v, block_size)
 
 
-@_attend_backward.register_fake
-def _(
-    grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *inputs: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = inputs[:3]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:8])
-    ctx.numbers = inputs[8:]
-
-
-def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _attend_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.numbers)
-    return (*grads, *(None for _ in range(9)))
-
-
-_attend.register_autograd(_differentiate, setup_context=_save)
-_attend_backward.register_autograd(no_second_derivatives)
+register_attention(_attend, _attend_backward, n_tensors=8)
 
 
 class _Work(NamedTuple):
