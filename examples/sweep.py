@@ -48,9 +48,9 @@ HERE = Path(__file__).parent
 #                         large; contexts that grow also keep early steps stable (arXiv 2108.06084)
 #   --to-zero             for as many tokens per parameter as here, lower than a cosine to a tenth
 #                         (arXiv 2502.15938)
-#   --rope-base           its slowest dimensions turn less than once in a context (arXiv 2309.16039)
+#   --rope-base           a larger base for a longer context (arXiv 2309.16039)
 #
-# There is no z-loss: the logits of the vocabulary are in float32, and training was stable without.
+# There is no z-loss: the logits of the vocabulary are in float32, and earlier runs were stable.
 MODEL = "--layers 8 --dim 512 --heads 8 --kv-heads 2 --length 16384 --batch 4 --lr 3e-3"
 MODEL += " --qk-norm --optimizer muon --to-zero --short-length 2048 --short-share 0.3"
 MODEL += " --rope-base 100000 --every 250 --windows 96 --check-windows 16"
