@@ -82,6 +82,18 @@ def use_kernels(dense: str) -> None:
         torch.backends.cuda.enable_math_sdp(not torch.cuda.is_available())
 
 
+class HeadNorm(nn.Module):
+    """RMSNorm of each head of queries or keys, with a gain for each channel (arXiv 2309.14322)."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.norm, self.head_dim = nn.RMSNorm(head_dim), head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads: Tensor = self.norm(x.unflatten(-1, (-1, self.head_dim)).float())
+        return heads.flatten(-2).type_as(x)
+
+
 class Block(nn.Module):
     def __init__(self, o: argparse.Namespace) -> None:
         super().__init__()
@@ -98,6 +110,11 @@ class Block(nn.Module):
             key_conv=o.key_conv,
             **options,
         )
+        if o.qk_norm:  # after the projections, before the convolution and the rotary embedding
+            for name in ("q_proj", "k_proj"):
+                projection = self.attention.get_submodule(name)
+                normalised = nn.Sequential(projection, HeadNorm(o.dim // o.heads))
+                self.attention.add_module(name, normalised)
         if o.dense != "flex":
             self.attention.moba = Dense(o.block_size, None, **options)
             self.attention.moba.grouped = o.dense == "flash"
@@ -150,6 +167,7 @@ class GPT(nn.Module):
 
     def compile_parts(self) -> None:
         """Compiles block by block: layers of equal settings are compiled once."""
+        torch._dynamo.config.recompile_limit = 32  # by length, attention, and with no gradient
         for part in (*self.blocks, self.head):
             part.compile(dynamic=False)
 
@@ -212,14 +230,26 @@ def order(seed: int, epoch: int, tokens: int, length: int) -> Tensor:
     return offset + length * torch.randperm((tokens - offset - 1) // length, generator=generator)
 
 
+def short_steps(o: argparse.Namespace) -> int:
+    """How many steps have short contexts."""
+    return round(o.short_share * o.steps) if o.short_length else 0
+
+
+def length_of(step: int, o: argparse.Namespace) -> int:
+    """Tokens in each context of a step."""
+    return int(o.short_length if step < short_steps(o) else o.length)
+
+
 def starts_of(step: int, tokens: int, o: argparse.Namespace) -> Tensor:
     """Where the contexts of a step begin: a function of the seed and the step alone."""
     starts: list[int] = []
-    epoch, first = 0, step * o.batch
-    while len(starts) < o.batch:
-        drawn = order(o.seed, epoch, tokens, o.length)
+    length = length_of(step, o)
+    contexts = o.batch * o.length // length  # the same tokens in every step
+    epoch, first = 0, step * contexts
+    while len(starts) < contexts:
+        drawn = order(o.seed, epoch, tokens, length)
         if first < len(drawn):
-            starts += drawn[first : first + o.batch - len(starts)].tolist()
+            starts += drawn[first : first + contexts - len(starts)].tolist()
         epoch, first = epoch + 1, max(0, first - len(drawn))
     return torch.tensor(starts)
 
@@ -322,11 +352,40 @@ def autocast(device: str) -> torch.autocast:
 
 
 def learning_rate(step: int, o: argparse.Namespace) -> float:
-    """Up over the first 5 % of the steps, then down a cosine to a tenth."""
+    """Up over the first 5 % of the steps, then down a cosine to a tenth, or a line to 0."""
     warm = max(1, o.steps // 20)
     if step < warm:
-        return o.lr * (step + 1) / warm
-    return o.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, o.steps - warm)))
+        return float(o.lr * (step + 1) / warm)
+    done = (step - warm) / max(1, o.steps - warm)
+    down = 1 - done if o.to_zero else 0.55 + 0.45 * math.cos(math.pi * done)
+    return float(o.lr * down)
+
+
+def optimizers_of(model: nn.Module, o: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """AdamW of all parameters, or Muon of the matrices of the blocks beside it (arXiv 2502.16982).
+
+    The gains of --qk-norm and all that Muon leaves to AdamW do not decay.
+    """
+    blocks = {name: x for name, x in model.named_parameters() if name.startswith("blocks.")}
+    muon = {name for name, x in blocks.items() if x.ndim == 2 and "key_conv" not in name}
+    muon = muon if o.optimizer == "muon" else set()
+    others = {name: x for name, x in model.named_parameters() if name not in muon}
+    kept = {name for name in others if muon or "_proj.1.norm" in name}
+    groups: list[dict[str, Any]] = [
+        {"params": [x for name, x in others.items() if name not in kept]},
+        {"params": [x for name, x in others.items() if name in kept], "weight_decay": 0.0},
+    ]
+    adam: torch.optim.Optimizer = torch.optim.AdamW(
+        [x for x in groups if x["params"]],
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        fused=o.device.startswith("cuda"),
+    )
+    if not muon:
+        return [adam]
+    matrices = [blocks[name] for name in blocks if name in muon]
+    # With RMS of updates as AdamW's, so that both take one learning rate.
+    return [adam, torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
 
 
 def average(tensors: list[Tensor], processes: int) -> None:
@@ -360,8 +419,13 @@ class Results:
         }
 
     def speed(self) -> dict[str, float]:
-        """Of the readings without compilation: milliseconds of a step, and tokens per second."""
-        each = [seconds / n for _, n, seconds, compiles in self.history["times"] if not compiles]
+        """Milliseconds of a step and tokens per second, at full length, without compilation."""
+        long = short_steps(self.o)  # contexts are long from this step on
+        each = [
+            seconds / n
+            for step, n, seconds, compiles in self.history["times"]
+            if not compiles and step - n >= long
+        ]
         if not each:
             return {}
         step = statistics.median(each)
@@ -389,14 +453,13 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> GPT:
     seen, unseen = data_of(o)
     cuda = o.device.startswith("cuda")
     model = GPT(o).to(o.device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=cuda
-    )
+    optimizers = optimizers_of(model, o)
     schedule = schedule_of(model, o)
     history: dict[str, Any] = {"loss": [], "times": [], "checks": []}
     if state is not None:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         schedule.load_state_dict(state["schedule"])
         history = state["history"]
     if cuda:  # settings of attention are constants of a compiled graph: each compiles once
@@ -410,8 +473,8 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> GPT:
 
     def checkpoint() -> None:
         if o.out and rank == 0:
-            parts: Any = {"model": model, "optimizer": optimizer, "schedule": schedule}
-            saved = {name: part.state_dict() for name, part in parts.items()}
+            saved: Any = {"model": model.state_dict(), "schedule": schedule.state_dict()}
+            saved["optimizers"] = [x.state_dict() for x in optimizers]
             save(saved | {"history": history, "options": vars(o)}, o.out)
         if rank == 0:
             results.write()
@@ -421,8 +484,9 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> GPT:
     steps = range(schedule.count, o.until or o.steps)
     for step in progress(steps, "training") if rank == 0 else steps:
         starts, loss = starts_of(step, len(seen), o), torch.zeros((), device=o.device)
+        length = length_of(step, o)
         for some in starts.view(o.accumulate, processes, -1)[:, rank]:
-            inputs, targets = windows(seen, some, o.length, o.device)
+            inputs, targets = windows(seen, some, length, o.device)
             with autocast(o.device):
                 part = model(inputs, targets).mean() / o.accumulate
             part.backward()
@@ -431,10 +495,11 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> GPT:
             grads = [x.grad for x in model.parameters() if x.grad is not None]
             average([*grads, loss], processes)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, o)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, o)
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss)
         said_tokens += o.batch * o.length
         switched = schedule.step()
@@ -442,11 +507,12 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> GPT:
             moba = model.get_submodule("blocks.0.attention.moba")
             say(f"step {schedule.count}: {moba} from here on", flush=True)
         stop = schedule.count == (o.until or o.steps)
-        if stop or switched or schedule.count % TIMED == 0 or schedule.count % o.every == 0:
+        changes = switched or schedule.count == short_steps(o)  # what compiles
+        if stop or changes or schedule.count % TIMED == 0 or schedule.count % o.every == 0:
             history["loss"] += torch.stack(losses).tolist()  # waits for the device
             seconds = time.perf_counter() - began
             history["times"].append([schedule.count, len(losses), seconds, compiles])
-            losses, compiles = [], switched
+            losses, compiles = [], changes
             late = torch.tensor(float(time.monotonic() > o.deadline))
             if processes > 1:  # all stop, or none does
                 dist.broadcast(late := late.to(o.device), 0)
@@ -495,6 +561,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "(%(default)s)")  # fmt: skip
     add("--dense", choices=["flex", "flash", "cudnn"], default="flex", help="kernel of full "
         "attention: flexmoba's FlexAttention, or one of torch's (%(default)s)")  # fmt: skip
+    add("--qk-norm", action="store_true", help="normalise the queries and keys of each head")
     add("--rope-base", type=float, default=10000.0, help="of rotary embeddings (%(default)s)")
     sizes = {"layers": 2, "dim": 128, "heads": 4, "kv-heads": 2, "length": 512, "batch": 8}
     sizes |= {"steps": 400, "windows": 32, "every": 100}
@@ -506,6 +573,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--accumulate", type=positive, default=1, help="parts in which each process takes its "
         "share of a step's contexts, to spare memory (%(default)s)")  # fmt: skip
     add("--lr", type=float, default=2e-3, help="highest learning rate (%(default)s)")
+    add("--to-zero", action="store_true", help="bring it down a line to 0, not a cosine to a tenth")
+    add("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon takes the matrices "
+        "of the blocks (%(default)s)")  # fmt: skip
+    add("--short-length", type=int, default=0, metavar="N", help="contexts of so many tokens first "
+        "(none)")  # fmt: skip
+    add("--short-share", type=float, default=0.2, help="of the steps, with them (%(default)s)")
     add("--seed", type=int, default=0)
     add_device(parser)
     add("--until", type=positive, metavar="STEP", help="stop there, to resume later")
@@ -525,6 +598,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(str(error))
     if not 0 < o.full_share < 1 or not 0 <= o.full_layers <= o.layers:
         parser.error("--full-share must lie between 0 and 1, --full-layers from 0 to --layers")
+    if o.short_length and (o.short_length < 1 or o.length % o.short_length):
+        parser.error(f"--short-length {o.short_length} must divide --length {o.length}")
+    if not 0 <= o.short_share <= 1:
+        parser.error(f"--short-share {o.short_share} must lie between 0 and 1")
     if o.topk < o.sink_blocks + o.local_blocks + 1:
         parser.error("--topk must be at least --sink-blocks plus --local-blocks plus 1")
     if o.dim % o.heads or o.heads % o.kv_heads or o.dim // o.heads % 2 or o.length < BUCKETS:

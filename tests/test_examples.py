@@ -186,6 +186,8 @@ def test_moba_learns_from_its_context(example, text, capsys):
         (["--full-share", "1"], "--full-share must lie between 0 and 1"),
         (["--full-layers", "3"], "--full-layers from 0 to --layers"),
         (["--heads", "5"], "--heads must divide --dim"),
+        (["--short-length", "100"], "--short-length 100 must divide --length 512"),
+        (["--short-share", "2"], "--short-share 2.0 must lie between 0 and 1"),
         (["--text", __file__, "--length", "10000"], "--length 10000 needs 100,020"),
     ],
 )
@@ -277,6 +279,52 @@ def test_contexts_of_an_epoch_do_not_overlap(example):
     assert seen[:9] != seen[9:18]
 
 
+RECIPE = ["--qk-norm", "--optimizer", "muon", "--to-zero", "--key-conv", "3"]
+RECIPE += ["--short-length", "16", "--short-share", "0.5"]
+
+
+def test_the_recipe_of_the_sweep_resumes_bitwise(example, text, tmp_path, monkeypatch):
+    train, parts, results = example("train"), tmp_path / "parts.pt", tmp_path / "results.json"
+    lengths = []
+    windows = train.windows
+    monkeypatch.setattr(
+        train, "windows", lambda data, starts, length, device: (
+            lengths.append((len(starts), length)) or windows(data, starts, length, device)
+        )
+    )  # fmt: skip
+    common = ["--text", text, "--attention", "moba", "--steps", "10", *TINY, *RECIPE]
+    expected = train.main([*common, "--results", str(results)])
+    assert lengths[:10] == [(16, 16)] * 5 + [(4, 64)] * 5  # 256 tokens in every step
+    # The first reading of either length compiles.
+    assert [x[3] for x in json.loads(results.read_text())["history"]["times"]] == [True, True]
+    for until in ("3", "7"):
+        resume = ["--resume", str(parts), "--device", "cpu"]
+        begin = [*common, "--out", str(parts)]
+        train.main([*(resume if parts.exists() else begin), "--until", until])
+    resumed = train.main(["--resume", str(parts), "--device", "cpu"])
+    for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
+        assert_bitwise_equal(a, b)
+    assert train.learning_rate(10, train.parse(["--to-zero", "--steps", "10"])) == 0
+
+
+def test_only_gains_of_queries_and_keys_do_not_decay(example):
+    train = example("train")
+    for more, count in (([], []), (["--qk-norm"], [4])):
+        o = train.parse([*TINY, *more])
+        o.vocabulary = 256
+        (adam,) = train.optimizers_of(train.GPT(o), o)
+        kept = [group["params"] for group in adam.param_groups if not group["weight_decay"]]
+        assert [len(x) for x in kept if x] == count
+        assert all(x.shape == (16,) for some in kept for x in some)
+    o = train.parse([*TINY, *RECIPE])
+    o.vocabulary = 256
+    model = train.GPT(o)
+    adam, muon = train.optimizers_of(model, o)
+    counts = [sum(len(group["params"]) for group in x.param_groups) for x in (adam, muon)]
+    assert counts[1] == 2 * 6  # of each layer: four projections and two of the MLP
+    assert sum(counts) == len([*model.parameters()])
+
+
 @pytest.mark.parametrize("dense", ["flash", "cudnn"])
 def test_full_attention_by_torch_is_the_same(example, text, dense, capsys):
     options = ["--text", text, "--steps", "3", "--attention", "hybrid", "--full-share", "0.4"]
@@ -329,10 +377,13 @@ def test_a_smoke_test_tries_each_configuration(example, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "TOY_MODEL", " ".join(TINY))
     sweep.random_tokens(tmp_path / "random", 300)
     (tmp_path / "smoke").mkdir()
-    sweep.main(["--toy", "--do-smoke", "--only", "wrong", "full", "--work", str(tmp_path)])
+    work = ["--dense", "flash", "--work", str(tmp_path)]
+    sweep.main(["--toy", "--do-smoke", "--only", "wrong", "full", *work])
     found = {x.stem: json.loads(x.read_text()) for x in (tmp_path / "smoke").glob("*.done")}
     assert found["full"]["tokens_per_second"] > 0
     assert "SystemExit" in found["wrong"]["error"]
+    about = json.loads((tmp_path / "smoke" / "full.json").read_text())
+    assert about["options"]["dense"] == "flash"
 
 
 # ---- tune.py ------------------------------------------------------------------------------------
