@@ -36,6 +36,7 @@ ROUNDINGS = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 16, torch.float
 # have several tiles or queries.
 SMALL_PIECES = {
     "flexmoba.gate.scores._SCORES_AT_ONCE": 2**9,
+    "flexmoba.nsa.select._SCORES_AT_ONCE": 2**9,
     "flexmoba.backends.portable.modified_scores._SCORES_AT_ONCE": 4 * 128 * 16,
     "flexmoba.backends.portable.operator._QUERIES_AT_ONCE": 13,
     "flexmoba.backends.portable.operator._SCORES_AT_ONCE": 4 * 128 * 16,
