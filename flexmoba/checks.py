@@ -23,9 +23,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_queries_and_keys(q: Tensor, k: Tensor) -> None:
     """Raises unless q and k have matching shapes, one dtype and one device."""
-    _check_tensor("q", q)
-    _check_tensor("k", k)
-    _check_alike("q", q, "k", k)
+    check_tensor("q", q)
+    check_tensor("k", k)
+    check_alike("q", q, "k", k)
     if q.shape[0] != k.shape[0]:
         raise ValueError(
             f"q and k must have the same batch size, got {q.shape[0]} and {k.shape[0]} "
@@ -51,8 +51,8 @@ def check_queries_and_keys(q: Tensor, k: Tensor) -> None:
 
 def check_values(k: Tensor, v: Tensor) -> None:
     """Raises unless every key has one value, of the same dtype and device."""
-    _check_tensor("v", v)
-    _check_alike("k", k, "v", v)
+    check_tensor("v", v)
+    check_alike("k", k, "v", v)
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"k and v must agree in batch, heads and length, got {tuple(k.shape)} and "
@@ -338,7 +338,8 @@ def check_options(
         )
 
 
-def _check_tensor(name: str, x: Tensor) -> None:
+def check_tensor(name: str, x: Tensor) -> None:
+    """Raises unless ``x`` is a strided, floating point tensor of four dimensions."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
@@ -364,7 +365,8 @@ def _check_tensor(name: str, x: Tensor) -> None:
         )
 
 
-def _check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+def check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Raises unless two tensors have the same dtype and device."""
     if x.dtype != other.dtype:
         raise ValueError(
             f"{name} and {other_name} must have the same dtype, got {x.dtype} and {other.dtype}; "

@@ -6,7 +6,7 @@ computations use the same selection.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -25,8 +25,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 torch.set_num_threads(1)  # tensors in tests are small, and workers share the cores
 
-GRADIENTS = ("dq", "dk", "dv")
-FACTORS = {"out": 2, "lse": 2} | dict.fromkeys(GRADIENTS, 3)
+FACTORS = {"out": 2, "lse": 2, "gradient": 3}
 # The error that every result may have, in roundings of the largest value. Half precision
 # accumulates in float32 and rounds once. The error of float64 cannot be measured, because the
 # comparison is float64, too: its allowance is above the sum of the roundings in these tests, and
@@ -37,13 +36,14 @@ ROUNDINGS = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 16, torch.float
 # have several tiles or queries.
 SMALL_PIECES = {
     "flexmoba.gate.scores._SCORES_AT_ONCE": 2**9,
+    "flexmoba.nsa.select._SCORES_AT_ONCE": 2**9,
     "flexmoba.backends.portable.modified_scores._SCORES_AT_ONCE": 4 * 128 * 16,
     "flexmoba.backends.portable.operator._QUERIES_AT_ONCE": 13,
     "flexmoba.backends.portable.operator._SCORES_AT_ONCE": 4 * 128 * 16,
     "flexmoba.tune.quality._SCORES_AT_ONCE": 2**8,
 }
 
-Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Attend = Callable[..., tuple[Tensor, Tensor]]
 
 
 def make_pieces_small(patch: pytest.MonkeyPatch) -> None:
@@ -121,28 +121,45 @@ def assert_as_exact_as_dense(
     def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return reference_attention(q, k, v, mask, scale=scale, **options)
 
-    lse_dtype = torch.promote_types(q.dtype, torch.float32)  # float32 for half precision
-    actual = _results(attend, q, k, v, q.dtype, gradients)
-    exact = _results(dense, q, k, v, torch.float64, gradients)
-    baseline = _results(dense, q, k, v, q.dtype, gradients)
-    baseline["lse"] = _results(dense, q, k, v, lse_dtype, gradients)["lse"]
+    assert_as_exact_as(dense, attend, (q, k, v), gradients=gradients)
+
+
+def assert_as_exact_as(
+    dense: Attend, attend: Attend, inputs: Sequence[Tensor], *, gradients: bool = False
+) -> None:
+    """Asserts that output and log-sum-exp of ``attend(*inputs)`` obey the policy.
+
+    Args:
+        dense: The definition, which computes in the dtype of its inputs.
+        attend: The function to test.
+        inputs: Tensors of one dtype, the arguments of both functions.
+        gradients: Whether to also compare the gradients of all inputs, given random gradients of
+            both results.
+    """
+    in_dtype = inputs[0].dtype
+    lse_dtype = torch.promote_types(in_dtype, torch.float32)  # float32 for half precision
+    actual = _results(attend, inputs, in_dtype, gradients)
+    exact = _results(dense, inputs, torch.float64, gradients)
+    baseline = _results(dense, inputs, in_dtype, gradients)
+    baseline["lse"] = _results(dense, inputs, lse_dtype, gradients)["lse"]
 
     # Dense attention may be exact by luck, so its error counts as at least some roundings of the
-    # largest value. The largest value of a gradient is that of all three gradients, because terms
+    # largest value. The largest value of a gradient is that of all gradients, because terms
     # of one gradient can cancel that are as large as the others (dq is zero for a query with one
     # key). The largest value of a logarithm is at least 1, because its absolute error is the
     # relative error of the weights.
-    largest = {name: float(x.where(x.isfinite(), 0.0).abs().max()) for name, x in exact.items()}
+    largest = {name: _largest(x.where(x.isfinite(), 0.0)) for name, x in exact.items()}
     units = largest | {"lse": max(1.0, largest["lse"])}
-    units |= {name: max(largest[n] for n in GRADIENTS) for name in GRADIENTS if name in exact}
+    names = [name for name in exact if name not in ("out", "lse")]
+    units |= {name: max(largest[n] for n in names) for name in names}
     for name, x in actual.items():
-        dtype = lse_dtype if name == "lse" else q.dtype
+        dtype = lse_dtype if name == "lse" else in_dtype
         assert (x.dtype, x.shape) == (dtype, exact[name].shape), name
         error, dense_error = (_max_error(y[name], exact[name]) for y in (actual, baseline))
         floor = ROUNDINGS[dtype] * torch.finfo(dtype).eps * units[name]
-        allowed = FACTORS[name] * (dense_error + floor)
+        allowed = FACTORS.get(name, FACTORS["gradient"]) * (dense_error + floor)
         assert error <= allowed, (  # not "error > allowed: fail", which would let NaN pass
-            f"{name} of {q.dtype} inputs: error {error:.3g}, allowed {allowed:.3g}; "
+            f"{name} of {in_dtype} inputs: error {error:.3g}, allowed {allowed:.3g}; "
             f"dense attention has {dense_error:.3g}, the largest value is {largest[name]:.3g}"
         )
 
@@ -181,24 +198,30 @@ def assert_bitwise_equal(actual: Tensor, expected: Tensor) -> None:
 
 
 def _results(
-    function: Attend, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, gradients: bool
+    function: Attend, inputs: Sequence[Tensor], dtype: torch.dtype, gradients: bool
 ) -> dict[str, Tensor]:
     """Computes output, log-sum-exp and gradients in ``dtype`` from the same inputs."""
-    inputs = [x.detach().to(dtype).requires_grad_(gradients) for x in (q, k, v)]
+    in_dtype = inputs[0].dtype
+    inputs = [x.detach().to(dtype).requires_grad_(gradients) for x in inputs]
     out, lse = function(*inputs)
     results = {"out": out.detach(), "lse": lse.detach()}
     if gradients:
         generator = torch.Generator().manual_seed(0)
         upstream = [
-            torch.randn(x.shape, generator=generator, dtype=torch.float64).to(q).to(x)
+            torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, in_dtype)
             for x in (out, lse)
         ]
+        upstream = [x.to(result) for x, result in zip(upstream, (out, lse), strict=True)]
         grads = torch.autograd.grad((out, lse), inputs, upstream)
-        results |= dict(zip(GRADIENTS, grads, strict=True))
+        results |= {f"gradient of input {i}": grad for i, grad in enumerate(grads)}
     return results
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
 
 
 def _max_error(actual: Tensor, exact: Tensor) -> float:
     """Returns the largest absolute difference; a mean would hide a bad row among good ones."""
     actual = actual.double()
-    return float(torch.where(actual == exact, 0.0, actual - exact).abs().max())  # inf == inf
+    return _largest(torch.where(actual == exact, 0.0, actual - exact))  # inf == inf

@@ -99,9 +99,11 @@ def test_a_room_is_entered_by_its_door(module):
             assert is_door, f"{module} imports {name}; import it from its package"
 
 
-def test_the_oracle_shares_no_code():
-    assert not imports_of("flexmoba.reference")
-    assert {m for m in FILES if "flexmoba.reference" in imports_of(m)} == {"flexmoba"}
+@pytest.mark.parametrize("package", ["flexmoba", "flexmoba.nsa"])
+def test_the_oracles_share_no_code(package):
+    oracle = f"{package}.reference"
+    assert not imports_of(oracle)
+    assert {m for m in FILES if oracle in imports_of(m)} == {package}
 
 
 # ---- Sizes --------------------------------------------------------------------------------------
@@ -131,6 +133,9 @@ MANY_PARAMETERS = {
     "flexmoba.integrations.transformers.attention.attention": "called by transformers",
     "flexmoba.integrations.transformers.masks.padding_mask": "called by transformers",
     "flexmoba.nn.attention.MobaAttention.__init__": "public",
+    "flexmoba.nsa.attention.flex_nsa": "public",
+    "flexmoba.nsa.reference.nsa_reference": "public",
+    "flexmoba.nsa.select.nsa_select": "public",
     "flexmoba.reference.moba_reference": "public",
     "flexmoba.reference.reference_attention": "the oracle shares no types with the rest",
     "flexmoba.tune.calls._Recorder.flex": "the signature of flex_attention",

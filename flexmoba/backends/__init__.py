@@ -4,7 +4,12 @@
 uses Triton kernels, and `portable` uses plain tensor operations.
 """
 
-from flexmoba.backends.attend import attend, attend_selected, check_selected_values
+from flexmoba.backends.attend import (
+    attend,
+    attend_selected,
+    check_selected_values,
+    window_attention,
+)
 from flexmoba.backends.choice import resolve, why_not
 from flexmoba.backends.flex import full_mask, selection_mask
 from flexmoba.backends.options import IMPLS, AttentionOptions, ImplName
@@ -23,4 +28,5 @@ __all__ = [
     "resolve",
     "selection_mask",
     "why_not",
+    "window_attention",
 ]

@@ -1,0 +1,228 @@
+"""`flex_nsa`: validates, selects, attends in three branches, and merges them by gate values."""
+
+from typing import overload
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
+
+from flexmoba.backends import ImplName, resolve
+from flexmoba.checks import (
+    check_no_tangents,
+    check_options,
+    check_positive,
+    check_queries_and_keys,
+    check_values,
+)
+from flexmoba.nsa.branches import (
+    block_means_of,
+    compressed_branch,
+    selected_branch,
+    window_branch,
+)
+from flexmoba.nsa.checks import (
+    check_branches,
+    check_gates,
+    check_shared_selection,
+    check_sizes,
+)
+from flexmoba.nsa.select import nsa_select
+from flexmoba.nsa.sizes import NsaSizes
+
+
+@overload
+def flex_nsa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    *,
+    k_cmp: Tensor | None = None,
+    v_cmp: Tensor | None = None,
+    k_win: Tensor | None = None,
+    v_win: Tensor | None = None,
+    cmp_block: int = 32,
+    cmp_stride: int = 16,
+    block_size: int = 64,
+    topk: int = 16,
+    sink_blocks: int = 1,
+    local_blocks: int = 1,
+    window: int = 512,
+    scale: float | None = None,
+    impl: ImplName = "auto",
+    return_aux: None = None,
+    selection: Tensor | None = None,
+) -> Tensor: ...
+
+
+@overload
+def flex_nsa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    *,
+    k_cmp: Tensor | None = None,
+    v_cmp: Tensor | None = None,
+    k_win: Tensor | None = None,
+    v_win: Tensor | None = None,
+    cmp_block: int = 32,
+    cmp_stride: int = 16,
+    block_size: int = 64,
+    topk: int = 16,
+    sink_blocks: int = 1,
+    local_blocks: int = 1,
+    window: int = 512,
+    scale: float | None = None,
+    impl: ImplName = "auto",
+    return_aux: AuxRequest,
+    selection: Tensor | None = None,
+) -> tuple[Tensor, AuxOutput]: ...
+
+
+def flex_nsa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    *,
+    k_cmp: Tensor | None = None,
+    v_cmp: Tensor | None = None,
+    k_win: Tensor | None = None,
+    v_win: Tensor | None = None,
+    cmp_block: int = 32,
+    cmp_stride: int = 16,
+    block_size: int = 64,
+    topk: int = 16,
+    sink_blocks: int = 1,
+    local_blocks: int = 1,
+    window: int = 512,
+    scale: float | None = None,
+    impl: ImplName = "auto",
+    return_aux: AuxRequest | None = None,
+    selection: Tensor | None = None,
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    """Computes Native Sparse Attention: compressed, selected and window attention with gates.
+
+    Implements Eq. 5 to 12 of arXiv 2502.11089, Sec. 3.2 and 3.3. Three branches attend by separate
+    softmaxes. The output is the sum of their outputs, each multiplied by its gate value (Eq. 5):
+
+    ``out = gates[..., 0] * compressed + gates[..., 1] * selected + gates[..., 2] * window``
+
+    The compressed branch attends to one key for each compressed block that ends at or before the
+    query (Eq. 7). The selected branch attends to the keys, at or before the query, of the blocks
+    that `nsa_select` selects (Eq. 8 to 12). The window branch attends to the last ``window``
+    tokens, including the query's own. A query that sees no compressed block gets zeros from that
+    branch, a log-sum-exp of -inf and zero gradients.
+
+    The output and the log-sum-exps are differentiable by reverse mode in all tensors but the
+    selection. The compressed branch alone trains the scores that select blocks. The call has no
+    kernels of its own: it composes `nsa_select`, `flex_moba`, `selected_attention` and windows. Its
+    speed is not measured. It has no tensor of the size ``Lq * Lk`` in memory.
+
+    Args:
+        q: Queries, ``(B, Hq, Lq, D)``, float16, bfloat16, float32 or float64. Query ``i`` has the
+            position ``i + Lk - Lq``.
+        k: Keys of the selected branch, ``(B, Hkv, Lk, D)``, in the dtype of q. ``Hkv`` divides
+            ``Hq``, and ``Lk >= Lq``.
+        v: Values of the selected branch, ``(B, Hkv, Lk, Dv)``, in the dtype of q.
+        gates: Gate values of the compressed, the selected and the window branch, in this order,
+            ``(B, Hq or 1, Lq, 3)``, in the dtype of q. They are values, not logits: the paper
+            applies a sigmoid before.
+        k_cmp: Compressed keys, ``(B, Hkv, blocks, D)``, in the dtype of q. Compressed block ``i``
+            holds the tokens from ``i * cmp_stride`` to ``i * cmp_stride + cmp_block - 1``. Only
+            full blocks exist: ``blocks = (Lk - cmp_block) // cmp_stride + 1``, or 0 below
+            ``cmp_block`` tokens. By default, the means of the keys of each compressed block.
+        v_cmp: Compressed values, ``(B, Hkv, blocks, Dv)``; by default the means of the values.
+        k_win: Keys of the window branch, ``(B, Hkv, Lk, D)``, by default k.
+        v_win: Values of the window branch, ``(B, Hkv, Lk, Dv)``, by default v.
+        cmp_block: Tokens in a compressed block.
+        cmp_stride: Distance of the first tokens of two consecutive compressed blocks. It divides
+            ``cmp_block`` and ``block_size``.
+        block_size: Keys in a block of the selected branch. The last block may be shorter.
+        topk: Number of blocks that each query selects, at least ``1 + sink_blocks +
+            local_blocks``. It includes the own block, which contains the query's position.
+        sink_blocks: Number of first blocks that are always selected.
+        local_blocks: Number of blocks right before the own block that are always selected.
+        window: Tokens in the window of a query, including its own.
+        scale: Factor on the scores of all branches, ``1 / sqrt(D)`` by default.
+        impl: The backend of all branches, as in `flex_moba`.
+        return_aux: ``AuxRequest(lse=True)`` also returns the log-sum-exps of the branches.
+        selection: Block indices, ``(B, Hkv, Lq, topk)``, int32 or int64, -1 for none, instead of
+            those of `nsa_select`. ``topk``, ``sink_blocks`` and ``local_blocks`` then have no
+            effect.
+
+    Returns:
+        The output, ``(B, Hq, Lq, Dv)``, in the dtype of q. With ``return_aux``, a pair of the
+        output and an ``AuxOutput``. Its ``lse``, if requested, holds the log-sum-exps of the
+        branches in the order of the gates, ``(B, Hq, Lq, 3)``, float32 (float64 for float64
+        inputs).
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: Shapes, dtypes or devices do not match, or a value is out of range.
+        NotImplementedError: The backend that ``impl`` names does not support the inputs, or the
+            inputs have forward-mode derivatives. The message names the remedy.
+
+    Examples:
+        >>> import torch
+        >>> from flexmoba.nsa import flex_nsa
+        >>> q = torch.randn(1, 4, 300, 16, requires_grad=True)
+        >>> k, v = torch.randn(2, 1, 2, 300, 16)
+        >>> gates = torch.randn(1, 4, 300, 3).sigmoid()
+        >>> out = flex_nsa(q, k, v, gates, topk=4, window=100)
+        >>> out.shape
+        torch.Size([1, 4, 300, 16])
+        >>> out.sum().backward()
+    """
+    sizes = NsaSizes(cmp_block, cmp_stride, block_size, topk, sink_blocks, local_blocks)
+    check_queries_and_keys(q, k)
+    check_values(k, v)
+    check_sizes(sizes)
+    check_positive("window", window, "pass the number of tokens in a window, with the query's own")
+    check_gates(q, gates)
+    check_branches(q, k, v, (k_cmp, v_cmp), (k_win, v_win), sizes)
+    if selection is not None:
+        check_shared_selection(selection, q, k.shape[1])
+    check_options(scale, None, None, return_aux)
+    resolve(impl, q, k, v)  # raises, also if there are no queries
+    k_win, v_win = (k if k_win is None else k_win), (v if v_win is None else v_win)
+    if k_cmp is None or v_cmp is None:
+        k_cmp, v_cmp = block_means_of(k, sizes), block_means_of(v, sizes)
+    check_no_tangents(
+        q=q, k=k, v=v, gates=gates, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if q.numel() == 0:
+        nothing = 0 * sum(x.sum() for x in (q, k, v, gates, k_cmp, v_cmp, k_win, v_win))
+        lse = q.new_zeros((*q.shape[:3], 3), dtype=torch.promote_types(q.dtype, torch.float32))
+        return _output(
+            q.new_zeros((*q.shape[:3], v.shape[-1])) + nothing, lse + nothing, return_aux
+        )
+    if selection is None:
+        selection = nsa_select(q, k_cmp, k.shape[2], **sizes._asdict(), scale=scale)
+    branches = (
+        compressed_branch(q, k_cmp, v_cmp, k.shape[2], sizes, scale, impl),
+        selected_branch(q, k, v, selection, block_size, scale, impl),
+        window_branch(q, k_win, v_win, window, scale, impl),
+    )
+    outs, lses = zip(*branches, strict=True)
+    return _output(_merge(outs, gates), torch.stack(lses, dim=-1), return_aux)
+
+
+def _merge(outs: tuple[Tensor, ...], gates: Tensor) -> Tensor:
+    """Returns the sum of the outputs, each multiplied by its gate value; it rounds once."""
+    precise = torch.promote_types(gates.dtype, torch.float32)
+    weighted = [
+        out.to(precise) * gate.to(precise)[..., None]
+        for out, gate in zip(outs, gates.unbind(-1), strict=True)
+    ]
+    return (weighted[0] + weighted[1] + weighted[2]).to(gates.dtype)
+
+
+def _output(
+    out: Tensor, lse: Tensor, return_aux: AuxRequest | None
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    if return_aux is None:
+        return out
+    return out, AuxOutput(lse=lse if return_aux.lse else None)

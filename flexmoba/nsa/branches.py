@@ -1,0 +1,116 @@
+"""The branches of Native Sparse Attention, each by attention of another room.
+
+Every function returns the output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest
+
+from flexmoba.attention import flex_moba, selected_attention
+from flexmoba.backends import AttentionOptions, ImplName, resolve, window_attention
+from flexmoba.blocks import TILE
+from flexmoba.nsa.sizes import NsaSizes
+
+
+def block_means_of(x: Tensor, sizes: NsaSizes) -> Tensor:
+    """Returns the mean of every compressed block of ``x (B, Hkv, Lk, D)``, in its dtype.
+
+    The mean accumulates in float32 (float64 for float64 inputs).
+    """
+    if x.shape[2] < sizes.cmp_block:
+        return x[:, :, :0]
+    precise = torch.promote_types(x.dtype, torch.float32)
+    return x.unfold(2, sizes.cmp_block, sizes.cmp_stride).mean(-1, dtype=precise).to(x.dtype)
+
+
+def compressed_branch(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    kv_len: int,
+    sizes: NsaSizes,
+    scale: float,
+    impl: ImplName,
+) -> tuple[Tensor, Tensor]:
+    """Computes attention to the compressed blocks that end at or before each query (Eq. 7).
+
+    The ``cmp_stride`` queries from the end of one compressed block to before the end of the next
+    one see the same compressed keys. As query heads of one token, they turn the branch into causal
+    full attention over the compressed keys, which computes each pair once.
+    """
+    stride, first_seeing = sizes.cmp_stride, sizes.cmp_block - 1
+    q_len, n_compressed = q.shape[2], k_cmp.shape[2]
+    offset = kv_len - q_len
+    if n_compressed == 0:
+        nothing = k_cmp.sum() + v_cmp.sum()  # 0, with gradients
+        out = q.new_zeros((*q.shape[:3], v_cmp.shape[-1])) + nothing
+        precise = torch.promote_types(q.dtype, torch.float32)
+        return out, q.new_full(q.shape[:3], float("-inf"), dtype=precise) + nothing
+    blind = max(first_seeing - offset, 0)  # queries before the end of the first compressed block
+    first_token = (offset + blind - first_seeing) // stride
+    before = offset + blind - first_seeing - first_token * stride
+    tokens = n_compressed - first_token
+    after = tokens * stride - before - (q_len - blind)
+    seeing = F.pad(q[:, :, blind:], (0, 0, before, after))
+    heads = seeing.unflatten(2, (tokens, stride)).transpose(2, 3).flatten(1, 2)
+    out, aux = flex_moba(
+        *(heads, k_cmp, v_cmp, TILE, None),
+        scale=scale,
+        impl=impl,
+        return_aux=AuxRequest(lse=True),
+    )
+    assert aux.lse is not None
+    return (
+        F.pad(_tokens(out, stride, before, q_len - blind), (0, 0, blind, 0)),
+        F.pad(
+            _tokens(aux.lse[..., None], stride, before, q_len - blind)[..., 0],
+            (blind, 0),
+            value=float("-inf"),
+        ),
+    )
+
+
+def _tokens(x: Tensor, stride: int, before: int, count: int) -> Tensor:
+    """Moves results ``(B, Hq * stride, tokens, D)`` back to queries ``(B, Hq, count, D)``."""
+    x = x.unflatten(1, (-1, stride)).transpose(2, 3).flatten(2, 3)
+    return x[:, :, before : before + count]
+
+
+def selected_branch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Tensor,
+    block_size: int,
+    scale: float,
+    impl: ImplName,
+) -> tuple[Tensor, Tensor]:
+    """Computes attention to the selected blocks of each KV head (Eq. 12)."""
+    group = q.shape[1] // k.shape[1]
+    out, aux = selected_attention(
+        *(q, k, v, selection.repeat_interleave(group, 1, output_size=q.shape[1]), block_size),
+        scale=scale,
+        impl=impl,
+        return_aux=AuxRequest(lse=True),
+    )
+    assert aux.lse is not None
+    return out, aux.lse
+
+
+def window_branch(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, impl: ImplName
+) -> tuple[Tensor, Tensor]:
+    """Computes attention to the last ``window`` tokens up to each query, its own included."""
+    q_len, kv_len = q.shape[2], k.shape[2]
+    # Windows need as many queries as keys: drop the keys before the first window, and add a query
+    # of zeros for each key before the first query.
+    missing = min(kv_len - q_len, window - 1)
+    first = kv_len - q_len - missing
+    q, k, v = F.pad(q, (0, 0, missing, 0)), k[:, :, first:], v[:, :, first:]
+    position = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
+    first_key = (position - (window - 1)).clamp(min=0).expand(q.shape[0], -1)
+    options = AttentionOptions(resolve(impl, q, k, v), scale)
+    out, lse = window_attention(q, k, v, first_key, window, options)
+    return out[:, :, missing:], lse[:, :, missing:]
