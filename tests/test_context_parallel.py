@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from typing import Any
 
 import pytest
@@ -221,11 +221,12 @@ def test_gather_is_flex_moba_from_each_shard(ranks, dtype, topk):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("documents", [None, [0, 50], [0, 3, 3, 29, 50], [0, 20, 50, 50]], ids=str)
-@pytest.mark.parametrize("exchange", ["heads", "auto"])
-def test_heads_is_flex_moba_of_all_tokens(ranks, dtype, documents, exchange):
-    if documents is None and exchange == "auto":
-        return  # may be the other exchange
+@pytest.mark.parametrize(
+    ("exchange", "documents"),
+    [("heads", None), ("heads", [0, 50]), ("heads", [0, 20, 50, 50]), ("auto", [0, 3, 3, 29, 50])],
+    ids=str,
+)
+def test_heads_is_flex_moba_of_all_tokens(ranks, dtype, exchange, documents):
     problem, lengths = problem_of(ranks, dtype=dtype)
     options = {}
     if documents is not None:
@@ -372,8 +373,10 @@ def compiled(mesh: DeviceMesh, call: Call, *tensors: Tensor) -> tuple[Tensor, ..
     return torch.autograd.grad(results, inputs, upstream)
 
 
-@pytest.mark.parametrize("exchange", ["gather", "heads"])
-@pytest.mark.parametrize("task", [by_checkpoint, twice, in_parts, compiled])
+@pytest.mark.parametrize(
+    ("exchange", "task"),
+    [*product(("gather", "heads"), (by_checkpoint, twice, in_parts)), ("gather", compiled)],
+)
 def test_gradients_are_the_same(ranks, exchange, task):
     problem, lengths = problem_of(ranks, dtype=torch.float32)
     call, tensors = Call(lengths, 4, 3, exchange), (*problem.tensors(), *upstream_of(problem))
@@ -382,7 +385,32 @@ def test_gradients_are_the_same(ranks, exchange, task):
         assert_bitwise_equal(x, y)
 
 
-def saved_by_checkpoint(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> int:
+def second_derivative(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> None:
+    q, k, v = (x.requires_grad_() for x in inputs)
+    for wanted in (q, v):
+        (grad,) = torch.autograd.grad(call(mesh, q, k, v).sum(), wanted, create_graph=True)
+        with pytest.raises(NotImplementedError, match="attention has no second derivatives"):
+            torch.autograd.grad(grad.sum(), k)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "heads"])
+def test_second_derivatives_are_refused(ranks, exchange):
+    problem, lengths = problem_of(ranks)
+    run(ranks, second_derivative, Call(lengths, exchange=exchange), *problem.tensors())
+
+
+def whole_graph(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> None:
+    model = torch.compile(lambda *x: call(mesh, *x), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="does not trace context_parallel_moba"):
+        model(*inputs)
+
+
+def test_a_whole_graph_is_refused(ranks):
+    problem, lengths = problem_of(ranks)
+    run(ranks, whole_graph, Call(lengths), *problem.tensors())
+
+
+def length_of_saved(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> int:
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         call(mesh, *(x.requires_grad_() for x in inputs))
@@ -391,7 +419,7 @@ def saved_by_checkpoint(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> int:
 
 def test_hooks_see_the_saved_tensors_and_none_is_gathered(ranks):
     problem, lengths = problem_of(ranks)
-    sizes = run(ranks, saved_by_checkpoint, Call(lengths), *problem.tensors())
+    sizes = run(ranks, length_of_saved, Call(lengths), *problem.tensors())
     assert sizes == [*lengths]
 
 
@@ -450,9 +478,12 @@ def several(mesh: DeviceMesh, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tu
 
 
 @pytest.mark.parametrize("exchange", ["gather", "heads"])
-def test_ways_to_make_the_same_call(ranks, exchange):
+@pytest.mark.parametrize("options", [{}, {"score_mod": by_head_and_position}], ids=str)
+def test_ways_to_make_the_same_call(ranks, exchange, options):
     problem, lengths = problem_of(ranks)
-    results = joined(ranks, several, Call(lengths, 4, 3, exchange), *problem.tensors())
+    results = joined(ranks, several, Call(lengths, 4, 3, exchange, options), *problem.tensors())
+    expected = flex_moba(*problem.tensors(), 4, 3, **options)
+    torch.testing.assert_close(results[0], expected)
     for other in results[1:]:
         assert_bitwise_equal(other, results[0])
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from flexmoba.distributed.attend import Attention
 from flexmoba.distributed.ranks import Pending, Ranks, all_gather, all_to_all
+from flexmoba.runtime import no_second_derivatives
 
 # Bytes of the gathered keys and values of a chunk of KV heads. A chunk has at least one KV head.
 _BYTES_AT_ONCE = 2**28
@@ -169,49 +169,77 @@ class _GatheredAttention(torch.autograd.Function):
             saved.release()
 
         _for_each_chunk(k, v, call, attend)
-        ctx.save_for_backward(k, v, *saved.tensors)
+        ctx.save_for_backward(q, k, v, *saved.tensors)
         saved.tensors = ()
         ctx.call, ctx.saved, ctx.graphs = call, saved, graphs
         return _joined(results, call)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        call, saved = ctx.call, ctx.saved
-        k, v, *saved.tensors = ctx.saved_tensors
-        needs_q, needs_k, needs_v, _ = ctx.needs_input_grad
-        dq: list[Tensor] = []
-        reduced: list[tuple[Tensor, Tensor]] = []
-        under_way: list[_Reducing] = []
+        tensors = ctx.saved_tensors
+        with torch.no_grad():
+            results = _gradients(ctx, tensors, grads)
+        if torch.is_grad_enabled():  # create_graph=True
+            inputs = (*tensors[:3], *grads)
+            results = tuple(x if x is None else _last_derivative(x, *inputs) for x in results)
+        return *results, None
 
-        def attend(chunk: int, keys: Tensor, values: Tensor) -> None:
-            saved.keys, saved.values = keys, values
-            outputs, inputs = ctx.graphs[chunk]
-            heads = call.of_queries(chunk)
-            inputs = inputs if needs_k or needs_v else inputs[:1]
-            inputs = inputs if needs_q else inputs[1:]
-            # The graph is retained for a second backward. It keeps no tensors.
-            found = torch.autograd.grad(
-                outputs, inputs, [x[:, heads] for x in grads], retain_graph=True
-            )
-            if needs_q:
-                dq.append(found[0])
-            if needs_k or needs_v:
-                if under_way:
-                    reduced.append(_reduced(under_way.pop(), call.ranks))
-                under_way.append(_start_reducing(found[-2], found[-1], call.ranks))
-            saved.release()
 
-        _for_each_chunk(k, v, call, attend)
-        saved.tensors = ()
-        reduced += [_reduced(x, call.ranks) for x in under_way]
-        dk, dv = zip(*reduced, strict=True) if reduced else ((), ())
-        return (
-            torch.cat(dq, 1) if needs_q else None,
-            torch.cat(dk, 1) if needs_k else None,
-            torch.cat(dv, 1) if needs_v else None,
-            None,
+def _gradients(
+    ctx: Any, tensors: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of q, k and v, or None for those that need none."""
+    call, saved = ctx.call, ctx.saved
+    _, k, v, *saved.tensors = tensors
+    needs_q, needs_k, needs_v, _ = ctx.needs_input_grad
+    dq: list[Tensor] = []
+    reduced: list[tuple[Tensor, Tensor]] = []
+    under_way: list[_Reducing] = []
+
+    def attend(chunk: int, keys: Tensor, values: Tensor) -> None:
+        saved.keys, saved.values = keys, values
+        outputs, inputs = ctx.graphs[chunk]
+        heads = call.of_queries(chunk)
+        inputs = inputs if needs_k or needs_v else inputs[:1]
+        inputs = inputs if needs_q else inputs[1:]
+        # The graph is retained for a second backward. It keeps no tensors.
+        found = torch.autograd.grad(
+            outputs, inputs, [x[:, heads] for x in grads], retain_graph=True
         )
+        if needs_q:
+            dq.append(found[0])
+        if needs_k or needs_v:
+            if under_way:
+                reduced.append(_reduced(under_way.pop(), call.ranks))
+            under_way.append(_start_reducing(found[-2], found[-1], call.ranks))
+        saved.release()
+
+    _for_each_chunk(k, v, call, attend)
+    saved.tensors = ()
+    reduced += [_reduced(x, call.ranks) for x in under_way]
+    dk, dv = zip(*reduced, strict=True) if reduced else ((), ())
+    return (
+        torch.cat(dq, 1) if needs_q else None,
+        torch.cat(dk, 1) if needs_k else None,
+        torch.cat(dv, 1) if needs_v else None,
+    )
+
+
+class _LastDerivative(torch.autograd.Function):
+    """A gradient that has no derivatives in the tensors that it depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *inputs: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return no_second_derivatives(*grads)
+
+
+def _last_derivative(x: Tensor, *inputs: Tensor) -> Tensor:
+    result: Tensor = _LastDerivative.apply(x, *inputs)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Graph(NamedTuple):

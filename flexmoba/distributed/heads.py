@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flexmoba.distributed.attend import Attention
 from flexmoba.distributed.ranks import Ranks, all_to_all
@@ -55,10 +54,9 @@ class _Exchange(torch.autograd.Function):
         return split_by_heads(ranks, *tensors) if to_heads else split_by_tokens(ranks, *tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        split = split_by_tokens if ctx.to_heads else split_by_heads
-        return None, None, *split(ctx.ranks, *grads)
+        split = _Exchange.apply(ctx.ranks, not ctx.to_heads, *grads)  # type: ignore[no-untyped-call]
+        return None, None, *split
 
 
 def split_by_heads(ranks: Ranks, *tensors: Tensor) -> tuple[Tensor, ...]:
