@@ -37,7 +37,8 @@ class Processes:
     def run(self, task: Task, arguments: list[tuple[Any, ...]], seconds: float = SECONDS) -> list:
         """Calls ``task(mesh, *arguments[rank])`` in each process.
 
-        ``task`` must be importable. Returns the results, or the exceptions, of all ranks.
+        ``task`` must be importable. Returns the results of all ranks, on CPU. An exception is the
+        result of a rank that raised it, and EOFError of a process that ended.
         """
         for pipe, mine in zip(self.pipes, arguments, strict=True):
             pipe.send_bytes(_bytes((task, mine)))
@@ -46,7 +47,10 @@ class Processes:
             if not pipe.poll(seconds):
                 self.stop()
                 raise AssertionError(f"rank {rank} hangs, or waits for another rank")
-            results.append(_value(pipe.recv_bytes()))
+            try:
+                results.append(_value(pipe.recv_bytes()))
+            except EOFError as error:  # the process ended
+                results.append(error)
         return results
 
     def stop(self) -> None:
@@ -62,7 +66,7 @@ def _bytes(value: Any) -> bytes:
 
 
 def _value(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), weights_only=False)
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
 
 
 def _serve(rank: int, size: int, store: str, device: str, pipe: Connection) -> None:
