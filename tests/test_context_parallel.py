@@ -3,8 +3,10 @@
 The processes start once for each number of ranks, and run the calls of all tests.
 """
 
+import inspect
 import os
 import time
+import typing
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -662,6 +664,20 @@ def test_a_mesh_of_one_dimension_is_needed():
             context_parallel_moba(meta, meta, meta, 4, 2, mesh=mesh["context"])
     finally:
         dist.destroy_process_group()
+
+
+def test_arguments_are_those_of_flex_moba():
+    ours, theirs = (inspect.signature(f).parameters for f in (context_parallel_moba, flex_moba))
+    missing = {"cache", "document_ids", "key_padding_mask"}
+    added = {"mesh", "exchange", "lengths"}
+    assert {*ours} == {*theirs} - missing | added
+    assert all(ours[name] == theirs[name] for name in {*ours} - added)
+    without, with_aux = map(inspect.signature, typing.get_overloads(context_parallel_moba))
+    assert without.return_annotation is Tensor
+    assert with_aux.return_annotation == tuple[Tensor, AuxOutput]
+    for overload in (without, with_aux):
+        aux = {"return_aux": ours["return_aux"]}
+        assert list((overload.parameters | aux).values()) == list(ours.values())
 
 
 # ---- The choice of the exchange -----------------------------------------------------------------
