@@ -590,6 +590,34 @@ def test_generation_says_what_is_wrong(example, arguments, text, capsys):
     assert text in fails(example("generate").main, arguments, capsys)
 
 
+# ---- Several processes --------------------------------------------------------------------------
+
+SPREAD = ["--length", "200", "--steps", "40", "--every", "20", "--check", "--device", "cpu"]
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize(("exchange", "launcher"), [("gather", "torchrun"), ("heads", "spawn")])
+def test_contexts_spread_over_processes_train_as_in_one(exchange, launcher):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = [str(EXAMPLES / "context_parallel.py"), "--exchange", exchange, *SPREAD]
+    if launcher == "spawn":
+        torchrun, program = [], [*program, "--processes", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *program], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    differences = re.search(r"process: loss ([\d.e+-]+), gradients ([\d.e+-]+) of", done.stdout)
+    assert max(map(float, differences.groups())) < 1e-4  # in float32
+    steps = re.findall(r"^step (\d+): loss ([\d.]+), \d+% right$", done.stdout, re.M)
+    assert [step for step, _ in steps] == ["20", "40"]
+    assert float(steps[1][1]) < float(steps[0][1])
+
+
+def test_heads_that_do_not_divide_are_refused(example, capsys):
+    main = example("context_parallel").main
+    assert "--kv-heads must divide --heads" in fails(main, ["--kv-heads", "3"], capsys)
+
+
 # ---- On a GPU -----------------------------------------------------------------------------------
 
 

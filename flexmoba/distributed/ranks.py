@@ -1,0 +1,109 @@
+"""The ranks of a mesh, the lengths of their shards, and collectives that run in the background."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+# torch 2.13 renames the function and deprecates the old name.
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Ranks(NamedTuple):
+    """The ranks that share a sequence, in the order of their shards.
+
+    Attributes:
+        group: The process group.
+        rank: The index of this rank in the group.
+        lengths: Number of tokens of each rank.
+    """
+
+    group: dist.ProcessGroup
+    rank: int
+    lengths: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.lengths)
+
+    @property
+    def total(self) -> int:
+        """Number of tokens of all ranks."""
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest shard."""
+        return max(self.lengths)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of this rank."""
+        return self.lengths[self.rank]
+
+
+class Pending(NamedTuple):
+    """A collective that runs in the background. It keeps its tensors alive.
+
+    Attributes:
+        work: The handle of torch.
+        received: The tensor that the collective fills.
+        sent: The tensor that the collective reads.
+    """
+
+    work: Any
+    received: Tensor
+    sent: Tensor
+
+    def wait(self) -> Tensor:
+        """Returns the received tensor; on CUDA, the stream waits for it and the host does not."""
+        self.work.wait()
+        return self.received
+
+
+def check_mesh(mesh: DeviceMesh) -> None:
+    """Raises unless ``mesh`` is a mesh of one dimension."""
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"mesh must be a torch.distributed.device_mesh.DeviceMesh, got {type(mesh).__name__}; "
+            "make one with init_device_mesh"
+        )
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"mesh must have one dimension, the ranks that share a sequence, got {mesh.ndim} "
+            f"({mesh.mesh_dim_names}); pass one of them, such as mesh['context']"
+        )
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup, count: int) -> Pending:
+    """Starts to gather ``x``, contiguous and of the same shape on each rank.
+
+    The received tensor is ``(count, *x.shape)``.
+    """
+    received = x.new_empty((count, *x.shape))
+    work = _ALL_GATHER(received.view(-1), x.view(-1), group=group, async_op=True)
+    return Pending(work, received, x)
+
+
+def all_to_all(
+    x: Tensor, sizes: Sequence[int], received_sizes: Sequence[int], group: dist.ProcessGroup
+) -> Pending:
+    """Starts to send parts of ``x`` to the ranks, and to receive parts from them.
+
+    Args:
+        x: ``(sum(sizes),)``, the parts for each rank, in the order of ranks.
+        sizes: Number of elements for each rank.
+        received_sizes: Number of elements from each rank.
+        group: The process group.
+
+    Returns:
+        The collective. The received tensor is ``(sum(received_sizes),)``.
+    """
+    received = x.new_empty(sum(received_sizes))
+    work = dist.all_to_all_single(
+        received, x, list(received_sizes), list(sizes), group=group, async_op=True
+    )
+    return Pending(work, received, x)

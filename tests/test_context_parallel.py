@@ -1,0 +1,746 @@
+"""`context_parallel_moba` in two and three processes: equal to one process with all tokens.
+
+The processes start once for each number of ranks, and run the calls of all tests.
+"""
+
+import inspect
+import os
+import time
+import typing
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise, product
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
+from torch.utils.checkpoint import checkpoint
+
+from flexmoba import flex_moba
+from flexmoba.distributed import context_parallel_moba, gather
+from flexmoba.distributed.choice import Shape, resolve_exchange
+from flexmoba.reference import reference_mask, reference_selection
+from tests.conftest import (
+    Attend,
+    assert_as_exact_as_dense,
+    assert_bitwise_equal,
+    make_pieces_small,
+    with_lse,
+)
+from tests.problems import DTYPES, Problem, problems
+from tests.processes import SECONDS, Processes
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+LSE = AuxRequest(lse=True)
+few = settings(max_examples=25)
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids="{} ranks".format)
+def ranks(request, tmp_path_factory) -> Iterator[Processes]:
+    processes = Processes(request.param, tmp_path_factory.mktemp("ranks"))
+    processes.run(small_pieces, [()] * processes.size)
+    yield processes
+    processes.stop()
+
+
+def small_pieces(mesh: DeviceMesh) -> None:
+    make_pieces_small(pytest.MonkeyPatch())
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of `context_parallel_moba`, and the length of each rank."""
+
+    lengths: tuple[int, ...]
+    block_size: int = 4
+    topk: int | None = 2
+    exchange: str = "gather"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def shard(self, x: Tensor, rank: int, dim: int = 2) -> Tensor:
+        return x.split(self.lengths, dim=dim)[rank].detach().clone()
+
+    def __call__(self, mesh: DeviceMesh, *tensors: Tensor, **options: Any) -> Any:
+        return context_parallel_moba(
+            *(*tensors, self.block_size, self.topk),
+            **({"mesh": mesh, "exchange": self.exchange} | self.options | options),
+        )
+
+
+def forward(mesh: DeviceMesh, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = (x.to(mesh.device_type) for x in (q, k, v))
+    out, aux = call(mesh, q, k, v, return_aux=LSE)
+    return out, aux.lse
+
+
+def backward(
+    mesh: DeviceMesh, call: Call, q: Tensor, k: Tensor, v: Tensor, *upstream: Tensor
+) -> tuple[Tensor, ...]:
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    results = forward(mesh, call, *inputs)
+    return torch.autograd.grad(results, inputs, [x.to(mesh.device_type) for x in upstream])
+
+
+def run(ranks: Processes, task: Callable, call: Call, *tensors: Tensor) -> list[Any]:
+    """Runs a task with each rank's shards; raises the exception of a rank."""
+    shards = [
+        (call, *(call.shard(x, rank).requires_grad_(x.requires_grad) for x in tensors))
+        for rank in range(ranks.size)
+    ]
+    results = ranks.run(task, shards)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+def joined(ranks: Processes, task: Callable, call: Call, *tensors: Tensor) -> list[Tensor]:
+    """Runs a task that returns tensors of a rank's tokens, and joins those of all ranks."""
+    return [torch.cat(x, 2) for x in zip(*run(ranks, task, call, *tensors), strict=True)]
+
+
+class Spread(torch.autograd.Function):
+    """The call in all processes, as a differentiable function in this process."""
+
+    @staticmethod
+    def forward(ctx, ranks: Processes, call: Call, *inputs: Tensor):
+        ctx.save_for_backward(*inputs)
+        ctx.ranks, ctx.call = ranks, call
+        return tuple(joined(ranks, forward, call, *inputs))
+
+    @staticmethod
+    def backward(ctx, *upstream: Tensor):
+        return None, None, *joined(ctx.ranks, backward, ctx.call, *ctx.saved_tensors, *upstream)
+
+
+def spread(ranks: Processes, call: Call) -> Attend:
+    return lambda *inputs: Spread.apply(ranks, call, *inputs)
+
+
+def lengths_of(total: int, cuts: list[float]) -> tuple[int, ...]:
+    """Divides ``total`` tokens at fractions of it."""
+    edges = [0, *sorted(int(cut * total) for cut in cuts), total]
+    return tuple(end - start for start, end in pairwise(edges))
+
+
+def cuts(ranks: Processes) -> st.SearchStrategy[list[float]]:
+    fraction = st.floats(0, 1) | st.sampled_from((0.0, 0.5, 1.0))
+    return st.lists(fraction, min_size=ranks.size - 1, max_size=ranks.size - 1)
+
+
+def exchanges(problem: Problem, ranks: Processes) -> st.SearchStrategy[str]:
+    has_heads = problem.kv_heads % ranks.size == 0
+    return st.sampled_from(("gather", "heads", "auto") if has_heads else ("gather", "auto"))
+
+
+def square(problem: Problem, ranks: Processes, data: st.DataObject) -> Problem:
+    """Gives a problem as many queries as keys, and often KV heads that the ranks divide."""
+    heads = data.draw(st.sampled_from((1, 2, ranks.size)), label="KV heads")
+    return replace(problem, q_len=problem.kv_len, kv_heads=heads)
+
+
+drawn = problems(max_len=100, max_block=40, dtype=st.just(torch.float64), is_causal=st.just(True))
+
+
+# ---- Results ------------------------------------------------------------------------------------
+
+
+@few
+@given(drawn, st.data())
+def test_equals_the_oracle(ranks, problem, data):
+    problem = square(problem, ranks, data)
+    forced = data.draw(st.sampled_from(((0, 0), (0, 0), (1, 0), (0, 1), (1, 1))), label="forced")
+    gate = data.draw(st.sampled_from(("token", "group")), label="gate")
+    full = data.draw(st.integers(0, 4), label="full") == 0
+    topk = None if full else max(problem.topk, 1 + sum(forced))
+    options = {"gate": gate, "sink_blocks": forced[0], "local_blocks": forced[1]}
+    q, k, v = problem.tensors()
+    selected = reference_selection(q, k, problem.block_size, topk, is_causal=True, **options)
+    mask = reference_mask(selected, problem.block_size, problem.kv_len, is_causal=True)
+    lengths = lengths_of(problem.kv_len, data.draw(cuts(ranks), label="cuts"))
+    exchange = data.draw(exchanges(problem, ranks), label="exchange")
+    call = Call(lengths, problem.block_size, topk, exchange, options)
+    assert_as_exact_as_dense(spread(ranks, call), q, k, v, mask, gradients=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("exchange", ["gather", "heads"])
+@pytest.mark.parametrize("topk", [3, None])
+def test_every_dtype(ranks, dtype, exchange, topk):
+    problem = Problem(kv_heads=ranks.size, group=2, q_len=90, kv_len=90, block_size=7, dtype=dtype)
+    q, k, v = problem.tied_tensors()  # so that all dtypes select the same blocks
+    selected = reference_selection(q, k, 7, topk, is_causal=True)
+    mask = reference_mask(selected, 7, 90, is_causal=True)
+    call = Call(lengths_of(90, [0.3, 0.8][: ranks.size - 1]), 7, topk, exchange)
+    assert_as_exact_as_dense(spread(ranks, call), q, k, v, mask, scale=None, gradients=True)
+
+
+def problem_of(ranks: Processes, **options: Any) -> tuple[Problem, tuple[int, ...]]:
+    sizes = {"kv_heads": ranks.size, "group": 2, "q_len": 50, "kv_len": 50, "value_dim": 6}
+    return Problem(**sizes | options), (17, 33) if ranks.size == 2 else (17, 9, 24)
+
+
+def upstream_of(problem: Problem) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(problem.seed + 1)
+    shape = (problem.batch, problem.heads, problem.q_len)
+    lse_dtype = torch.promote_types(problem.dtype, torch.float32)
+    return (
+        torch.randn(*shape, problem.value_dim, generator=generator).to(problem.dtype),
+        torch.randn(shape, generator=generator).to(lse_dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("topk", [3, None])
+def test_gather_is_flex_moba_from_each_shard(ranks, dtype, topk):
+    # Bit for bit, also the sum of gradients: in float32, in the order of ranks, rounded once.
+    problem, lengths = problem_of(ranks, dtype=dtype, batch=2)
+    tensors, upstream = problem.tensors(), upstream_of(problem)
+    call = Call(lengths, 4, topk)
+    results = []
+    sums = [torch.zeros_like(x, dtype=torch.float32) for x in tensors[1:]]
+    for rank, end in enumerate(accumulate(lengths)):
+        q, k, v = (
+            x.detach().requires_grad_()
+            for x in (call.shard(tensors[0], rank), *(y[:, :, :end] for y in tensors[1:]))
+        )
+        out, lse = with_lse(flex_moba, 4, topk)(q, k, v)
+        ups = [call.shard(x, rank) for x in upstream]
+        dq, *others = torch.autograd.grad((out, lse), (q, k, v), ups)
+        for total, grad in zip(sums, others, strict=True):
+            total[:, :, :end] += grad
+        results.append((out, lse, dq))
+    expected = [torch.cat(x, 2) for x in zip(*results, strict=True)]
+    actual = joined(ranks, forward, call, *tensors)
+    actual += joined(ranks, backward, call, *tensors, *upstream)
+    for x, y in zip(actual, [*expected, *(x.to(dtype) for x in sums)], strict=True):
+        assert_bitwise_equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("exchange", "documents"),
+    [("heads", None), ("heads", [0, 50]), ("heads", [0, 20, 50, 50]), ("auto", [0, 3, 3, 29, 50])],
+    ids=str,
+)
+def test_heads_is_flex_moba_of_all_tokens(ranks, dtype, exchange, documents):
+    problem, lengths = problem_of(ranks, dtype=dtype)
+    options = {}
+    if documents is not None:
+        options = {"cu_seqlens": torch.tensor(documents, dtype=torch.int32), "max_seqlen": 50}
+    q, k, v = tensors = problem.tensors(requires_grad=True)
+    upstream = upstream_of(problem)
+    out, lse = with_lse(flex_moba, 4, 3, **options)(q, k, v)
+    expected = (out, lse, *torch.autograd.grad((out, lse), tensors, upstream))
+    call = Call(lengths, 4, 3, exchange, options)
+    actual = joined(ranks, forward, call, *tensors)
+    actual += joined(ranks, backward, call, *tensors, *upstream)
+    for x, y in zip(actual, expected, strict=True):
+        assert_bitwise_equal(x, y)
+
+
+def test_ranks_share_a_kv_head(ranks):
+    problem, lengths = problem_of(ranks, kv_heads=1, group=2 * ranks.size)
+    q, k, v = problem.tensors()
+    mask = reference_mask(
+        reference_selection(q, k, 4, 3, is_causal=True), 4, problem.kv_len, is_causal=True
+    )
+    call = Call(lengths, 4, 3, "heads")
+    assert_as_exact_as_dense(spread(ranks, call), q, k, v, mask, gradients=True)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "heads"])
+def test_tiles(ranks, exchange):
+    problem, _ = problem_of(ranks, q_len=500, kv_len=500)
+    lengths = ((128, 372), (128, 256, 116))[ranks.size - 2]
+    q, k, v = problem.tensors()
+    selected = reference_selection(q, k, 128, 2, is_causal=True, gate="tile")
+    mask = reference_mask(selected, 128, 500, is_causal=True)
+    call = Call(lengths, 128, 2, exchange, {"gate": "tile"})
+    assert_as_exact_as_dense(spread(ranks, call), q, k, v, mask, gradients=True)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "heads"])
+@pytest.mark.parametrize("empty", [0, 1, -1, "all", "all but one", "batch"], ids=str)
+def test_ranks_without_tokens(ranks, exchange, empty):
+    problem, lengths = problem_of(ranks)
+    total = 0 if empty == "all" else 50
+    if empty == "all":
+        lengths = (0,) * ranks.size
+    elif empty == "batch":
+        problem = replace(problem, batch=0)
+    elif empty == "all but one":
+        lengths = (0,) * (ranks.size - 1) + (50,)
+    else:
+        lengths = [*lengths]
+        lengths[empty] = 0
+        lengths[empty - 1] += 50 - sum(lengths)
+    problem = replace(problem, q_len=total, kv_len=total)
+    tensors, upstream = problem.tensors(requires_grad=True), upstream_of(problem)
+    out, lse = with_lse(flex_moba, 4, 2)(*tensors)
+    expected = (out, lse, *torch.autograd.grad((out, lse), tensors, upstream))
+    call = Call(tuple(lengths), 4, 2, exchange)
+    actual = joined(ranks, forward, call, *tensors)
+    actual += joined(ranks, backward, call, *tensors, *upstream)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "heads"])
+def test_two_runs_are_bitwise_equal(ranks, exchange):
+    problem, lengths = problem_of(ranks, dtype=torch.bfloat16)
+    call, tensors = Call(lengths, 4, 3, exchange), (*problem.tensors(), *upstream_of(problem))
+    first, second = (joined(ranks, backward, call, *tensors) for _ in range(2))
+    for x, y in zip(first, second, strict=True):
+        assert_bitwise_equal(x, y)
+
+
+# ---- score_mod ----------------------------------------------------------------------------------
+
+
+def by_head_and_position(score, b, h, q_idx, kv_idx):
+    return score + 0.1 * h + 0.01 * (q_idx - kv_idx) * (h + 1) + b
+
+
+@pytest.mark.parametrize("exchange", ["gather", "heads"])
+@pytest.mark.parametrize("topk", [3, None])
+def test_score_mod_gets_heads_and_positions_of_the_sequence(ranks, exchange, topk):
+    problem, lengths = problem_of(ranks, batch=2)
+    q, k, v = problem.tensors()
+    selected = reference_selection(q, k, 4, topk, is_causal=True)
+    mask = reference_mask(selected, 4, 50, is_causal=True)
+    options = {"score_mod": by_head_and_position, "scale": 0.5}
+    call = Call(lengths, 4, topk, exchange, options)
+    assert_as_exact_as_dense(spread(ranks, call), q, k, v, mask, gradients=True, **options)
+
+
+def with_bias(mesh: DeviceMesh, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    bias = torch.linspace(0, 1, q.shape[1], dtype=q.dtype, requires_grad=True)
+    out = call(mesh, q, k, v, score_mod=lambda s, b, h, i, j: s + bias[h] * (i - j))
+    return torch.autograd.grad(out.sum(), bias)
+
+
+def test_captured_tensors(ranks):
+    problem, lengths = problem_of(ranks)
+    q, k, v = problem.tensors()
+    call = Call(lengths, exchange="heads")
+    bias = torch.linspace(0, 1, q.shape[1], dtype=q.dtype, requires_grad=True)
+    out = flex_moba(q, k, v, 4, 2, score_mod=lambda s, b, h, i, j: s + bias[h] * (i - j))
+    (expected,) = torch.autograd.grad(out.sum(), bias)
+    grads = run(ranks, with_bias, call, q, k, v)
+    torch.testing.assert_close(sum(grad for (grad,) in grads), expected)
+    q.requires_grad_()
+    with pytest.raises(NotImplementedError, match=r'captures, got one of shape \(\d,\).*"heads"'):
+        run(ranks, with_bias, replace(call, exchange="gather"), q, k, v)
+
+
+# ---- Training and inference ---------------------------------------------------------------------
+
+
+def by_checkpoint(mesh: DeviceMesh, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    inputs, upstream = [x.requires_grad_() for x in tensors[:3]], tensors[3:]
+    results = checkpoint(lambda *x: forward(mesh, call, *x), *inputs, use_reentrant=False)
+    return torch.autograd.grad(results, inputs, upstream)
+
+
+def twice(mesh: DeviceMesh, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    inputs, upstream = [x.requires_grad_() for x in tensors[:3]], tensors[3:]
+    results = forward(mesh, call, *inputs)
+    torch.autograd.grad(results, inputs, upstream, retain_graph=True)
+    return torch.autograd.grad(results, inputs, upstream)
+
+
+def in_parts(mesh: DeviceMesh, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    grads = []
+    for i in range(3):
+        inputs = [x.detach().requires_grad_(i == j) for j, x in enumerate(tensors[:3])]
+        results = forward(mesh, call, *inputs)
+        grads.append(torch.autograd.grad(results, inputs[i], tensors[3:])[0])
+    return tuple(grads)
+
+
+def compiled(mesh: DeviceMesh, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    inputs, upstream = [x.requires_grad_() for x in tensors[:3]], tensors[3:]
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = forward(mesh, call, q * 1, k, v)
+        return out + 0, lse
+
+    results = torch.compile(model, backend="eager")(*inputs)
+    return torch.autograd.grad(results, inputs, upstream)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "task"),
+    [*product(("gather", "heads"), (by_checkpoint, twice, in_parts)), ("gather", compiled)],
+)
+def test_gradients_are_the_same(ranks, exchange, task):
+    problem, lengths = problem_of(ranks, dtype=torch.float32)
+    call, tensors = Call(lengths, 4, 3, exchange), (*problem.tensors(), *upstream_of(problem))
+    actual, expected = (joined(ranks, each, call, *tensors) for each in (task, backward))
+    for x, y in zip(actual, expected, strict=True):
+        assert_bitwise_equal(x, y)
+
+
+def second_derivative(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> None:
+    q, k, v = (x.requires_grad_() for x in inputs)
+    for wanted in (q, v):
+        (grad,) = torch.autograd.grad(call(mesh, q, k, v).sum(), wanted, create_graph=True)
+        with pytest.raises(NotImplementedError, match="attention has no second derivatives"):
+            torch.autograd.grad(grad.sum(), k)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "heads"])
+def test_second_derivatives_are_refused(ranks, exchange):
+    problem, lengths = problem_of(ranks)
+    run(ranks, second_derivative, Call(lengths, exchange=exchange), *problem.tensors())
+
+
+def whole_graph(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> None:
+    model = torch.compile(lambda *x: call(mesh, *x), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="does not trace context_parallel_moba"):
+        model(*inputs)
+
+
+def test_a_whole_graph_is_refused(ranks):
+    problem, lengths = problem_of(ranks)
+    run(ranks, whole_graph, Call(lengths), *problem.tensors())
+
+
+def length_of_saved(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> int:
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        call(mesh, *(x.requires_grad_() for x in inputs))
+    return max(x.shape[2] for x in saved if x.ndim == 4)
+
+
+def test_hooks_see_the_saved_tensors_and_none_is_gathered(ranks):
+    problem, lengths = problem_of(ranks)
+    sizes = run(ranks, length_of_saved, Call(lengths), *problem.tensors())
+    assert sizes == [*lengths]
+
+
+def largest_memory(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> tuple[int, int]:
+    """Returns the largest number of chunks of keys that exist at one time, and of all chunks."""
+    chunks, largest = [], 0
+
+    def track(function: Callable) -> Callable:
+        def tracked(*args: Any) -> Any:
+            nonlocal largest
+            result = function(*args)
+            tensors = [x for x in result if isinstance(x, Tensor) and x.numel() > 0]
+            chunks.extend(weakref.ref(x.untyped_storage()) for x in tensors[:1])
+            deadline = time.perf_counter() + 1  # a thread of gloo may release tensors a bit later
+            while (alive := sum(x() is not None for x in chunks)) > 2:
+                if time.perf_counter() > deadline:
+                    break
+                time.sleep(0.001)
+            largest = max(largest, alive)
+            return result
+
+        return tracked
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather, "all_gather", track(gather.all_gather))
+        patch.setattr(gather, "_arranged", track(gather._arranged))
+        patch.setattr(gather, "_BYTES_AT_ONCE", 1)
+        out = call(mesh, *(x.requires_grad_() for x in inputs))
+        out.sum().backward()
+    return largest, len(chunks)
+
+
+def test_at_most_two_chunks_of_gathered_keys_exist(ranks):
+    problem, lengths = problem_of(ranks, kv_heads=5)
+    for largest, all_chunks in run(ranks, largest_memory, Call(lengths), *problem.tensors()):
+        assert (largest, all_chunks) == (2, 5 * 2 * 2)
+
+
+def several(mesh: DeviceMesh, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Returns results that must be equal, without gradients."""
+    out = call(mesh, q, k, v)
+    assert isinstance(out, Tensor)
+    same, aux = call(mesh, q, k, v, return_aux=AuxRequest())
+    assert isinstance(aux, AuxOutput)
+    assert aux.lse is None
+    known = call(mesh, q, k, v, lengths=call.lengths)
+    part = init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("data", "context"))["context"]
+    in_part = call(part, q, k, v)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather, "_BYTES_AT_ONCE", 2**40)
+        at_once = call(mesh, q, k, v)
+    with torch.inference_mode():
+        inferred = call(mesh, q, k, v)
+    needs_grad = call(mesh, q.requires_grad_(), k, v).detach()
+    return out, same, known, in_part, at_once, inferred, needs_grad
+
+
+@pytest.mark.parametrize("exchange", ["gather", "heads"])
+@pytest.mark.parametrize("options", [{}, {"score_mod": by_head_and_position}], ids=str)
+def test_ways_to_make_the_same_call(ranks, exchange, options):
+    problem, lengths = problem_of(ranks)
+    results = joined(ranks, several, Call(lengths, 4, 3, exchange, options), *problem.tensors())
+    expected = flex_moba(*problem.tensors(), 4, 3, **options)
+    torch.testing.assert_close(results[0], expected)
+    for other in results[1:]:
+        assert_bitwise_equal(other, results[0])
+
+
+# ---- Errors -------------------------------------------------------------------------------------
+
+
+def attempt(mesh: DeviceMesh, call: Call, sizes: dict[str, Any], changes: dict[str, Any]) -> None:
+    q, k, v = Problem(**sizes).tensors()
+    if "dtensor" in changes:
+        q = DTensor.from_local(q, mesh)
+    if "cast" in changes:
+        k = k.to(changes["cast"])
+    if "queries" in changes:
+        q = q[:, :, : changes["queries"]]
+    if "causal" in changes:
+        call = replace(call, options={"is_causal": changes["causal"]})
+    q.requires_grad_(bool(changes.get("requires_grad")))
+    others = ("dtensor", "cast", "causal", "queries", "requires_grad")
+    call(mesh, q, k, v, **{name: x for name, x in changes.items() if name not in others})
+
+
+def fails(ranks: Processes, last: dict[str, Any], others: dict[str, Any] | None = None) -> list:
+    """Returns the errors of all ranks if the last one has other arguments, soon."""
+    sizes = {"kv_heads": ranks.size, "q_len": 20, "kv_len": 20}
+    names = {x for x in last if x in Problem.__dataclass_fields__}
+    last_sizes = sizes | {name: last[name] for name in names}
+    changes = {name: x for name, x in last.items() if name not in names}
+    call = Call((20,) * ranks.size)
+    block_size, topk = changes.pop("blocks", 4), changes.pop("best", 2)
+    last_call = replace(call, block_size=block_size, topk=topk)
+    arguments = [(call, sizes, others or {})] * (ranks.size - 1) + [
+        (last_call, last_sizes, changes)
+    ]
+    began = time.perf_counter()
+    errors = ranks.run(attempt, arguments)
+    assert time.perf_counter() - began < SECONDS / 4, "the ranks waited for each other"
+    assert all(isinstance(error, Exception) for error in errors), errors
+    # The ranks are ready for another call.
+    results = ranks.run(attempt, [(call, sizes, {})] * ranks.size)
+    assert results == [None] * ranks.size
+    return errors
+
+
+MISMATCHES = {
+    "batch": ({"batch": 2}, "batch size, got 1 on rank 0 and 2 on rank"),
+    "heads": ({"group": 2}, "number of query heads, got"),
+    "head dim": ({"head_dim": 4}, "head dim, got 8 on rank 0 and 4"),
+    "value dim": ({"value_dim": 4}, "head dim of values, got 8 on rank 0 and 4"),
+    "dtype": ({"dtype": torch.float32}, "dtype, got 'torch.float64' on rank 0 and 'torch.float32'"),
+    "block_size": ({"blocks": 8}, "block_size, got 4 on rank 0 and 8"),
+    "topk": ({"best": None}, "topk, got 2 on rank 0 and None"),
+    "exchange": ({"exchange": "heads"}, "exchange, got 'gather' on rank 0 and 'heads'"),
+    "scale": ({"scale": 2.0}, "scale, got None on rank 0 and 2.0"),
+    "gate": ({"gate": "group"}, "gate, got 'token' on rank 0 and 'group'"),
+    "sinks": ({"sink_blocks": 1}, "sink_blocks, got 0 on rank 0 and 1"),
+    "local": ({"local_blocks": 1}, "local_blocks, got 0 on rank 0 and 1"),
+    "impl": ({"impl": "portable"}, "impl, got 'auto' on rank 0 and 'portable'"),
+    "lse": ({"return_aux": LSE}, "lse, got False on rank 0 and True"),
+    "requires_grad": ({"requires_grad": True}, r"requires_grad of q, k and v, got \[False"),
+    "score_mod": ({"score_mod": by_head_and_position}, "score_mod, got None on rank 0 and 'a"),
+    "kernel_options": ({"kernel_options": {"x": 1}}, "kernel_options, got None on rank 0 and 'a"),
+    "cu_seqlens": ({"cu_seqlens": torch.tensor([0, 40])}, r"cu_seqlens, got None on rank 0 and \["),
+    "max_seqlen": ({"max_seqlen": 7}, "max_seqlen, got None on rank 0 and 7"),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_different_arguments_raise_the_same_error_on_all_ranks(ranks, name):
+    changes, message = MISMATCHES[name]
+    errors = fails(ranks, changes)
+    assert {type(error) for error in errors} == {ValueError}
+    assert len({str(error) for error in errors}) == 1
+    with pytest.raises(ValueError, match=f"must pass the same {message}.* {ranks.size - 1};"):
+        raise errors[0]
+
+
+WRONG = {
+    "mixed dtypes": ({"cast": torch.bfloat16}, ValueError, "must have the same dtype"),
+    "DTensor": ({"dtensor": True}, TypeError, "q must be this rank's shard, got a DTensor"),
+    "queries": ({"queries": 7}, ValueError, "same tokens on each rank, got 7 queries and 20 keys"),
+    "blocks": ({"blocks": 0}, ValueError, "block_size must be at least 1"),
+    "exchange": ({"exchange": "ring"}, ValueError, "exchange must be one of .*, got 'ring'"),
+    "causal": ({"causal": False}, NotImplementedError, "does not support is_causal=False"),
+    "impl": ({"impl": "fused"}, NotImplementedError, "needs inputs on CUDA"),
+    "scale": ({"scale": "1"}, TypeError, "scale must be a Python number"),
+    "long": ({"scale": torch.inf, "gate": "é" * 9000}, ValueError, "gate must be one of"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_error_of_one_rank_is_an_error_of_all(ranks, name):
+    changes, kind, message = WRONG[name]
+    *others, last = fails(ranks, changes)
+    assert type(last) is kind
+    for error in others:
+        assert type(error) is ValueError
+        assert f"the arguments of rank {ranks.size - 1} are wrong: " in str(error)
+    with pytest.raises(kind, match=message):
+        raise last
+    if name != "long":
+        with pytest.raises(ValueError, match=message):
+            raise others[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        (
+            {"cu_seqlens": torch.tensor([0, 40])},
+            NotImplementedError,
+            'exchange="gather" does not support cu_seqlens; use exchange="heads"',
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 7]), "exchange": "heads"},
+            ValueError,
+            "cu_seqlens must rise from 0",
+        ),
+        ({"max_seqlen": 7, "exchange": "heads"}, ValueError, "max_seqlen=7 needs packed documents"),
+        ({"lengths": (20,)}, ValueError, "lengths must have one length for each rank, got 1"),
+        ({"lengths": (1, 2, 3)}, ValueError, "lengths"),
+    ],
+    ids=str,
+)
+def test_the_same_error_on_all_ranks(ranks, changes, kind, message):
+    if ranks.size == 2 and changes.get("lengths") == (1, 2, 3):
+        changes = {"lengths": (1, 2)}
+    for error in fails(ranks, changes, changes):
+        with pytest.raises(kind, match=message):
+            raise error
+
+
+def die(mesh: DeviceMesh, call: Call, when: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def last_rank_ends(*_: Any) -> None:
+        if mesh.get_local_rank() == mesh.size() - 1:
+            os._exit(1)
+
+    if when == "before":
+        last_rank_ends()
+    out = call(mesh, q.requires_grad_(), k, v)
+    out.register_hook(last_rank_ends)
+    out.sum().backward()
+
+
+@pytest.mark.parametrize("when", ["before", "backward"])
+@pytest.mark.parametrize("exchange", ["gather", "heads"])
+def test_the_end_of_a_rank_is_an_error_of_the_others(when, exchange, tmp_path):
+    processes = Processes(2, tmp_path)
+    try:
+        began = time.perf_counter()
+        tensors = Problem(kv_heads=2).tensors()
+        arguments = [(Call((24, 24), exchange=exchange), when, *tensors)] * 2
+        alive, ended = processes.run(die, arguments)
+        assert isinstance(alive, RuntimeError)
+        assert isinstance(ended, EOFError)
+        assert time.perf_counter() - began < SECONDS / 2
+    finally:
+        processes.stop()
+
+
+def test_a_mesh_of_one_dimension_is_needed():
+    x = torch.randn(1, 1, 8, 4)
+    with pytest.raises(TypeError, match=r"mesh must be a torch\.distributed"):
+        context_parallel_moba(x, x, x, 4, 2, mesh=None)
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "context"))
+        with pytest.raises(ValueError, match=r"one dimension.*got 2 \(\('data', 'context'\)\)"):
+            context_parallel_moba(x, x, x, 4, 2, mesh=mesh)
+        meta = x.to("meta")
+        with pytest.raises(ValueError, match="device of the mesh, got meta and a mesh of cpu"):
+            context_parallel_moba(meta, meta, meta, 4, 2, mesh=mesh["context"])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_arguments_are_those_of_flex_moba():
+    ours, theirs = (inspect.signature(f).parameters for f in (context_parallel_moba, flex_moba))
+    missing = {"cache", "document_ids", "key_padding_mask"}
+    added = {"mesh", "exchange", "lengths"}
+    assert {*ours} == {*theirs} - missing | added
+    assert all(ours[name] == theirs[name] for name in {*ours} - added)
+    without, with_aux = map(inspect.signature, typing.get_overloads(context_parallel_moba))
+    assert without.return_annotation is Tensor
+    assert with_aux.return_annotation == tuple[Tensor, AuxOutput]
+    for overload in (without, with_aux):
+        aux = {"return_aux": ours["return_aux"]}
+        assert list((overload.parameters | aux).values()) == list(ours.values())
+
+
+# ---- The choice of the exchange -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ranks", "gate", "documents", "expected"),
+    [
+        (8, 8, 2, "token", False, "gather"),  # as many bytes
+        (8, 8, 4, "token", False, "heads"),
+        (32, 8, 4, "token", False, "gather"),
+        (32, 8, 8, "token", False, "heads"),
+        (32, 8, 16, "token", False, "heads"),  # two ranks share a KV head
+        (32, 8, 16, "group", False, "gather"),
+        (32, 8, 4, "token", True, "heads"),
+        (32, 8, 3, "token", False, "gather"),
+        (32, 8, 3, "token", True, None),
+        (32, 8, 64, "token", True, None),
+        (32, 8, 16, "group", True, None),
+        (4, 4, 2, "tile", False, "heads"),  # the shards do not begin at tiles
+    ],
+)
+def test_auto(heads, kv_heads, ranks, gate, documents, expected):
+    shape = Shape(heads, kv_heads, (100,) * ranks, gate, documents)
+    if expected is None:
+        with pytest.raises(NotImplementedError, match=r'"gather" does not.*, and exchange="heads"'):
+            resolve_exchange("auto", shape)
+    else:
+        assert resolve_exchange("auto", shape) == expected
+        assert resolve_exchange(expected, shape) == expected
+
+
+def test_a_named_exchange_is_never_another():
+    with pytest.raises(NotImplementedError, match=r"got 3 ranks, Hq=4 and Hkv=2; use exchange"):
+        resolve_exchange("heads", Shape(4, 2, (5, 5, 5), "token", False))
+    with pytest.raises(NotImplementedError, match=r'"heads" with gate="group" needs .* Hkv=1'):
+        resolve_exchange("heads", Shape(4, 1, (5, 5), "group", False))
+    with pytest.raises(NotImplementedError, match=r"multiples of 128, got lengths \[5, 0, 5\]"):
+        resolve_exchange("gather", Shape(4, 1, (5, 0, 5), "tile", False))
+    assert resolve_exchange("gather", Shape(4, 1, (128, 0, 5, 0), "tile", False)) == "gather"
+
+
+# ---- On GPUs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpus(tmp_path_factory) -> Iterator[Processes]:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    processes = Processes(2, tmp_path_factory.mktemp("gpus"), "cuda")
+    yield processes
+    processes.stop()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exchange", ["gather", "heads"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("options", [{}, {"score_mod": by_head_and_position}], ids=str)
+def test_two_gpus_equal_one(gpus, exchange, dtype, options):
+    sizes = {"q_len": 1000, "kv_len": 1000, "head_dim": 64, "value_dim": 64, "block_size": 64}
+    q, k, v = Problem(kv_heads=2, group=2, dtype=dtype, **sizes).tied_tensors()
+    mask = reference_mask(
+        reference_selection(q, k, 64, 3, is_causal=True), 64, 1000, is_causal=True
+    )
+    call = Call((300, 700), 64, 3, exchange, options)
+    assert_as_exact_as_dense(spread(gpus, call), q, k, v, mask, gradients=True, **options)
