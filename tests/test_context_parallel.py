@@ -19,6 +19,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
@@ -507,8 +508,11 @@ def attempt(mesh: DeviceMesh, call: Call, sizes: dict[str, Any], changes: dict[s
     if "causal" in changes:
         call = replace(call, options={"is_causal": changes["causal"]})
     q.requires_grad_(bool(changes.get("requires_grad")))
-    others = ("dtensor", "cast", "causal", "queries", "requires_grad")
-    call(mesh, q, k, v, **{name: x for name, x in changes.items() if name not in others})
+    others = ("dtensor", "cast", "causal", "tangent", "queries", "requires_grad")
+    with forward_ad.dual_level():
+        if "tangent" in changes:
+            q = forward_ad.make_dual(q, q)
+        call(mesh, q, k, v, **{name: x for name, x in changes.items() if name not in others})
 
 
 def fails(ranks: Processes, last: dict[str, Any], others: dict[str, Any] | None = None) -> list:
@@ -567,6 +571,7 @@ def test_different_arguments_raise_the_same_error_on_all_ranks(ranks, name):
 
 
 WRONG = {
+    "tangent": ({"tangent": True}, NotImplementedError, "q has a tangent"),
     "mixed dtypes": ({"cast": torch.bfloat16}, ValueError, "must have the same dtype"),
     "DTensor": ({"dtensor": True}, TypeError, "q must be this rank's shard, got a DTensor"),
     "queries": ({"queries": 7}, ValueError, "same tokens on each rank, got 7 queries and 20 keys"),
