@@ -484,7 +484,9 @@ def several(mesh: DeviceMesh, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tu
 
 
 @pytest.mark.parametrize("exchange", ["gather", "heads"])
-@pytest.mark.parametrize("options", [{}, {"score_mod": by_head_and_position}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"score_mod": by_head_and_position}], ids=["", "score_mod"]
+)
 def test_ways_to_make_the_same_call(ranks, exchange, options):
     problem, lengths = problem_of(ranks)
     results = joined(ranks, several, Call(lengths, 4, 3, exchange, options), *problem.tensors())
@@ -740,7 +742,9 @@ def gpus(tmp_path_factory) -> Iterator[Processes]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("exchange", ["gather", "heads"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("options", [{}, {"score_mod": by_head_and_position}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"score_mod": by_head_and_position}], ids=["", "score_mod"]
+)
 def test_two_gpus_equal_one(gpus, exchange, dtype, options):
     sizes = {"q_len": 1000, "kv_len": 1000, "head_dim": 64, "value_dim": 64, "block_size": 64}
     q, k, v = Problem(kv_heads=2, group=2, dtype=dtype, **sizes).tied_tensors()
