@@ -586,12 +586,6 @@ def test_compiled_without_a_graph_break():
             assert_bitwise_equal(actual, expected)
 
 
-def test_the_operator_of_the_selection():
-    q, *_, k_cmp, _, _, _ = Problem(topk=5, block_size=16).tensors()
-    arguments = (q, k_cmp, 100, 32, 16, 16, 5, 1, 1, 0.3)
-    torch.library.opcheck(torch.ops.flexmoba.nsa_select.default, arguments)
-
-
 # ---- The interface ------------------------------------------------------------------------------
 
 SIZES = "cmp_block=32, cmp_stride=16, block_size=64, topk=16, sink_blocks=1, local_blocks=1"
