@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flexmoba import MobaCache, flex_moba, moba_reference, moba_select, selected_attention
 from flexmoba.backends.flex.block_masks import materialize
 from flexmoba.flops import pairs
+from flexmoba.nsa import flex_nsa
 from tests.problems import Problem
 
 PROBLEM = Problem(kv_heads=2, group=2, q_len=150, kv_len=150, block_size=16, topk=3)
@@ -30,6 +31,11 @@ def over_selection(
     return selected_attention(q, k, v, selection, block_size, **options)
 
 
+def nsa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    gates = q.new_ones(*q.shape[:3], 3)
+    return flex_nsa(q, k, v, gates, block_size=16, topk=5, window=20)
+
+
 # Calls with every argument whose values the operators use.
 CALLS = {
     "flex_moba": lambda *qkv: flex_moba(*qkv, 16, 3),
@@ -44,6 +50,7 @@ CALLS = {
     "key_padding_mask": lambda *qkv: flex_moba(
         *qkv, 16, 3, key_padding_mask=torch.arange(150)[None] > 20
     ),
+    "flex_nsa": nsa,
 }
 
 
@@ -111,7 +118,7 @@ def test_documents_that_values_alone_count_are_refused(mode):
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-@pytest.mark.parametrize("name", ["selection", "cu_seqlens", "key_padding_mask"])
+@pytest.mark.parametrize("name", ["selection", "cu_seqlens", "key_padding_mask", "flex_nsa"])
 def test_traced_calls_read_no_value(name, mode):
     inputs = PROBLEM.tensors()
     traced = make_fx(CALLS[name], tracing_mode=mode)(*inputs)
@@ -179,6 +186,7 @@ def test_operators():
         cache = MobaCache(1, 2, 8, block_size=16, dtype=torch.float64)
         flex_moba(*(x.detach() for x in inputs), 16, 3, cache=cache)
         cache.next_positions(1)
+        nsa(*inputs)
     assert recorder.calls.keys() == operators() - CUDA_ALONE
     check_operators(recorder)
 

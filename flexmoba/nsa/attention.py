@@ -192,7 +192,6 @@ def flex_nsa(
     check_no_tangents(
         q=q, k=k, v=v, gates=gates, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win
     )
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
         nothing = 0 * sum(x.sum() for x in (q, k, v, gates, k_cmp, v_cmp, k_win, v_win))
         lse = q.new_zeros((*q.shape[:3], 3), dtype=torch.promote_types(q.dtype, torch.float32))

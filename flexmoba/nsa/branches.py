@@ -31,7 +31,7 @@ def compressed_branch(
     v_cmp: Tensor,
     kv_len: int,
     sizes: NsaSizes,
-    scale: float,
+    scale: float | None,
     impl: ImplName,
 ) -> tuple[Tensor, Tensor]:
     """Computes attention to the compressed blocks that end at or before each query (Eq. 7).
@@ -84,7 +84,7 @@ def selected_branch(
     v: Tensor,
     selection: Tensor,
     block_size: int,
-    scale: float,
+    scale: float | None,
     impl: ImplName,
 ) -> tuple[Tensor, Tensor]:
     """Computes attention to the selected blocks of each KV head (Eq. 12)."""
@@ -100,7 +100,7 @@ def selected_branch(
 
 
 def window_branch(
-    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, impl: ImplName
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None, impl: ImplName
 ) -> tuple[Tensor, Tensor]:
     """Computes attention to the last ``window`` tokens up to each query, its own included."""
     q_len, kv_len = q.shape[2], k.shape[2]
@@ -111,6 +111,7 @@ def window_branch(
     q, k, v = F.pad(q, (0, 0, missing, 0)), k[:, :, first:], v[:, :, first:]
     position = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
     first_key = (position - (window - 1)).clamp(min=0).expand(q.shape[0], -1)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = AttentionOptions(resolve(impl, q, k, v), scale)
     out, lse = window_attention(q, k, v, first_key, window, options)
     return out[:, :, missing:], lse[:, :, missing:]
