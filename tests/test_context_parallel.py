@@ -26,7 +26,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 from torch.utils.checkpoint import checkpoint
 
 from flexmoba import flex_moba
-from flexmoba.distributed import context_parallel_moba, gather
+from flexmoba.distributed import context_parallel_moba, gather, heads
 from flexmoba.distributed.choice import Shape, resolve_exchange
 from flexmoba.reference import reference_mask, reference_selection
 from tests.conftest import (
@@ -304,6 +304,30 @@ def test_two_runs_are_bitwise_equal(ranks, exchange):
         assert_bitwise_equal(x, y)
 
 
+def without_sending(mesh: DeviceMesh, task: Callable, *arguments: Any) -> Any:
+    """Runs a task in which no rank may send shards; ranks may compare their arguments."""
+
+    def sends(*_: Any) -> None:
+        raise AssertionError("a rank sends its shard")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather, "all_gather", sends)
+        patch.setattr(heads, "all_to_all", sends)
+        return task(mesh, *arguments)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "heads"])
+@pytest.mark.parametrize("sizes", [{"q_len": 0, "kv_len": 0}, {"batch": 0}], ids=str)
+def test_nothing_is_sent_without_tokens(ranks, exchange, sizes):
+    problem, lengths = problem_of(ranks, **sizes)
+    call = Call((0,) * ranks.size if "q_len" in sizes else lengths, exchange=exchange)
+    shards = [(call, *(call.shard(x, r) for x in problem.tensors())) for r in range(ranks.size)]
+    results = ranks.run(without_sending, [(forward, *shard) for shard in shards])
+    for rank, (out, lse) in enumerate(results):
+        assert out.shape == (problem.batch, problem.heads, call.lengths[rank], problem.value_dim)
+        assert lse.shape == out.shape[:3]
+
+
 # ---- score_mod ----------------------------------------------------------------------------------
 
 
@@ -530,9 +554,10 @@ def fails(ranks: Processes, last: dict[str, Any], others: dict[str, Any] | None 
         (last_call, last_sizes, changes)
     ]
     began = time.perf_counter()
-    errors = ranks.run(attempt, arguments)
+    errors = ranks.run(without_sending, [(attempt, *mine) for mine in arguments])
     assert time.perf_counter() - began < SECONDS / 4, "the ranks waited for each other"
     assert all(isinstance(error, Exception) for error in errors), errors
+    assert not any(isinstance(error, AssertionError) for error in errors), errors
     # The ranks are ready for another call.
     results = ranks.run(attempt, [(call, sizes, {})] * ranks.size)
     assert results == [None] * ranks.size
