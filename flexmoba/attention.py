@@ -234,9 +234,9 @@ def flex_moba(
             sink_blocks=sink_blocks,
             local_blocks=local_blocks,
         )
-        return _output(out, lse, return_aux)
+        return with_aux(out, lse, return_aux)
     if q.numel() == 0:
-        return _output(*_empty(q, k, v), return_aux)
+        return with_aux(*_empty(q, k, v), return_aux)
     options = AttentionOptions(impl, scale, is_causal, kernel_options)
     gate_options = GateOptions(gate, sink_blocks, local_blocks)
 
@@ -259,7 +259,7 @@ def flex_moba(
         per_tile=use_tile_gate and impl == "masked",
     )
     out, lse = attend(q, k, v, selection, layout, options, score_mod)
-    return _output(*layout.collect_results(out, lse), return_aux)
+    return with_aux(*layout.collect_results(out, lse), return_aux)
 
 
 @overload
@@ -381,7 +381,7 @@ def selected_attention(
     impl = resolve(*(impl, q, k, v, kernel_options, score_mod), has_short_blocks=has_short_blocks)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
-        return _output(*_empty(q, k, v), return_aux)
+        return with_aux(*_empty(q, k, v), return_aux)
     options = AttentionOptions(impl, scale, is_causal, kernel_options)
 
     packing = packing_of(k.shape[2], cu_seqlens, document_ids)
@@ -390,7 +390,7 @@ def selected_attention(
     q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
     check_selected_values(selection, k.shape[2], layout)
     out, lse = attend_selected(q, k, v, selection, layout, options, score_mod)
-    return _output(*layout.collect_results(out, lse), return_aux)
+    return with_aux(*layout.collect_results(out, lse), return_aux)
 
 
 def _check_no_documents(**given: Tensor | None) -> None:
@@ -408,9 +408,10 @@ def _empty(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_zeros((*q.shape[:3], v.shape[-1])) + nothing, lse
 
 
-def _output(
-    out: Tensor, lse: Tensor, return_aux: AuxRequest | None
+def with_aux(
+    out: Tensor, lse: Tensor | None, return_aux: AuxRequest | None
 ) -> Tensor | tuple[Tensor, AuxOutput]:
+    """Returns the output, or a pair of it and the ``AuxOutput`` that ``return_aux`` requests."""
     if return_aux is None:
         return out
     return out, AuxOutput(lse=lse if return_aux.lse else None)

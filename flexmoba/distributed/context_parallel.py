@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
+from flexmoba.attention import with_aux
 from flexmoba.backends import ImplName, ScoreMod, resolve
 from flexmoba.checks import (
     GateName,
@@ -216,9 +217,7 @@ def context_parallel_moba(
     if has_documents:
         _check_documents(q, k, ranks, documents)
     out, lse = _attend(q, k, v, attention, ranks, chosen, needs_lse, documents)
-    if return_aux is None:
-        return out
-    return out, AuxOutput(lse=lse if needs_lse else None)
+    return with_aux(out, lse, return_aux)
 
 
 def _attend(
@@ -286,10 +285,8 @@ def _check_shard(
     resolve(options["impl"], q, k, v, options["kernel_options"], attention.score_mod)
 
 
-def _check_lengths(lengths: Sequence[int] | None, length: int, mesh: DeviceMesh) -> None:
+def _check_lengths(lengths: Sequence[int], length: int, mesh: DeviceMesh) -> None:
     """Raises unless the caller's lengths have one for each rank, and this rank's is right."""
-    if lengths is None:
-        return
     if len(lengths) != mesh.size():
         raise ValueError(
             f"lengths must have one length for each rank, got {len(lengths)} for {mesh.size()} "

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
+from flexmoba.attention import with_aux
 from flexmoba.backends import ImplName, resolve
 from flexmoba.checks import (
     check_no_tangents,
@@ -195,7 +196,7 @@ def flex_nsa(
     if q.numel() == 0:
         nothing = 0 * sum(x.sum() for x in (q, k, v, gates, k_cmp, v_cmp, k_win, v_win))
         lse = q.new_zeros((*q.shape[:3], 3), dtype=torch.promote_types(q.dtype, torch.float32))
-        return _output(
+        return with_aux(
             q.new_zeros((*q.shape[:3], v.shape[-1])) + nothing, lse + nothing, return_aux
         )
     if selection is None:
@@ -206,7 +207,7 @@ def flex_nsa(
         window_branch(q, k_win, v_win, window, scale, impl),
     )
     outs, lses = zip(*branches, strict=True)
-    return _output(_merge(outs, gates), torch.stack(lses, dim=-1), return_aux)
+    return with_aux(_merge(outs, gates), torch.stack(lses, dim=-1), return_aux)
 
 
 def _merge(outs: tuple[Tensor, ...], gates: Tensor) -> Tensor:
@@ -217,11 +218,3 @@ def _merge(outs: tuple[Tensor, ...], gates: Tensor) -> Tensor:
         for out, gate in zip(outs, gates.unbind(-1), strict=True)
     ]
     return (weighted[0] + weighted[1] + weighted[2]).to(gates.dtype)
-
-
-def _output(
-    out: Tensor, lse: Tensor, return_aux: AuxRequest | None
-) -> Tensor | tuple[Tensor, AuxOutput]:
-    if return_aux is None:
-        return out
-    return out, AuxOutput(lse=lse if return_aux.lse else None)
