@@ -25,6 +25,12 @@ full size, one GPU (bfloat16, compiled), 16 contexts to a step, 2 at a time:
 
 Configurations to compare, one after the other on each GPU: see sweep.py.
 
+--model continues the training of a pretrained model of transformers, whose tokenizer made the
+corpus (`corpus.py --tokenizer`), and --save saves it for transformers:
+  python examples/train.py --attention moba --model ./smollm2 --tokens corpus --length 8192 \\
+      --block-size 64 --topk 16 --sink-blocks 1 --batch 8 --accumulate 4 --steps 400 --lr 2e-4 \\
+      --to-zero --out smollm2.pt --save ./smollm2-moba
+
 On several GPUs put torchrun in place of python: processes share out the contexts of each step. A
 run that was interrupted, or stopped by --minutes, goes on where --out was last written, with the
 options it began with, and on as many GPUs as there are now:
@@ -41,7 +47,7 @@ import sys
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -53,6 +59,9 @@ from flexmoba.commands.demo import standard_library
 from flexmoba.hybrid import HybridSchedule, set_attention
 from flexmoba.nn import FlexMoba, MobaAttention
 from flexmoba.reporting import UsageError, add_device, check_writable, positive, progress, table
+
+if TYPE_CHECKING:
+    from pretrained import Pretrained
 
 BUCKETS = 8  # of positions, in the report
 TIMED = 10  # steps between two readings of the clock, and of the losses
@@ -106,7 +115,7 @@ class Block(nn.Module):
             o.kv_heads,
             block_size=o.block_size,
             topk=None,
-            rope_base=o.rope_base,
+            rope_base=o.rope_base or 10000.0,
             key_conv=o.key_conv,
             **options,
         )
@@ -215,7 +224,7 @@ def read(paths: list[str], length: int) -> tuple[Tensor, Tensor]:
 
 def windows(data: Tensor, starts: Tensor, length: int, device: str) -> tuple[Tensor, Tensor]:
     """Inputs and targets, ``(B, length)`` each."""
-    both = data[starts[:, None] + torch.arange(length + 1)].long()
+    both = data[starts[:, None] + torch.arange(length + 1)].long() % 65536  # of a signed integer
     if device.startswith("cuda"):
         both = both.pin_memory()  # so that the copy waits for nothing
     both = both.to(device, non_blocking=True)
@@ -388,6 +397,19 @@ def optimizers_of(model: nn.Module, o: argparse.Namespace) -> list[torch.optim.O
     return [adam, torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
 
 
+def model_of(o: argparse.Namespace) -> "GPT | Pretrained":
+    """A new GPT, or the pretrained model of --model."""
+    if not o.model:
+        return GPT(o)
+    from pretrained import Pretrained  # needs transformers
+
+    model = Pretrained(o)
+    o.layers = model.layers
+    if o.full_layers > o.layers:
+        sys.exit(f"--full-layers {o.full_layers}: the model has {o.layers} layers")
+    return model
+
+
 def average(tensors: list[Tensor], processes: int) -> None:
     """The mean over all processes, in place. A compiled model has all gradients at once."""
     flat = nn.utils.parameters_to_vector(tensors)
@@ -447,12 +469,12 @@ def version_of(name: str) -> str | None:
         return None
 
 
-def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> GPT:
+def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> "GPT | Pretrained":
     torch.manual_seed(o.seed)
     use_kernels(o.dense)
     seen, unseen = data_of(o)
     cuda = o.device.startswith("cuda")
-    model = GPT(o).to(o.device)
+    model = model_of(o).to(o.device)
     optimizers = optimizers_of(model, o)
     schedule = schedule_of(model, o)
     history: dict[str, Any] = {"loss": [], "times": [], "checks": []}
@@ -504,7 +526,7 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> GPT:
         said_tokens += o.batch * o.length
         switched = schedule.step()
         if switched:
-            moba = model.get_submodule("blocks.0.attention.moba")
+            moba = next(x for x in model.modules() if isinstance(x, FlexMoba))
             say(f"step {schedule.count}: {moba} from here on", flush=True)
         stop = schedule.count == (o.until or o.steps)
         changes = switched or schedule.count == short_steps(o)  # what compiles
@@ -537,6 +559,8 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> GPT:
     if rank == 0:
         found = evaluate(model, schedule, unseen, o)
         results.write(final=found)
+        if not isinstance(model, GPT) and o.save:
+            model.save(o)
         print(f"\nValidation loss (nats per {unit[:-1]}) after {schedule.count} steps\n")
         print(report(found, o), flush=True)
     return model
@@ -562,7 +586,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dense", choices=["flex", "flash", "cudnn"], default="flex", help="kernel of full "
         "attention: flexmoba's FlexAttention, or one of torch's (%(default)s)")  # fmt: skip
     add("--qk-norm", action="store_true", help="normalise the queries and keys of each head")
-    add("--rope-base", type=float, default=10000.0, help="of rotary embeddings (%(default)s)")
+    add("--rope-base", type=float, help="of rotary embeddings (10000, or the model's)")
+    add("--model", metavar="FOLDER", help="a model of transformers, to continue its training")
+    add("--gguf", metavar="FILE", help="in that folder, the model as GGUF")
+    add("--save", metavar="FOLDER", help="where that model goes, for transformers")
     sizes = {"layers": 2, "dim": 128, "heads": 4, "kv-heads": 2, "length": 512, "batch": 8}
     sizes |= {"steps": 400, "windows": 32, "every": 100}
     notes = {"length": "tokens of context, ", "windows": "to validate on, "}
@@ -596,7 +623,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         check_writable(out=o.out, results=o.results)
     except UsageError as error:
         parser.error(str(error))
-    if not 0 < o.full_share < 1 or not 0 <= o.full_layers <= o.layers:
+    if o.model and not Path(o.model).is_dir():
+        parser.error(f"--model {o.model}: there is no such folder; nothing is downloaded")
+    if o.save and not o.model:
+        parser.error("--save needs --model; --out keeps a GPT")
+    if o.model and (o.qk_norm or o.key_conv):
+        parser.error("--qk-norm and --key-conv are of a new GPT; leave them out with --model")
+    layers = math.inf if o.model else o.layers  # of a model that is not loaded yet
+    if not 0 < o.full_share < 1 or not 0 <= o.full_layers <= layers:
         parser.error("--full-share must lie between 0 and 1, --full-layers from 0 to --layers")
     if o.short_length and (o.short_length < 1 or o.length % o.short_length):
         parser.error(f"--short-length {o.short_length} must divide --length {o.length}")
@@ -611,7 +645,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return o
 
 
-def main(argv: list[str] | None = None) -> GPT:
+def main(argv: list[str] | None = None) -> "GPT | Pretrained":
     began = time.monotonic()
     o, state = parse(argv), None
     o.vocabulary = vocabulary_of(o)
