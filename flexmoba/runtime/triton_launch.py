@@ -16,13 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 _NUMBERS = (tl.int32, tl.int64, tl.float32)
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
-def kernel(function: Callable[..., None]) -> Any:
-    """Applies `triton.jit` without specialisation of parameters that have the type of a number."""
+def kernel(function: Callable[..., None], jit: Any = triton.jit) -> Any:
+    """Applies `triton.jit` without specialisation of parameters that have the type of a number.
+
+    Args:
+        function: The kernel.
+        jit: The decorator, `triton.jit` or that of Gluon.
+    """
     parameters = inspect.signature(function).parameters.values()
     numbers = [x.name for x in parameters if x.annotation in _NUMBERS]
-    return triton.jit(function, do_not_specialize=numbers)
+    return jit(function, do_not_specialize=numbers)
 
 
 def launch(
@@ -38,8 +44,8 @@ def launch(
         kernel: A kernel from `kernel`; its constexprs come after all other parameters.
         n_programs: Size of the grid. For 0, the function returns without a launch.
         arguments: All arguments but constexprs. Tensors begin at multiples of 16 bytes.
-        constants: The constexprs by name, ``num_warps`` and ``num_stages``. Further names are
-            ignored.
+        constants: The constexprs by name, ``num_warps``, ``num_stages`` and ``maxnreg``. Further
+            names are ignored.
         dtypes: Dtypes of the tensors whose dtype varies between calls.
     """
     if n_programs == 0:
@@ -49,7 +55,7 @@ def launch(
     cached = _compiled.get(key)
     if cached is None:
         names = kernel.arg_names[len(arguments) :]
-        options = {x: constants[x] for x in (*names, "num_warps", "num_stages") if x in constants}
+        options = {x: constants[x] for x in (*names, *_OPTIONS) if x in constants}
         # Explicit, because newer versions of Triton warn that the default will change.
         compiled = kernel[(n_programs,)](*arguments, **options, enable_fp_fusion=True)
         if compiled is not None:  # Triton's interpreter compiles nothing
