@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flexmoba.backends import flex, portable
-from flexmoba.backends.dense import dense_attention, why_not_dense
+from flexmoba.backends.dense import dense_attention, supports_dense
 from flexmoba.backends.flex import run_compiled
 from flexmoba.backends.fused import fused_attention
 from flexmoba.backends.merge import merge_two
@@ -166,7 +166,7 @@ def full_attention(
     modifier: ScoreModifier | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes full attention; the arguments and results are those of `block_attention`."""
-    if why_not_dense(q, k, v, options, has_score_mod=modifier is not None) is None:
+    if supports_dense(q, k, v, options, has_score_mod=modifier is not None):
         return dense_attention(q, k, v, options)
     if options.impl == "portable":
         return portable.full_attention(q, k, v, options, modifier)

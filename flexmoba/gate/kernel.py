@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexmoba.gate.options import Candidates, GateOptions, GateSizes
-from flexmoba.runtime.triton_launch import kernel, launch, packed
+from flexmoba.runtime.triton_launch import kernel, launch, on_device_of, packed
 
 MAX_COUNT = 64  # blocks of a row, which the kernel keeps in registers
 MAX_HEAD_DIM = 256
@@ -68,7 +68,7 @@ def select_on_cuda(
         "num_warps": 2 if dim <= 128 and q.element_size() == 2 and not use_lists else 4,
     }
     dtypes = (q.dtype, means.dtype)
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         n_programs = triton.cdiv(q_len, tile_q) * batch * heads
         tensors = q, means, first, last, selected
         launch(_select_kernel, n_programs, (*tensors, *numbers), constants, dtypes)

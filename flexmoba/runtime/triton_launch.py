@@ -6,6 +6,7 @@ with their types and never specialised, pointers are aligned, and a key of dtype
 identifies the compiled kernel.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -51,7 +52,9 @@ def launch(
     if n_programs == 0:
         return
     assert isinstance(arguments[0], Tensor)
-    key: Hashable = (kernel, arguments[0].device, *dtypes, *constants.values())
+    # By identity, because Triton computes the hash of a kernel from its source. No kernel is ever
+    # deleted.
+    key: Hashable = (id(kernel), arguments[0].device, *dtypes, *constants.values())
     cached = _compiled.get(key)
     if cached is None:
         names = kernel.arg_names[len(arguments) :]
@@ -63,6 +66,16 @@ def launch(
     else:
         compiled, constexprs = cached
         compiled[n_programs, 1, 1](*arguments, *constexprs)
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Returns a context in which the device of ``x`` is current; it does nothing if it is already.
+
+    To change the device and back takes as long as a launch.
+    """
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device_of(x)
 
 
 def packed(x: Tensor) -> Tensor:

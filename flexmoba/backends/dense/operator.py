@@ -15,10 +15,12 @@ _DTYPES_ON_CUDA = (torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM_ON_CUDA = 256
 
 
-def why_not_dense(
+def supports_dense(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *, has_score_mod: bool
-) -> str | None:
-    """Returns the reason why torch's dense kernels do not support a full attention call, or None.
+) -> bool:
+    """Returns whether torch's dense kernels support a full attention call.
+
+    ``impl="masked"`` never uses them: it names a FlexAttention call.
 
     Args:
         q: Queries, ``(B, Hq, Lq, D)``.
@@ -27,26 +29,25 @@ def why_not_dense(
         options: The backend and its options.
         has_score_mod: Whether the call has a ``score_mod``.
     """
-    if has_score_mod:
-        return "does not support score_mod"
-    if options.is_causal and q.shape[2] != k.shape[2]:
-        return "aligns the first query, not the last, to the keys"
-    if options.scale <= 0:  # the kernels mask scores, or take their maximum, before they scale
-        return f"needs a positive scale, got {options.scale}"
+    # The kernels align the first query to the first key. They mask scores, or take their maximum,
+    # before they scale.
+    is_aligned = not options.is_causal or q.shape[2] == k.shape[2]
+    if has_score_mod or not is_aligned or options.scale <= 0:
+        return False
     if q.device.type == "cpu":
-        return None if options.impl == "portable" else f'is not impl="{options.impl}"'
-    if options.impl not in ("fused", "routed") or not q.is_cuda:
-        return f'is not impl="{options.impl}" on {q.device}'
-    if options.kernel_options:
-        return "has no kernel_options"
+        return options.impl == "portable"
     dim, value_dim = q.shape[-1], v.shape[-1]
-    if q.dtype not in _DTYPES_ON_CUDA:
-        return f"needs float16 or bfloat16, got {q.dtype}"
-    if dim != value_dim or dim % 8 != 0 or dim > _MAX_HEAD_DIM_ON_CUDA:
-        return f"needs equal head dims that are multiples of 8, got {dim} and {value_dim}"
-    if torch.version.hip or torch.cuda.get_device_properties(q.device).major < 8:
-        return "needs an NVIDIA GPU of compute capability 8.0"
-    return None
+    return (
+        q.is_cuda
+        and options.impl in ("fused", "routed")
+        and not options.kernel_options
+        and q.dtype in _DTYPES_ON_CUDA
+        and dim == value_dim
+        and dim % 8 == 0
+        and dim <= _MAX_HEAD_DIM_ON_CUDA
+        and not torch.version.hip
+        and torch.cuda.get_device_properties(q.device).major >= 8
+    )
 
 
 def dense_attention(

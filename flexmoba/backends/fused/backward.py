@@ -27,7 +27,7 @@ from flexmoba.backends.fused.tile_sizes import (
     has_large_shared_memory,
 )
 from flexmoba.blocks import ceil_div
-from flexmoba.runtime.triton_launch import launch, packed
+from flexmoba.runtime.triton_launch import launch, on_device_of, packed
 from flexmoba.selection import BlockSelection
 
 # An item holds this many times the average number of rows of a block. The factor is large enough
@@ -114,7 +114,7 @@ def attend_backward_on_cuda(
     factor, dtypes = scale / math.log(2), (q.dtype,)
     grad_lse = None if grad_lse is None else packed(grad_lse)
     tiles_per_block = ceil_div(sizes.block_size, key_tile["KEYS"])
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         delta = torch.empty_like(lse)
         launch(
             delta_kernel,

@@ -12,7 +12,7 @@ from flexmoba.backends.fused.schedule import Sizes, sort_groups
 from flexmoba.backends.fused.strides import aligned, head_strides, token_stride
 from flexmoba.backends.fused.tile_sizes import forward_constants, has_large_shared_memory
 from flexmoba.blocks import ceil_div
-from flexmoba.runtime.triton_launch import launch, packed
+from flexmoba.runtime.triton_launch import launch, on_device_of, packed
 from flexmoba.selection import BlockSelection
 
 
@@ -44,7 +44,7 @@ def attend_on_cuda(
     )
     factor = scale / math.log(2)
     use_hopper = hopper.supports(k, v, sizes, is_causal=is_causal)
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         for group in sort_groups(sizes):
             if sizes.count:
                 bins, pairs = sort_pairs(routed, group, sizes)
