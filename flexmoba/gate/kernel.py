@@ -44,7 +44,9 @@ def select_on_cuda(
     last = q if end_block is None else packed(end_block)
     selected = torch.empty(batch, heads, q_len, count, dtype=torch.int32, device=q.device)
     tile_q, slots = 64, triton.next_power_of_2(count)
-    use_lists = slots <= _MAX_LIST
+    is_half = q.element_size() == 2
+    # Sums of groups are float32, and take more registers for their products by parts.
+    use_lists = slots <= (_MAX_LIST if is_half else _MAX_LIST // 2 if by_parts else 0)
     numbers = (
         *(batch * heads, heads, heads // kv_heads, q_len, n_blocks),
         *(sizes.offset, sizes.block_size),
@@ -65,7 +67,9 @@ def select_on_cuda(
         "TILE_N": max(32, _LISTS * slots) if use_lists else 32,
         "TILE_D": max(16, triton.next_power_of_2(dim)),
         "SLOTS": slots,
-        "num_warps": 2 if dim <= 128 and q.element_size() == 2 and not use_lists else 4,
+        "num_warps": 2 if dim <= 128 and is_half and not use_lists else 4,
+        # Copies of mean keys to shared memory, which float32 fills with one.
+        "num_stages": (3 if dim <= 128 else 2) if is_half else 1,
     }
     dtypes = (q.dtype, means.dtype)
     with on_device_of(q):
