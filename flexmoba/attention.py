@@ -151,7 +151,8 @@ def flex_moba(
             ``"portable"`` computes the same tiles by plain tensor operations, on any device and in
             any dtype. ``"auto"`` is the first of fused, routed and portable that supports the
             inputs; with ``gate="tile"`` on CUDA it tries masked first. Full attention needs no
-            routing: fused, routed and masked then make the same call.
+            routing: ``"masked"`` is then a FlexAttention call, and the other backends call torch's
+            dense kernels where these support the inputs.
         kernel_options: FlexAttention's kernel options, for the backends that call it. With kernel
             options, ``"auto"`` is never fused.
         return_aux: ``AuxRequest(lse=True)`` also returns the log-sum-exp of the scores.

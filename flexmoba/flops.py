@@ -50,7 +50,12 @@ def _portable(
 
 @register_flop_formula(torch.ops.flexmoba.attend_portable_backward)
 def _portable_backward(
-    grad_out: Shape, grad_lse: Shape, out: Shape, lse: Shape, *inputs: Any, out_shape: Any = None
+    grad_out: Shape,
+    grad_lse: Shape | None,
+    out: Shape,
+    lse: Shape,
+    *inputs: Any,
+    out_shape: Any = None,
 ) -> int:
     return _portable(*inputs, backward=True)
 
@@ -75,9 +80,41 @@ def _fused(
 
 @register_flop_formula(torch.ops.flexmoba.attend_fused_backward)
 def _fused_backward(
-    grad_out: Shape, grad_lse: Shape, out: Shape, lse: Shape, *inputs: Any, out_shape: Any = None
+    grad_out: Shape,
+    grad_lse: Shape | None,
+    out: Shape,
+    lse: Shape,
+    *inputs: Any,
+    out_shape: Any = None,
 ) -> int:
     return _fused(*inputs, backward=True)
+
+
+@register_flop_formula(torch.ops.flexmoba.attend_dense)
+def _dense(
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    scale: float,
+    is_causal: bool,
+    out_shape: Any = None,
+    *,
+    backward: bool = False,
+) -> int:
+    count = pairs(q[2], k[2], k[2], 1 - is_causal, is_causal=is_causal)
+    return _attention(q, v, count, backward=backward)
+
+
+@register_flop_formula(torch.ops.flexmoba.attend_dense_backward)
+def _dense_backward(
+    grad_out: Shape,
+    grad_lse: Shape | None,
+    out: Shape,
+    lse: Shape,
+    *inputs: Any,
+    out_shape: Any = None,
+) -> int:
+    return _dense(*inputs, backward=True)
 
 
 @register_flop_formula(torch.ops.flexmoba.select)

@@ -150,6 +150,26 @@ def test_the_gate_kernel_agrees_with_the_plain_gate(block_size, count, options, 
         assert_bitwise_equal(best, expected[..., -scored:])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 17])
+def test_the_gate_kernel_selects_any_number_of_blocks(count):
+    problem = variant(block_size=2, q_len=90, kv_len=290, kv_heads=1)
+    q, k, _ = problem.tied_tensors()
+    q[0, 0, 5], k[0, 0, 9] = torch.nan, torch.inf
+    means, sizes = gate.block_means(k, 2), gate.GateSizes(2, count, 200, is_causal=True)
+    expected = gate.select_by_means(q, means, sizes, gate.GateOptions())
+    best = select_on_cuda(q, means, sizes, gate.GateOptions(), gate.Candidates())
+    assert_bitwise_equal(best, expected)
+
+
+def test_the_gate_kernel_selects_among_8192_blocks():
+    problem = variant(block_size=1, q_len=20, kv_len=8192, kv_heads=1, group=1)
+    q, k, _ = problem.tied_tensors()
+    sizes = gate.GateSizes(1, 15, 8172, is_causal=True)
+    expected = gate.select_by_means(q, k, sizes, gate.GateOptions())
+    best = select_on_cuda(q, k, sizes, gate.GateOptions(), gate.Candidates())
+    assert_bitwise_equal(best, expected)
+
+
 @pytest.mark.parametrize(
     ("block_size", "topk", "q_len", "n_blocks", "dims", "options"),
     [

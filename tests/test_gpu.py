@@ -21,7 +21,7 @@ from flexmoba import (
 )
 from flexmoba.backends.flex import compiled as compiled_flex
 from flexmoba.backends.flex import routed
-from flexmoba.backends.fused import operator, schedule
+from flexmoba.backends.fused import forward, hopper, operator, schedule
 from flexmoba.gate import (
     GateOptions,
     GateSizes,
@@ -198,6 +198,75 @@ def test_auto_prefers_fused_where_it_supports_the_inputs():
             flex_moba(*bad, 128, 3, impl="fused")
     with pytest.raises(NotImplementedError, match="kernel_options"):
         flex_moba(q, k, v, 128, 3, impl="fused", kernel_options={"num_warps": 4})
+
+
+HOPPER = {
+    "256": variant(block_size=256, q_len=2500, kv_len=2500),
+    "384, rest of a prompt": variant(block_size=384, q_len=1700, kv_len=3000, group=1),
+    "512, 64": variant(block_size=512, topk=4, head_dim=64, value_dim=64, q_len=4096, kv_len=4096),
+    "512, float16": variant(block_size=512, dtype=torch.float16, q_len=2500, kv_len=2500, group=8),
+    "4096": variant(block_size=4096, topk=2, batch=1, q_len=9000, kv_len=9000),
+    "not causal": variant(is_causal=False, block_size=256, q_len=700, kv_len=2048),
+}
+
+
+@pytest.fixture
+def launches_on_hopper(monkeypatch):
+    """Enables the warp-specialised kernel and lists its launches."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    launches, attend = [], hopper.attend_on_hopper
+    monkeypatch.setattr(hopper, "enabled", True)
+    monkeypatch.setattr(
+        forward.hopper, "attend_on_hopper", lambda *x: launches.append(1) or attend(*x)
+    )
+    return launches
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_warp_specialised(name, launches_on_hopper):
+    check(HOPPER[name], "fused", gradients=False)
+    assert launches_on_hopper
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "one projection", "expanded"])
+def test_warp_specialised_with_any_strides(layout, launches_on_hopper, monkeypatch):
+    problem = variant(block_size=256, q_len=2000, kv_len=2000)
+    q, k, v = problem.tensors("cuda")
+    if layout == "tokens first":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    elif layout == "one projection":
+        sizes = [q.shape[1], k.shape[1], v.shape[1]]
+        q, k, v = (
+            torch.cat([q, k, v], 1).transpose(1, 2).contiguous().transpose(1, 2).split(sizes, 1)
+        )
+    else:
+        k, v = k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)
+    out = flex_moba(q, k, v, 256, 4, impl="fused")
+    assert launches_on_hopper
+    plain = [x.contiguous() for x in (q, k, v)]
+    for _ in range(3):
+        assert_bitwise_equal(out, flex_moba(*plain, 256, 4, impl="fused"))
+    monkeypatch.setattr(hopper, "enabled", False)
+    torch.testing.assert_close(out, flex_moba(q, k, v, 256, 4, impl="fused"), rtol=0.02, atol=0.02)
+
+
+def test_warp_specialised_in_pieces_and_given_any_selection(launches_on_hopper, monkeypatch):
+    problem = variant(block_size=256, kv_heads=3, q_len=1800, kv_len=2200, topk=5)
+    q, k, v = problem.tensors("cuda")
+    selection = problem.selection("cuda")
+    attend = with_lse(selected_attention, selection, 256, impl="fused")
+    assert_as_exact_as_dense(attend, q, k, v, problem.mask_of(selection))
+    one_piece = attend(q, k, v)
+    before = len(launches_on_hopper)
+    monkeypatch.setattr(schedule, "_SORTING_SHARE", 0.01)
+    monkeypatch.setattr(schedule, "_TOTAL_SHARE", 0.5)
+    monkeypatch.setattr(
+        "flexmoba.backends.fused.forward.sort_groups", schedule.sort_groups.__wrapped__
+    )
+    for x, y in zip(attend(q, k, v), one_piece, strict=True):
+        assert_bitwise_equal(x, y)
+    assert len(launches_on_hopper) > before + 1
 
 
 @pytest.mark.parametrize(

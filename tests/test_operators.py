@@ -143,7 +143,7 @@ def test_fake_tensors_on_cuda(topk, dtype):
 
 # Operators that run only on CUDA; `test_operators_of_cuda` checks them.
 CUDA_ALONE = {"attend_fused", "attend_fused_backward", "move_rows"}
-DIFFERENTIABLE = {"attend_fused", "attend_portable", "move_rows"}
+DIFFERENTIABLE = {"attend_dense", "attend_fused", "attend_portable", "move_rows"}
 
 
 class Recorder(TorchDispatchMode):
@@ -187,6 +187,7 @@ def test_operators():
         flex_moba(*(x.detach() for x in inputs), 16, 3, cache=cache)
         cache.next_positions(1)
         nsa(*inputs)
+        flex_moba(*inputs, 16, None).sum().backward()
     assert recorder.calls.keys() == operators() - CUDA_ALONE
     check_operators(recorder)
 
@@ -199,7 +200,8 @@ def test_operators_of_cuda():
     real = torch.arange(150, device="cuda")[None] >= 9
     with Recorder() as recorder:
         flex_moba(*inputs, 32, 2, key_padding_mask=real).float().sum().backward()
-    assert recorder.calls.keys() >= CUDA_ALONE
+        flex_moba(*inputs, 32, None).float().sum().backward()
+    assert recorder.calls.keys() >= CUDA_ALONE | {"attend_dense", "attend_dense_backward"}
     check_operators(recorder)
 
 
@@ -238,6 +240,19 @@ def test_flops_of_a_step_of_training(device):
     assert gate == 2 * 2 * 4 * 16 * (150 * 10 // 2)
     assert forward - gate == 2 * n_pairs * (16 + 32)
     assert both - forward == 2 * n_pairs * (3 * 16 + 2 * 32)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_flops_of_full_attention(is_causal):
+    inputs = PROBLEM.tensors(requires_grad=True)
+    n_pairs = 4 * (150 * 151 // 2 if is_causal else 150 * 150)
+
+    def attend() -> Tensor:
+        return flex_moba(*inputs, 16, None, is_causal=is_causal)
+
+    forward = flops_of(attend)
+    assert forward == 2 * n_pairs * (8 + 8)
+    assert flops_of(lambda: attend().sum().backward()) - forward == 2 * n_pairs * 5 * 8
 
 
 def test_flops_of_decoding_are_those_of_the_room():

@@ -164,7 +164,14 @@ def parameters(function: ast.FunctionDef) -> int:
 
 
 def is_kernel_or_operator(function: ast.FunctionDef) -> bool:
-    marks = ("kernel", "triton.jit", "custom_op", "register_fake", "register_flop_formula")
+    marks = (
+        "kernel",
+        "triton.jit",
+        "gluon.jit",
+        "custom_op",
+        "register_fake",
+        "register_flop_formula",
+    )
     return any(mark in ast.unparse(x) for x in function.decorator_list for mark in marks)
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from flexmoba.backends import flex
+from flexmoba.backends import flex, portable
+from flexmoba.backends.dense import dense_attention, supports_dense
 from flexmoba.backends.flex import run_compiled
 from flexmoba.backends.fused import fused_attention
 from flexmoba.backends.merge import merge_two
@@ -165,13 +166,11 @@ def full_attention(
     modifier: ScoreModifier | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes full attention; the arguments and results are those of `block_attention`."""
-    if options.impl != "portable":
-        return flex.full_attention(q, k, v, options, modifier)
-    # One block holds all keys. If causal, it is the own block; if not, it is routed.
-    n_routed = int(not options.is_causal)
-    routed = torch.zeros((*q.shape[:3], n_routed), dtype=torch.int32, device=q.device)
-    selection = BlockSelection(routed, k.shape[2])
-    return portable_attention(q, k, v, selection, options, modifier)
+    if supports_dense(q, k, v, options, has_score_mod=modifier is not None):
+        return dense_attention(q, k, v, options)
+    if options.impl == "portable":
+        return portable.full_attention(q, k, v, options, modifier)
+    return flex.full_attention(q, k, v, options, modifier)
 
 
 def window_attention(

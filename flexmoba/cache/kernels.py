@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexmoba.cache.options import NO_ROOM, CachedCall
-from flexmoba.gate.kernel import NOTHING, keep_best, nothing_yet, score_keys
+from flexmoba.gate.kernel import NOTHING, keep_best, nothing_yet, only_candidates, score_keys
 from flexmoba.runtime.triton_launch import kernel, launch, packed
 
 MAX_TOPK = 64
@@ -215,7 +215,8 @@ def _score_kernel(
             mask=(block < n_blocks)[:, None] & in_dim,
             other=0.0,
         )
-        keys = score_keys(q, mean.to(q.dtype), block, first, candidates_end, BY_PARTS)
+        keys = score_keys(q, mean.to(q.dtype), block, BY_PARTS)
+        keys = only_candidates(keys, block, first, candidates_end)
         best = keep_best(best, keys)
     best = tl.where(slot < COUNT, best, NOTHING)
     offset = (row * SPLITS + split) * SLOTS

@@ -305,8 +305,32 @@ def select_by_means(
         Block indices, ``(B, Hq or Hkv, rows, width)`` int32: local blocks, sink blocks, then the
         others by descending score; -1 for none.
     """
-    n_blocks, n_rows = means.shape[2], rows.shape[2]
-    position = sizes.offset + torch.arange(n_rows, device=rows.device)[None] * gate.stride
+    n_blocks, scored = means.shape[2], sizes.scored(gate)
+    is_empty = scored == 0 or rows.numel() == 0 or n_blocks == 0
+    has_kernel = not is_empty and _has_kernel(rows, scored)
+    if has_kernel:
+        from flexmoba.gate.kernel import select_on_cuda
+
+        best = select_on_cuda(rows, means, sizes, gate, candidates)
+        if gate.forced == 0:  # the kernel computes the candidates itself
+            return best
+    first, end = _candidate_ranges(rows, n_blocks, sizes, gate, candidates)
+    if is_empty:
+        best = rows.new_full((*rows.shape[:3], scored), -1, dtype=torch.int32)
+    elif not has_kernel:
+        begin, stop = first + gate.sink_blocks, end - gate.local_blocks
+        best = top_blocks_in_pieces(rows, means, begin, stop, scored)
+    forced = forced_blocks(first, end, gate)
+    if forced is None:
+        return best
+    return torch.cat([forced.expand(best.shape[0], best.shape[1], -1, -1), best], dim=-1)
+
+
+def _candidate_ranges(
+    rows: Tensor, n_blocks: int, sizes: GateSizes, gate: GateOptions, candidates: Candidates
+) -> tuple[Tensor, Tensor]:
+    """Returns the first candidate of each row, and the block after the last one."""
+    position = sizes.offset + torch.arange(rows.shape[2], device=rows.device)[None] * gate.stride
     if candidates.end is not None:
         end = candidates.end
     elif sizes.is_causal:
@@ -314,20 +338,7 @@ def select_by_means(
     else:
         end = torch.full_like(position, n_blocks)
     first = position.new_zeros(1, 1) if candidates.first is None else candidates.first
-    forced = forced_blocks(first, end, gate)
-    scored = sizes.scored(gate)
-    if scored == 0 or rows.numel() == 0 or n_blocks == 0:
-        best = rows.new_full((*rows.shape[:3], scored), -1, dtype=torch.int32)
-    elif _has_kernel(rows, scored):
-        from flexmoba.gate.kernel import select_on_cuda
-
-        best = select_on_cuda(rows, means, sizes, gate, candidates)
-    else:
-        first, end = first + gate.sink_blocks, end - gate.local_blocks
-        best = top_blocks_in_pieces(rows, means, first, end, scored)
-    if forced is None:
-        return best
-    return torch.cat([forced.expand(best.shape[0], best.shape[1], -1, -1), best], dim=-1)
+    return first, end
 
 
 def _has_kernel(rows: Tensor, count: int) -> bool:
