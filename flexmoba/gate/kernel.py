@@ -1,8 +1,9 @@
 """The gate on CUDA: one Triton kernel that scores a tile of queries and keeps their best blocks.
 
-Scores are not written to memory, and the kernel skips blocks after the queries. It packs each score
-and its block index into a 64-bit integer, the sort key, which it compares instead of the score: the
-higher score wins, and of equal scores the later block.
+Scores are not written to memory, and the kernel skips blocks after the queries. It maps each score
+to an integer of the same order, and keeps the highest integer of the sub-blocks of each block. It
+packs this integer and the block index into a 64-bit integer, the sort key, which it compares
+instead of the score: the higher score wins, and of equal scores the later block.
 """
 
 import torch
@@ -30,7 +31,7 @@ def select_on_cuda(
     first_block, end_block, _ = candidates
     count = sizes.scored(gate)
     batch, heads, q_len, dim = q.shape
-    kv_heads, n_blocks = means.shape[1:3]
+    kv_heads, n_blocks = means.shape[1], means.shape[2] // gate.sub_blocks
     by_parts = q.dtype == torch.float32 and means.dtype != torch.float32
     q, means = packed(q), packed(means)
     first = q if first_block is None else packed(first_block)
@@ -48,6 +49,7 @@ def select_on_cuda(
         "HAS_END": end_block is not None,
         "SINKS": gate.sink_blocks,
         "LOCALS": gate.local_blocks,
+        "SUB_BLOCKS": gate.sub_blocks,
         "STRIDE": gate.stride,
         "IS_CAUSAL": sizes.is_causal,
         "BY_PARTS": by_parts,
@@ -77,24 +79,50 @@ def nothing_yet(ROWS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def score_keys(q, mean, block, first, end, BY_PARTS: tl.constexpr):
+def score_keys(
+    q,
+    means_ptr,
+    block,
+    n_blocks,
+    first,
+    end,
+    DIM: tl.constexpr,
+    TILE_D: tl.constexpr,
+    SUB_BLOCKS: tl.constexpr,
+    BY_PARTS: tl.constexpr,
+):
     """Returns the sort keys ``(rows, blocks)`` of a tile of blocks.
 
-    Candidates are the blocks from ``first`` to before ``end``; others get ``NOTHING``. ``BY_PARTS``
-    is for float32 queries and mean keys rounded to half precision: three products on the matrix
-    units then lose at most the last two bits of a float32 product.
+    Candidates are the blocks from ``first`` to before ``end``; others get ``NOTHING``.
     """
+    dim = tl.arange(0, TILE_D)
+    mask = (block < n_blocks)[:, None] & (dim < DIM)[None, :]
+    mean_ptr = means_ptr + block[:, None] * (SUB_BLOCKS * DIM) + dim[None, :]
+    bits = _ordered_scores(q, tl.load(mean_ptr, mask=mask, other=0.0), BY_PARTS)
+    for sub_block in range(1, SUB_BLOCKS):
+        mean = tl.load(mean_ptr + sub_block * DIM, mask=mask, other=0.0)
+        bits = tl.maximum(bits, _ordered_scores(q, mean, BY_PARTS))
+    key = (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
+    candidate = (block[None, :] >= first[:, None]) & (block[None, :] < end[:, None])
+    return tl.where(candidate, key, NOTHING)
+
+
+@triton.jit
+def _ordered_scores(q, mean, BY_PARTS: tl.constexpr):
+    """Returns the scores of mean keys as int32 in the order of the scores; NaN is the highest.
+
+    ``BY_PARTS`` is for float32 queries and mean keys rounded to half precision: three products on
+    the matrix units then lose at most the last two bits of a float32 product.
+    """
+    mean = mean.to(q.dtype)
     if BY_PARTS:
         score = tl.dot(q, tl.trans(mean), input_precision="tf32x3")
     else:
         score = tl.dot(q, tl.trans(mean), input_precision="ieee")
     score = tl.where(score == 0.0, 0.0, score)  # -0.0 equals 0.0
     bits = score.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the scores
-    bits = tl.where(score != score, 0x7FFFFFFF, bits)
-    key = (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
-    candidate = (block[None, :] >= first[:, None]) & (block[None, :] < end[:, None])
-    return tl.where(candidate, key, NOTHING)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(score != score, 0x7FFFFFFF, bits)
 
 
 @triton.jit
@@ -131,6 +159,7 @@ def _select_kernel(
     HAS_END: tl.constexpr,
     SINKS: tl.constexpr,
     LOCALS: tl.constexpr,
+    SUB_BLOCKS: tl.constexpr,
     STRIDE: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     BY_PARTS: tl.constexpr,
@@ -160,15 +189,13 @@ def _select_kernel(
         first += tl.load(first_ptr + head // heads * q_len + row, mask=valid, other=n_blocks)
 
     slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
-    means_ptr += (head // group).to(tl.int64) * n_blocks * DIM
+    means_ptr += (head // group).to(tl.int64) * (n_blocks * SUB_BLOCKS) * DIM
     for start in range(tl.min(first, 0) // TILE_N * TILE_N, tl.max(end, 0), TILE_N):
         block = start + tl.arange(0, TILE_N)
-        mean = tl.load(
-            means_ptr + block[:, None] * DIM + dim,
-            mask=(block < n_blocks)[:, None] & (dim < DIM)[None, :],
-            other=0.0,
+        keys = score_keys(
+            q, means_ptr, block, n_blocks, first, end, DIM, TILE_D, SUB_BLOCKS, BY_PARTS
         )
-        best = keep_best(best, score_keys(q, mean.to(q.dtype), block, first, end, BY_PARTS))
+        best = keep_best(best, keys)
 
     best = tl.sort(best, descending=True)  # unused slots come first
     selected = tl.where(best < NOTHING + SLOTS, -1, (best & 0xFFFFFFFF).to(tl.int32))
