@@ -23,6 +23,7 @@ from flexmoba.checks import (
     check_block_size,
     check_documents,
     check_gate,
+    check_gate_block_size,
     check_no_tangents,
     check_options,
     check_queries_and_keys,
@@ -46,6 +47,7 @@ def flex_moba(
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
     gate: GateName = "token",
+    gate_block_size: int | None = None,
     sink_blocks: int = 0,
     local_blocks: int = 0,
     impl: ImplName = "auto",
@@ -71,6 +73,7 @@ def flex_moba(
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
     gate: GateName = "token",
+    gate_block_size: int | None = None,
     sink_blocks: int = 0,
     local_blocks: int = 0,
     impl: ImplName = "auto",
@@ -95,6 +98,7 @@ def flex_moba(
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
     gate: GateName = "token",
+    gate_block_size: int | None = None,
     sink_blocks: int = 0,
     local_blocks: int = 0,
     impl: ImplName = "auto",
@@ -140,6 +144,9 @@ def flex_moba(
         gate: Scores that select the blocks. ``"token"``: the scores of each query token and head,
             as in the paper. ``"group"``: the sums of the scores over the query heads of a KV head.
             ``"tile"``: the scores of the first of 128 queries. See `moba_select`.
+        gate_block_size: Keys in a sub-block, a divisor of ``block_size``. The score of a block is
+            the highest score of the mean keys of its sub-blocks. By default, a block is its only
+            sub-block, as in the paper.
         sink_blocks: Number of first blocks that are always selected. They count towards ``topk``.
         local_blocks: Number of blocks right before the own block that are always selected. They
             count towards ``topk``.
@@ -156,7 +163,7 @@ def flex_moba(
         kernel_options: FlexAttention's kernel options, for the backends that call it. With kernel
             options, ``"auto"`` is never fused.
         return_aux: ``AuxRequest(lse=True)`` also returns the log-sum-exp of the scores.
-        cache: A `MobaCache` of the same block size, to decode or to prefill in chunks. q, k and v
+        cache: A `MobaCache` of the same block sizes, to decode or to prefill in chunks. q, k and v
             then hold new tokens only, with ``Lq == Lk``. The call appends the keys and values to
             the cache, and each query attends to the cached tokens up to its position. The call is
             causal and without gradients, and ``impl`` must be ``"auto"``. Of the arguments below,
@@ -206,6 +213,7 @@ def flex_moba(
     check_topk(topk, none_allowed=True)
     offset = None if cache is not None else k.shape[2] - q.shape[2]
     check_gate(gate, sink_blocks, local_blocks, offset, block_size, topk, is_causal=is_causal)
+    sub_blocks = check_gate_block_size(gate_block_size, block_size)
     check_options(scale, score_mod, kernel_options, return_aux)
     check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, max_seqlen=max_seqlen)
     requested_impl = impl
@@ -217,12 +225,12 @@ def flex_moba(
         has_short_blocks=not is_causal and any(x is not None for x in sequences),
     )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    gate_options = GateOptions(gate, sink_blocks, local_blocks, sub_blocks)
     if cache is not None:
         _check_no_documents(cu_seqlens=cu_seqlens, document_ids=document_ids)
         cache.check_call(
-            *(q, k, block_size),
+            *(q, k, block_size, gate_options),
             is_causal=is_causal,
-            gate=gate,
             impl=requested_impl,
             kernel_options=kernel_options,
         )
@@ -239,7 +247,6 @@ def flex_moba(
     if q.numel() == 0:
         return with_aux(*_empty(q, k, v), return_aux)
     options = AttentionOptions(impl, scale, is_causal, kernel_options)
-    gate_options = GateOptions(gate, sink_blocks, local_blocks)
 
     # Lay out the sequences, gate, attend, and put the results back.
     packing = packing_of(k.shape[2], cu_seqlens, document_ids, max_seqlen)

@@ -137,6 +137,19 @@ def check_gate(
             )
 
 
+def check_gate_block_size(gate_block_size: int | None, block_size: int) -> int:
+    """Returns the number of sub-blocks in a block; raises unless their size divides the block."""
+    if gate_block_size is None:
+        return 1
+    check_positive("gate_block_size", gate_block_size, "pass a divisor of block_size, or None")
+    if block_size % gate_block_size != 0:
+        raise ValueError(
+            f"gate_block_size must divide block_size, got gate_block_size={gate_block_size} and "
+            f"block_size={block_size}; pass a divisor"
+        )
+    return block_size // gate_block_size
+
+
 def check_selection(selection: Tensor, q: Tensor) -> None:
     """Raises unless shape, dtype and device of a selection match q.
 

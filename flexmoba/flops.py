@@ -131,8 +131,8 @@ def _select(
 ) -> int:
     """Counts the scores of all mean keys; half of them if causal, the limit for long sequences."""
     batch, heads, n_rows, dim = rows
-    *_, is_causal = options
-    scores = n_rows * -(-k[2] // block_size)
+    *_, sub_blocks, is_causal = options
+    scores: int = n_rows * -(-k[2] // block_size) * sub_blocks
     return 2 * batch * heads * dim * (scores // 2 if is_causal else scores)
 
 

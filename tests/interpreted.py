@@ -3,6 +3,8 @@
 The file needs its own process, because Triton selects its interpreter when it is imported.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -129,16 +131,21 @@ def test_a_block_that_all_queries_select_is_divided_into_items(monkeypatch):
         (7, 12, gate.GateOptions(sink_blocks=2, local_blocks=3)),
         (128, 1, gate.GateOptions("tile", sink_blocks=1)),
         (16, 3, gate.GateOptions("group")),
+        (16, 3, gate.GateOptions(sink_blocks=1, sub_blocks=4)),
+        (30, 2, gate.GateOptions("group", sub_blocks=3)),
     ],
 )
 def test_the_gate_kernel_agrees_with_the_plain_gate(block_size, count, options, is_causal):
     problem = variant(block_size=block_size, q_len=100, kv_len=228)
-    q, k, _ = problem.tied_tensors()
-    means, rows = gate.block_means(k, block_size), gate.gate_rows(q, 2, options)
+    sub_block_size = block_size // options.sub_blocks
+    q, k, _ = replace(problem, block_size=sub_block_size).tied_tensors()
+    k[:, 0, 35] = torch.nan  # the highest score, in one sub-block
+    means = gate.block_means(k, block_size, sub_blocks=options.sub_blocks)
+    rows = gate.gate_rows(q, 2, options)
     if not is_causal:
         options = options._replace(local_blocks=0)
     first = (torch.arange(rows.shape[2]) // 25)[None].int()
-    spans = [(None, None), (first, (first + 7).clamp(max=means.shape[2]))]
+    spans = [(None, None), (first, (first + 7).clamp(max=problem.n_blocks))]
     if is_causal:
         spans.append((first, None))
     sizes = gate.GateSizes(block_size, count + 5, 128, is_causal)
@@ -178,6 +185,7 @@ def test_the_gate_kernel_selects_among_8192_blocks():
         (200, 1, 2, 3, (16, 16), gate.GateOptions()),
         (4, 9, 1, 300, (16, 16), gate.GateOptions(sink_blocks=3, local_blocks=2)),
         (8, 6, 2, 40, (16, 16), gate.GateOptions("group", 2, 3)),  # no block is left to score
+        (12, 4, 2, 150, (16, 24), gate.GateOptions(local_blocks=1, sub_blocks=3)),
     ],
 )
 def test_the_decoding_kernels_agree_with_plain_operations(
@@ -189,7 +197,7 @@ def test_the_decoding_kernels_agree_with_plain_operations(
         value_dim=dims[1], dtype=torch.float32,
     )  # fmt: skip
     q, k, v = problem.tensors()
-    means = gate.block_means(k, block_size)
+    means = gate.block_means(k, block_size, sub_blocks=options.sub_blocks)
     positions = torch.tensor([[length - q_len], [block_size], [0]]) + torch.arange(q_len)
     positions[1, 0], positions[2, -1] = -1, 2**30  # padding, and a query beyond the last block
     rows = gate.gate_rows(q, 2, options)
@@ -202,25 +210,37 @@ def test_the_decoding_kernels_agree_with_plain_operations(
     torch.testing.assert_close(lse, plain_lse, equal_nan=True)
 
 
-@pytest.mark.parametrize(("block_size", "n"), [(8, 1), (5, 13), (70, 2)])
-def test_the_append_kernel_agrees_with_plain_operations(block_size, n):
+@pytest.mark.parametrize(
+    ("block_size", "n", "sub_blocks"), [(8, 1, 1), (5, 13, 1), (70, 2, 1), (8, 7, 4), (70, 2, 2)]
+)
+def test_the_append_kernel_agrees_with_plain_operations(block_size, n, sub_blocks):
     problem = variant(batch=2, kv_len=n, q_len=n, head_dim=24, value_dim=40, dtype=torch.float32)
     _, k, v = problem.tensors()
     plain, kernel = (
-        MobaCache(2, 2, 24, value_dim=40, block_size=block_size, max_len=4 * block_size)
+        MobaCache(
+            *(2, 2, 24),
+            value_dim=40,
+            block_size=block_size,
+            gate_block_size=block_size // sub_blocks,
+            max_len=4 * block_size,
+        )
         for _ in range(2)
     )
     room = plain.capacity
     for x in (plain, kernel):
         x.lengths.copy_(torch.tensor([block_size - 1, room - n + 1]))
         x.k[:, :, :block_size] = 1.0
-    expected = append_scattered(plain.k, plain.v, plain.means, plain.lengths, k, v, None)
-    positions = append_on_cuda(kernel.k, kernel.v, kernel.means, kernel.lengths, k, v)
+    expected = append_scattered(
+        *(plain.k, plain.v, plain.means, plain.lengths, k, v, None, sub_blocks)
+    )
+    positions = append_on_cuda(
+        *(kernel.k, kernel.v, kernel.means, kernel.lengths, k, v, sub_blocks)
+    )
     assert_bitwise_equal(positions, expected)
     assert_bitwise_equal(kernel.lengths, plain.lengths)
     for x, y in ((kernel.k, plain.k), (kernel.v, plain.v)):
         assert_bitwise_equal(x[:, :, :room], y[:, :, :room])
-    torch.testing.assert_close(kernel.means[:, :, :-1], plain.means[:, :, :-1])
+    torch.testing.assert_close(kernel.means[:, :, :-sub_blocks], plain.means[:, :, :-sub_blocks])
 
 
 @pytest.mark.parametrize("dim", [1, 16, 33])

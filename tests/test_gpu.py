@@ -34,6 +34,7 @@ from flexmoba.gate.scores import top_blocks_in_pieces
 from flexmoba.sequence import lay_out
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal, with_lse
 from tests.problems import DTYPES, Problem
+from tests.test_gates import tied
 
 pytestmark = pytest.mark.gpu
 
@@ -743,6 +744,8 @@ GATES = {
     "always": {"sink_blocks": 1, "local_blocks": 1},
     "group, always": {"gate": "group", "sink_blocks": 2, "local_blocks": 1},
     "tile": {"gate": "tile", "sink_blocks": 1},
+    "sub-blocks": {"gate_block_size": 16},
+    "group, sub-blocks": {"gate": "group", "gate_block_size": 32, "sink_blocks": 1},
 }
 
 
@@ -755,16 +758,23 @@ def test_gates(name, impl):
     selection = moba_select(q, k, 128, 5, **GATES[name])
     attend = with_lse(flex_moba, 128, 5, impl=impl, **GATES[name])
     assert_as_exact_as_dense(attend, q, k, v, problem.mask_of(selection), gradients=True)
-    tied = problem.tied_tensors("cuda")[:2]
-    expected = moba_select(*(x.cpu() for x in tied), 128, 5, **GATES[name])
-    assert_bitwise_equal(moba_select(*tied, 128, 5, **GATES[name]).cpu(), expected)
+    tied_q, tied_k, _ = tied(problem, GATES[name], "cuda")
+    expected = moba_select(tied_q.cpu(), tied_k.cpu(), 128, 5, **GATES[name])
+    assert_bitwise_equal(moba_select(tied_q, tied_k, 128, 5, **GATES[name]).cpu(), expected)
 
 
 @pytest.mark.parametrize("name", GATES)
 def test_gates_with_a_cache(name):
     problem = variant(topk=5, q_len=1500, kv_len=1500)
     q, k, v = problem.tensors("cuda")
-    cache = MobaCache(2, 2, 128, block_size=128, max_len=1500, dtype=q.dtype, device="cuda")
+    cache = MobaCache(
+        *(2, 2, 128),
+        block_size=128,
+        gate_block_size=GATES[name].get("gate_block_size"),
+        max_len=1500,
+        dtype=q.dtype,
+        device="cuda",
+    )
     attend = with_lse(flex_moba, 128, 5, cache=cache, **GATES[name])
 
     def in_chunks(q, k, v):

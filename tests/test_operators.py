@@ -238,6 +238,8 @@ def test_flops_of_a_step_of_training(device):
     both = flops_of(lambda: flex_moba(*inputs, 16, 3).sum().backward())
     n_pairs = 2 * 4 * pairs(150, 150, 16, 2, is_causal=True)
     assert gate == 2 * 2 * 4 * 16 * (150 * 10 // 2)
+    finer = flops_of(lambda: moba_select(*inputs[:2], 16, 3, gate_block_size=4))
+    assert finer == 4 * gate
     assert forward - gate == 2 * n_pairs * (16 + 32)
     assert both - forward == 2 * n_pairs * (3 * 16 + 2 * 32)
 

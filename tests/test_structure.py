@@ -139,6 +139,9 @@ MANY_PARAMETERS = {
     "flexmoba.nsa.select.nsa_select": "public",
     "flexmoba.reference.moba_reference": "public",
     "flexmoba.reference.reference_attention": "the oracle shares no types with the rest",
+    "flexmoba.reference.reference_selection": "the oracle shares no types with the rest",
+    "flexmoba.tune.measure.reports": "those of tune",
+    "flexmoba.tune.measure.tune": "public",
     "flexmoba.tune.calls._Recorder.flex": "the signature of flex_attention",
     "flexmoba.tune.calls._Recorder.sdpa": "the signature of scaled_dot_product_attention",
 }

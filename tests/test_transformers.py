@@ -384,7 +384,8 @@ def test_compiled_without_a_graph_break():
 def test_settings_are_saved(tmp_path):
     model = model_of("llama")
     model.save_pretrained(tmp_path / "dense")
-    convert(model, BLOCK, [TOPK, None], eval_topk=2, gate="group", sink_blocks=1)
+    options = {"gate": "group", "gate_block_size": BLOCK // 2, "sink_blocks": 1}
+    convert(model, BLOCK, [TOPK, None], eval_topk=2, **options)
     model.save_pretrained(tmp_path / "sparse")
     keys = {}
     for name in ("dense", "sparse"):
@@ -397,7 +398,7 @@ def test_settings_are_saved(tmp_path):
         tmp_path / "sparse", dtype=torch.float64, attn_implementation="flexmoba"
     )
     assert loaded.config.flexmoba == {
-        "block_size": BLOCK, "topk": [TOPK, None], "eval_topk": 2, "gate": "group", "sink_blocks": 1
+        "block_size": BLOCK, "topk": [TOPK, None], "eval_topk": 2, **options
     }  # fmt: skip
     ids = tokens(2, LENGTH)
     assert not any(isinstance(module, FlexMoba) for module in loaded.modules())

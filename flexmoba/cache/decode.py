@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexmoba.backends import ScoreMod, apply_score_mod
 from flexmoba.cache.options import CachedCall
-from flexmoba.gate import forced_blocks, top_blocks
+from flexmoba.gate import block_scores, forced_blocks, top_blocks
 from flexmoba.runtime import HAS_TRITON
 
 _MAX_DIM = 256
@@ -41,7 +41,7 @@ def attend_step(
         q: ``(B, Hq, Lq, D)``.
         k: ``(B, Hkv, N * block_size, D)``.
         v: ``(B, Hkv, N * block_size, Dv)``.
-        means: Mean keys, ``(B, Hkv, N, D)``; only mean keys of full blocks are read.
+        means: Mean keys, ``(B, Hkv, N * sub_blocks, D)``; only those of full blocks are read.
         positions: Position of each query, ``(B, Lq)`` int32; negative for padding, whose output is
             zeros.
         gate_rows: Rows that the gate scores, ``(B, Hq or Hkv, Lq, D)``: queries, or sums of the
@@ -73,17 +73,14 @@ def attend_gathered(
 ) -> tuple[Tensor, Tensor]:
     """Computes `attend_step` by plain tensor operations, which gather the selected blocks."""
     scale, gate, block_size = call.scale, call.gate, call.block_size
-    batch, kv_heads, n_blocks, _ = means.shape
+    batch, kv_heads, n_blocks = *k.shape[:2], k.shape[2] // block_size
     precise = torch.promote_types(q.dtype, torch.float32)
     queries = rearrange(q.to(precise), "b (h g) l d -> b h g l d", h=kv_heads)
     own = (positions.clamp(0, n_blocks * block_size - 1) // block_size)[:, None, None]
     gate_rows = rearrange(gate_rows.to(precise), "b (h g) l d -> b h g l d", h=kv_heads)
-    scored = call.scored
+    gate_scores = block_scores(gate_rows @ means.to(precise)[:, :, None].mT, gate.sub_blocks)
     first, end = torch.full_like(own, gate.sink_blocks), own - gate.local_blocks
-    selections = [
-        own[..., None],
-        top_blocks(gate_rows @ means.to(precise)[:, :, None].mT, first, end, scored),
-    ]
+    selections = [own[..., None], top_blocks(gate_scores, first, end, call.scored)]
     forced = forced_blocks(torch.zeros_like(own[:, 0, 0]), own[:, 0, 0], gate)
     if forced is not None:
         selections.append(forced[:, None])

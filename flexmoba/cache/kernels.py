@@ -40,7 +40,7 @@ def attend_step_on_cuda(
     """Computes `attend_step` by Triton kernels."""
     topk, scale, gate, block_size = call
     batch, heads, q_len, dim = q.shape
-    kv_heads, n_blocks, value_dim = k.shape[1], means.shape[2], v.shape[3]
+    kv_heads, n_blocks, value_dim = k.shape[1], k.shape[2] // block_size, v.shape[3]
     q, k, v, means, positions = (packed(x) for x in (q, k, v, means, positions))
     gate_rows = packed(gate_rows)
     rows, group = batch * heads * q_len, heads // kv_heads
@@ -57,6 +57,7 @@ def attend_step_on_cuda(
         "BY_PARTS": gate_rows.dtype == torch.float32 and means.dtype != torch.float32,
         "SINKS": gate.sink_blocks,
         "LOCALS": gate.local_blocks,
+        "SUB_BLOCKS": gate.sub_blocks,
         "COUNT": scored,
         "SLOTS": triton.next_power_of_2(max(1, scored)),
         "SPLIT": split,
@@ -114,7 +115,13 @@ def attend_step_on_cuda(
 
 
 def append_on_cuda(
-    k_cache: Tensor, v_cache: Tensor, means: Tensor, lengths: Tensor, k: Tensor, v: Tensor
+    k_cache: Tensor,
+    v_cache: Tensor,
+    means: Tensor,
+    lengths: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sub_blocks: int,
 ) -> Tensor:
     """Computes `flexmoba.cache.append.append` of a few tokens without padding, in one launch.
 
@@ -124,11 +131,12 @@ def append_on_cuda(
         The positions of the tokens, ``(B, n)`` int32; `NO_ROOM` beyond the capacity.
     """
     batch, kv_heads, n, dim = k.shape
-    n_blocks, value_dim = means.shape[2], v.shape[3]
+    n_means, value_dim = means.shape[2], v.shape[3]
     positions = lengths.new_empty(batch, n)
     constants = {
         "N": n,
-        "BLOCK_SIZE": k_cache.shape[2] // n_blocks,
+        "SUB_BLOCKS": sub_blocks,
+        "SUB_BLOCK_SIZE": k_cache.shape[2] // n_means,
         "KEYS": 64,
         "DIM": dim,
         "TILE_D": max(16, triton.next_power_of_2(dim)),
@@ -139,7 +147,7 @@ def append_on_cuda(
     with torch.cuda.device_of(k):
         tensors = (k_cache, v_cache, means, lengths, packed(k), packed(v), positions)
         launch(
-            _append_kernel, batch * kv_heads, (*tensors, kv_heads, n_blocks), constants, (k.dtype,)
+            _append_kernel, batch * kv_heads, (*tensors, kv_heads, n_means), constants, (k.dtype,)
         )
     lengths += n
     return positions
@@ -148,16 +156,16 @@ def append_on_cuda(
 @kernel
 def _append_kernel(
     k_cache_ptr, v_cache_ptr, means_ptr, lengths_ptr, k_ptr, v_ptr, positions_ptr,
-    kv_heads: tl.int32, n_blocks: tl.int32,
-    N: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
-    TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
+    kv_heads: tl.int32, n_means: tl.int32,
+    N: tl.constexpr, SUB_BLOCKS: tl.constexpr, SUB_BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+    DIM: tl.constexpr, TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
 ):  # fmt: skip
-    """Writes the new tokens of one KV head, and the mean keys of the blocks that they fill."""
+    """Writes the new tokens of one KV head, and the mean keys of the sub-blocks that they fill."""
     head = tl.program_id(0).to(tl.int64)  # b * Hkv + KV head
     length = tl.load(lengths_ptr + head // kv_heads)
-    capacity = (n_blocks - 1) * BLOCK_SIZE
+    capacity = (n_means - SUB_BLOCKS) * SUB_BLOCK_SIZE  # the last block stays empty
     dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
-    first = head * (n_blocks * BLOCK_SIZE)
+    first = head * (n_means * SUB_BLOCK_SIZE)
     for i in range(N):
         position = length + i
         k = tl.load(k_ptr + (head * N + i) * DIM + dim, mask=dim < DIM)
@@ -170,23 +178,24 @@ def _append_kernel(
             stored_position = tl.where(position < capacity, position, _NO_ROOM)
             tl.store(positions_ptr + head // kv_heads * N + i, stored_position)
     tl.debug_barrier()  # the means read keys that other threads wrote
-    for block in range(length // BLOCK_SIZE, tl.minimum((length + N) // BLOCK_SIZE, n_blocks - 1)):
+    end = tl.minimum((length + N) // SUB_BLOCK_SIZE, n_means - SUB_BLOCKS)
+    for index in range(length // SUB_BLOCK_SIZE, end):
         total = tl.zeros([TILE_D], tl.float32)
-        for start in range(0, BLOCK_SIZE, KEYS):
+        for start in range(0, SUB_BLOCK_SIZE, KEYS):
             key = start + tl.arange(0, KEYS)
-            token = first + block * BLOCK_SIZE + key
-            mask = (key < BLOCK_SIZE)[:, None] & (dim < DIM)[None, :]
+            token = first + index * SUB_BLOCK_SIZE + key
+            mask = (key < SUB_BLOCK_SIZE)[:, None] & (dim < DIM)[None, :]
             x = tl.load(k_cache_ptr + token[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
             total += tl.sum(x.to(tl.float32), 0)
-        mean = (total / BLOCK_SIZE).to(means_ptr.dtype.element_ty)
-        tl.store(means_ptr + (head * n_blocks + block) * DIM + dim, mean, mask=dim < DIM)
+        mean = (total / SUB_BLOCK_SIZE).to(means_ptr.dtype.element_ty)
+        tl.store(means_ptr + (head * n_means + index) * DIM + dim, mean, mask=dim < DIM)
 
 
 @kernel
 def _score_kernel(
     q_ptr, means_ptr, positions_ptr, best_ptr, kv_heads: tl.int32, n_blocks: tl.int32,
     GATE_GROUP: tl.constexpr, BY_PARTS: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr,
-    Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
+    SUB_BLOCKS: tl.constexpr, Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
     SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILE_Q: tl.constexpr, TILE_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
@@ -203,19 +212,13 @@ def _score_kernel(
     candidates_end = tl.minimum(tl.maximum(position, 0) // BLOCK_SIZE, n_blocks) - LOCALS
     row = kv_head.to(tl.int64) * (GATE_GROUP * Q_LEN) + query
     dim = tl.arange(0, TILE_D)
-    in_dim = (dim < DIM)[None, :]
-    q = tl.load(q_ptr + row[:, None] * DIM + dim[None, :], mask=in_dim, other=0.0)
-    means_ptr += kv_head.to(tl.int64) * n_blocks * DIM
+    q = tl.load(q_ptr + row[:, None] * DIM + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
+    means_ptr += kv_head.to(tl.int64) * (n_blocks * SUB_BLOCKS) * DIM
     slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
     end = tl.minimum(tl.max(candidates_end, 0), (split + 1) * SPLIT)
     for start in range(split * SPLIT, end, TILE_N):
         block = start + tl.arange(0, TILE_N)
-        mean = tl.load(
-            means_ptr + block[:, None] * DIM + dim[None, :],
-            mask=(block < n_blocks)[:, None] & in_dim,
-            other=0.0,
-        )
-        keys = score_keys(q, mean.to(q.dtype), block, BY_PARTS)
+        keys = score_keys(q, means_ptr, block, n_blocks, DIM, TILE_D, SUB_BLOCKS, BY_PARTS)
         keys = only_candidates(keys, block, first, candidates_end)
         best = keep_best(best, keys)
     best = tl.where(slot < COUNT, best, NOTHING)

@@ -1,8 +1,9 @@
 """The gate on CUDA: one Triton kernel that scores a tile of queries and keeps their best blocks.
 
-Scores are not written to memory, and the kernel skips blocks after the queries. It packs each score
-and its block index into a 64-bit integer, the sort key, which it compares instead of the score: the
-higher score wins, and of equal scores the later block.
+Scores are not written to memory, and the kernel skips blocks after the queries. It maps each score
+to an integer of the same order, and keeps the highest integer of the sub-blocks of each block. It
+packs this integer and the block index into a 64-bit integer, the sort key, which it compares
+instead of the score: the higher score wins, and of equal scores the later block.
 
 A matrix product leaves a quarter of the columns of a row in each of four threads. Each thread keeps
 a sorted list of the best keys of its columns: a sorting network sorts the keys of a tile, and
@@ -37,7 +38,7 @@ def select_on_cuda(
     first_block, end_block, _ = candidates
     count = sizes.scored(gate)
     batch, heads, q_len, dim = q.shape
-    kv_heads, n_blocks = means.shape[1:3]
+    kv_heads, n_blocks = means.shape[1], means.shape[2] // gate.sub_blocks
     by_parts = q.dtype == torch.float32 and means.dtype != torch.float32
     q, means = packed(q), packed(means)
     first = q if first_block is None else packed(first_block)
@@ -58,6 +59,7 @@ def select_on_cuda(
         "HAS_END": end_block is not None,
         "SINKS": gate.sink_blocks,
         "LOCALS": gate.local_blocks,
+        "SUB_BLOCKS": gate.sub_blocks,
         "STRIDE": gate.stride,
         "IS_CAUSAL": sizes.is_causal,
         "BY_PARTS": by_parts,
@@ -194,21 +196,42 @@ def nothing_yet(ROWS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def score_keys(q, mean, block, BY_PARTS: tl.constexpr):
-    """Returns the sort keys ``(rows, blocks)`` of a tile of blocks.
+def score_keys(
+    q,
+    means_ptr,
+    block,
+    n_blocks,
+    DIM: tl.constexpr,
+    TILE_D: tl.constexpr,
+    SUB_BLOCKS: tl.constexpr,
+    BY_PARTS: tl.constexpr,
+):
+    """Returns the sort keys ``(rows, blocks)`` of a tile of blocks."""
+    dim = tl.arange(0, TILE_D)
+    mask = (block < n_blocks)[:, None] & (dim < DIM)[None, :]
+    mean_ptr = means_ptr + block[:, None] * (SUB_BLOCKS * DIM) + dim[None, :]
+    bits = _ordered_scores(q, tl.load(mean_ptr, mask=mask, other=0.0), BY_PARTS)
+    for sub_block in range(1, SUB_BLOCKS):
+        mean = tl.load(mean_ptr + sub_block * DIM, mask=mask, other=0.0)
+        bits = tl.maximum(bits, _ordered_scores(q, mean, BY_PARTS))
+    return (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
 
-    ``BY_PARTS``
-    is for float32 queries and mean keys rounded to half precision: three products on the matrix
-    units then lose at most the last two bits of a float32 product.
+
+@triton.jit
+def _ordered_scores(q, mean, BY_PARTS: tl.constexpr):
+    """Returns the scores of mean keys as int32 in the order of the scores; NaN is the highest.
+
+    ``BY_PARTS`` is for float32 queries and mean keys rounded to half precision: three products on
+    the matrix units then lose at most the last two bits of a float32 product.
     """
+    mean = mean.to(q.dtype)
     if BY_PARTS:
         score = tl.dot(q, tl.trans(mean), input_precision="tf32x3")
     else:
         score = tl.dot(q, tl.trans(mean), input_precision="ieee")
     bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
     bits ^= (bits >> 31) & 0x7FFFFFFF  # integers in the order of the scores
-    bits = tl.where(score != score, 0x7FFFFFFF, bits)
-    return (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
+    return tl.where(score != score, 0x7FFFFFFF, bits)
 
 
 @triton.jit
@@ -252,6 +275,7 @@ def _select_kernel(
     HAS_END: tl.constexpr,
     SINKS: tl.constexpr,
     LOCALS: tl.constexpr,
+    SUB_BLOCKS: tl.constexpr,
     STRIDE: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     BY_PARTS: tl.constexpr,
@@ -286,17 +310,12 @@ def _select_kernel(
         best = tl.full([TILE_Q, LISTS, SLOTS], NOTHING, tl.int64)
     else:
         slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
-    means_ptr += (head // group).to(tl.int64) * n_blocks * DIM
+    means_ptr += (head // group).to(tl.int64) * (n_blocks * SUB_BLOCKS) * DIM
     # All blocks of a tile in this range are candidates of all rows.
     full_start, full_end = tl.max(first, 0), tl.min(tl.where(valid, end, n_blocks), 0)
     for start in range(tl.min(first, 0) // TILE_N * TILE_N, tl.max(end, 0), TILE_N):
         block = start + tl.arange(0, TILE_N)
-        mean = tl.load(
-            means_ptr + block[:, None] * DIM + dim,
-            mask=(block < n_blocks)[:, None] & (dim < DIM)[None, :],
-            other=0.0,
-        )
-        key = score_keys(q, mean.to(q.dtype), block, BY_PARTS)
+        key = score_keys(q, means_ptr, block, n_blocks, DIM, TILE_D, SUB_BLOCKS, BY_PARTS)
         if (start < full_start) | (start + TILE_N > full_end):
             key = only_candidates(key, block, first, end)
         if USE_LISTS:

@@ -174,6 +174,7 @@ class MobaAttention(nn.Module):
             self.kv_heads if kv_heads is None else kv_heads,
             self.head_dim,
             block_size=self.moba.block_size,
+            gate_block_size=self.moba.options.get("gate_block_size"),
             max_len=max_len,
             dtype=dtype,
             device=device,

@@ -213,11 +213,13 @@ def _attend_to_rows(
     cache = MobaCache(
         *(key.shape[0], key.shape[1], key.shape[3]),
         block_size=block_size,
+        gate_block_size=options.get("gate_block_size"),
         value_dim=value.shape[3],
         max_len=key.shape[2],
         dtype=key.dtype,
         device=key.device,
     )
+    options = {name: x for name, x in options.items() if name != "gate_block_size"}
     positions = cache.append(key, value, real)[:, -query.shape[2] :]
     return cache.attend(query, positions, topk, **options)
 

@@ -61,8 +61,8 @@ def convert(
             chunks must have None in a sequence.
         eval_topk: ``topk`` outside training (``model.eval()``), in the same forms; ``"same"`` for
             the value of ``topk``.
-        options: Options of `flex_moba`: ``gate``, ``sink_blocks``, ``local_blocks``, ``impl`` and
-            ``kernel_options``.
+        options: Options of `flex_moba`: ``gate``, ``gate_block_size``, ``sink_blocks``,
+            ``local_blocks``, ``impl`` and ``kernel_options``.
 
     Returns:
         The same model.

@@ -9,7 +9,7 @@ from flexmoba.checks import check_block_size, check_topk
 from flexmoba.nn import FlexMoba
 
 CHILD = "flexmoba"  # the name of the `FlexMoba` of an attention module, and of the config entry
-OPTIONS = ("gate", "sink_blocks", "local_blocks", "impl", "kernel_options")
+OPTIONS = ("gate", "gate_block_size", "sink_blocks", "local_blocks", "impl", "kernel_options")
 # The key in the entry for the model's own attention, which the layers that are not converted use.
 LOCAL = "local_attention"
 # Attentions that do not read their name from the config, where the name is "flexmoba".
