@@ -9,7 +9,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
-from flexmoba.attention import with_aux
 from flexmoba.backends import ImplName, ScoreMod, resolve
 from flexmoba.checks import (
     GateName,
@@ -33,6 +32,7 @@ from flexmoba.distributed.choice import (
 from flexmoba.distributed.gather import attend_by_gathering
 from flexmoba.distributed.heads import attend_by_heads
 from flexmoba.distributed.ranks import Ranks, check_mesh
+from flexmoba.local import with_aux
 
 
 @overload
