@@ -613,6 +613,28 @@ def test_contexts_spread_over_processes_train_as_in_one(exchange, launcher):
     assert float(steps[1][1]) < float(steps[0][1])
 
 
+def test_scaling_measures_both_exchanges(tmp_path):
+    sizes = ["--length", "256", "--heads", "4", "--kv-heads", "2", "--head-dim", "8"]
+    sizes += ["--block-size", "16", "--topk", "3", "--repeats", "1", "--device", "cpu"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    file = tmp_path / "scaling.json"
+    program = [str(EXAMPLES / "scaling.py"), *sizes, "--json", str(file)]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *program], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())["results"]
+    cases = [(x["ranks"], x["length"], x["exchange"]) for x in results]
+    assert cases == [(1, 256, "none"), (1, 128, "none"), (2, 256, "gather"), (2, 256, "heads")]
+    for x in results[2:]:
+        assert x["difference"] < 1e-6
+        assert x["both_speedup"] == results[0]["both_ms"] / x["both_ms"]
+        assert x["both_weak"] == results[1]["both_ms"] / x["both_ms"]
+        assert x["compute_both_ms"] > 0
+    rows = re.findall(r"^\| +(\d) \| +(\d+) \| +(\w+) ", done.stdout, re.M)
+    assert [(int(x), int(y), z) for x, y, z in rows] == cases
+
+
 def test_heads_that_do_not_divide_are_refused(example, capsys):
     main = example("context_parallel").main
     assert "--kv-heads must divide --heads" in fails(main, ["--kv-heads", "3"], capsys)
