@@ -2,5 +2,6 @@
 
 from flexmoba.distributed.context_parallel import context_parallel_moba
 from flexmoba.distributed.dtensors import attend_to_dtensors
+from flexmoba.distributed.shards import ContextParallel, SequenceShards
 
-__all__ = ["attend_to_dtensors", "context_parallel_moba"]
+__all__ = ["ContextParallel", "SequenceShards", "attend_to_dtensors", "context_parallel_moba"]

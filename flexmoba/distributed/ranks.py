@@ -35,6 +35,11 @@ class Ranks(NamedTuple):
         return sum(self.lengths)
 
     @property
+    def first(self) -> int:
+        """The position of this rank's first token."""
+        return sum(self.lengths[: self.rank])
+
+    @property
     def longest(self) -> int:
         """Number of tokens of the longest shard."""
         return max(self.lengths)
