@@ -26,12 +26,22 @@ class Attention(NamedTuple):
     options: dict[str, Any]
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, first_head: int = 0, **documents: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        first_head: int = 0,
+        first_key: int = 0,
+        **documents: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Returns output and log-sum-exp of the query heads from ``first_head`` on."""
+        """Returns output and log-sum-exp of the query heads from ``first_head`` on.
+
+        ``first_key`` is the position of the first key.
+        """
         score_mod = self.score_mod
         if score_mod is not None:
-            score_mod = shifted(score_mod, q.device, first_head=first_head)
+            score_mod = shifted(score_mod, q.device, first_head=first_head, first_key=first_key)
         none_by_default = {"cu_seqlens": None, "max_seqlen": None}
         out, aux = attend_on_one_device(
             q,
@@ -53,22 +63,29 @@ class Attention(NamedTuple):
 
 
 def shifted(
-    score_mod: ScoreMod, device: torch.device, *, first_row: int = 0, first_head: int = 0
+    score_mod: ScoreMod,
+    device: torch.device,
+    *,
+    first_row: int = 0,
+    first_head: int = 0,
+    first_key: int = 0,
 ) -> ScoreMod:
-    """Returns a ``score_mod`` for a call with some rows of the batch and some of the heads.
+    """Returns a ``score_mod`` for a call with some of the rows, heads and positions.
 
     Args:
         score_mod: The function for all rows and heads.
         device: Device of the call.
         first_row: The first row of the call.
         first_head: The first query head of the call.
+        first_key: The position of the first key of the call.
     """
     # Tensors, because other numbers would compile again.
-    row, head = (
-        torch.full((), first, dtype=torch.int32, device=device) for first in (first_row, first_head)
+    row, head, first = (
+        torch.full((), x, dtype=torch.int32, device=device)
+        for x in (first_row, first_head, first_key)
     )
 
     def with_indices(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score_mod(score, b + row, h + head, query, key)
+        return score_mod(score, b + row, h + head, query + first, key + first)
 
     return with_indices
