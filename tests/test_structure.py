@@ -127,6 +127,8 @@ MANY_PARAMETERS = {
     "flexmoba.backends.routing._tables": "an operator, whose schema has no tuples",
     "flexmoba.cache.moba_cache.MobaCache.__init__": "public",
     "flexmoba.cache.moba_cache.MobaCache.attend": "public",
+    "flexmoba.distributed.cache.ShardedMobaCache.__init__": "public",
+    "flexmoba.distributed.cache.ShardedMobaCache.attend": "public",
     "flexmoba.distributed.context_parallel.context_parallel_moba": "public",
     "flexmoba.gate.select.moba_select": "public",
     "flexmoba.integrations.transformers.attention.attention": "called by transformers",
