@@ -35,6 +35,11 @@ On several GPUs put torchrun in place of python: processes share out the context
 run that was interrupted, or stopped by --minutes, goes on where --out was last written, with the
 options it began with, and on as many GPUs as there are now:
   torchrun --nproc-per-node 8 examples/train.py --resume gpt.pt --accumulate 1
+
+Contexts that one GPU does not hold: --context-parallel N spreads each over N processes, --fsdp the
+parameters and the optimizer over all processes, and --recompute keeps only the inputs of layers:
+  torchrun --nproc-per-node 8 examples/train.py --context-parallel 8 --fsdp --recompute \\
+      --length 1048576 --block-size 4096 --topk 12 --batch 1 --out gpt.pt
 """
 
 import argparse
@@ -53,6 +58,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from flexmoba import __version__
 from flexmoba.commands.demo import standard_library
@@ -157,6 +164,8 @@ class GPT(nn.Module):
 
     def __init__(self, o: argparse.Namespace) -> None:
         super().__init__()
+        self.context: DeviceMesh | None = None  # the processes that share each context
+        self.recompute = False  # layers in the backward pass
         self.embed = nn.Embedding(o.vocabulary, o.dim)
         self.blocks = nn.ModuleList(Block(o) for _ in range(o.layers))
         self.head = Head(o)
@@ -171,7 +180,10 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x)
+            if self.recompute and torch.is_grad_enabled():
+                x = recomputed(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return self.head(x, targets)
 
     def compile_parts(self) -> None:
@@ -179,6 +191,41 @@ class GPT(nn.Module):
         torch._dynamo.config.recompile_limit = 32  # by length, attention, and with no gradient
         for part in (*self.blocks, self.head):
             part.compile(dynamic=False)
+
+
+def spread(model: GPT, o: argparse.Namespace) -> None:
+    """Spreads contexts and parameters over processes, as the options say."""
+    device, processes, n = torch.device(o.device).type, dist.get_world_size(), o.context_parallel
+    if n > 1:
+        from torch.distributed.tensor.parallel import parallelize_module
+
+        from flexmoba.distributed import ContextParallel
+
+        mesh = init_device_mesh(device, (processes // n, n), mesh_dim_names=("data", "context"))
+        model.context = mesh["context"]
+        parallelize_module(model, model.context, ContextParallel(equal_lengths=True))
+    if o.fsdp:
+        from torch.distributed.fsdp import fully_shard
+
+        everywhere = init_device_mesh(device, (processes,))
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=everywhere)
+
+
+def part_of(x: Tensor, context: DeviceMesh | None) -> Tensor:
+    """The tokens of this process, of contexts ``(B, L)``."""
+    if context is None:
+        return x
+    return x.tensor_split(context.size(), 1)[context.get_local_rank()].contiguous()
+
+
+def whole(x: Tensor, context: DeviceMesh | None) -> Tensor:
+    """Contexts ``(B, L)`` of the tokens of all processes that share them."""
+    if context is None:
+        return x
+    parts = [torch.empty_like(x) for _ in range(context.size())]
+    dist.all_gather(parts, x.contiguous(), context.get_group())
+    return torch.cat(parts, 1)
 
 
 def data_of(o: argparse.Namespace) -> tuple[Tensor, Tensor]:
@@ -264,7 +311,9 @@ def starts_of(step: int, tokens: int, o: argparse.Namespace) -> Tensor:
 
 
 @torch.no_grad()
-def losses_of(model: nn.Module, inputs: Tensor, targets: Tensor, o: argparse.Namespace) -> Tensor:
+def losses_of(
+    model: "GPT | Pretrained", inputs: Tensor, targets: Tensor, o: argparse.Namespace
+) -> Tensor:
     """The loss of each target, ``(B, length)`` float32 on the CPU, of some contexts at a time."""
     rows = max(1, o.batch // o.accumulate)  # as in training, so that nothing compiles anew
     some = len(inputs)
@@ -273,7 +322,8 @@ def losses_of(model: nn.Module, inputs: Tensor, targets: Tensor, o: argparse.Nam
     parts = []
     for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
         with autocast(o.device):
-            parts.append(model(x, y).float().cpu())
+            losses = model(part_of(x, model.context), part_of(y, model.context))
+        parts.append(whole(losses.float(), model.context).cpu())
     return torch.cat(parts)[:some]
 
 
@@ -282,12 +332,14 @@ def unseen_windows(data: Tensor, n: int, o: argparse.Namespace) -> tuple[Tensor,
     return windows(data, torch.linspace(0, len(data) - o.length - 1, n).long(), o.length, o.device)
 
 
-def loss_by_position(model: nn.Module, data: Tensor, o: argparse.Namespace) -> Tensor:
+def loss_by_position(model: "GPT | Pretrained", data: Tensor, o: argparse.Namespace) -> Tensor:
     """Mean loss at each position, ``(length,)``, in nats, of windows spread over the text."""
     return losses_of(model, *unseen_windows(data, o.windows, o), o).mean(0)
 
 
-def loss_of_copies(model: nn.Module, data: Tensor, o: argparse.Namespace) -> dict[str, float]:
+def loss_of_copies(
+    model: "GPT | Pretrained", data: Tensor, o: argparse.Namespace
+) -> dict[str, float]:
     """Mean loss of a span that ends the context and that it holds before, by its depth there.
 
     The first quarter of the span does not count: there the model learns that it is a copy.
@@ -319,7 +371,7 @@ def summary(losses: Tensor) -> dict[str, Any]:
 
 
 def evaluate(
-    model: nn.Module, schedule: HybridSchedule, data: Tensor, o: argparse.Namespace
+    model: "GPT | Pretrained", schedule: HybridSchedule, data: Tensor, o: argparse.Namespace
 ) -> dict[str, Any]:
     """Validation losses with the blocks selected ("moba") and with full attention ("full")."""
     inputs, targets = unseen_windows(data, o.windows, o)
@@ -417,6 +469,30 @@ def average(tensors: list[Tensor], processes: int) -> None:
     nn.utils.vector_to_parameters(flat / processes, tensors)
 
 
+def plain(x: Any) -> Any:
+    """A state of parameters or of an optimizer, whose tensors are whole: no DTensors."""
+    if isinstance(x, dict):
+        return {name: plain(value) for name, value in x.items()}
+    if isinstance(x, list):
+        return [plain(value) for value in x]
+    return x.full_tensor().cpu() if hasattr(x, "full_tensor") else x
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads a plain state, whose tensors become sharded as the parameters are."""
+    parameters = [x for group in optimizer.param_groups for x in group["params"]]
+    for i, parameter in enumerate(parameters):
+        if hasattr(parameter, "placements"):
+            from torch.distributed.tensor import distribute_tensor
+
+            place = (parameter.device_mesh, parameter.placements)
+            state["state"][i] = {
+                name: distribute_tensor(x.to(parameter.device), *place) if x.ndim else x
+                for name, x in state["state"][i].items()
+            }
+    optimizer.load_state_dict(state)
+
+
 def save(state: dict[str, Any], file: str) -> None:
     """Never leaves a part of a checkpoint where there was a whole one."""
     torch.save(state, f"{file}.new")
@@ -475,13 +551,19 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> "GPT | 
     seen, unseen = data_of(o)
     cuda = o.device.startswith("cuda")
     model = model_of(o).to(o.device)
+    if state is not None:
+        model.load_state_dict(state["model"])
+    is_spread = o.context_parallel > 1 or o.fsdp
+    if isinstance(model, GPT):
+        model.recompute = o.recompute
+        if is_spread:
+            spread(model, o)
     optimizers = optimizers_of(model, o)
     schedule = schedule_of(model, o)
     history: dict[str, Any] = {"loss": [], "times": [], "checks": []}
     if state is not None:
-        model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            load_optimizer(optimizer, saved)
         schedule.load_state_dict(state["schedule"])
         history = state["history"]
     if cuda:  # settings of attention are constants of a compiled graph: each compiles once
@@ -494,9 +576,11 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> "GPT | 
         f"{o.device}" + f", {processes} processes" * (processes > 1), flush=True)  # fmt: skip
 
     def checkpoint() -> None:
-        if o.out and rank == 0:
+        if o.out and (rank == 0 or o.fsdp):  # all processes gather shards
             saved: Any = {"model": model.state_dict(), "schedule": schedule.state_dict()}
             saved["optimizers"] = [x.state_dict() for x in optimizers]
+            saved = plain(saved) if o.fsdp else saved
+        if o.out and rank == 0:
             save(saved | {"history": history, "options": vars(o)}, o.out)
         if rank == 0:
             results.write()
@@ -507,14 +591,17 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> "GPT | 
     for step in progress(steps, "training") if rank == 0 else steps:
         starts, loss = starts_of(step, len(seen), o), torch.zeros((), device=o.device)
         length = length_of(step, o)
-        for some in starts.view(o.accumulate, processes, -1)[:, rank]:
+        group = rank // o.context_parallel
+        for some in starts.view(o.accumulate, processes // o.context_parallel, -1)[:, group]:
             inputs, targets = windows(seen, some, length, o.device)
+            inputs, targets = (part_of(x, model.context) for x in (inputs, targets))
             with autocast(o.device):
                 part = model(inputs, targets).mean() / o.accumulate
             part.backward()
             loss += part.detach()
         if processes > 1:
             grads = [x.grad for x in model.parameters() if x.grad is not None]
+            grads = [] if o.fsdp else grads  # it averages them
             average([*grads, loss], processes)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -543,7 +630,7 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> "GPT | 
                 now = time.perf_counter()
                 say(f"step {schedule.count}: loss {history['loss'][-1]:.4f}, "
                     f"{said_tokens / (now - said):,.0f} tokens/s", flush=True)  # fmt: skip
-                if rank == 0 and o.check_windows and not stop:
+                if (rank == 0 or is_spread) and o.check_windows and not stop:
                     few = unseen_windows(unseen, o.check_windows, o)
                     checked = losses_of(model, *few, o)
                     part = max(1, o.length // BUCKETS)
@@ -556,8 +643,8 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> "GPT | 
                 say(f"stopped by --minutes at step {schedule.count}; --resume goes on", flush=True)
                 return model
             began = time.perf_counter()
+    found = evaluate(model, schedule, unseen, o) if rank == 0 or is_spread else {}
     if rank == 0:
-        found = evaluate(model, schedule, unseen, o)
         results.write(final=found)
         if not isinstance(model, GPT) and o.save:
             model.save(o)
@@ -599,6 +686,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=positive, default=size, help=f"{notes.get(name, '')}default {size}")
     add("--accumulate", type=positive, default=1, help="parts in which each process takes its "
         "share of a step's contexts, to spare memory (%(default)s)")  # fmt: skip
+    add("--context-parallel", type=positive, default=1, metavar="N", help="processes that share "
+        "each context (%(default)s)")  # fmt: skip
+    add("--fsdp", action="store_true", help="spread parameters and optimizer over all processes")
+    add("--recompute", action="store_true", help="compute layers again in the backward pass")
     add("--lr", type=float, default=2e-3, help="highest learning rate (%(default)s)")
     add("--to-zero", action="store_true", help="bring it down a line to 0, not a cosine to a tenth")
     add("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon takes the matrices "
@@ -615,7 +706,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--results", metavar="FILE", help="write losses and times there, as JSON")
     add("--out", metavar="FILE", help="where checkpoints go")
     add("--resume", metavar="FILE", help="go on from a checkpoint; of other options, only "
-        "--until, --minutes, --accumulate, --results and --device count")  # fmt: skip
+        "--until, --minutes, --accumulate, --context-parallel, --fsdp, --recompute, --results and "
+        "--device count")  # fmt: skip
     o = parser.parse_args(argv)
     if o.resume and not Path(o.resume).is_file():
         parser.error(f"--resume: there is no {o.resume}")
@@ -627,13 +719,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--model {o.model}: there is no such folder; nothing is downloaded")
     if o.save and not o.model:
         parser.error("--save needs --model; --out keeps a GPT")
-    if o.model and (o.qk_norm or o.key_conv):
-        parser.error("--qk-norm and --key-conv are of a new GPT; leave them out with --model")
+    of_gpt = ("qk_norm", "key_conv", "fsdp", "recompute")
+    if o.model and (o.context_parallel > 1 or any(getattr(o, name) for name in of_gpt)):
+        names = ", ".join(f"--{x.replace('_', '-')}" for x in (*of_gpt, "context_parallel"))
+        parser.error(f"{names} are of a new GPT; leave them out with --model")
     layers = math.inf if o.model else o.layers  # of a model that is not loaded yet
     if not 0 < o.full_share < 1 or not 0 <= o.full_layers <= layers:
         parser.error("--full-share must lie between 0 and 1, --full-layers from 0 to --layers")
     if o.short_length and (o.short_length < 1 or o.length % o.short_length):
         parser.error(f"--short-length {o.short_length} must divide --length {o.length}")
+    if o.length % o.context_parallel or o.short_length % o.context_parallel:
+        parser.error(f"--context-parallel {o.context_parallel} must divide --length and "
+                     "--short-length")  # fmt: skip
+    if o.context_parallel > 1 and o.dense != "flex":
+        parser.error(f"--context-parallel needs --dense flex, not {o.dense}")
+    if o.fsdp and o.optimizer != "adamw":
+        parser.error(f"--fsdp needs --optimizer adamw, not {o.optimizer}")
     if not 0 <= o.short_share <= 1:
         parser.error(f"--short-share {o.short_share} must lie between 0 and 1")
     if o.topk < o.sink_blocks + o.local_blocks + 1:
@@ -652,15 +753,22 @@ def main(argv: list[str] | None = None) -> "GPT | Pretrained":
     if o.resume:
         try:
             state = torch.load(o.resume, map_location="cpu", weights_only=True)
-            now = ("until", "minutes", "accumulate", "results", "device")
+            now = ["until", "minutes", "accumulate", "results", "device"]
+            now += ["context_parallel", "fsdp", "recompute"]
             kept = {name: getattr(o, name) for name in now}
             o = argparse.Namespace(**state["options"] | kept | {"out": o.resume})
         except Exception as error:
             sys.exit(f"--resume {o.resume}: no checkpoint of this program ({type(error).__name__})")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # more under torchrun
-    if o.batch % (processes * o.accumulate):
-        sys.exit(f"--batch {o.batch} must be a multiple of {processes} processes times "
+    if processes % o.context_parallel:
+        sys.exit(f"--context-parallel {o.context_parallel} must divide {processes} processes")
+    if o.batch % (processes // o.context_parallel * o.accumulate):
+        n = o.context_parallel
+        groups = f"{processes} processes" if n == 1 else f"{processes // n} groups of processes"
+        sys.exit(f"--batch {o.batch} must be a multiple of {groups} times "
                  f"--accumulate {o.accumulate}")  # fmt: skip
+    if o.fsdp and processes == 1:
+        sys.exit("--fsdp needs several processes; start them with torchrun")
     if (o.until or 0) > o.steps:
         sys.exit(f"--until {o.until} must be at most --steps {o.steps}")
     if processes > 1:

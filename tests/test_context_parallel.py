@@ -28,7 +28,9 @@ from torch.utils.checkpoint import checkpoint
 from flexmoba import flex_moba
 from flexmoba.distributed import context_parallel_moba, gather, heads
 from flexmoba.distributed.choice import Shape, resolve_exchange
-from flexmoba.reference import reference_mask, reference_selection
+from flexmoba.distributed.plan import first_keys
+from flexmoba.distributed.ranks import Ranks
+from flexmoba.reference import moba_reference, reference_mask, reference_selection
 from tests.conftest import (
     Attend,
     assert_as_exact_as_dense,
@@ -231,7 +233,7 @@ def test_gather_is_flex_moba_from_each_shard(ranks, dtype, topk):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("exchange", "documents"),
-    [("heads", None), ("heads", [0, 50]), ("heads", [0, 20, 50, 50]), ("auto", [0, 3, 3, 29, 50])],
+    [("heads", None), ("heads", [0, 50]), ("heads", [0, 20, 50, 50]), ("heads", [0, 3, 3, 29, 50])],
     ids=str,
 )
 def test_heads_is_flex_moba_of_all_tokens(ranks, dtype, exchange, documents):
@@ -248,6 +250,80 @@ def test_heads_is_flex_moba_of_all_tokens(ranks, dtype, exchange, documents):
     actual += joined(ranks, backward, call, *tensors, *upstream)
     for x, y in zip(actual, expected, strict=True):
         assert_bitwise_equal(x, y)
+
+
+@few
+@given(drawn, st.data())
+def test_documents_with_gather(ranks, problem, data):
+    problem = replace(square(problem, ranks, data), batch=1)
+    total = problem.kv_len
+    edges = data.draw(st.lists(st.integers(0, total), max_size=5), label="edges")
+    options = {"cu_seqlens": torch.tensor([0, *sorted(edges), total], dtype=torch.int32)}
+    topk = data.draw(st.sampled_from((None, problem.topk)), label="topk")
+    if data.draw(st.booleans(), label="score_mod"):
+        options["score_mod"] = by_head_and_position
+    lengths = lengths_of(total, data.draw(cuts(ranks), label="cuts"))
+    call = Call(lengths, problem.block_size, topk, "gather", options)
+    tensors, upstream = problem.tensors(requires_grad=True), upstream_of(problem)
+    exact = moba_reference(*tensors, problem.block_size, topk or total, **options)
+    expected = with_lse(flex_moba, problem.block_size, topk, **options)(*tensors)
+    torch.testing.assert_close(expected[0], exact)
+    expected = (*expected, *torch.autograd.grad(expected, tensors, upstream))
+    actual = joined(ranks, forward, call, *tensors)
+    actual += joined(ranks, backward, call, *tensors, *upstream)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_tiles_of_documents(ranks):
+    problem, _ = problem_of(ranks, q_len=500, kv_len=500)
+    lengths = ((188, 312), (188, 256, 56))[ranks.size - 2]
+    options = {"gate": "tile", "cu_seqlens": torch.tensor([0, 60, 500])}
+    expected = flex_moba(*problem.tensors(), 128, 2, **options)
+    call = Call(lengths, 128, 2, "gather", options)
+    torch.testing.assert_close(joined(ranks, forward, call, *problem.tensors())[0], expected)
+
+
+def test_documents_that_end_with_shards_are_not_sent(ranks):
+    problem, lengths = problem_of(ranks)
+    edges = torch.tensor([0, 5, *accumulate(lengths)])
+    options = {"cu_seqlens": edges, "score_mod": by_head_and_position}
+    call = Call(lengths, 4, 2, "auto", options)
+    expected = flex_moba(*problem.tensors(), 4, 2, **options)
+    shards = [(call, *(call.shard(x, r) for x in problem.tensors())) for r in range(ranks.size)]
+    results = ranks.run(without_sending, [(forward, *shard) for shard in shards])
+    torch.testing.assert_close(torch.cat([out for out, _ in results], 2), expected)
+
+
+def elements_sent(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> list[list[int]]:
+    """Returns the number of elements that this rank sends to each rank, by exchange."""
+    sent, function = [], gather.all_to_all
+
+    def record(x: Tensor, sizes: list[int], *others: Any) -> Any:
+        sent.append(sizes)
+        return function(x, sizes, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather, "all_to_all", record)
+        patch.setattr(gather, "_BYTES_AT_ONCE", 2**40)
+        call(mesh, *(x.requires_grad_() for x in inputs)).sum().backward()
+    return sent
+
+
+@pytest.mark.parametrize("documents", [None, [0, 8, 45, 50]], ids=str)
+def test_only_keys_of_later_queries_are_sent(ranks, documents):
+    problem, lengths = problem_of(ranks)
+    options = {} if documents is None else {"cu_seqlens": torch.tensor(documents)}
+    call = Call(lengths, options=options)
+    features = problem.kv_heads * (problem.head_dim + problem.value_dim)
+    begin = 0 if documents is None else 8
+    counts = [
+        end - max(begin, end - n) for n, end in zip(lengths, accumulate(lengths), strict=True)
+    ]
+    for rank, sent in enumerate(run(ranks, elements_sent, call, *problem.tensors())):
+        later = [0] * (rank + 1) + [features * counts[rank]] * (ranks.size - rank - 1)
+        earlier = [features * n for n in counts[:rank]] + [0] * (ranks.size - rank)
+        assert sent == [later, later, earlier]  # forward, gathered again, gradients
 
 
 def test_ranks_share_a_kv_head(ranks):
@@ -313,7 +389,7 @@ def without_sending(mesh: DeviceMesh, task: Callable, *arguments: Any) -> Any:
         raise AssertionError("a rank sends its shard")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "all_gather", sends)
+        patch.setattr(gather, "all_to_all", sends)
         patch.setattr(heads, "all_to_all", sends)
         return task(mesh, *arguments)
 
@@ -334,7 +410,7 @@ def test_nothing_is_sent_without_tokens(ranks, exchange, sizes):
 
 
 def by_head_and_position(score, b, h, q_idx, kv_idx):
-    return score + 0.1 * h + 0.01 * (q_idx - kv_idx) * (h + 1) + b
+    return score + 0.1 * h + 0.01 * (q_idx - kv_idx) * (h + 1) + b + 0.3 * (kv_idx % 7)
 
 
 @pytest.mark.parametrize("exchange", ["gather", "heads"])
@@ -455,6 +531,22 @@ def test_hooks_see_the_saved_tensors_and_none_is_gathered(ranks):
     assert sizes == [*lengths]
 
 
+def outputs_saved(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> tuple[int, int]:
+    """Returns the number of elements saved in the shape of a part of the output, and its own."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = call(mesh, *(x.requires_grad_() for x in inputs))
+    sizes = [x.numel() for x in saved if x.ndim == 4 and x.shape[3] == out.shape[3]]
+    return sum(sizes), out.numel()
+
+
+def test_the_output_is_saved_once(ranks):
+    problem, lengths = problem_of(ranks, value_dim=5, batch=2)
+    for saved, output in run(ranks, outputs_saved, Call(lengths), *problem.tensors()):
+        values = output // problem.group
+        assert saved == output + values
+
+
 def largest_memory(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> tuple[int, int]:
     """Returns the largest number of chunks of keys that exist at one time, and of all chunks."""
     chunks, largest = [], 0
@@ -476,7 +568,7 @@ def largest_memory(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> tuple[int, 
         return tracked
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "all_gather", track(gather.all_gather))
+        patch.setattr(gather, "_start_gathering", track(gather._start_gathering))
         patch.setattr(gather, "_arranged", track(gather._arranged))
         patch.setattr(gather, "_BYTES_AT_ONCE", 1)
         out = call(mesh, *(x.requires_grad_() for x in inputs))
@@ -633,15 +725,11 @@ def test_an_error_of_one_rank_is_an_error_of_all(ranks, name):
     ("changes", "kind", "message"),
     [
         (
-            {"cu_seqlens": torch.tensor([0, 40])},
-            NotImplementedError,
-            'exchange="gather" does not support cu_seqlens; use exchange="heads"',
-        ),
-        (
             {"cu_seqlens": torch.tensor([0, 7]), "exchange": "heads"},
             ValueError,
             "cu_seqlens must rise from 0",
         ),
+        ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, "cu_seqlens must rise from 0"),
         ({"max_seqlen": 7, "exchange": "heads"}, ValueError, "max_seqlen=7 needs packed documents"),
         ({"lengths": (20,)}, ValueError, "lengths must have one length for each rank, got 1"),
         ({"lengths": (1, 2, 3)}, ValueError, "lengths"),
@@ -718,41 +806,61 @@ def test_arguments_are_those_of_flex_moba():
 # ---- The choice of the exchange -----------------------------------------------------------------
 
 
+def shape_of(
+    heads: int,
+    kv_heads: int,
+    lengths: tuple[int, ...],
+    gate: str = "token",
+    boundaries: list[int] | None = None,
+) -> Shape:
+    needed = first_keys(Ranks(None, 0, lengths), boundaries)
+    return Shape(heads, kv_heads, lengths, needed, gate)
+
+
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "ranks", "gate", "documents", "expected"),
+    ("heads", "kv_heads", "ranks", "gate", "expected"),
     [
-        (8, 8, 2, "token", False, "gather"),  # as many bytes
-        (8, 8, 4, "token", False, "heads"),
-        (32, 8, 4, "token", False, "gather"),
-        (32, 8, 8, "token", False, "heads"),
-        (32, 8, 16, "token", False, "heads"),  # two ranks share a KV head
-        (32, 8, 16, "group", False, "gather"),
-        (32, 8, 4, "token", True, "heads"),
-        (32, 8, 3, "token", False, "gather"),
-        (32, 8, 3, "token", True, None),
-        (32, 8, 64, "token", True, None),
-        (32, 8, 16, "group", True, None),
-        (4, 4, 2, "tile", False, "heads"),  # the shards do not begin at tiles
+        (8, 8, 2, "token", "gather"),  # as many bytes
+        (8, 8, 4, "token", "heads"),
+        (32, 8, 4, "token", "gather"),
+        (32, 8, 8, "token", "heads"),
+        (32, 8, 16, "token", "heads"),  # two ranks share a KV head
+        (32, 8, 16, "group", "gather"),
+        (32, 8, 3, "token", "gather"),
+        (4, 4, 2, "tile", "heads"),  # the shards do not begin at tiles
+        (4, 3, 2, "tile", None),
     ],
 )
-def test_auto(heads, kv_heads, ranks, gate, documents, expected):
-    shape = Shape(heads, kv_heads, (100,) * ranks, gate, documents)
+def test_auto(heads, kv_heads, ranks, gate, expected):
+    shape = shape_of(heads, kv_heads, (100,) * ranks, gate)
     if expected is None:
-        with pytest.raises(NotImplementedError, match=r'"gather" does not.*, and exchange="heads"'):
+        with pytest.raises(NotImplementedError, match=r'"gather" with .*, and exchange="heads"'):
             resolve_exchange("auto", shape)
     else:
         assert resolve_exchange("auto", shape) == expected
         assert resolve_exchange(expected, shape) == expected
 
 
+def test_auto_counts_the_keys_of_documents():
+    lengths = (100,) * 8
+    assert resolve_exchange("auto", shape_of(32, 8, lengths, "token", [0, 800])) == "heads"
+    assert resolve_exchange("auto", shape_of(32, 8, lengths, "token", [0, 750, 800])) == "heads"
+    assert resolve_exchange("auto", shape_of(32, 8, lengths, "token", [0, 350, 800])) == "gather"
+    # Tiles begin at documents.
+    for start, expected in ((22, "gather"), (23, "heads")):
+        shape = shape_of(8, 2, (150, 50), "tile", [0, start, 200])
+        assert resolve_exchange("auto", shape) == expected
+
+
 def test_a_named_exchange_is_never_another():
     with pytest.raises(NotImplementedError, match=r"got 3 ranks, Hq=4 and Hkv=2; use exchange"):
-        resolve_exchange("heads", Shape(4, 2, (5, 5, 5), "token", False))
+        resolve_exchange("heads", shape_of(4, 2, (5, 5, 5)))
     with pytest.raises(NotImplementedError, match=r'"heads" with gate="group" needs .* Hkv=1'):
-        resolve_exchange("heads", Shape(4, 1, (5, 5), "group", False))
-    with pytest.raises(NotImplementedError, match=r"multiples of 128, got lengths \[5, 0, 5\]"):
-        resolve_exchange("gather", Shape(4, 1, (5, 0, 5), "tile", False))
-    assert resolve_exchange("gather", Shape(4, 1, (128, 0, 5, 0), "tile", False)) == "gather"
+        resolve_exchange("heads", shape_of(4, 1, (5, 5), "group"))
+    with pytest.raises(NotImplementedError, match=r"multiples of 128 .*, got lengths \[5, 0, 5\]"):
+        resolve_exchange("gather", shape_of(4, 1, (5, 0, 5), "tile"))
+    shape = shape_of(4, 1, (128, 0, 5, 0), "tile")
+    assert resolve_exchange("gather", shape) == "gather"
 
 
 # ---- On GPUs ------------------------------------------------------------------------------------

@@ -122,6 +122,35 @@ def test_parts_of_a_step_on_several_processes_are_the_same_step(example, text, t
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [[], pytest.param(["--fsdp", "--recompute"], marks=pytest.mark.slow)],
+    ids=" ".join,
+)
+def test_contexts_spread_over_processes_are_the_same_run(more, example, text, tmp_path):
+    """Resumes with each context on two processes, and then on one process."""
+    main, file = example("train").main, tmp_path / "gpt.pt"
+    common = ["--text", text, "--steps", "8", "--key-conv", "3", "--check-windows", "2", *TINY]
+    results, expected_results = tmp_path / "results.json", tmp_path / "expected.json"
+    expected = main([*common, "--every", "2", "--results", str(expected_results)])
+    main([*common, "--every", "2", "--out", str(file), "--until", "2"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    resume = ["--resume", str(file), "--device", "cpu", "--results", str(results)]
+    spread = [EXAMPLES / "train.py", *resume, "--context-parallel", "2", "--until", "6", *more]
+    done = subprocess.run([*torchrun, *spread], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Validation loss") == 1
+    resumed = main(resume)
+    for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    found, one = (json.loads(x.read_text())["history"] for x in (results, expected_results))
+    assert found["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    # Processes validate together. The end of a run has no check.
+    ((step, *losses),) = found["checks"]
+    assert step == 4
+    assert [step, *losses] == pytest.approx(one["checks"][1], rel=1e-5)
+
+
 def test_an_interrupted_checkpoint_leaves_the_one_before(example, tmp_path, monkeypatch):
     train, file = example("train"), tmp_path / "gpt.pt"
     train.save({"step": 1}, str(file))
@@ -194,6 +223,11 @@ def test_moba_learns_from_its_context(example, text, capsys):
         (["--full-layers", "3"], "--full-layers from 0 to --layers"),
         (["--heads", "5"], "--heads must divide --dim"),
         (["--short-length", "100"], "--short-length 100 must divide --length 512"),
+        (["--context-parallel", "3"], "--context-parallel 3 must divide --length"),
+        (["--context-parallel", "2"], "--context-parallel 2 must divide 1 processes"),
+        (["--context-parallel", "2", "--dense", "flash"], "needs --dense flex, not flash"),
+        (["--fsdp", "--optimizer", "muon"], "--fsdp needs --optimizer adamw, not muon"),
+        (["--fsdp"], "--fsdp needs several processes"),
         (["--short-share", "2"], "--short-share 2.0 must lie between 0 and 1"),
         (["--text", __file__, "--length", "10000"], "--length 10000 needs 100,020"),
     ],
@@ -782,6 +816,28 @@ def test_contexts_spread_over_processes_train_as_in_one(exchange, launcher):
     steps = re.findall(r"^step (\d+): loss ([\d.]+), \d+% right$", done.stdout, re.M)
     assert [step for step, _ in steps] == ["20", "40"]
     assert float(steps[1][1]) < float(steps[0][1])
+
+
+def test_scaling_measures_both_exchanges(tmp_path):
+    sizes = ["--length", "256", "--heads", "4", "--kv-heads", "2", "--head-dim", "8"]
+    sizes += ["--block-size", "16", "--topk", "3", "--repeats", "1", "--device", "cpu"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    file = tmp_path / "scaling.json"
+    program = [str(EXAMPLES / "scaling.py"), *sizes, "--json", str(file)]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *program], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())["results"]
+    cases = [(x["ranks"], x["length"], x["exchange"]) for x in results]
+    assert cases == [(1, 256, "none"), (1, 128, "none"), (2, 256, "gather"), (2, 256, "heads")]
+    for x in results[2:]:
+        assert x["difference"] < 1e-6
+        assert x["both_speedup"] == results[0]["both_ms"] / x["both_ms"]
+        assert x["both_weak"] == results[1]["both_ms"] / x["both_ms"]
+        assert x["compute_both_ms"] > 0
+    rows = re.findall(r"^\| +(\d) \| +(\d+) \| +(\w+) ", done.stdout, re.M)
+    assert [(int(x), int(y), z) for x, y, z in rows] == cases
 
 
 def test_heads_that_do_not_divide_are_refused(example, capsys):

@@ -12,6 +12,7 @@ from flexmoba.backends.attend import (
 )
 from flexmoba.backends.choice import resolve, why_not
 from flexmoba.backends.flex import full_mask, selection_mask
+from flexmoba.backends.merge import merge_two
 from flexmoba.backends.options import IMPLS, AttentionOptions, ImplName
 from flexmoba.backends.score_mod import ScoreMod, apply_score_mod
 
@@ -25,6 +26,7 @@ __all__ = [
     "attend_selected",
     "check_selected_values",
     "full_mask",
+    "merge_two",
     "resolve",
     "selection_mask",
     "why_not",

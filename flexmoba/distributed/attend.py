@@ -1,4 +1,4 @@
-"""Calls `flex_moba` on some heads of the user's tensors."""
+"""Computes `flex_moba` of this rank's part of the user's tensors."""
 
 from typing import Any, NamedTuple
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
-from flexmoba.attention import flex_moba
 from flexmoba.backends import ScoreMod
+from flexmoba.local import attend_on_one_device
 
 
 class Attention(NamedTuple):
@@ -26,33 +26,66 @@ class Attention(NamedTuple):
     options: dict[str, Any]
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, first_head: int = 0, **documents: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        first_head: int = 0,
+        first_key: int = 0,
+        **documents: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Returns output and log-sum-exp of the query heads from ``first_head`` on."""
+        """Returns output and log-sum-exp of the query heads from ``first_head`` on.
+
+        ``first_key`` is the position of the first key.
+        """
         score_mod = self.score_mod
         if score_mod is not None:
-            # A tensor, because another number would compile again.
-            first = torch.full((), first_head, dtype=torch.int32, device=q.device)
-            score_mod = shift_heads(score_mod, first)
-        out, aux = flex_moba(
+            score_mod = shifted(score_mod, q.device, first_head=first_head, first_key=first_key)
+        none_by_default = {"cu_seqlens": None, "max_seqlen": None}
+        out, aux = attend_on_one_device(
             q,
             k,
             v,
             self.block_size,
             self.topk,
+            is_causal=True,
             score_mod=score_mod,
             return_aux=AuxRequest(lse=True),
+            cache=None,
+            document_ids=None,
+            key_padding_mask=None,
             **self.options,
-            **documents,
+            **none_by_default | documents,
         )
         assert aux.lse is not None
         return out, aux.lse
 
 
-def shift_heads(score_mod: ScoreMod, first_head: Tensor) -> ScoreMod:
-    """Returns a ``score_mod`` for a call with some of the heads, whose first is ``first_head``."""
+def shifted(
+    score_mod: ScoreMod,
+    device: torch.device,
+    *,
+    first_row: int = 0,
+    first_head: int = 0,
+    first_key: int = 0,
+) -> ScoreMod:
+    """Returns a ``score_mod`` for a call with some of the rows, heads and positions.
 
-    def shifted(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score_mod(score, b, h + first_head, query, key)
+    Args:
+        score_mod: The function for all rows and heads.
+        device: Device of the call.
+        first_row: The first row of the call.
+        first_head: The first query head of the call.
+        first_key: The position of the first key of the call.
+    """
+    # Tensors, because other numbers would compile again.
+    row, head, first = (
+        torch.full((), x, dtype=torch.int32, device=device)
+        for x in (first_row, first_head, first_key)
+    )
 
-    return shifted
+    def with_indices(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score_mod(score, b + row, h + head, query + first, key + first)
+
+    return with_indices

@@ -1,5 +1,6 @@
 """Chooses the exchange: which tensors the ranks send to each other."""
 
+from itertools import accumulate
 from typing import Literal, NamedTuple, get_args
 
 from flexmoba.blocks import TILE
@@ -15,15 +16,15 @@ class Shape(NamedTuple):
         heads: Number of query heads.
         kv_heads: Number of KV heads.
         lengths: Number of tokens of each rank.
+        first_keys: For each rank, the position of the first key that its queries may attend to.
         gate: The name of the gate.
-        has_documents: Whether the call has ``cu_seqlens``.
     """
 
     heads: int
     kv_heads: int
     lengths: tuple[int, ...]
+    first_keys: tuple[int, ...]
     gate: str
-    has_documents: bool
 
 
 def check_exchange_name(exchange: str) -> None:
@@ -59,13 +60,10 @@ def resolve_exchange(exchange: ExchangeName, shape: Shape) -> Literal["gather", 
 
 def why_not_gather(shape: Shape) -> str | None:
     """Returns the reason why ``"gather"`` does not support a call, or None if it does."""
-    if shape.has_documents:
-        return "does not support cu_seqlens"
-    starts = (sum(shape.lengths[:rank]) for rank, n in enumerate(shape.lengths) if n > 0)
-    if shape.gate == "tile" and any(start % TILE for start in starts):
+    if shape.gate == "tile" and any(before % TILE for before in _keys_before(shape)):
         return (
-            f'with gate="tile" needs shards that begin at multiples of {TILE}, got lengths '
-            f"{list(shape.lengths)}"
+            f'with gate="tile" needs shards that begin at multiples of {TILE} of a sequence or '
+            f"document, got lengths {list(shape.lengths)}"
         )
     return None
 
@@ -91,8 +89,17 @@ def why_not_heads(shape: Shape) -> str | None:
 def _heads_moves_less(shape: Shape) -> bool:
     """Returns whether a rank receives fewer bytes in the forward call by ``"heads"``.
 
-    Relative to the bytes of one KV head of one shard, a rank receives keys and values of all other
-    shards, or its share of all heads of q, k, v and the output.
+    In units of a token of one KV head, by ``"gather"`` the rank that receives most gets the keys
+    before its own ones. By ``"heads"``, a rank gets its share of all heads of q, k, v and the
+    output, of the tokens of all others.
     """
     ranks = len(shape.lengths)
-    return (shape.heads + max(shape.kv_heads, ranks)) / ranks < shape.kv_heads
+    others = sum(shape.lengths) * (ranks - 1) / ranks
+    by_heads = others * (shape.heads + max(shape.kv_heads, ranks)) / ranks
+    return by_heads < max(_keys_before(shape)) * shape.kv_heads
+
+
+def _keys_before(shape: Shape) -> list[int]:
+    """Returns the number of keys before its own ones that each rank needs."""
+    firsts = accumulate(shape.lengths, initial=0)
+    return [first - needed for first, needed in zip(firsts, shape.first_keys, strict=False)]

@@ -1,7 +1,7 @@
 """`context_parallel_moba`: attention of a sequence whose tokens are spread over several ranks."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -9,7 +9,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
-from flexmoba.attention import with_aux
 from flexmoba.backends import ImplName, ScoreMod, resolve
 from flexmoba.checks import (
     GateName,
@@ -33,7 +32,9 @@ from flexmoba.distributed.choice import (
 )
 from flexmoba.distributed.gather import attend_by_gathering
 from flexmoba.distributed.heads import attend_by_heads
+from flexmoba.distributed.plan import first_keys, plan_of
 from flexmoba.distributed.ranks import Ranks, check_mesh
+from flexmoba.local import with_aux
 
 
 @overload
@@ -134,12 +135,12 @@ def context_parallel_moba(
         mesh: A mesh of one dimension, or one dimension of a larger mesh, such as
             ``mesh["context"]``. Its ranks hold the tokens in their order.
         exchange: The tensors that the ranks send to each other. ``"gather"``: keys and values. Each
-            rank gets them up to its last token, some KV heads at a time; the backward gathers them
-            again. ``"heads"``: q, k, v and the output. Each rank gets all tokens for its share of
-            the heads. The number of ranks must divide ``Hkv``, or divide ``Hq`` and be a multiple
-            of ``Hkv``. ``"auto"``: ``"heads"`` if only it supports the call or a rank receives
-            fewer bytes in the forward by it, ``(Hq + max(Hkv, ranks)) / ranks < Hkv``; otherwise
-            ``"gather"``.
+            rank gets those before its first token, some KV heads at a time; the backward gathers
+            them again. ``"heads"``: q, k, v and the output. Each rank gets all tokens for its share
+            of the heads. The number of ranks must divide ``Hkv``, or it must divide ``Hq`` and be a
+            multiple of ``Hkv``. ``"auto"``: ``"heads"`` if only it supports the call or a rank
+            receives fewer bytes in the forward by it; for one sequence and equal lengths, this is
+            ``(Hq + max(Hkv, ranks)) / ranks < Hkv``. Otherwise ``"gather"``.
         lengths: The lengths ``L_0, L_1, ...``, the same on all ranks. With them, the ranks do not
             compare their arguments before they send tensors. The host then does not wait for the
             device, but arguments that differ between ranks have undefined results, or the ranks
@@ -150,7 +151,8 @@ def context_parallel_moba(
             ``"gather"``, captured tensors must not require gradients. With ``"heads"``, the
             gradient of a captured tensor is that of this rank's heads; sum it over the ranks.
         gate: As in `flex_moba`. ``"tile"`` with ``"gather"`` needs shards that begin at multiples
-            of 128, and ``"group"`` with ``"heads"`` a number of ranks that divides ``Hkv``.
+            of 128 of their sequence or document, and ``"group"`` with ``"heads"`` a number of ranks
+            that divides ``Hkv``.
         gate_block_size: As in `flex_moba`.
         sink_blocks: As in `flex_moba`.
         local_blocks: As in `flex_moba`.
@@ -159,7 +161,9 @@ def context_parallel_moba(
         return_aux: ``AuxRequest(lse=True)`` also returns the log-sum-exp of the scores.
         cu_seqlens: Boundaries of packed documents in the complete sequence, int32 or int64
             ``(n + 1,)``, rising from 0 to ``L``, the same on all ranks, for a batch of 1.
-            Documents may span ranks. It needs ``exchange="heads"``.
+            Documents may span ranks. With ``"gather"``, the host reads the boundaries, which waits
+            for the device; a rank receives only the keys of the document that its first token
+            belongs to, and no rank sends anything if no document spans ranks.
         max_seqlen: Number of tokens of the longest packed document, or more, as in `flex_moba`.
 
     Returns:
@@ -197,7 +201,7 @@ def context_parallel_moba(
         "impl": impl,
         "kernel_options": kernel_options,
     }
-    documents = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+    documents: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
     attention = Attention(block_size, topk, score_mod, options)
     check_mesh(mesh)
     mine: dict[str, Any] | Exception = {}
@@ -217,12 +221,11 @@ def context_parallel_moba(
     if lengths is None:
         lengths = agree(mine, mesh)
     ranks = Ranks(mesh.get_group(), mesh.get_local_rank(), tuple(lengths))
-    has_documents = any(x is not None for x in documents.values())
-    shape = Shape(q.shape[1], k.shape[1], ranks.lengths, gate, has_documents)
-    chosen = resolve_exchange(exchange, shape)
-    if has_documents:
+    if any(x is not None for x in documents.values()):
         _check_documents(q, k, ranks, documents)
-    out, lse = _attend(q, k, v, attention, ranks, chosen, needs_lse, documents)
+    if ranks.size == 1 or ranks.total == 0 or q.shape[0] == 0:  # nothing is sent
+        return with_aux(*attention(q, k, v, **documents), return_aux)
+    out, lse = _attend(q, k, v, attention, ranks, exchange, needs_lse, documents)
     return with_aux(out, lse, return_aux)
 
 
@@ -232,16 +235,21 @@ def _attend(
     v: Tensor,
     attention: Attention,
     ranks: Ranks,
-    exchange: Literal["gather", "heads"],
+    exchange: ExchangeName,
     needs_lse: bool,
     documents: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns output and log-sum-exp; sends nothing if there is one rank, or no token at all."""
-    if ranks.size == 1 or ranks.total == 0 or q.shape[0] == 0:
-        return attention(q, k, v, **documents)
-    if exchange == "gather":
-        return attend_by_gathering(q, k, v, attention, ranks, with_lse=needs_lse)
-    return attend_by_heads(q, k, v, attention, ranks, with_lse=needs_lse, **documents)
+    """Chooses the exchange, and returns output and log-sum-exp."""
+    cu_seqlens, boundaries = documents["cu_seqlens"], None
+    if cu_seqlens is not None and exchange != "heads":
+        boundaries = cu_seqlens.tolist()  # waits for the device
+    needed = first_keys(ranks, boundaries)
+    shape = Shape(q.shape[1], k.shape[1], ranks.lengths, needed, attention.options["gate"])
+    if resolve_exchange(exchange, shape) == "heads":
+        return attend_by_heads(q, k, v, attention, ranks, with_lse=needs_lse, **documents)
+    plan = plan_of(ranks, needed, boundaries, cu_seqlens)
+    longest = documents["max_seqlen"]
+    return attend_by_gathering(q, k, v, attention, plan, with_lse=needs_lse, max_seqlen=longest)
 
 
 def _check_causal(is_causal: bool) -> None:

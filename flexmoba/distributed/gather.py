@@ -1,7 +1,8 @@
-"""The exchange by gathering: each rank gets the keys and values of all tokens.
+"""The exchange by gathering: each rank gets the keys and values that its queries may attend to.
 
-A rank attends from its queries to the keys up to its own last token, one chunk of KV heads at a
-time. Meanwhile, the keys and values of the next chunk are under way.
+They are those of the ranks before, up to the beginning of the sequence or of the document that
+spans the ranks. A rank attends to one chunk of KV heads at a time. Meanwhile, the keys and values
+of the next chunk are under way.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from flexmoba.distributed.attend import Attention
-from flexmoba.distributed.ranks import Pending, Ranks, all_gather, all_to_all
+from flexmoba.distributed.plan import Plan
+from flexmoba.distributed.ranks import Pending, all_to_all
+from flexmoba.distributed.saved import Input, SavedTensors
 from flexmoba.runtime import no_second_derivatives
 
 # Bytes of the gathered keys and values of a chunk of KV heads. A chunk has at least one KV head.
@@ -20,7 +23,14 @@ _BYTES_AT_ONCE = 2**28
 
 
 def attend_by_gathering(
-    q: Tensor, k: Tensor, v: Tensor, attention: Attention, ranks: Ranks, *, with_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention: Attention,
+    plan: Plan,
+    *,
+    with_lse: bool,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes the attention of this rank's queries; see `context_parallel_moba`.
 
@@ -29,13 +39,18 @@ def attend_by_gathering(
         k: This rank's keys, ``(B, Hkv, L, D)``.
         v: This rank's values, ``(B, Hkv, L, Dv)``.
         attention: The attention.
-        ranks: The ranks.
+        plan: The keys that each rank needs.
         with_lse: Whether to return the log-sum-exp.
+        max_seqlen: A bound of the lengths of documents, or None.
 
     Returns:
         The output ``(B, Hq, L, Dv)`` and the log-sum-exp ``(B, Hq, L)`` or None.
     """
-    call = _Call(attention, ranks, _chunks(k, v, ranks), q.shape[1] // k.shape[1], with_lse)
+    chunks = _chunks(k, v, plan)
+    call = _Call(attention, plan, chunks, q.shape[1] // k.shape[1], with_lse, max_seqlen)
+    if plan.sends_nothing:  # then there is one part
+        out, lse = call.attend(0, q, k, v, first_head=0)
+        return out, lse if with_lse else None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         results = _GatheredAttention.apply(q, k, v, call)  # type: ignore[no-untyped-call]
     else:
@@ -44,135 +59,180 @@ def attend_by_gathering(
 
 
 class _Call(NamedTuple):
-    """The arguments of a call that are not tensors.
+    """The arguments of a call that are not tensors of tokens.
 
     Attributes:
         attention: The attention.
-        ranks: The ranks.
+        plan: The keys that each rank needs.
         chunks: The first KV head of each chunk, and the KV head after its last one.
         group: Number of query heads of a KV head.
         with_lse: Whether the log-sum-exp is a result.
+        max_seqlen: A bound of the lengths of documents, or None.
     """
 
     attention: Attention
-    ranks: Ranks
+    plan: Plan
     chunks: list[tuple[int, int]]
     group: int
     with_lse: bool
+    max_seqlen: int | None
 
     def of_queries(self, chunk: int) -> slice:
         """Returns the query heads of a chunk."""
         first, end = self.chunks[chunk]
         return slice(first * self.group, end * self.group)
 
+    def attend(
+        self, part: int, q: Tensor, k: Tensor, v: Tensor, *, first_head: int
+    ) -> tuple[Tensor, Tensor]:
+        """Attends from the queries of a part."""
+        _, first_key, cu_seqlens = self.plan.parts[part]
+        documents: dict[str, Any] = {}
+        if cu_seqlens is not None:
+            documents = {"cu_seqlens": cu_seqlens, "max_seqlen": self.max_seqlen}
+        return self.attention(q, k, v, first_head=first_head, first_key=first_key, **documents)
 
-def _chunks(k: Tensor, v: Tensor, ranks: Ranks) -> list[tuple[int, int]]:
+
+def _chunks(k: Tensor, v: Tensor, plan: Plan) -> list[tuple[int, int]]:
     """Divides the KV heads, in the same way on all ranks."""
     batch, heads, _, dim = k.shape
     features = batch * (dim + v.shape[-1])
-    per_head = max(1, ranks.size * ranks.longest * features * k.element_size())
+    per_head = max(1, plan.ranks.total * features * k.element_size())
     at_once = max(1, _BYTES_AT_ONCE // per_head)
     return [(first, min(first + at_once, heads)) for first in range(0, heads, at_once)]
+
+
+# ---- The exchange -------------------------------------------------------------------------------
+
+
+def _for_each_chunk(
+    k: Tensor, v: Tensor, call: _Call, function: Callable[[int, list[Tensor]], None]
+) -> None:
+    """Calls ``function(chunk, gathered)`` while the next chunk is under way.
+
+    The gathered tensors are keys and values of each part. They exist until the call returns, so
+    that at most two chunks exist.
+    """
+    following: Pending | None = _start_gathering(k, v, call, 0)
+    for chunk in range(len(call.chunks)):
+        assert following is not None
+        gathered = _arranged(following.wait(), k, v, call, chunk)
+        following = None  # frees the received tensor before the next one is allocated
+        if chunk + 1 < len(call.chunks):
+            following = _start_gathering(k, v, call, chunk + 1)
+        function(chunk, gathered)
+        del gathered
+
+
+def _start_gathering(k: Tensor, v: Tensor, call: _Call, chunk: int) -> Pending:
+    """Starts to send the last keys and values of this rank, side by side, to the ranks after it."""
+    first, end = call.chunks[chunk]
+    k, v = k[:, first:end], v[:, first:end]
+    sent, received = call.plan.sent(), call.plan.received(call.plan.ranks.rank)
+    parts = [
+        torch.cat([x[:, :, x.shape[2] - count :] for x in (k, v)], dim=-1).flatten()
+        for count in sent
+    ]
+    features = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3])
+    sizes = [features * count for count in sent], [features * count for count in received]
+    return all_to_all(torch.cat(parts), *sizes, call.plan.ranks.group)
+
+
+def _arranged(received: Tensor, k: Tensor, v: Tensor, call: _Call, chunk: int) -> list[Tensor]:
+    """Returns contiguous keys and values of each part."""
+    first, end = call.chunks[chunk]
+    own = k[:, first:end], v[:, first:end]
+    batch, heads, _, dim = own[0].shape
+    counts = call.plan.received(call.plan.ranks.rank)
+    features = batch * heads * (dim + v.shape[3])
+    shards = [
+        x.view(batch, heads, count, -1)
+        for x, count in zip(received.split([features * n for n in counts]), counts, strict=True)
+        if count > 0
+    ]
+    gathered = []
+    for queries, first_key, _ in call.plan.parts:
+        is_later = first_key > call.plan.first_keys[call.plan.ranks.rank]
+        before = [] if is_later else shards
+        gathered += [
+            torch.cat([*(x[..., part] for x in before), mine[:, :, queries]], dim=2)
+            for part, mine in zip((slice(dim), slice(dim, None)), own, strict=True)
+        ]
+    return gathered
 
 
 # ---- Forward ------------------------------------------------------------------------------------
 
 
+def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the output and the log-sum-exp of all chunks, to be written."""
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
     """Computes the results without a graph."""
-    results: list[tuple[Tensor, ...]] = []
+    out, lse = _empty_results(q, v)
 
-    def attend(chunk: int, keys: Tensor, values: Tensor) -> None:
+    def attend(chunk: int, gathered: list[Tensor]) -> None:
         heads = call.of_queries(chunk)
-        results.append(call.attention(q[:, heads], keys, values, first_head=heads.start))
+        for part, (queries, _, _) in enumerate(call.plan.parts):
+            tensors = q[:, heads, queries], *gathered[2 * part : 2 * part + 2]
+            result = call.attend(part, *tensors, first_head=heads.start)
+            out[:, heads, queries], lse[:, heads, queries] = result
 
     _for_each_chunk(k, v, call, attend)
-    return _joined(results, call)
+    return (out, lse) if call.with_lse else (out,)
 
 
-def _joined(results: list[tuple[Tensor, ...]], call: _Call) -> tuple[Tensor, ...]:
-    outs, lses = zip(*results, strict=True)
-    return (torch.cat(outs, 1), torch.cat(lses, 1)) if call.with_lse else (torch.cat(outs, 1),)
+class _Graph(NamedTuple):
+    """The edges of a graph: of the output and the log-sum-exp, and of q, k and v."""
 
-
-def _for_each_chunk(
-    k: Tensor, v: Tensor, call: _Call, function: Callable[[int, Tensor, Tensor], None]
-) -> None:
-    """Calls ``function(chunk, keys, values)`` while the next chunk is under way.
-
-    The gathered tensors of a chunk exist until its call returns, so that at most two chunks exist.
-    """
-    following: Pending | None = _start_gathering(k, v, call, 0)
-    for chunk in range(len(call.chunks)):
-        assert following is not None
-        arranged = _arranged(following.wait(), call.ranks, k.shape[-1])
-        following = None  # frees the received tensor before the next one is allocated
-        if chunk + 1 < len(call.chunks):
-            following = _start_gathering(k, v, call, chunk + 1)
-        function(chunk, *arranged)
-        del arranged
-
-
-def _start_gathering(k: Tensor, v: Tensor, call: _Call, chunk: int) -> Pending:
-    """Starts to gather keys and values, side by side, of shards padded to the longest one."""
-    first, end = call.chunks[chunk]
-    ranks, dim = call.ranks, k.shape[-1]
-    mine = k.new_empty((k.shape[0], end - first, ranks.longest, dim + v.shape[-1]))
-    mine[:, :, : ranks.length, :dim] = k[:, first:end]
-    mine[:, :, : ranks.length, dim:] = v[:, first:end]
-    return all_gather(mine, ranks.group, ranks.size)
-
-
-def _arranged(gathered: Tensor, ranks: Ranks, dim: int) -> tuple[Tensor, Tensor]:
-    """Returns contiguous keys and values up to this rank's last token."""
-    shards = [
-        gathered[rank, :, :, :length] for rank, length in enumerate(ranks.lengths[: ranks.rank + 1])
-    ]
-    keys = torch.cat([x[..., :dim] for x in shards], dim=2)
-    return keys, torch.cat([x[..., dim:] for x in shards], dim=2)
-
-
-# ---- Backward -----------------------------------------------------------------------------------
+    outputs: tuple[GradientEdge, ...]
+    inputs: tuple[GradientEdge, ...]
 
 
 class _GatheredAttention(torch.autograd.Function):
     """The attention of all chunks; the backward gathers the keys and values again.
 
-    Each chunk has a graph of its own, made in the forward and run in the backward. The graphs keep
-    no tensors: gathered tensors are replaced by marks, and all others are saved in the context of
-    this function, so that hooks such as those of activation checkpointing apply to them.
+    Each part of a chunk has a graph of its own, made in the forward and run in the backward. The
+    graphs keep no tensors: gathered tensors and the output are replaced by marks, and all others
+    are saved in the context of this function, so that hooks such as those of activation
+    checkpointing apply to them.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Any:
-        saved = _SavedTensors()
+        saved = SavedTensors()
         graphs: list[_Graph] = []
-        results: list[tuple[Tensor, ...]] = []
+        out, lse = _empty_results(q, v)
 
-        def attend(chunk: int, keys: Tensor, values: Tensor) -> None:
+        def attend(chunk: int, gathered: list[Tensor]) -> None:
             heads = call.of_queries(chunk)
-            saved.keys, saved.values = keys, values
-            with torch.enable_grad(), saved_tensors_hooks(saved.pack, saved.unpack):
-                anchor = torch.empty(0, device=q.device, requires_grad=True)
-                shards = q.detach()[:, heads], keys, values
-                inputs = [_Input.apply(x, anchor) for x in shards]  # type: ignore[no-untyped-call]
-                result = call.attention(*inputs, first_head=heads.start)
-            if call.attention.score_mod is not None:
-                _check_captured(result[0], anchor)
-            graphs.append(
-                _Graph(
-                    tuple(map(get_gradient_edge, result[: 1 + call.with_lse])),
-                    tuple(map(get_gradient_edge, inputs)),
+            saved.hold(gathered)
+            for part, (queries, _, _) in enumerate(call.plan.parts):
+                with torch.enable_grad(), saved_tensors_hooks(saved.pack, saved.unpack):
+                    anchor = torch.empty(0, device=q.device, requires_grad=True)
+                    tensors = q.detach()[:, heads, queries], *gathered[2 * part : 2 * part + 2]
+                    inputs = [Input.apply(x, anchor) for x in tensors]  # type: ignore[no-untyped-call]
+                    result = call.attend(part, *inputs, first_head=heads.start)
+                if call.attention.score_mod is not None:
+                    _check_captured(result[0], anchor)
+                graphs.append(
+                    _Graph(
+                        tuple(map(get_gradient_edge, result[: 1 + call.with_lse])),
+                        tuple(map(get_gradient_edge, inputs)),
+                    )
                 )
-            )
-            results.append(tuple(x.detach() for x in result))
+                out[:, heads, queries], lse[:, heads, queries] = (x.detach() for x in result)
+                saved.keep_output_once(result[0], heads, queries)
             saved.release()
 
         _for_each_chunk(k, v, call, attend)
-        ctx.save_for_backward(q, k, v, *saved.tensors)
+        ctx.save_for_backward(q, k, v, out, *saved.tensors)
         saved.tensors = ()
         ctx.call, ctx.saved, ctx.graphs = call, saved, graphs
-        return _joined(results, call)
+        return (out, lse) if call.with_lse else (out,)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -185,44 +245,56 @@ class _GatheredAttention(torch.autograd.Function):
         return *results, None
 
 
+# ---- Backward -----------------------------------------------------------------------------------
+
+
 def _gradients(
     ctx: Any, tensors: tuple[Tensor, ...], grads: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients of q, k and v, or None for those that need none."""
     call, saved = ctx.call, ctx.saved
-    _, k, v, *saved.tensors = tensors
+    q, k, v, saved.output, *saved.tensors = tensors
     needs_q, needs_k, needs_v, _ = ctx.needs_input_grad
-    dq: list[Tensor] = []
-    reduced: list[tuple[Tensor, Tensor]] = []
+    dq = torch.empty_like(q) if needs_q else None
+    dk = torch.empty_like(k) if needs_k else None
+    dv = torch.empty_like(v) if needs_v else None
     under_way: list[_Reducing] = []
 
-    def attend(chunk: int, keys: Tensor, values: Tensor) -> None:
-        saved.keys, saved.values = keys, values
-        outputs, inputs = ctx.graphs[chunk]
+    def finish() -> None:
+        reducing = under_way.pop(0)
+        first, end = call.chunks[reducing.chunk]
+        both = _reduced(reducing, call.plan).split((k.shape[3], v.shape[3]), dim=-1)
+        for x, grad in zip((dk, dv), both, strict=True):
+            if x is not None:
+                x[:, first:end] = grad
+
+    def attend(chunk: int, gathered: list[Tensor]) -> None:
         heads = call.of_queries(chunk)
-        inputs = inputs if needs_k or needs_v else inputs[:1]
-        inputs = inputs if needs_q else inputs[1:]
-        # The graph is retained for a second backward. It keeps no tensors.
-        found = torch.autograd.grad(
-            outputs, inputs, [x[:, heads] for x in grads], retain_graph=True
-        )
-        if needs_q:
-            dq.append(found[0])
-        if needs_k or needs_v:
-            if under_way:
-                reduced.append(_reduced(under_way.pop(), call.ranks))
-            under_way.append(_start_reducing(found[-2], found[-1], call.ranks))
+        saved.hold(gathered)
+        of_keys = []
+        for part, (queries, _, _) in enumerate(call.plan.parts):
+            outputs, inputs = ctx.graphs[chunk * len(call.plan.parts) + part]
+            inputs = inputs if needs_k or needs_v else inputs[:1]
+            inputs = inputs if needs_q else inputs[1:]
+            # The graph is retained for a second backward. It keeps no tensors.
+            found = torch.autograd.grad(
+                outputs, inputs, [x[:, heads, queries] for x in grads], retain_graph=True
+            )
+            if dq is not None:
+                dq[:, heads, queries] = found[0]
+            if needs_k or needs_v:
+                of_keys.append(torch.cat(found[-2:], dim=-1))
         saved.release()
+        if of_keys:
+            if under_way:
+                finish()
+            under_way.append(_start_reducing(torch.cat(of_keys, dim=2), chunk, call.plan))
 
     _for_each_chunk(k, v, call, attend)
-    saved.tensors = ()
-    reduced += [_reduced(x, call.ranks) for x in under_way]
-    dk, dv = zip(*reduced, strict=True) if reduced else ((), ())
-    return (
-        torch.cat(dq, 1) if needs_q else None,
-        torch.cat(dk, 1) if needs_k else None,
-        torch.cat(dv, 1) if needs_v else None,
-    )
+    saved.tensors, saved.output = (), None
+    while under_way:
+        finish()
+    return dq, dk, dv
 
 
 class _LastDerivative(torch.autograd.Function):
@@ -240,73 +312,6 @@ class _LastDerivative(torch.autograd.Function):
 def _last_derivative(x: Tensor, *inputs: Tensor) -> Tensor:
     result: Tensor = _LastDerivative.apply(x, *inputs)  # type: ignore[no-untyped-call]
     return result
-
-
-class _Graph(NamedTuple):
-    """The edges of a chunk's graph: of the output and the log-sum-exp, and of q, k and v."""
-
-    outputs: tuple[GradientEdge, ...]
-    inputs: tuple[GradientEdge, ...]
-
-
-class _Input(torch.autograd.Function):
-    """The beginning of a chunk's graph. Unlike a leaf, its node does not keep the tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise AssertionError  # gradients are taken before this node
-
-
-class _Mark(NamedTuple):
-    """A view of gathered keys or values, in place of the tensor."""
-
-    is_keys: bool
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-
-class _SavedTensors:
-    """The tensors that the graphs of all chunks save for the backward.
-
-    Attributes:
-        tensors: All tensors but views of the gathered ones. In the backward, the context of the
-            function supplies them.
-        keys: The gathered keys of the current chunk.
-        values: The gathered values of the current chunk.
-    """
-
-    def __init__(self) -> None:
-        self.tensors: Any = []
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def pack(self, x: Tensor) -> int | _Mark:
-        """Returns a mark for a view of gathered keys or values; saves any other tensor."""
-        for gathered in (self.keys, self.values):
-            assert gathered is not None
-            if x.numel() > 0 and x.untyped_storage()._cdata == gathered.untyped_storage()._cdata:
-                is_keys = gathered is self.keys
-                return _Mark(is_keys, tuple(x.shape), x.stride(), int(x.storage_offset()))
-        self.tensors.append(x.detach())
-        return len(self.tensors) - 1
-
-    def unpack(self, packed: int | _Mark) -> Tensor:
-        """Returns the saved tensor, or the view of the tensors that were gathered again."""
-        if isinstance(packed, int):
-            saved: Tensor = self.tensors[packed]
-            return saved
-        gathered = self.keys if packed.is_keys else self.values
-        assert gathered is not None
-        return gathered.as_strided(packed.size, packed.stride, packed.offset)
-
-    def release(self) -> None:
-        """Forgets the gathered tensors."""
-        self.keys = self.values = None
 
 
 def _check_captured(out: Tensor, anchor: Tensor) -> None:
@@ -332,39 +337,38 @@ class _Reducing(NamedTuple):
 
     Attributes:
         pending: The collective.
-        heads: ``(B, heads)`` of the chunk.
-        dims: The head dims of keys and values.
+        own: The gradients of this rank's keys and values from its own queries, side by side,
+            ``(B, heads, L, D + Dv)``.
+        chunk: The chunk.
     """
 
     pending: Pending
-    heads: tuple[int, int]
-    dims: tuple[int, int]
+    own: Tensor
+    chunk: int
 
 
-def _start_reducing(dk: Tensor, dv: Tensor, ranks: Ranks) -> _Reducing:
-    """Starts to send the gradients of gathered keys and values to the ranks of their tokens."""
-    heads, dims = (dk.shape[0], dk.shape[1]), (dk.shape[3], dv.shape[3])
-    features = heads[0] * heads[1] * sum(dims)
-    lengths = ranks.lengths[: ranks.rank + 1]
-    parts = [
-        torch.cat(shard, dim=-1).flatten()
-        for shard in zip(dk.split(lengths, dim=2), dv.split(lengths, dim=2), strict=True)
-    ]
-    later = ranks.size - ranks.rank - 1
-    sizes = [features * n for n in lengths] + [0] * later
-    received = [0] * ranks.rank + [features * ranks.length] * (later + 1)
-    return _Reducing(all_to_all(torch.cat(parts), sizes, received, ranks.group), heads, dims)
+def _start_reducing(grad: Tensor, chunk: int, plan: Plan) -> _Reducing:
+    """Starts to send gradients of gathered keys and values to the ranks of their tokens.
 
-
-def _reduced(reducing: _Reducing, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of this rank's keys and values, summed in the order of ranks.
-
-    The sum is in float32 (float64 for float64 inputs).
+    ``grad (B, heads, keys, D + Dv)`` holds those of keys and values side by side.
     """
-    pending, heads, dims = reducing
-    parts = pending.wait().view(ranks.size - ranks.rank, *heads, ranks.length, sum(dims))
-    total = parts[0].to(torch.promote_types(parts.dtype, torch.float32), copy=True)
-    for part in parts[1:]:
-        total += part
-    dk, dv = total.to(parts.dtype).split(dims, dim=-1)
-    return dk, dv
+    received, sent = plan.received(plan.ranks.rank), plan.sent()
+    *shards, own = grad.split([*received, plan.ranks.length], dim=2)
+    features = grad.shape[0] * grad.shape[1] * grad.shape[3]
+    parts = torch.cat([x.flatten() for x in (*shards, own[:, :, :0])])
+    sizes = [features * count for count in received], [features * count for count in sent]
+    return _Reducing(all_to_all(parts, *sizes, plan.ranks.group), own, chunk)
+
+
+def _reduced(reducing: _Reducing, plan: Plan) -> Tensor:
+    """Returns the gradients of this rank's keys and values, ``(B, heads, L, D + Dv)``.
+
+    It adds them in the order of ranks, in float32 (float64 for float64 inputs).
+    """
+    pending, own, _ = reducing
+    total = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
+    counts, features = plan.sent(), own.shape[0] * own.shape[1] * own.shape[3]
+    received = pending.wait().split([features * count for count in counts])
+    for part, count in zip(received, counts, strict=True):
+        total[:, :, total.shape[2] - count :] += part.view(*own.shape[:2], count, own.shape[3])
+    return total

@@ -1,6 +1,7 @@
 """The ranks of a mesh, the lengths of their shards, and collectives that run in the background."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -35,9 +36,14 @@ class Ranks(NamedTuple):
         return sum(self.lengths)
 
     @property
-    def longest(self) -> int:
-        """Number of tokens of the longest shard."""
-        return max(self.lengths)
+    def first(self) -> int:
+        """The position of this rank's first token."""
+        return self.firsts[self.rank]
+
+    @property
+    def firsts(self) -> tuple[int, ...]:
+        """The position of each rank's first token."""
+        return tuple(accumulate(self.lengths, initial=0))[:-1]
 
     @property
     def length(self) -> int:

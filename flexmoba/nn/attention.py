@@ -1,6 +1,6 @@
 """`MobaAttention`: a self-attention layer with projections."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from einops import rearrange
@@ -13,6 +13,9 @@ from flexmoba.nn.key_conv import KeyConv, KeyConvCache
 from flexmoba.nn.rotary import rotate
 from flexmoba.runtime import autocast_dtype
 from flexmoba.sequence import positions_of, without_padding
+
+if TYPE_CHECKING:
+    from flexmoba.distributed import SequenceShards
 
 
 class MobaAttention(nn.Module):
@@ -222,20 +225,37 @@ class MobaAttention(nn.Module):
             "document_ids": document_ids,
             "key_padding_mask": key_padding_mask,
         }
-        check_documents(x[:, None], x[:, None], **packing, max_seqlen=max_seqlen)
+        shards = self.moba.sequence_shards
+        if shards is not None:
+            shards.check(cache=cache, **packing)
+        else:
+            check_documents(x[:, None], x[:, None], **packing, max_seqlen=max_seqlen)
         if key_padding_mask is not None:
             x = x.masked_fill(~key_padding_mask[..., None], 0.0)
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if shards is not None:
+            q, k = self._encode_shard(q, k, shards, cu_seqlens)
+        else:
+            q, k = self._encode(q, k, cache, **packing)
+        out = self.moba(q, k, v, cache=cache, **packing, max_seqlen=max_seqlen)
+        projected: Tensor = self.o_proj(rearrange(out, "b h l d -> b l (h d)"))
+        return projected
+
+    def _encode(
+        self, q: Tensor, k: Tensor, cache: MobaCache | None, **packing: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Applies the key convolution and the rotary embedding."""
         positions = None
+        length, key_padding_mask = q.shape[2], packing["key_padding_mask"]
         if cache is not None:
-            if cache.lengths.shape[0] != x.shape[0]:
+            if cache.lengths.shape[0] != q.shape[0]:
                 raise ValueError(
-                    f"x and the cache must have the same batch size, got {x.shape[0]} and "
+                    f"x and the cache must have the same batch size, got {q.shape[0]} and "
                     f"{cache.lengths.shape[0]}; make a cache for the batch size of x"
                 )
-            positions = cache.next_positions(x.shape[1], key_padding_mask)
-        elif x.numel() > 0 and any(given is not None for given in packing.values()):
-            positions = positions_of(x.shape[1], **packing)
+            positions = cache.next_positions(length, key_padding_mask)
+        elif q.numel() > 0 and any(given is not None for given in packing.values()):
+            positions = positions_of(length, **packing)
         if self.key_conv is not None:
             if cache is not None and not isinstance(cache, KeyConvCache):
                 raise TypeError(
@@ -249,11 +269,28 @@ class MobaAttention(nn.Module):
                 k = self.key_conv(k, positions, cache)
         if self.rope_base is not None:
             if positions is None:
-                positions = torch.arange(x.shape[1], device=x.device)[None]
+                positions = torch.arange(length, device=q.device)[None]
             q, k = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base)
-        out = self.moba(q, k, v, cache=cache, **packing, max_seqlen=max_seqlen)
-        projected: Tensor = self.o_proj(rearrange(out, "b h l d -> b l (h d)"))
-        return projected
+        return q, k
+
+    def _encode_shard(
+        self, q: Tensor, k: Tensor, shards: "SequenceShards", cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Computes `_encode` for this rank's tokens of sequences that several ranks share."""
+        if self.key_conv is None and self.rope_base is None:
+            return q, k
+        ranks = shards.ranks(q.shape[2])
+        tokens = slice(ranks.first, ranks.first + ranks.length)
+        if cu_seqlens is None:
+            positions = torch.arange(tokens.start, tokens.stop, device=q.device)[None]
+        else:
+            positions = positions_of(ranks.total, cu_seqlens, None, None)[:, tokens]
+        if self.key_conv is not None:
+            before = shards.before(k, self.key_conv.width - 1, ranks)
+            k = self.key_conv(k, positions, before=before)
+        if self.rope_base is not None:
+            q, k = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base)
+        return q, k
 
     def _heads(self, x: Tensor) -> Tensor:
         if x.shape[-1] % self.head_dim != 0:

@@ -1,12 +1,15 @@
 """`FlexMoba`: a module that calls `flex_moba`."""
 
 import inspect
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from flexmoba.attention import flex_moba
 from flexmoba.checks import check_block_size, check_gate, check_gate_block_size, check_topk
+
+if TYPE_CHECKING:
+    from flexmoba.distributed import SequenceShards
 
 _OPTIONS = [
     name
@@ -37,6 +40,8 @@ class FlexMoba(nn.Module):
         topk: Blocks in training.
         eval_topk: Blocks outside training.
         options: The other options, by name.
+        sequence_shards: The ranks that share each sequence, from
+            `flexmoba.distributed.ContextParallel`; None on one device.
 
     Raises:
         TypeError: ``block_size`` or a ``topk`` is not an int, or `flex_moba` has no such option.
@@ -72,6 +77,7 @@ class FlexMoba(nn.Module):
         self.options = options
         self.check(block_size, topk, eval_topk)
         self.block_size, self.topk, self.eval_topk = block_size, topk, eval_topk
+        self.sequence_shards: SequenceShards | None = None
 
     @property
     def current_topk(self) -> int | None:
@@ -110,7 +116,11 @@ class FlexMoba(nn.Module):
             The output, ``(B, Hq, Lq, Dv)`` in the dtype of q; with ``return_aux``, the pair that
             `flex_moba` returns.
         """
-        return flex_moba(q, k, v, self.block_size, self.current_topk, **self.options | options)
+        options = self.options | options
+        if self.sequence_shards is not None and not hasattr(q, "device_mesh"):  # not for DTensors
+            attend = self.sequence_shards.attend
+            return attend(q, k, v, self.block_size, self.current_topk, **options)
+        return flex_moba(q, k, v, self.block_size, self.current_topk, **options)
 
     def extra_repr(self) -> str:
         """Returns the options, for ``repr``."""

@@ -64,7 +64,11 @@ class KeyConv(nn.Module):
         nn.init.zeros_(self.weight)
 
     def forward(
-        self, k: Tensor, positions: Tensor | None = None, cache: "KeyConvCache | None" = None
+        self,
+        k: Tensor,
+        positions: Tensor | None = None,
+        cache: "KeyConvCache | None" = None,
+        before: Tensor | None = None,
     ) -> Tensor:
         """Returns the convolved keys.
 
@@ -74,6 +78,8 @@ class KeyConv(nn.Module):
                 negative for padding. A key mixes only with keys from position 0 on. By default,
                 positions begin at 0, or at the lengths of the cache.
             cache: Cache of the earlier keys, which also stores these keys at their positions.
+            before: Without a cache, the keys right before ``k``, ``(B, Hkv, width - 1, D)``; zeros
+                by default.
 
         Returns:
             ``(B, Hkv, L, D)`` in the dtype of ``k``.
@@ -95,17 +101,23 @@ class KeyConv(nn.Module):
         precise = torch.promote_types(k.dtype, torch.float32)
         taps = weight.to(precise).view(k.shape[1], 1, k.shape[3], self.width).unbind(-1)
         mixed = k * taps[0]
-        for tap, earlier in zip(taps[1:], self._earlier(k, positions, cache), strict=True):
+        for tap, earlier in zip(taps[1:], self._earlier(k, positions, cache, before), strict=True):
             mixed = mixed + earlier * tap
         return (k + F.silu(mixed)).to(k.dtype)
 
     def _earlier(
-        self, k: Tensor, positions: Tensor | None, cache: "KeyConvCache | None"
+        self,
+        k: Tensor,
+        positions: Tensor | None,
+        cache: "KeyConvCache | None",
+        before: Tensor | None,
     ) -> Iterator[Tensor]:
         """Yields the keys 1, 2, ... ``width - 1`` tokens earlier, or zeros, ``(B, Hkv, L, D)``."""
         if cache is not None:
             positions = cache.next_positions(k.shape[2]) if positions is None else positions
             stored = cache.keep(k, positions)
+        elif before is not None:
+            stored = torch.cat([before, k], dim=2)
         else:
             stored = F.pad(k, (0, 0, self.width - 1, 0))
         for lag in range(1, self.width):

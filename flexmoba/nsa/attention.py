@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
-from flexmoba.attention import with_aux
 from flexmoba.backends import ImplName, resolve
 from flexmoba.checks import (
     check_no_tangents,
@@ -15,6 +14,7 @@ from flexmoba.checks import (
     check_queries_and_keys,
     check_values,
 )
+from flexmoba.local import with_aux
 from flexmoba.nsa.branches import (
     block_means_of,
     compressed_branch,

@@ -1,0 +1,315 @@
+"""Measures how context parallelism scales with the number of GPUs.
+
+Process 0 measures flex_moba with all tokens, then 2, 4, ... processes measure
+flexmoba.distributed.context_parallel_moba with each exchange, all in one run:
+
+  strong scaling   the same tokens on more GPUs
+  weak scaling     the same tokens per GPU
+
+A result has the milliseconds of a forward call and of a forward with backward: the median over
+--repeats calls after --warm calls on each rank, the largest of all ranks. "compute" is the time of
+the same attention on each rank without communication, for inputs that already lie there. "exposed"
+is the share of the time that is not compute: communication that no computation hides, and copies.
+"link" is the rate at which a rank receives in an all-to-all of the size of its keys and values.
+
+The program compares sampled outputs of every measurement with those of process 0 alone.
+
+toy size, one process on a CPU, some seconds:
+  python examples/scaling.py --device cpu --length 4096 --heads 4 --kv-heads 2 --head-dim 32 \\
+      --block-size 128 --topk 3
+
+full size, one GPU, a context of 1M tokens:
+  python examples/scaling.py --json scaling.json
+
+On several GPUs put torchrun in place of python:
+  torchrun --nproc-per-node 2 examples/scaling.py --json scaling.json
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from itertools import product
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from flexmoba import flex_moba
+from flexmoba.distributed import context_parallel_moba
+from flexmoba.reporting import add_device, add_json, positive, table, versions, write_json
+
+SAMPLED = 64  # queries of each rank whose outputs are compared
+
+
+class Shard:
+    """The tokens of this rank: random q, k, v and a gradient of the output.
+
+    Args:
+        o: The options of the program.
+        mesh: The ranks; None for one process without communication.
+        length: Tokens of all ranks.
+    """
+
+    def __init__(self, o: argparse.Namespace, mesh: DeviceMesh | None, length: int) -> None:
+        self.o, self.mesh, self.length = o, mesh, length
+        self.rank, self.ranks = (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
+        self.tokens = length // self.ranks
+        start = self.rank * self.tokens
+        self.q, self.k, self.v, self.grad = (
+            self.normal(seed, heads, start, start + self.tokens)
+            for seed, heads in enumerate((o.heads, o.kv_heads, o.kv_heads, o.heads))
+        )
+
+    def normal(self, seed: int, heads: int, start: int, end: int) -> Tensor:
+        """Draws tokens ``start`` to ``end`` of a tensor that is the same for any ranks."""
+        o, piece = self.o, self.length // self.o.most
+        x = torch.empty(1, heads, end - start, o.head_dim, device=o.device, dtype=o.dtype)
+        for first in range(start, end, piece):
+            generator = torch.Generator(o.device).manual_seed(4 * first + seed)
+            shape = (1, heads, piece, o.head_dim)
+            drawn = torch.randn(shape, device=o.device, dtype=o.dtype, generator=generator)
+            x[:, :, first - start : first - start + piece] = drawn
+        return x
+
+    def attend(self, exchange: str) -> Any:
+        """Attends from this rank's queries."""
+        o, mesh = self.o, self.mesh
+        if mesh is None:
+            return flex_moba(self.q, self.k, self.v, o.block_size, o.topk)
+        lengths = [self.tokens] * self.ranks
+        options: dict[str, Any] = {"mesh": mesh, "exchange": exchange, "lengths": lengths}
+        return context_parallel_moba(self.q, self.k, self.v, o.block_size, o.topk, **options)
+
+    def without_communication(self, exchange: str) -> tuple[Tensor, ...]:
+        """Returns q, k, v and a gradient of the attention that this rank computes."""
+        o, kv_heads = self.o, self.o.kv_heads
+        if exchange == "gather":
+            end = (self.rank + 1) * self.tokens
+            return self.q, *(self.normal(seed, kv_heads, 0, end) for seed in (1, 2)), self.grad
+        heads, kv_heads = o.heads // self.ranks, max(1, kv_heads // self.ranks)
+        return tuple(
+            self.normal(seed, n, 0, self.length)
+            for seed, n in enumerate((heads, kv_heads, kv_heads, heads))
+        )
+
+    def times(
+        self, attend: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor
+    ) -> dict[str, Any]:
+        """Measures a forward call, and a forward with backward."""
+        with torch.no_grad():
+            forward_ms, forward_MiB = self.time(attend)
+        found = {"forward_ms": forward_ms, "forward_MiB": forward_MiB}
+        if self.o.backward:
+            inputs = [x.requires_grad_() for x in (q, k, v)]
+            both = self.time(lambda: torch.autograd.grad(attend(), inputs, grad))
+            found |= dict(zip(("both_ms", "both_MiB"), both, strict=True))
+            for x in inputs:
+                x.requires_grad_(False)
+        return found
+
+    def time(self, call: Callable[[], Any]) -> tuple[float, float | None]:
+        """Returns median milliseconds and peak MiB of a call, the largest of all ranks."""
+        o, cuda = self.o, self.o.device_type == "cuda"
+        for _ in range(o.warm):
+            call()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        taken = []
+        for _ in range(o.repeats):
+            self.largest(0.0)  # waits for the other ranks
+            began = time.perf_counter()
+            call()
+            if cuda:
+                torch.cuda.synchronize()
+            taken.append((time.perf_counter() - began) * 1e3)
+        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0
+        ms, peak = self.largest(statistics.median(taken), peak)
+        return ms, peak if cuda else None
+
+    def largest(self, *values: float) -> list[float]:
+        """Returns the largest values of all ranks."""
+        found = torch.tensor(values, dtype=torch.float64, device=self.o.device)
+        if self.mesh is not None:
+            dist.all_reduce(found, dist.ReduceOp.MAX, self.mesh.get_group())
+        largest: list[float] = found.tolist()
+        return largest
+
+    def sampled(self, out: Tensor) -> Tensor:
+        """Returns outputs of some tokens of every rank of the largest mesh, in their order."""
+        of_piece = self.length // self.o.most
+        step = max(1, of_piece // SAMPLED)
+        mine = out.detach()[:, :, ::step].contiguous()
+        if self.mesh is None:
+            return mine
+        parts = [torch.empty_like(mine) for _ in range(self.ranks)]
+        dist.all_gather(parts, mine, self.mesh.get_group())
+        return torch.cat(parts, 2)
+
+    def link_gb_per_s(self) -> float:
+        """Returns the gigabytes per second that a rank receives in an all-to-all of its keys."""
+        assert self.mesh is not None
+        sent = torch.cat([self.k.flatten(), self.v.flatten()])
+        sent = sent[: len(sent) // self.ranks * self.ranks]
+        received, group = torch.empty_like(sent), self.mesh.get_group()
+        ms, _ = self.time(lambda: dist.all_to_all_single(received, sent, group=group))
+        others = sent.numel() * sent.element_size() * (self.ranks - 1) / self.ranks
+        return others / ms / 1e6
+
+
+def exchanges_of(o: argparse.Namespace, ranks: int) -> list[str]:
+    """Returns the exchanges that these ranks can make."""
+    if ranks == 1:
+        return ["none"]
+    fits = o.kv_heads % ranks == 0 or (ranks % o.kv_heads == 0 and o.heads % ranks == 0)
+    return [x for x in o.exchange if x == "gather" or fits]
+
+
+def measure(
+    o: argparse.Namespace,
+    mesh: DeviceMesh | None,
+    length: int,
+    exchange: str,
+    expected: dict[int, Tensor],
+) -> dict[str, Any]:
+    """Measures an exchange of one length on the ranks of a mesh."""
+    shard = Shard(o, mesh, length)
+    found: dict[str, Any] = {"ranks": shard.ranks, "length": length, "exchange": exchange}
+
+    def attend() -> Any:
+        return shard.attend(exchange)
+
+    with torch.no_grad():
+        sampled = shard.sampled(attend())
+    if mesh is None:
+        expected[length] = sampled
+    elif length in expected:  # on process 0
+        difference = (sampled - expected[length]).abs().max() / sampled.abs().max()
+        found["difference"] = float(difference)
+    found |= shard.times(attend, shard.q, shard.k, shard.v, shard.grad)
+    if mesh is not None:
+        found["link_GB_per_s"] = shard.link_gb_per_s()
+    if mesh is not None and o.compute:
+        inputs = shard.without_communication(exchange)
+        q, k, v, _ = inputs
+        alone = shard.times(lambda: flex_moba(q, k, v, o.block_size, o.topk), *inputs)
+        found |= {f"compute_{name}": x for name, x in alone.items() if name.endswith("ms")}
+    return found
+
+
+def measure_all(o: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures one process, then more and more of them."""
+    results: list[dict[str, Any]] = []
+    expected: dict[int, Tensor] = {}
+    ranks = 1
+    while ranks <= o.most:
+        weak = o.length * ranks // o.most
+        mesh = None if ranks == 1 else DeviceMesh(o.device_type, list(range(ranks)))
+        if dist.get_rank() < ranks:
+            cases = product(dict.fromkeys((o.length, weak)), exchanges_of(o, ranks))
+            for length, exchange in cases:
+                try:
+                    found = measure(o, mesh, length, exchange, expected)
+                except torch.OutOfMemoryError:
+                    if mesh is not None:  # the other ranks wait for this one
+                        raise
+                    found = {"ranks": 1, "length": length, "error": "out of memory"}
+                results.append(found)
+                if dist.get_rank() == 0:
+                    print(found, file=sys.stderr, flush=True)
+        dist.barrier()
+        ranks *= 2
+    return results
+
+
+def compare(results: list[dict[str, Any]], o: argparse.Namespace) -> None:
+    """Adds speed-ups over one process, efficiencies and exposed shares to the results."""
+    for kind in ("forward_ms", "both_ms"):
+        alone = {x["length"]: x[kind] for x in results if x["ranks"] == 1 and kind in x}
+        for x in results:
+            if kind not in x or x["ranks"] == 1:
+                continue
+            name = kind.removesuffix("_ms")
+            if x["length"] in alone:
+                x[f"{name}_speedup"] = alone[x["length"]] / x[kind]
+            if x["length"] // x["ranks"] in alone:
+                x[f"{name}_weak"] = alone[x["length"] // x["ranks"]] / x[kind]
+            if f"compute_{kind}" in x:
+                x[f"{name}_exposed"] = 1 - x[f"compute_{kind}"] / x[kind]
+
+
+def shown(results: list[dict[str, Any]]) -> str:
+    """Returns a table of the results."""
+    names = ["ranks", "length", "exchange", "forward_ms", "both_ms", "both_MiB"]
+    names += ["both_speedup", "both_weak", "both_exposed", "link_GB_per_s", "difference", "error"]
+    names = [name for name in names if any(name in x for x in results)]
+
+    def cell(value: Any) -> str:
+        return (
+            f"{value:.3g}"
+            if isinstance(value, float) and value < 10
+            else (
+                f"{value:.0f}" if isinstance(value, float) else "" if value is None else str(value)
+            )
+        )
+
+    return table(names, [[cell(x.get(name)) for name in names] for x in results])
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    sizes = {"length": 2**20, "heads": 32, "kv-heads": 8, "head-dim": 128}
+    sizes |= {"block-size": 4096, "topk": 12, "warm": 1, "repeats": 3}
+    for name, size in sizes.items():
+        add(f"--{name}", type=positive, default=size, help=f"default {size}")
+    add("--exchange", nargs="+", choices=["gather", "heads"], default=["gather", "heads"])
+    add("--forward", dest="backward", action="store_false", help="omit the backward pass")
+    add("--no-compute", dest="compute", action="store_false", help="measure no compute")
+    add_device(parser)
+    add_json(parser)
+    o = parser.parse_args(argv)
+    o.device_type = torch.device(o.device).type
+    o.dtype = torch.bfloat16 if o.device_type == "cuda" else torch.float32
+    return o
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    o = parse(argv)
+    if o.device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "nccl" if o.device_type == "cuda" else "gloo"
+    if "RANK" in os.environ:  # torchrun describes the group
+        dist.init_process_group(backend, timeout=timedelta(minutes=2))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        processes = dist.get_world_size()
+        o.most = 2 ** (processes.bit_length() - 1)  # ranks are powers of two
+        if o.length % o.most**2:
+            sys.exit(f"--length {o.length} must be a multiple of {o.most**2}")
+        results = measure_all(o)
+        compare(results, o)
+        if dist.get_rank() == 0:
+            cuda = o.device_type == "cuda"
+            about: dict[str, Any] = {
+                "device": torch.cuda.get_device_name() if cuda else "cpu",
+                **versions(),
+            }
+            about |= {"options": {name: str(x) for name, x in vars(o).items()}, **versions()}
+            if write_json(about | {"results": results}, o.json):
+                print(shown(results))
+    finally:
+        dist.destroy_process_group()
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""`ShardedMobaCache`: a cache whose blocks are spread over the ranks of a mesh."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from flexmoba.backends import AttentionOptions, attend_selected, merge_two, resolve
+from flexmoba.blocks import ceil_div
+from flexmoba.cache import check_new_tokens, check_no_gradients, storage
+from flexmoba.checks import (
+    GateName,
+    check_block_size,
+    check_gate,
+    check_options,
+    check_positive,
+    check_queries_and_keys,
+    check_topk,
+)
+from flexmoba.distributed.agreement import agree_on_lengths
+from flexmoba.distributed.ranks import Ranks, all_gather, all_to_all, check_mesh
+from flexmoba.gate import (
+    GateOptions,
+    GateSizes,
+    block_means,
+    expand_rows,
+    gate_rows,
+    select_by_means,
+)
+from flexmoba.sequence import Layout
+
+
+class ShardedMobaCache:
+    """Cache of one attention layer whose blocks are spread over the ranks of a mesh.
+
+    Block ``i`` of the sequence (arXiv 2502.13189, Sec. 2.2) is on rank ``i % ranks``. Every rank
+    also has the mean keys of all blocks and the tokens of the last block that is not full. So each
+    rank selects the same blocks without communication, attends to the selected blocks that it
+    holds, and the ranks merge their partial outputs by the log-sum-exps.
+
+    A prompt that is sharded over the ranks comes into the cache by `append_shard`. Further tokens,
+    in chunks or one by one, come by `attend`, in which all ranks pass the same tokens. All rows of
+    the batch have the same length. The cache has no gradients.
+
+    Args:
+        mesh: A mesh of one dimension, or one dimension of a larger mesh.
+        batch: Rows ``B``.
+        kv_heads: KV heads ``Hkv``.
+        head_dim: Head dim ``D`` of the keys.
+        block_size: Keys in a block, at least 1.
+        max_len: Capacity of a row in tokens, on all ranks together.
+        value_dim: Head dim ``Dv`` of the values; ``head_dim`` by default.
+        dtype: Dtype of keys and values.
+        device: Device of the cache; by default, the current device of the type of the mesh.
+
+    Attributes:
+        k: Keys of this rank's blocks, ``(B, Hkv, N_r * block_size, D)`` in ``dtype``.
+        v: Values of this rank's blocks, ``(B, Hkv, N_r * block_size, Dv)`` in ``dtype``.
+        means: Mean keys of all full blocks, ``(B, Hkv, N, D)`` in ``dtype``.
+        length: Tokens of a row, on all ranks together.
+
+    Raises:
+        TypeError: A size is not an int.
+        ValueError: A size is not positive, or the mesh has more than one dimension.
+
+    Examples:
+        One rank has all blocks.
+
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from flexmoba import flex_moba
+        >>> from flexmoba.distributed import ShardedMobaCache, context_parallel_moba
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = init_device_mesh("cpu", (1,))
+        >>> q, k, v = torch.randn(3, 1, 2, 101, 16)
+        >>> cache = ShardedMobaCache(mesh, 1, 2, 16, block_size=8, max_len=200)
+        >>> prompt = [x[:, :, :100] for x in (q, k, v)]
+        >>> out = context_parallel_moba(*prompt, block_size=8, topk=3, mesh=mesh)
+        >>> cache.append_shard(*prompt[1:])
+        >>> last, lse = cache.attend(*(x[:, :, 100:] for x in (q, k, v)), topk=3)
+        >>> torch.testing.assert_close(last, flex_moba(q, k, v, 8, 3)[:, :, 100:])
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        block_size: int,
+        max_len: int,
+        value_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Makes an empty cache."""
+        check_mesh(mesh)
+        check_block_size(block_size)
+        value_dim = head_dim if value_dim is None else value_dim
+        sizes = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim}
+        for name, size in (sizes | {"value_dim": value_dim, "max_len": max_len}).items():
+            check_positive(name, size, "pass a number of rows, heads, features or tokens")
+        self.mesh, self.block_size, self.max_len, self.length = mesh, block_size, max_len, 0
+        self._rank, self._ranks = mesh.get_local_rank(), mesh.size()
+        device = mesh.device_type if device is None else device
+        blocks = ceil_div(max_len, block_size)
+        mine = ceil_div(blocks, self._ranks) * block_size
+        shape = (batch, kv_heads)
+        self.k = storage((*shape, mine, head_dim), dtype, device)
+        self.v = storage((*shape, mine, value_dim), dtype, device)
+        self.means = storage((*shape, blocks, head_dim), dtype, device)
+        # The keys and values of the last block, on every rank.
+        self._last = [storage((*shape, 0, dim), dtype, device) for dim in (head_dim, value_dim)]
+
+    def append_shard(self, k: Tensor, v: Tensor, *, lengths: Sequence[int] | None = None) -> None:
+        """Appends tokens of which each rank has a shard, such as those of a prompt.
+
+        Each rank sends its keys and values to the ranks of their blocks, one KV head at a time.
+
+        Args:
+            k: This rank's new keys, ``(B, Hkv, L_r, D)`` in the dtype of the cache.
+            v: This rank's new values, ``(B, Hkv, L_r, Dv)`` in the dtype of the cache.
+            lengths: The number of new tokens of each rank; without it, the ranks exchange them.
+
+        Raises:
+            ValueError: Shapes, dtypes or devices do not fit, or the cache is full.
+            NotImplementedError: k or v requires gradients.
+        """
+        self._check(k, v)
+        if lengths is None:
+            lengths = agree_on_lengths(k.shape[2], self.mesh)
+        ranks = Ranks(self.mesh.get_group(), self._rank, tuple(lengths))
+        self._check_room(ranks.total)
+        positions = [
+            torch.arange(first, first + length) + self.length
+            for first, length in zip(ranks.firsts, ranks.lengths, strict=True)
+        ]
+        owner = self._owner(positions[self._rank])
+        order = owner.argsort(stable=True).to(k.device)
+        sent = torch.bincount(owner, minlength=self._ranks).tolist()
+        mine = [x[self._owner(x) == self._rank] for x in positions]
+        place = self._place(torch.cat(mine)).to(k.device)
+        for head in range(k.shape[1]):
+            both = torch.cat([k[:, head], v[:, head]], dim=-1).transpose(0, 1)  # (L, B, D + Dv)
+            size = both.shape[1] * both.shape[2]
+            received = [size * len(x) for x in mine]
+            parts = both.index_select(0, order).flatten()
+            exchange = all_to_all(parts, [size * n for n in sent], received, ranks.group)
+            found = exchange.wait().view(-1, *both.shape[1:]).transpose(0, 1)
+            self.k[:, head].index_copy_(1, place, found[..., : k.shape[3]])
+            self.v[:, head].index_copy_(1, place, found[..., k.shape[3] :])
+        first = self.length // self.block_size
+        self.length += ranks.total
+        self._share_means(first, self.length // self.block_size)
+        self._share_last_block()
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        topk: int | None,
+        *,
+        scale: float | None = None,
+        gate: GateName = "token",
+        sink_blocks: int = 0,
+        local_blocks: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Appends new tokens, which all ranks pass, and attends from them (Eq. 2 to 6).
+
+        Args:
+            q: Queries of the new tokens, ``(B, Hq, n, D)`` in the dtype of the cache.
+            k: Keys of the new tokens, ``(B, Hkv, n, D)``.
+            v: Values of the new tokens, ``(B, Hkv, n, Dv)``.
+            topk: Blocks that each query attends to, its own block included; None for all blocks.
+            scale: Factor on the attention scores, ``1 / sqrt(D)`` by default.
+            gate: ``"token"`` or ``"group"``, as in `flex_moba`.
+            sink_blocks: As in `flex_moba`.
+            local_blocks: As in `flex_moba`.
+
+        Returns:
+            The output, ``(B, Hq, n, Dv)`` in the dtype of q, and the log-sum-exp, ``(B, Hq, n)``
+            float32 (float64 for float64 q), the same on all ranks.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: Shapes, dtypes or devices do not fit, or the cache is full.
+            NotImplementedError: An argument requires gradients, or the gate is ``"tile"``.
+        """
+        self._check(k, v)
+        check_queries_and_keys(q, k)
+        check_no_gradients(q)
+        check_topk(topk, none_allowed=True)
+        check_options(scale, None, None, None)
+        check_gate(gate, sink_blocks, local_blocks, None, self.block_size, topk, is_causal=True)
+        if gate == "tile":
+            raise NotImplementedError(
+                'a ShardedMobaCache does not support gate="tile"; use gate="token" or "group"'
+            )
+        self._check_room(k.shape[2])
+        if k.shape[2] == 0:
+            return _nothing(q, v)
+        keys, values = self._append(k, v)
+        scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+        n_blocks = ceil_div(self.length, self.block_size)
+        topk = n_blocks if topk is None else min(topk, n_blocks)
+        options = GateOptions(gate, sink_blocks, local_blocks)
+        with torch.no_grad():
+            own = self._attend_to_own_blocks(q, keys, values, scale)
+            past = self._attend_to_past_blocks(q, max(topk, 1 + options.forced), options, scale)
+            return self._merged(*merge_two(*own, *past))
+
+    def reset(self) -> None:
+        """Removes all tokens and keeps the storage."""
+        self.length = 0
+        self._last = [x[:, :, :0] for x in self._last]
+
+    def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends tokens that all ranks have, and returns them with the block where they begin."""
+        size, first = self.block_size, self.length // self.block_size
+        keys, values = (torch.cat(x, 2) for x in zip(self._last, (k, v), strict=True))
+        positions = torch.arange(self.length, self.length + k.shape[2])
+        is_mine = self._owner(positions) == self._rank
+        place, source = (
+            x.to(k.device) for x in (self._place(positions[is_mine]), is_mine.nonzero()[:, 0])
+        )
+        self.k.index_copy_(2, place, k.index_select(2, source))
+        self.v.index_copy_(2, place, v.index_select(2, source))
+        self.length += k.shape[2]
+        full = self.length // size - first
+        if full > 0:
+            self.means[:, :, first : first + full] = block_means(keys[:, :, : full * size], size)
+        self._last = [x[:, :, full * size :].clone() for x in (keys, values)]
+        return keys, values
+
+    def _attend_to_own_blocks(
+        self, q: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attends from the queries whose own blocks are on this rank to these blocks."""
+        n, first = q.shape[2], (self.length - q.shape[2]) // self.block_size
+        block = torch.arange(self.length - n, self.length) // self.block_size
+        is_mine = block % self._ranks == self._rank
+        if not is_mine.any():
+            return _nothing(q, values)
+        selected = torch.where(is_mine, block - first, -1).int().to(q.device)
+        return self._attend_selected(q, keys, values, selected[:, None], scale, is_causal=True)
+
+    def _attend_to_past_blocks(
+        self, q: Tensor, topk: int, gate: GateOptions, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attends to the selected past blocks that are on this rank."""
+        full = self.length // self.block_size
+        mine = (full - self._rank + self._ranks - 1) // self._ranks
+        if mine == 0 or topk == 1:
+            return _nothing(q, self.v)
+        sizes = GateSizes(self.block_size, topk - 1, self.length - q.shape[2], is_causal=True)
+        selected = select_by_means(
+            gate_rows(q, self.k.shape[1], gate), self.means[:, :, :full], sizes, gate
+        )
+        selected = expand_rows(selected, q.shape[1], q.shape[2], gate)
+        is_mine = (selected >= 0) & (selected % self._ranks == self._rank)
+        selected = torch.where(is_mine, selected // self._ranks, -1)
+        k, v = (x[:, :, : mine * self.block_size] for x in (self.k, self.v))
+        return self._attend_selected(q, k, v, selected, scale, is_causal=False)
+
+    def _attend_selected(
+        self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, scale: float, *, is_causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        impl = resolve("auto", q, k, v, None, None)
+        options = AttentionOptions(impl, scale, is_causal)
+        selected = selected.expand(*q.shape[:3], -1)
+        return attend_selected(q, k, v, selected, Layout(self.block_size), options, None)
+
+    def _merged(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Merges the partial outputs of all ranks, in their order."""
+        if self._ranks == 1:
+            return out, lse
+        group = self.mesh.get_group()
+        pending = [all_gather(x.contiguous(), group, self._ranks) for x in (out, lse)]
+        outs, lses = (x.wait() for x in pending)
+        total = lses.logsumexp(0)
+        weighted = outs.to(lses.dtype) * (lses - total).exp()[..., None]
+        return weighted.sum(0).to(out.dtype), total
+
+    def _share_means(self, first: int, end: int) -> None:
+        """Computes the mean keys of blocks ``first`` to ``end - 1``, each on one rank."""
+        size = self.block_size
+        mine = [i for i in range(first, end) if i % self._ranks == self._rank]
+        # The sum of one mean key and zeros is exact.
+        precise = torch.promote_types(self.means.dtype, torch.float32)
+        shape = (*self.means.shape[:2], end - first, self.means.shape[3])
+        means = self.means.new_zeros(shape, dtype=precise)
+        if mine:
+            place = slice(mine[0] // self._ranks * size, (mine[-1] // self._ranks + 1) * size)
+            found = block_means(self.k[:, :, place], size)
+            means[:, :, mine[0] - first :: self._ranks] = found.to(precise)
+        if first < end:
+            dist.all_reduce(means, group=self.mesh.get_group())
+            self.means[:, :, first:end] = means
+
+    def _share_last_block(self) -> None:
+        """Sends the tokens of the last block, which is not full, to all ranks."""
+        block, count = divmod(self.length, self.block_size)
+        owner, start = block % self._ranks, block // self._ranks * self.block_size
+        self._last = [x[:, :, :0] for x in self._last]
+        if count == 0:
+            return
+        group: Any = self.mesh.get_group()
+        self._last = [x[:, :, start : start + count].contiguous() for x in (self.k, self.v)]
+        for x in self._last:
+            dist.broadcast(x, group=group, group_src=owner)
+
+    def _owner(self, positions: Tensor) -> Tensor:
+        """Returns the rank of each token."""
+        return positions // self.block_size % self._ranks
+
+    def _place(self, positions: Tensor) -> Tensor:
+        """Returns the index of each token in the keys of its rank."""
+        block = positions // self.block_size // self._ranks
+        return block * self.block_size + positions % self.block_size
+
+    def _check(self, k: Tensor, v: Tensor) -> None:
+        check_new_tokens("k", k, self.k)
+        check_new_tokens("v", v, self.v, k.shape[2])
+        check_no_gradients(k, v)
+
+    def _check_room(self, n: int) -> None:
+        if self.length + n > self.max_len:
+            raise ValueError(
+                f"the cache has room for {self.max_len} tokens, of which {self.length} are taken, "
+                f"so {n} more do not fit; make it with a larger max_len"
+            )
+
+
+def _nothing(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the partial output of queries that attend to no key."""
+    out = q.new_zeros((*q.shape[:3], v.shape[3]))
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return out, torch.full(q.shape[:3], float("-inf"), dtype=lse_dtype, device=q.device)
