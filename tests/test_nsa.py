@@ -590,12 +590,14 @@ def test_compiled_without_a_graph_break():
 
 SIZES = "cmp_block=32, cmp_stride=16, block_size=64, topk=16, sink_blocks=1, local_blocks=1"
 TENSORS = "(q, k, v, gates, *, k_cmp=None, v_cmp=None, k_win=None, v_win=None"
+SEQUENCES = "cu_seqlens=None, document_ids=None, key_padding_mask=None"
 SIGNATURES = {
     flex_nsa: (
-        f"{TENSORS}, {SIZES}, window=512, scale=None, impl='auto', return_aux=None, selection=None)"
+        f"{TENSORS}, {SIZES}, window=512, scale=None, impl='auto', return_aux=None, "
+        f"selection=None, {SEQUENCES})"
     ),
-    nsa_reference: f"{TENSORS}, {SIZES}, window=512, scale=None, selection=None)",
-    nsa_select: f"(q, k_cmp, kv_len, *, {SIZES}, scale=None)",
+    nsa_reference: f"{TENSORS}, {SIZES}, window=512, scale=None, selection=None, {SEQUENCES})",
+    nsa_select: f"(q, k_cmp, kv_len, *, {SIZES}, scale=None, {SEQUENCES})",
 }
 
 
@@ -662,7 +664,6 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             ValueError,
             "block indices from 0 to 1, or -1 for none, got 2; number",
         ),
-        ({"cu_seqlens": torch.tensor([0, 100])}, TypeError, "unexpected.* 'cu_seqlens'"),
         ({"cache": None}, TypeError, "unexpected.* 'cache'"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
