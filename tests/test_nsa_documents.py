@@ -156,6 +156,29 @@ def test_the_values_of_padding_and_of_unused_compressed_keys_have_no_effect():
         assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_documents_do_not_see_one_another(named):
+    """Tests NaN in one document, also in compressed blocks between two documents."""
+    problem = Problem(q_len=150, kv_len=150, block_size=32, topk=4, window=30)
+    where = {"cu_seqlens": torch.tensor([0, 70, 150])}
+    tensors = dict(zip(NAMES, problem.tensors(), strict=True))
+    tensors = tensors if named else {name: tensors[name] for name in NAMES[:4]}
+    expected = flex_nsa(**tensors, **problem.options, **where)
+    for other in (slice(0, 70), slice(70, 150)):
+        changed = {}
+        for name, x in tensors.items():
+            index = (slice(0, 3) if other.start == 0 else slice(3, 8)) if "cmp" in name else other
+            changed[name] = x.index_fill(2, torch.arange(x.shape[2])[index], torch.nan)
+            changed[name].requires_grad_()
+        out = flex_nsa(**changed, **problem.options, **where)
+        kept = torch.ones(150, dtype=torch.bool)
+        kept[other] = False
+        assert_bitwise_equal(out[:, :, kept], expected[:, :, kept])
+        grads = torch.autograd.grad(out[:, :, kept].square().sum(), list(changed.values()))
+        for name, grad in zip(changed, grads, strict=True):
+            assert "cmp" in name or grad[:, :, kept].isfinite().all(), name
+
+
 # The warning refers to code of torch.compile for an autograd.Function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 def test_compiled_without_a_graph_break():

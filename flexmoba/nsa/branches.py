@@ -51,6 +51,11 @@ def compressed_branch(
         out = q.new_zeros((*q.shape[:3], v_cmp.shape[-1])) + nothing
         precise = torch.promote_types(q.dtype, torch.float32)
         return out, q.new_full(q.shape[:3], float("-inf"), dtype=precise) + nothing
+    if first_block is not None:
+        position = torch.arange(q_len, device=q.device) - first_block * sizes.block_size
+        sees_none = (position < first_seeing)[:, None]
+        # Such queries share the tokens of queries of the document before. Its keys may be NaN.
+        q = q.masked_fill(sees_none[..., None], 0.0)
     blind = max(first_seeing - offset, 0)  # queries before the end of the first compressed block
     first_token = (offset + blind - first_seeing) // stride
     before = offset + blind - first_seeing - first_token * stride
@@ -79,8 +84,6 @@ def compressed_branch(
     lse = _tokens(lse[..., None], stride, before, q_len - blind)[..., 0]
     lse = F.pad(lse, (blind, 0), value=float("-inf"))
     if first_block is not None:
-        position = torch.arange(q_len, device=q.device) - first_block * sizes.block_size
-        sees_none = (position < first_seeing)[:, None]
         out = out.masked_fill(sees_none[..., None], 0.0)
         lse = lse.masked_fill(sees_none, float("-inf"))
     return out, lse

@@ -34,6 +34,27 @@ class NsaLayout(NamedTuple):
             return self.compressed.spread(x)
         return x.new_zeros((*x.shape[:2], source.shape[1], x.shape[3])) + x.sum()
 
+    def collect_compressed(self, x: Tensor) -> Tensor:
+        """Moves compressed keys or values ``(B, Hkv, blocks, D)`` from slots to their list.
+
+        Entries after the listed compressed blocks are zero.
+        """
+        return self.compressed.collect(x)
+
+    def compressed_positions(self, sizes: NsaSizes) -> Tensor:
+        """Returns the position of the first token of each listed compressed block.
+
+        Returns:
+            ``(B, blocks)`` int32, counted from the first token of the document; undefined after
+            the listed compressed blocks. Only for documents or padding.
+        """
+        slot = self.compressed.slot_of_token
+        assert slot is not None
+        position = slot.clamp(min=0) * sizes.cmp_stride
+        if self.tokens.first_block is not None:
+            position -= self.tokens.first_block.gather(1, position.long()) * sizes.block_size
+        return position
+
     def without_unused(self, compressed: Tensor) -> Tensor:
         """Sets unused compressed keys or values ``(B, Hkv, blocks, D)``, in slots, to zero."""
         source = self.compressed.token_of_slot
