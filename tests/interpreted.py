@@ -3,11 +3,14 @@
 The file needs its own process, because Triton selects its interpreter when it is imported.
 """
 
+import importlib
+
 import pytest
 import torch
 
-from flexmoba import MobaCache, gate, moba_select
+from flexmoba import MobaCache, gate, moba_select, selected_attention
 from flexmoba.backends.fused import fused_attention, schedule
+from flexmoba.backends.grouped import grouped_attention
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.cache.append import append_scattered
 from flexmoba.cache.decode import attend_gathered
@@ -119,6 +122,63 @@ def test_a_block_that_all_queries_select_is_divided_into_items(monkeypatch):
     selection[..., 1] = torch.where(selection[..., 0] > 0, 0, -1)
     selection[..., 2] = -1
     check(problem, selection)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale"),
+    [
+        ({}, 0.3),
+        ({"group": 1, "block_size": 20, "head_dim": 24, "value_dim": 33}, -0.3),
+        ({"group": 17, "kv_heads": 1, "block_size": 70}, 0.3),  # blocks of two tiles of keys
+        ({"is_causal": False, "block_size": 40, "batch": 2, "kv_heads": 1, "q_len": 20}, 0.3),
+        ({"q_len": 1, "topk": 5}, 0.0),
+    ],
+)
+def test_a_shared_selection(monkeypatch, changes, scale):
+    """Tests any selection, its blocks divided into items, and lists that are sorted by block."""
+    monkeypatch.setattr("flexmoba.backends.grouped.launches._LEAST_ITEM", 16)
+    monkeypatch.setattr("flexmoba.backends.grouped.launches._ITEM_FACTOR", 1)
+    problem = variant(**({"q_len": 35, "kv_len": 90, "block_size": 16} | changes))
+    q, k, v = problem.tensors()
+    selection = problem.selection()[:, :: problem.group].contiguous()
+    selection[selection == 1] = -1
+    selection[..., 0] = 1  # a block that all tokens select
+
+    def attend(q, k, v):
+        options = (problem.block_size, scale, problem.is_causal)
+        return grouped_attention(q, k, v, selection, *options)
+
+    mask = problem.mask_of(selection.repeat_interleave(problem.group, 1))
+    assert_as_exact_as_dense(attend, q, k, v, mask, scale=scale, gradients=True)
+
+
+def test_the_kernels_for_shared_selections_are_called(monkeypatch):
+    """Tests documents in a layout, and head dims above 128."""
+    counted = Counted()
+    for name in ("attend", "choice"):
+        module = importlib.import_module(f"flexmoba.backends.{name}")
+        monkeypatch.setattr(module, "supports_grouped", lambda *_, **__: True)
+        monkeypatch.setattr(module, "grouped_attention", counted, raising=False)
+    problem = variant(q_len=60, kv_len=60, head_dim=144, group=8, kv_heads=1, block_size=16)
+    q, k, v = problem.tensors()
+    bounds = torch.tensor([0, 25, 60])
+    selection = torch.tensor([0, 2, 3]).expand(1, 1, 60, 3)
+    options = {"block_size": 16, "cu_seqlens": bounds}
+    out = selected_attention(q, k, v, selection, **options)
+    assert counted.calls == 1
+    repeated = selection.expand(1, 8, 60, 3)
+    expected = selected_attention(q, k, v, repeated, **options, impl="portable")
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-3)
+
+
+class Counted:
+    """Counts the calls of `grouped_attention`."""
+
+    calls = 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return grouped_attention(*arguments)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

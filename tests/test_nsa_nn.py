@@ -213,21 +213,23 @@ def trained(attention: nn.Module, steps: int) -> float:
     generator = torch.Generator().manual_seed(1)
     model = Needle(attention)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in range(steps):
         tokens, answer = needles(16, generator)
         loss = F.cross_entropy(model(tokens), answer)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     with torch.no_grad():
         tokens, answer = needles(256, generator)
         return F.cross_entropy(model(tokens), answer).item()
 
 
-def assert_learns(steps: int, worst: float) -> None:
+def assert_learns(heads: tuple[int, int], steps: int, worst: float) -> None:
     """Asserts the loss, and that the gates of all branches and all other parameters move."""
     torch.manual_seed(0)
-    layer = NsaAttention(32, 2, 1, **SMALL, rope_base=10000.0)
+    layer = NsaAttention(32, *heads, **SMALL, rope_base=10000.0)
     before = {name: x.clone() for name, x in layer.named_parameters()}
     assert trained(layer, steps) < worst
     moved = {name: (x - before[name]).abs().max().item() for name, x in layer.named_parameters()}
@@ -237,4 +239,13 @@ def assert_learns(steps: int, worst: float) -> None:
 
 
 def test_learns():
-    assert_learns(20, 1.35)  # log(4) = 1.39 before
+    assert_learns((2, 1), 20, 1.35)  # log(4) = 1.39 before
+
+
+@pytest.mark.slow
+def test_learns_like_full_attention():
+    """Tests a needle that only the compressed and the selected branch can reach."""
+    torch.manual_seed(0)
+    full = trained(MobaAttention(32, 4, 2, block_size=8, topk=None, rope_base=10000.0), 300)
+    assert full < 0.01
+    assert_learns((4, 2), 300, full + 0.02)

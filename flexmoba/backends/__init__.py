@@ -10,7 +10,7 @@ from flexmoba.backends.attend import (
     check_selected_values,
     window_attention,
 )
-from flexmoba.backends.choice import resolve, why_not
+from flexmoba.backends.choice import resolve, resolve_shared, why_not
 from flexmoba.backends.flex import full_mask, selection_mask
 from flexmoba.backends.options import IMPLS, AttentionOptions, ImplName
 from flexmoba.backends.score_mod import ScoreMod, apply_score_mod
@@ -26,6 +26,7 @@ __all__ = [
     "check_selected_values",
     "full_mask",
     "resolve",
+    "resolve_shared",
     "selection_mask",
     "why_not",
     "window_attention",

@@ -105,9 +105,8 @@ def selected_branch(
     impl: ImplName,
 ) -> tuple[Tensor, Tensor]:
     """Computes attention to the selected blocks of each KV head (Eq. 12)."""
-    group = q.shape[1] // k.shape[1]
     out, aux = selected_attention(
-        *(q, k, v, selection.repeat_interleave(group, 1, output_size=q.shape[1]), block_size),
+        *(q, k, v, selection, block_size),
         scale=scale,
         impl=impl,
         return_aux=AuxRequest(lse=True),
