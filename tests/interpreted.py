@@ -17,6 +17,10 @@ from flexmoba.cache.decode import attend_gathered
 from flexmoba.cache.kernels import append_on_cuda, attend_step_on_cuda
 from flexmoba.cache.options import CachedCall
 from flexmoba.gate.kernel import select_on_cuda
+from flexmoba.nsa.branches import compressed_branch
+from flexmoba.nsa.kernel import select_on_cuda as select_on_cuda_of_nsa
+from flexmoba.nsa.select import select_in_slots
+from flexmoba.nsa.sizes import NsaSizes
 from flexmoba.selection import BlockSelection
 from flexmoba.sequence.kernel import move_on_cuda
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal
@@ -208,6 +212,53 @@ def test_the_gate_kernel_agrees_with_the_plain_gate(block_size, count, options, 
         expected = gate.select_by_means(rows, means, sizes, options, candidates)
         best = select_on_cuda(rows, means.to(rows.dtype), sizes, options, candidates)
         assert_bitwise_equal(best, expected[..., -scored:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, (8, 4, 16, 6, 1, 1)),
+        ({"group": 3, "kv_heads": 1, "q_len": 70}, (6, 6, 6, 9, 2, 0)),
+        ({"group": 1, "head_dim": 40, "dtype": torch.float32}, (12, 2, 8, 5, 0, 2)),
+        ({"q_len": 1, "batch": 2}, (32, 16, 64, 5, 1, 1)),
+        ({"q_len": 140, "kv_len": 140, "head_dim": 136}, (4, 4, 64, 3, 0, 0)),
+    ],
+)
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_selection_kernels_of_nsa(changes, sizes, documents):
+    """Tests the kernels with and without a log-sum-exp against plain operations in float64."""
+    problem, sizes = variant(**changes), NsaSizes(*sizes)
+    offset, length = problem.kv_len - problem.q_len, problem.kv_len
+    q, k, _ = problem.tensors()
+    k_cmp = k[:, :, : sizes.compressed_blocks(length)]
+    first = None
+    if documents:
+        position = torch.arange(offset, length)
+        first = (position // sizes.block_size // 3 * 3).int().expand(problem.batch, -1)
+    options = (length, first, sizes, 0.3)
+    expected = select_in_slots(q.double(), k_cmp.double(), *options)
+    lse = compressed_branch(
+        q.double(), k_cmp.double(), k_cmp.double(), length, None, sizes, 0.3, "portable"
+    )[1]
+    for known in (None, lse.float()) if first is None else (None,):
+        best = select_on_cuda_of_nsa(q, k_cmp, first, known, length, sizes, 0.3)
+        assert best.dtype == torch.int32
+        assert_bitwise_equal(best, expected[..., -sizes.scored :])
+
+
+def test_ties_and_nan_in_the_selection_kernels_of_nsa():
+    """Tests equal weights, weights of 0, and NaN, against plain operations."""
+    sizes = NsaSizes(8, 4, 16, 8, 1, 1)
+    problem = variant(q_len=150, kv_len=150, group=1, dtype=torch.float32)
+    q, k, _ = problem.tensors()
+    k_cmp = k[:, :, : sizes.compressed_blocks(150)]
+    broken = k_cmp.index_fill(2, torch.tensor([30]), torch.nan)
+    # The highest scores are often equal, and all other weights are 0.
+    one_hot = 1e4 * q.round(), k_cmp.sign()
+    for queries, keys in ((q * 0, k_cmp), one_hot, (q, broken)):
+        expected = select_in_slots(queries, keys, 150, None, sizes, 0.3)[..., 3:]
+        best = select_on_cuda_of_nsa(queries, keys, None, None, 150, sizes, 0.3)
+        assert_bitwise_equal(best, expected)
 
 
 @pytest.mark.parametrize(

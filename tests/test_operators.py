@@ -16,7 +16,8 @@ from flexmoba import MobaCache, flex_moba, moba_reference, moba_select, selected
 from flexmoba.backends.flex.block_masks import materialize
 from flexmoba.backends.grouped import grouped_attention
 from flexmoba.flops import pairs
-from flexmoba.nsa import flex_nsa
+from flexmoba.nsa import flex_nsa, nsa_select
+from flexmoba.nsa.reference import reference_seen
 from tests.problems import Problem
 
 PROBLEM = Problem(kv_heads=2, group=2, q_len=150, kv_len=150, block_size=16, topk=3)
@@ -249,6 +250,14 @@ def test_flops_of_a_step_of_training(device):
     assert gate == 2 * 2 * 4 * 16 * (150 * 10 // 2)
     assert forward - gate == 2 * n_pairs * (16 + 32)
     assert both - forward == 2 * n_pairs * (3 * 16 + 2 * 32)
+
+
+@pytest.mark.parametrize("q_len", [150, 37, 1])
+def test_flops_of_the_selection_of_nsa(q_len):
+    q, k_cmp = torch.zeros(2, 6, q_len, 16), torch.zeros(2, 2, 8, 16)
+    counted = flops_of(lambda: nsa_select(q, k_cmp, 150))
+    seen = int(reference_seen(q_len, 150, 32, 16).sum())
+    assert counted == 2 * 2 * 6 * 16 * seen
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -3,6 +3,7 @@
 `flex_nsa` computes the attention, `nsa_select` its selection, and `nsa_reference` is the oracle.
 """
 
+import flexmoba.nsa.flops  # noqa: F401 (registers its formula)
 from flexmoba.nsa.attention import flex_nsa
 from flexmoba.nsa.branches import block_means_of
 from flexmoba.nsa.checks import check_sizes

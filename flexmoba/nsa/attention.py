@@ -232,13 +232,14 @@ def flex_nsa(
     else:
         k_win, v_win = layout.tokens.spread(k_win), layout.tokens.spread(v_win)
     kv_len = k.shape[2]
+    compressed = compressed_branch(q, k_cmp, v_cmp, kv_len, first_block, sizes, scale, impl)
     if selection is None:
-        selection = select_in_slots(q, k_cmp, kv_len, first_block, sizes, scale)
+        selection = select_in_slots(q, k_cmp, kv_len, first_block, sizes, scale, compressed[1])
     else:
         selection = layout.tokens.spread_selection(selection)
     first_token = None if first_block is None else first_block * block_size
     branches = (
-        compressed_branch(q, k_cmp, v_cmp, kv_len, first_block, sizes, scale, impl),
+        compressed,
         selected_branch(q, k, v, selection, block_size, scale, impl),
         window_branch(q, k_win, v_win, window, first_token, scale, impl),
     )

@@ -14,7 +14,7 @@ from flexmoba.gate import forced_blocks, top_blocks
 from flexmoba.nsa.checks import check_compressed_keys, check_sizes
 from flexmoba.nsa.layout import nsa_layout
 from flexmoba.nsa.sizes import NsaSizes
-from flexmoba.runtime import without_autocast
+from flexmoba.runtime import HAS_TRITON, without_autocast
 
 # Number of scores of compressed keys in memory at a time.
 _SCORES_AT_ONCE = 2**22
@@ -130,14 +130,17 @@ def select_in_slots(
     first_block: Tensor | None,
     sizes: NsaSizes,
     scale: float | None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Computes `nsa_select` for queries and compressed keys in slots.
 
     With packed documents, ``first_block (B, Lq)`` int32 is the first block of each query's
-    document.
+    document. Given ``lse (B, Hq, Lq)``, the log-sum-exp of the compressed branch, the kernels need
+    not compute it.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    selection: Tensor = _select(q.detach(), k_cmp.detach(), first_block, kv_len, *sizes, scale)
+    tensors = q.detach(), k_cmp.detach(), first_block, None if lse is None else lse.detach()
+    selection: Tensor = _select(*tensors, kv_len, *sizes, scale)
     return selection
 
 
@@ -149,6 +152,7 @@ def _select(
     q: Tensor,
     k_cmp: Tensor,
     first_block: Tensor | None,
+    lse: Tensor | None,
     kv_len: int,
     cmp_block: int,
     cmp_stride: int,
@@ -163,22 +167,29 @@ def _select(
     kv_heads, n_compressed = k_cmp.shape[1:3]
     position = torch.arange(kv_len - q_len, kv_len, device=q.device)
     own = (position // block_size)[None]
-    first_block = torch.zeros_like(own) if first_block is None else first_block
+    given_first_block, first_block = first_block, (own * 0 if first_block is None else first_block)
     columns = [own.int()[:, None, :, None], forced_blocks(first_block, own, sizes.gate)]
     shape = (batch, kv_heads, q_len, -1)
     always = torch.cat([x.expand(shape) for x in columns if x is not None], dim=-1)
     if sizes.scored == 0 or q.numel() == 0:
         return always
     first, end = first_block + sink_blocks, own - local_blocks
+    if _has_kernels(q, n_compressed, sizes):
+        from flexmoba.nsa.kernel import select_on_cuda
+
+        best = select_on_cuda(q, k_cmp, given_first_block, lse, kv_len, sizes, scale)
+        return torch.cat([always, best], dim=-1)
     piece = max(1, _SCORES_AT_ONCE // (batch * heads * max(n_compressed, 1)))
-    best = []
+    pieces = []
     for start in range(0, q_len, piece):
         rows = slice(start, start + piece)
         importance = _importance(
             *(q[:, :, rows], k_cmp, position[rows], first_block[:, rows], kv_len, sizes, scale)
         )
-        best.append(top_blocks(importance, first[:, None, rows], end[:, None, rows], sizes.scored))
-    return torch.cat([always, torch.cat(best, dim=2)], dim=-1)
+        pieces.append(
+            top_blocks(importance, first[:, None, rows], end[:, None, rows], sizes.scored)
+        )
+    return torch.cat([always, torch.cat(pieces, dim=2)], dim=-1)
 
 
 @_select.register_fake
@@ -186,6 +197,7 @@ def _(
     q: Tensor,
     k_cmp: Tensor,
     first_block: Tensor | None,
+    lse: Tensor | None,
     kv_len: int,
     cmp_block: int,
     cmp_stride: int,
@@ -196,6 +208,15 @@ def _(
     scale: float,
 ) -> Tensor:
     return q.new_empty((q.shape[0], k_cmp.shape[1], q.shape[2], topk), dtype=torch.int32)
+
+
+def _has_kernels(q: Tensor, n_compressed: int, sizes: NsaSizes) -> bool:
+    """Returns whether the Triton kernels support these queries and sizes."""
+    if not q.is_cuda or q.dtype == torch.float64 or not HAS_TRITON or n_compressed == 0:
+        return False
+    from flexmoba.nsa.kernel import supports
+
+    return supports(q, sizes)
 
 
 def _importance(
