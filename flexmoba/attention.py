@@ -16,6 +16,7 @@ from flexmoba.backends import (
     attend_selected,
     check_selected_values,
     resolve,
+    resolve_shared,
 )
 from flexmoba.cache import MobaCache
 from flexmoba.checks import (
@@ -301,7 +302,8 @@ def selected_attention(
         v: Values, ``(B, Hkv, Lk, Dv)``, in the dtype of q.
         selection: Block indices, ``(B, Hq, Lq, topk)``, int32 or int64, from 0 to the number of
             blocks minus one, or -1 for none. A row lists its blocks in any order and no block
-            twice. On CPU the call checks the values. On other devices a check would wait for the
+            twice. The shape ``(B, Hkv, Lq, topk)`` is a selection that the query heads of a KV head
+            share. On CPU the call checks the values. On other devices a check would wait for the
             device; call `flexmoba.checks.check_selected_blocks` there. Unchecked indices of
             blocks that do not exist select nothing.
         block_size: Keys in a block, at least 1.
@@ -309,7 +311,8 @@ def selected_attention(
             ``i + Lk - Lq``.
         scale: Factor on the attention scores, ``1 / sqrt(D)`` by default.
         score_mod: As in `flex_moba`.
-        impl: As in `flex_moba`.
+        impl: As in `flex_moba`. For a shared selection and 8 to 128 query heads for each KV head,
+            ``"fused"`` has kernels that do not sort queries, for head dims up to 256.
         kernel_options: As in `flex_moba`.
         return_aux: As in `flex_moba`.
         cu_seqlens: As in `flex_moba`. Block indices count the blocks of all documents of the row,
@@ -342,12 +345,15 @@ def selected_attention(
     check_values(k, v)
     check_no_tangents(q=q, k=k, v=v)
     check_block_size(block_size)
-    check_selection(selection, q)
+    check_selection(selection, q, k.shape[1])
     check_options(scale, score_mod, kernel_options, return_aux)
     check_documents(q, k, cu_seqlens, document_ids, key_padding_mask)
     sequences = (cu_seqlens, document_ids, key_padding_mask)
     has_short_blocks = not is_causal and any(x is not None for x in sequences)
-    impl = resolve(*(impl, q, k, v, kernel_options, score_mod), has_short_blocks=has_short_blocks)
+    is_shared = selection.shape[1] != q.shape[1]
+    impl = (resolve_shared if is_shared else resolve)(
+        *(impl, q, k, v, kernel_options, score_mod), has_short_blocks=has_short_blocks
+    )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
         return with_aux(*empty(q, k, v), return_aux)

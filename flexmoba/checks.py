@@ -150,8 +150,8 @@ def check_gate_block_size(gate_block_size: int | None, block_size: int) -> int:
     return block_size // gate_block_size
 
 
-def check_selection(selection: Tensor, q: Tensor) -> None:
-    """Raises unless shape, dtype and device of a selection match q.
+def check_selection(selection: Tensor, q: Tensor, kv_heads: int) -> None:
+    """Raises unless shape, dtype and device of a selection match q, with rows per head or KV head.
 
     `check_selected_blocks` checks its values.
     """
@@ -162,9 +162,11 @@ def check_selection(selection: Tensor, q: Tensor) -> None:
             f"selection must hold int32 (or int64) block indices, got {selection.dtype}; "
             "call .int() on it"
         )
-    if selection.ndim != 4 or selection.shape[:3] != q.shape[:3] or selection.shape[3] == 0:
+    batch, heads, q_len, _ = q.shape
+    rows = [(batch, n, q_len) for n in (heads, kv_heads)]
+    if selection.ndim != 4 or selection.shape[:3] not in rows or selection.shape[3] == 0:
         raise ValueError(
-            f"selection must be (B, Hq, Lq, topk) = {(*q.shape[:3], 'topk')}, "
+            f"selection must be (B, Hq, Lq, topk) = {(*rows[0], 'topk')}, or (B, Hkv, Lq, topk), "
             f"got {tuple(selection.shape)}; pass one row for every query token and head"
         )
     if selection.device != q.device:

@@ -117,6 +117,32 @@ def _dense_backward(
     return _dense(*inputs, backward=True)
 
 
+@register_flop_formula(torch.ops.flexmoba.attend_grouped)
+def _grouped(
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    selected: Shape,
+    block_size: int,
+    scale: float,
+    is_causal: bool,
+    out_shape: Any = None,
+    *,
+    backward: bool = False,
+) -> int:
+    """Counts as if, in causal attention, the first column listed the own block."""
+    routed = selected[3] - int(is_causal)
+    count = pairs(q[2], k[2], block_size, routed, is_causal=is_causal)
+    return _attention(q, v, count, backward=backward)
+
+
+@register_flop_formula(torch.ops.flexmoba.attend_grouped_backward)
+def _grouped_backward(
+    grad_out: Shape, grad_lse: Shape, out: Shape, lse: Shape, *inputs: Any, out_shape: Any = None
+) -> int:
+    return _grouped(*inputs, backward=True)
+
+
 @register_flop_formula(torch.ops.flexmoba.select)
 def _select(
     rows: Shape,

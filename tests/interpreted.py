@@ -3,19 +3,25 @@
 The file needs its own process, because Triton selects its interpreter when it is imported.
 """
 
+import importlib
 from dataclasses import replace
 
 import pytest
 import torch
 
-from flexmoba import MobaCache, gate, moba_select
+from flexmoba import MobaCache, gate, moba_select, selected_attention
 from flexmoba.backends.fused import fused_attention, schedule
+from flexmoba.backends.grouped import grouped_attention
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.cache.append import append_scattered
 from flexmoba.cache.decode import attend_gathered
 from flexmoba.cache.kernels import append_on_cuda, attend_step_on_cuda
 from flexmoba.cache.options import CachedCall
 from flexmoba.gate.kernel import select_on_cuda
+from flexmoba.nsa.branches import compressed_branch
+from flexmoba.nsa.kernel import select_on_cuda as select_on_cuda_of_nsa
+from flexmoba.nsa.select import select_in_slots
+from flexmoba.nsa.sizes import NsaSizes
 from flexmoba.selection import BlockSelection
 from flexmoba.sequence.kernel import move_on_cuda
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal
@@ -123,6 +129,63 @@ def test_a_block_that_all_queries_select_is_divided_into_items(monkeypatch):
     check(problem, selection)
 
 
+@pytest.mark.parametrize(
+    ("changes", "scale"),
+    [
+        ({}, 0.3),
+        ({"group": 1, "block_size": 20, "head_dim": 24, "value_dim": 33}, -0.3),
+        ({"group": 17, "kv_heads": 1, "block_size": 70}, 0.3),  # blocks of two tiles of keys
+        ({"is_causal": False, "block_size": 40, "batch": 2, "kv_heads": 1, "q_len": 20}, 0.3),
+        ({"q_len": 1, "topk": 5}, 0.0),
+    ],
+)
+def test_a_shared_selection(monkeypatch, changes, scale):
+    """Tests any selection, its blocks divided into items, and lists that are sorted by block."""
+    monkeypatch.setattr("flexmoba.backends.grouped.launches._LEAST_ITEM", 16)
+    monkeypatch.setattr("flexmoba.backends.grouped.launches._ITEM_FACTOR", 1)
+    problem = variant(**({"q_len": 35, "kv_len": 90, "block_size": 16} | changes))
+    q, k, v = problem.tensors()
+    selection = problem.selection()[:, :: problem.group].contiguous()
+    selection[selection == 1] = -1
+    selection[..., 0] = 1  # a block that all tokens select
+
+    def attend(q, k, v):
+        options = (problem.block_size, scale, problem.is_causal)
+        return grouped_attention(q, k, v, selection, *options)
+
+    mask = problem.mask_of(selection.repeat_interleave(problem.group, 1))
+    assert_as_exact_as_dense(attend, q, k, v, mask, scale=scale, gradients=True)
+
+
+def test_the_kernels_for_shared_selections_are_called(monkeypatch):
+    """Tests documents in a layout, and head dims above 128."""
+    counted = Counted()
+    for name in ("attend", "choice"):
+        module = importlib.import_module(f"flexmoba.backends.{name}")
+        monkeypatch.setattr(module, "supports_grouped", lambda *_, **__: True)
+        monkeypatch.setattr(module, "grouped_attention", counted, raising=False)
+    problem = variant(q_len=60, kv_len=60, head_dim=144, group=8, kv_heads=1, block_size=16)
+    q, k, v = problem.tensors()
+    bounds = torch.tensor([0, 25, 60])
+    selection = torch.tensor([0, 2, 3]).expand(1, 1, 60, 3)
+    options = {"block_size": 16, "cu_seqlens": bounds}
+    out = selected_attention(q, k, v, selection, **options)
+    assert counted.calls == 1
+    repeated = selection.expand(1, 8, 60, 3)
+    expected = selected_attention(q, k, v, repeated, **options, impl="portable")
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-3)
+
+
+class Counted:
+    """Counts the calls of `grouped_attention`."""
+
+    calls = 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return grouped_attention(*arguments)
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize(
     ("block_size", "count", "options"),
@@ -175,6 +238,53 @@ def test_the_gate_kernel_selects_among_8192_blocks():
     expected = gate.select_by_means(q, k, sizes, gate.GateOptions())
     best = select_on_cuda(q, k, sizes, gate.GateOptions(), gate.Candidates())
     assert_bitwise_equal(best, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, (8, 4, 16, 6, 1, 1)),
+        ({"group": 3, "kv_heads": 1, "q_len": 70}, (6, 6, 6, 9, 2, 0)),
+        ({"group": 1, "head_dim": 40, "dtype": torch.float32}, (12, 2, 8, 5, 0, 2)),
+        ({"q_len": 1, "batch": 2}, (32, 16, 64, 5, 1, 1)),
+        ({"q_len": 140, "kv_len": 140, "head_dim": 136}, (4, 4, 64, 3, 0, 0)),
+    ],
+)
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_selection_kernels_of_nsa(changes, sizes, documents):
+    """Tests the kernels with and without a log-sum-exp against plain operations in float64."""
+    problem, sizes = variant(**changes), NsaSizes(*sizes)
+    offset, length = problem.kv_len - problem.q_len, problem.kv_len
+    q, k, _ = problem.tensors()
+    k_cmp = k[:, :, : sizes.compressed_blocks(length)]
+    first = None
+    if documents:
+        position = torch.arange(offset, length)
+        first = (position // sizes.block_size // 3 * 3).int().expand(problem.batch, -1)
+    options = (length, first, sizes, 0.3)
+    expected = select_in_slots(q.double(), k_cmp.double(), *options)
+    lse = compressed_branch(
+        q.double(), k_cmp.double(), k_cmp.double(), length, None, sizes, 0.3, "portable"
+    )[1]
+    for known in (None, lse.float()) if first is None else (None,):
+        best = select_on_cuda_of_nsa(q, k_cmp, first, known, length, sizes, 0.3)
+        assert best.dtype == torch.int32
+        assert_bitwise_equal(best, expected[..., -sizes.scored :])
+
+
+def test_ties_and_nan_in_the_selection_kernels_of_nsa():
+    """Tests equal weights, weights of 0, and NaN, against plain operations."""
+    sizes = NsaSizes(8, 4, 16, 8, 1, 1)
+    problem = variant(q_len=150, kv_len=150, group=1, dtype=torch.float32)
+    q, k, _ = problem.tensors()
+    k_cmp = k[:, :, : sizes.compressed_blocks(150)]
+    broken = k_cmp.index_fill(2, torch.tensor([30]), torch.nan)
+    # The highest scores are often equal, and all other weights are 0.
+    one_hot = 1e4 * q.round(), k_cmp.sign()
+    for queries, keys in ((q * 0, k_cmp), one_hot, (q, broken)):
+        expected = select_in_slots(queries, keys, 150, None, sizes, 0.3)[..., 3:]
+        best = select_on_cuda_of_nsa(queries, keys, None, None, 150, sizes, 0.3)
+        assert_bitwise_equal(best, expected)
 
 
 @pytest.mark.parametrize(

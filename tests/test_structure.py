@@ -135,6 +135,7 @@ MANY_PARAMETERS = {
     "flexmoba.integrations.transformers.masks.padding_mask": "called by transformers",
     "flexmoba.local.attend_on_one_device": "the arguments of flex_moba",
     "flexmoba.nn.attention.MobaAttention.__init__": "public",
+    "flexmoba.nn.nsa_attention.NsaAttention.__init__": "public",
     "flexmoba.nsa.attention.flex_nsa": "public",
     "flexmoba.nsa.reference.nsa_reference": "public",
     "flexmoba.nsa.select.nsa_select": "public",
