@@ -22,10 +22,19 @@ from flexmoba.nsa.branches import compressed_branch
 from flexmoba.nsa.kernel import select_on_cuda as select_on_cuda_of_nsa
 from flexmoba.nsa.select import select_in_slots
 from flexmoba.nsa.sizes import NsaSizes
+from flexmoba.paged.append import append_scattered as append_to_pages
+from flexmoba.paged.attention import attend_steps_gathered
+from flexmoba.paged.kernels import append_on_cuda as append_to_pages_on_cuda
+from flexmoba.paged.kernels import attend_steps_on_cuda
 from flexmoba.selection import BlockSelection
 from flexmoba.sequence.kernel import move_on_cuda
-from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal
+from tests.conftest import (
+    assert_as_exact_as,
+    assert_as_exact_as_dense,
+    assert_bitwise_equal,
+)
 from tests.problems import Problem
+from tests.ragged import Ragged
 
 SMALL = Problem(
     kv_heads=2, group=2, q_len=200, kv_len=290, head_dim=16, value_dim=16, block_size=64, topk=3,
@@ -351,6 +360,68 @@ def test_the_append_kernel_agrees_with_plain_operations(block_size, n, sub_block
     for x, y in ((kernel.k, plain.k), (kernel.v, plain.v)):
         assert_bitwise_equal(x[:, :, :room], y[:, :, :room])
     torch.testing.assert_close(kernel.means[:, :, :-sub_blocks], plain.means[:, :, :-sub_blocks])
+
+
+STEPS = Ragged(
+    sequences=((26, 1), (0, 1), (7, 2)), shared=1, padding=1, kv_heads=1, head_dim=16,
+    value_dim=16, dtype=torch.float32,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"kv_heads": 2}, gate.GateOptions()),
+        ({"layout": "head-major", "head_dim": 24, "value_dim": 40}, gate.GateOptions("group", 1)),
+        ({"layout": "token-major", "group": 3, "topk": 4}, gate.GateOptions("token", 1, 1)),
+        ({"block_size": 270, "sequences": ((541, 1),), "topk": 2}, gate.GateOptions()),
+        ({"block_size": 1, "sequences": ((40, 1), (19, 2)), "topk": 6}, gate.GateOptions()),
+        ({"topk": 2}, gate.GateOptions("token", 1)),  # no block is left to score
+        ({"topk": None, "layout": "token-major", "kv_heads": 2}, gate.GateOptions()),
+        ({"topk": None, "block_size": 70, "sequences": ((230, 1), (3, 1))}, gate.GateOptions()),
+    ],
+)
+def test_the_kernels_for_pages_agree_with_plain_operations(monkeypatch, changes, options):
+    monkeypatch.setattr("flexmoba.paged.kernels._LEAST_SPLIT", 32)
+    monkeypatch.setattr("flexmoba.paged.kernels._PARTS_OF_ALL", 3)
+    problem = Ragged(**(vars(STEPS) | changes))
+    table, n_pages = problem.table()
+    tensors, pages = problem.tensors(), problem.pages(n_pages)
+    problem.fill(pages, table, tensors, append_to_pages)
+    q = problem.queries(tensors)
+    call = CachedCall(problem.topk or 0, 0.3, options, problem.block_size)
+    batch = problem.batch(table, max_query_len=16)
+    expected, expected_lse = attend_steps_gathered(q, pages, batch, call)
+    features = torch.cat([q, q], 1)[:, : q.shape[1]]  # a view, as of a fused projection
+    out, lse = attend_steps_on_cuda(features, pages, batch, call)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("layout", ["head-major", "token-major"])
+def test_the_append_kernel_for_pages_agrees_with_plain_operations(layout):
+    problem = Ragged(**(vars(STEPS) | {"layout": layout, "kv_heads": 2, "block_size": 5}))
+    table, n_pages = problem.table()
+    plain, pages = problem.pages(n_pages), problem.pages(n_pages)
+    problem.fill(plain, table, problem.tensors(), append_to_pages)
+    problem.fill(pages, table, problem.tensors(), append_to_pages_on_cuda)
+    assert_bitwise_equal(pages.k, plain.k)
+    assert_bitwise_equal(pages.v, plain.v)
+    torch.testing.assert_close(pages.means, plain.means, equal_nan=True)
+
+
+def test_the_kernels_for_pages_take_half_precision():
+    problem = Ragged(**(vars(STEPS) | {"dtype": torch.float16, "gate": "group"}))
+    table, n_pages = problem.table()
+    tensors, pages = problem.tensors(), problem.pages(n_pages)
+    problem.fill(pages, table, tensors, append_to_pages_on_cuda)
+    masks, batch = problem.masks(tensors), problem.batch(table, max_query_len=16)
+
+    def attend(*tensors):
+        call = CachedCall(problem.topk, 16**-0.5, gate.GateOptions("group"), problem.block_size)
+        return attend_steps_on_cuda(problem.queries(tensors), pages, batch, call)
+
+    assert_as_exact_as(lambda *x: problem.dense(masks, *x), attend, tensors)
 
 
 @pytest.mark.parametrize("dim", [1, 16, 33])

@@ -135,21 +135,21 @@ def _attend_chunk(
     positions_of_row = positions.tolist()
     first_row = positions_of_row[0]
     if all(row == first_row for row in positions_of_row) and -1 not in first_row:
-        return _attend_rows(q, slice(None), max(first_row) + 1, cache, call, score_mod)
+        return attend_rows(q, slice(None), max(first_row) + 1, cache, call, score_mod)
     for i, row_positions in enumerate(positions_of_row):
         real = positions[i] >= 0
         queries = q[i : i + 1, :, real]
         if queries.numel() == 0:
             continue
         row = slice(i, i + 1)
-        row_out, row_lse = _attend_rows(
+        row_out, row_lse = attend_rows(
             queries, row, max(row_positions) + 1, cache, call, _score_mod_of_row(score_mod, i)
         )
         out[row, :, real], lse[row, :, real] = row_out, row_lse
     return out, lse
 
 
-def _attend_rows(
+def attend_rows(
     q: Tensor,
     row: slice,
     kv_len: int,

@@ -3,7 +3,7 @@
 `_append_kernel` writes the new tokens. `_score_kernel` divides the blocks into ``SPLITS`` splits of
 ``SPLIT`` blocks, which it scores in parallel, and keeps the best blocks of each split. Each program
 of `_attend_kernel` finds one selected block among the best blocks of all splits, and attends to
-``CHUNK`` of its keys, which makes one partial output. `_merge_kernel` merges the partial outputs.
+``CHUNK`` of its keys, which makes one partial output. `merge_kernel` merges the partial outputs.
 
 Query ``i`` of head ``h`` and batch row ``b`` is row ``(b * Hq + h) * Lq + i``. Scores inside the
 kernels are in units of log2.
@@ -105,7 +105,7 @@ def attend_step_on_cuda(
             dtypes,
         )
         launch(
-            _merge_kernel,
+            merge_kernel,
             rows,
             (partial_out, partial_lse, positions, out, lse, kv_heads, n_blocks),
             constants,
@@ -226,29 +226,17 @@ def _score_kernel(
     tl.store(best_ptr + offset[:, None] + slot, best, mask=is_query[:, None])
 
 
-@kernel
-def _attend_kernel(
-    q_ptr, k_ptr, v_ptr, positions_ptr, best_ptr, partial_out_ptr, partial_lse_ptr,
-    kv_heads: tl.int32, n_blocks: tl.int32, factor: tl.float32,
-    GROUP: tl.constexpr, GATE_GROUP: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr,
-    Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
-    SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
-    DIM: tl.constexpr, TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
+@triton.jit
+def selected_block(
+    column, own, best_ptr, SINKS: tl.constexpr, LOCALS: tl.constexpr, COUNT: tl.constexpr,
+    SLOTS: tl.constexpr, SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Attends from one query to at most ``CHUNK`` keys of one of its selected blocks.
+    """Returns the block in a column of the selection of one query; -1 for none.
 
-    The columns of the selection are the own block, local blocks, sink blocks, and the ``COUNT``
-    blocks of the highest scores.
+    The columns are the own block ``own`` (-1 for padding), local blocks, sink blocks, and the
+    ``COUNT`` blocks of the highest scores among the best blocks of all splits at ``best_ptr``.
     """
-    row = (tl.program_id(0) // PARTS).to(tl.int64)
-    column = tl.program_id(0) % PARTS // CHUNKS
-    chunk = tl.program_id(0) % CHUNKS
-    head = row // Q_LEN  # b * Hq + query head
-    position = tl.load(positions_ptr + head // (GROUP * kv_heads) * Q_LEN + row % Q_LEN)
-    block = tl.where(position < n_blocks * BLOCK_SIZE, position // BLOCK_SIZE, -1)
-    block = tl.where(position >= 0, block, -1)
-    own, rank = block, column - (1 + LOCALS + SINKS)
+    block, rank = own, column - (1 + LOCALS + SINKS)
     if column > 0:
         block = own - column
         if block < SINKS:  # a block that is also a sink block counts as a sink block
@@ -259,17 +247,63 @@ def _attend_kernel(
                 block = -1
     if COUNT > 0:  # a constexpr, so a separate condition  # noqa: SIM102
         if rank >= 0:
-            gate_row = head // (GROUP // GATE_GROUP) * Q_LEN + row % Q_LEN
             index = tl.arange(0, ALL_SPLITS * SLOTS)
-            keys = tl.load(
-                best_ptr + gate_row * (SPLITS * SLOTS) + index,
-                mask=index < SPLITS * SLOTS,
-                other=NOTHING,
-            )
+            keys = tl.load(best_ptr + index, mask=index < SPLITS * SLOTS, other=NOTHING)
             keys = tl.sort(keys, descending=True)
             ranked_key = tl.max(tl.where(index == rank, keys, NOTHING), 0)
             exists = (own >= 0) & (ranked_key >= NOTHING + SLOTS)
             block = tl.where(exists, (ranked_key & 0xFFFFFFFF).to(tl.int32), -1)
+    return block
+
+
+@triton.jit
+def attend_to_keys(
+    q, k_ptr, v_ptr, n_keys, factor, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    KEYS: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    TILE_VALUE_D: tl.constexpr,
+):  # fmt: skip
+    """Returns the attention of one query to ``n_keys`` keys, and its log-sum-exp in log2."""
+    dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
+    highest, total = float("-inf"), 0.0
+    out = tl.zeros([TILE_VALUE_D], tl.float32)
+    for start in range(0, n_keys, KEYS):
+        key = start + tl.arange(0, KEYS)
+        token = tl.minimum(key, n_keys - 1)[:, None]
+        k = tl.load(k_ptr + token * K_STRIDE + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
+        mask = (value_dim < VALUE_DIM)[None, :]
+        v = tl.load(v_ptr + token * V_STRIDE + value_dim[None, :], mask=mask, other=0.0)
+        scores = tl.sum(k.to(tl.float32) * q[None, :], 1) * factor
+        scores = tl.where(key < n_keys, scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 0))
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weights = tl.exp2(scores - base)
+        decay = tl.exp2(highest - base)
+        total = total * decay + tl.sum(weights, 0)
+        out = out * decay + tl.sum(weights[:, None] * v.to(tl.float32), 0)
+        highest = new_highest
+    return out * (1.0 / total), highest + tl.log2(total)
+
+
+@kernel
+def _attend_kernel(
+    q_ptr, k_ptr, v_ptr, positions_ptr, best_ptr, partial_out_ptr, partial_lse_ptr,
+    kv_heads: tl.int32, n_blocks: tl.int32, factor: tl.float32,
+    GROUP: tl.constexpr, GATE_GROUP: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr,
+    Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
+    SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
+    DIM: tl.constexpr, TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
+):  # fmt: skip
+    """Attends from one query to at most ``CHUNK`` keys of one of its selected blocks."""
+    row = (tl.program_id(0) // PARTS).to(tl.int64)
+    column = tl.program_id(0) % PARTS // CHUNKS
+    chunk = tl.program_id(0) % CHUNKS
+    head = row // Q_LEN  # b * Hq + query head
+    position = tl.load(positions_ptr + head // (GROUP * kv_heads) * Q_LEN + row % Q_LEN)
+    own = tl.where(position < n_blocks * BLOCK_SIZE, position // BLOCK_SIZE, -1)
+    own = tl.where(position >= 0, own, -1)
+    best_ptr += (head // (GROUP // GATE_GROUP) * Q_LEN + row % Q_LEN) * (SPLITS * SLOTS)
+    block = selected_block(column, own, best_ptr, SINKS, LOCALS, COUNT, SLOTS, SPLITS, ALL_SPLITS)
     partial = row * PARTS + tl.program_id(0) % PARTS
     first = block * BLOCK_SIZE + chunk * CHUNK
     end = tl.minimum(tl.minimum(first + CHUNK, (block + 1) * BLOCK_SIZE), position + 1)
@@ -278,32 +312,18 @@ def _attend_kernel(
         return
     dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
     q = tl.load(q_ptr + row * DIM + dim, mask=dim < DIM, other=0.0).to(tl.float32)
-    first_key = head // GROUP * (n_blocks * BLOCK_SIZE)
-    highest, total = float("-inf"), 0.0
-    out = tl.zeros([TILE_VALUE_D], tl.float32)
-    for start in range(first, end, KEYS):
-        key = start + tl.arange(0, KEYS)
-        token = first_key + tl.minimum(key, end - 1)
-        mask = (dim < DIM)[None, :]
-        k = tl.load(k_ptr + token[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
-        mask = (value_dim < VALUE_DIM)[None, :]
-        v = tl.load(v_ptr + token[:, None] * VALUE_DIM + value_dim[None, :], mask=mask, other=0.0)
-        scores = tl.sum(k.to(tl.float32) * q[None, :], 1) * factor
-        scores = tl.where(key < end, scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 0))
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp2(scores - base)
-        decay = tl.exp2(highest - base)
-        total = total * decay + tl.sum(weights, 0)
-        out = out * decay + tl.sum(weights[:, None] * v.to(tl.float32), 0)
-        highest = new_highest
-    tl.store(partial_lse_ptr + partial, highest + tl.log2(total))
+    first_key = head // GROUP * (n_blocks * BLOCK_SIZE) + first
+    out, lse = attend_to_keys(
+        q, k_ptr + first_key * DIM, v_ptr + first_key * VALUE_DIM, end - first, factor,
+        DIM, VALUE_DIM, KEYS, DIM, TILE_D, VALUE_DIM, TILE_VALUE_D,
+    )  # fmt: skip
+    tl.store(partial_lse_ptr + partial, lse)
     offset = partial * VALUE_DIM + value_dim
-    tl.store(partial_out_ptr + offset, out * (1.0 / total), mask=value_dim < VALUE_DIM)
+    tl.store(partial_out_ptr + offset, out, mask=value_dim < VALUE_DIM)
 
 
 @kernel
-def _merge_kernel(
+def merge_kernel(
     partial_out_ptr, partial_lse_ptr, positions_ptr, out_ptr, lse_ptr,
     kv_heads: tl.int32, n_blocks: tl.int32,
     GROUP: tl.constexpr, Q_LEN: tl.constexpr, BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr,

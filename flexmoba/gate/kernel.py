@@ -210,15 +210,21 @@ def score_keys(
     dim = tl.arange(0, TILE_D)
     mask = (block < n_blocks)[:, None] & (dim < DIM)[None, :]
     mean_ptr = means_ptr + block[:, None] * (SUB_BLOCKS * DIM) + dim[None, :]
-    bits = _ordered_scores(q, tl.load(mean_ptr, mask=mask, other=0.0), BY_PARTS)
+    bits = ordered_scores(q, tl.load(mean_ptr, mask=mask, other=0.0), BY_PARTS)
     for sub_block in range(1, SUB_BLOCKS):
         mean = tl.load(mean_ptr + sub_block * DIM, mask=mask, other=0.0)
-        bits = tl.maximum(bits, _ordered_scores(q, mean, BY_PARTS))
+        bits = tl.maximum(bits, ordered_scores(q, mean, BY_PARTS))
+    return sort_keys(bits, block)
+
+
+@triton.jit
+def sort_keys(bits, block):
+    """Returns the sort keys of scores, as int32 in the order of the scores, and their blocks."""
     return (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
 
 
 @triton.jit
-def _ordered_scores(q, mean, BY_PARTS: tl.constexpr):
+def ordered_scores(q, mean, BY_PARTS: tl.constexpr):
     """Returns the scores of mean keys as int32 in the order of the scores; NaN is the highest.
 
     ``BY_PARTS`` is for float32 queries and mean keys rounded to half precision: three products on

@@ -6,12 +6,14 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from flexmoba.integrations.transformers.batching import register_batching
 from flexmoba.integrations.transformers.local import layer_attention, layer_mask
 from flexmoba.integrations.transformers.packing import pass_positions
 from flexmoba.integrations.transformers.settings import (
     CHILD,
     LOCAL,
     LOCAL_ATTENTIONS,
+    NAME,
     arguments_for,
     checked_entry,
     is_local,
@@ -20,7 +22,6 @@ from flexmoba.integrations.transformers.settings import (
 )
 from flexmoba.nn import FlexMoba
 
-NAME = "flexmoba"
 Topk = int | None
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,6 +34,7 @@ def register() -> None:
     """
     AttentionInterface.register(NAME, layer_attention)
     AttentionMaskInterface.register(NAME, layer_mask)
+    register_batching()
 
 
 def convert(

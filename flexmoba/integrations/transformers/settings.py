@@ -8,6 +8,7 @@ from torch import nn
 from flexmoba.checks import check_block_size, check_topk
 from flexmoba.nn import FlexMoba
 
+NAME = "flexmoba"  # the value of attn_implementation
 CHILD = "flexmoba"  # the name of the `FlexMoba` of an attention module, and of the config entry
 OPTIONS = ("gate", "gate_block_size", "sink_blocks", "local_blocks", "impl", "kernel_options")
 # The key in the entry for the model's own attention, which the layers that are not converted use.
