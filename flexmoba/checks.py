@@ -3,7 +3,6 @@
 Every message names the offending values and the remedy.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -14,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexmoba.blocks import TILE
-from flexmoba.runtime import has_values, is_transformed, values_readable
+from flexmoba.runtime import accepts, described, has_values, is_transformed, values_readable
 
 GateName = Literal["token", "group", "tile"]
 GATES: tuple[GateName, ...] = get_args(GateName)
@@ -293,29 +292,6 @@ def check_longest(longest: int, max_seqlen: int | None) -> None:
         )
 
 
-def _takes_five(score_mod: Any) -> bool:
-    """Returns whether a ``score_mod`` accepts five arguments; any callable does while compiling."""
-    if not callable(score_mod) or torch.compiler.is_compiling():
-        return callable(score_mod)
-    try:
-        inspect.signature(_called(score_mod)).bind(*range(5))
-    except TypeError:
-        return False
-    except ValueError:  # some functions in C have no signature
-        return True
-    return True
-
-
-def _called(score_mod: Any) -> Any:
-    return score_mod.forward if isinstance(score_mod, torch.nn.Module) else score_mod
-
-
-def _signature_of(score_mod: Any) -> str:
-    if not callable(score_mod):
-        return type(score_mod).__name__
-    return f"one that takes {inspect.signature(_called(score_mod))}"
-
-
 def check_options(
     scale: float | None,
     score_mod: Callable[..., Tensor] | None,
@@ -331,10 +307,10 @@ def check_options(
             )
         if not -math.inf < scale < math.inf:  # math.isfinite does not accept compiled symbols
             raise ValueError(f"scale must be finite, got {scale}; pass None for 1 / sqrt(head dim)")
-    if score_mod is not None and not _takes_five(score_mod):
+    if score_mod is not None and not accepts(score_mod, 5):
         raise TypeError(
             f"score_mod must be a function (score, b, h, q_idx, kv_idx) -> score or None, got "
-            f"{_signature_of(score_mod)}"
+            f"{described(score_mod)}"
         )
     if kernel_options is not None and not isinstance(kernel_options, Mapping):
         raise TypeError(
