@@ -84,8 +84,8 @@ def name_of(x: Setting) -> str:
 
 
 def apply(model: PreTrainedModel, x: Setting) -> None:
-    """Converts the model, which may be converted already."""
-    options = dict(x)
+    """Converts the model, which may be converted already. A setting without sinks has none."""
+    options = {"sink_blocks": 0} | x
     first, last = options.pop("first_full", 0), options.pop("last_full", 0)
     size, topk = options.pop("block_size"), options.pop("topk")
     middle = model.config.num_hidden_layers - first - last
