@@ -531,6 +531,16 @@ def test_settings_are_measured_beside_full_attention(example, text, tmp_path, ca
         assert sum(found["by_window"]) / 2 == pytest.approx(found["loss"], rel=1e-5)
 
 
+def test_only_the_named_settings_are_measured(example, text):
+    options = ["--text", text, "--length", "128", "--windows", "1", "--pretrain-steps", "1"]
+    main = example("loss_by_position").main
+    report = main([*options, "--only", "sub-blocks", "16 x 2,", "--device", "cpu"])
+    names = [x["name"] for x in report["settings"]]
+    assert names[0] == "full attention"
+    assert len(names) > 1
+    assert all("sub-blocks" in name or "16 x 2," in name for name in names[1:])
+
+
 def test_every_setting_of_the_grid_serves(example):
     grid = example("loss_by_position")
     model = grid.tiny_llama().eval()
@@ -538,7 +548,9 @@ def test_every_setting_of_the_grid_serves(example):
     settings = grid.settings_of(128, 2)
     grid.apply(model, {"block_size": 8, "topk": 2})
     assert model.config.flexmoba["sink_blocks"] == 0  # unlike the default of `convert`
-    assert {"gate", "first_full", "sink_blocks", "local_blocks"} <= {y for x in settings for y in x}
+    assert {"gate", "gate_block_size", "first_full", "sink_blocks", "local_blocks"} <= {
+        y for x in settings for y in x
+    }
     with torch.no_grad():
         for setting in settings[1:]:
             grid.apply(model, setting)
