@@ -686,7 +686,7 @@ SHORT = ["--length", "64", "--windows", "4", "--batch", "4", "--device", "cpu"]
 def test_conversion_loses_what_fine_tuning_brings_back(example, text, tmp_path):
     main = example("finetune_transformers").main
     steps = ["--pretrain-steps", "30", "--steps", "20"]
-    found = main(["--text", text, "--block-size", "16", "--topk", "1", *steps, *SHORT,
+    found = main(["--text", text, "--block-size", "16", "--topk", "2", *steps, *SHORT,
                   "--save", str(tmp_path)])  # fmt: skip
     assert found["converted"] != found["dense"]
     assert found["finetuned"] < found["converted"]
@@ -701,6 +701,7 @@ def test_conversion_loses_what_fine_tuning_brings_back(example, text, tmp_path):
     ("arguments", "text"),
     [
         (["--text", "nowhere"], "there is no nowhere"),
+        (["--topk", "1"], "--topk must be at least 2"),
         (["--model", "nowhere"], "there is no such folder; nothing is downloaded"),
         (["--save", __file__], f"--save {__file__}: no such folder can be made (File exists)"),
         (["--full-layers", "3"], "--full-layers 3 must lie from 0 to the model's 2 layers"),
@@ -735,12 +736,26 @@ def test_settings_are_measured_beside_full_attention(example, text, tmp_path, ca
         assert sum(found["by_window"]) / 2 == pytest.approx(found["loss"], rel=1e-5)
 
 
+def test_only_the_named_settings_are_measured(example, text):
+    options = ["--text", text, "--length", "128", "--windows", "1", "--pretrain-steps", "1"]
+    main = example("loss_by_position").main
+    report = main([*options, "--only", "sub-blocks", "16 x 2,", "--device", "cpu"])
+    names = [x["name"] for x in report["settings"]]
+    assert names[0] == "full attention"
+    assert len(names) > 1
+    assert all("sub-blocks" in name or "16 x 2," in name for name in names[1:])
+
+
 def test_every_setting_of_the_grid_serves(example):
     grid = example("loss_by_position")
     model = grid.tiny_llama().eval()
     tokens = torch.randint(256, (1, 128), generator=torch.Generator().manual_seed(0))
     settings = grid.settings_of(128, 2)
-    assert {"gate", "first_full", "sink_blocks", "local_blocks"} <= {y for x in settings for y in x}
+    grid.apply(model, {"block_size": 8, "topk": 2})
+    assert model.config.flexmoba["sink_blocks"] == 0  # unlike the default of `convert`
+    assert {"gate", "gate_block_size", "first_full", "sink_blocks", "local_blocks"} <= {
+        y for x in settings for y in x
+    }
     with torch.no_grad():
         for setting in settings[1:]:
             grid.apply(model, setting)

@@ -118,6 +118,11 @@ def checked_entry(
         for k in value if isinstance(value, list) else [value]:
             if name == "topk" or k != "same":
                 check_topk(k, none_allowed=True)
+            if k == 1 and options["sink_blocks"] == 1:
+                raise ValueError(
+                    f"{name}=1 selects only the own block, without the sink block that convert "
+                    "selects by default (sink_blocks=1); pass at least 2, or sink_blocks=0"
+                )
     return entry
 
 
