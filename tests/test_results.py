@@ -227,6 +227,11 @@ def test_the_numbers_of_the_text_on_training_are_those_of_the_results(trained):
     speeds = [trained[x]["tokens_per_second"] for x in ("full", "128 x 8", "64 x 16")]
     assert f"trains {speeds[1] / speeds[0]:.2f} times" in text
     assert f"only {speeds[2] / speeds[0]:.2f} times" in text
+    closed = []
+    for run in list(trained.values())[1:]:
+        gaps = [run["final"][x]["loss"] - full["loss"] for x in ("moba", "full")]
+        closed.append(100 * (1 - gaps[1] / gaps[0]))
+    assert f"closes {min(closed):.0f} to {max(closed):.0f} % of the gap" in text
     copied = [x["final"]["full"]["copied"] for x in trained.values()]
     for depth in ("90%", "25%"):
         first, *others = (x[depth] for x in copied)
