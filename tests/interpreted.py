@@ -150,11 +150,14 @@ def test_the_gate_kernel_agrees_with_the_plain_gate(block_size, count, options, 
         assert_bitwise_equal(best, expected[..., -scored:])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 17])
-def test_the_gate_kernel_selects_any_number_of_blocks(count):
+@pytest.mark.parametrize("doubles", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 7, 16, 17])
+def test_the_gate_kernel_selects_any_number_of_blocks(count, doubles, monkeypatch):
+    monkeypatch.setattr("flexmoba.gate.kernel._DOUBLES", doubles)
     problem = variant(block_size=2, q_len=90, kv_len=290, kv_heads=1)
     q, k, _ = problem.tied_tensors()
-    q[0, 0, 5], k[0, 0, 9] = torch.nan, torch.inf
+    q[0, 0, 5], k[0, 0, 9], k[0, 0, 21] = torch.nan, torch.inf, -torch.inf
+    q[0, 1, 7] = 0.0  # the scores of all blocks are equal, or NaN
     means, sizes = gate.block_means(k, 2), gate.GateSizes(2, count, 200, is_causal=True)
     expected = gate.select_by_means(q, means, sizes, gate.GateOptions())
     best = select_on_cuda(q, means, sizes, gate.GateOptions(), gate.Candidates())

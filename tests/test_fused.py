@@ -48,8 +48,8 @@ CONSTANTS = {
     hopper: dict(GROUP=4, COUNT=2, ROWS=128, KEYS=128, Q_STRIDE=1024, UNIT=16, STAGES=2,
                  REGISTERS=216, COPY_REGISTERS=56),
     gate: dict(DIM=128, COUNT=7, HAS_FIRST=False, HAS_END=False, SINKS=0, LOCALS=0, STRIDE=1,
-               IS_CAUSAL=True, BY_PARTS=False, USE_LISTS=True, LISTS=4, TILE_Q=64, TILE_N=32,
-               TILE_D=128, SLOTS=8),
+               IS_CAUSAL=True, BY_PARTS=False, USE_LISTS=True, DOUBLES=True, LISTS=4, TILE_Q=64,
+               TILE_N=32, TILE_D=128, SLOTS=8),
 }
 POINTERS = {"partial_lse_ptr": "*fp32", "pair_ptr": "*i32", "first_row_ptr": "*i32",
             "first_item_ptr": "*i32", "block_of_item_ptr": "*i32", "selected_ptr": "*i32"}
