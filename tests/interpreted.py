@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flexmoba import MobaCache, gate, moba_select
-from flexmoba.backends.fused import fused_attention, schedule
+from flexmoba.backends.fused import fused_attention, routing, schedule
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.cache.append import append_scattered
 from flexmoba.cache.decode import attend_gathered
@@ -109,6 +109,26 @@ def test_in_pieces(monkeypatch, sorting, total, forward, backward):
         assert [len(group.pieces) for group in groups] == expected
     problem = variant(batch=2)
     check(problem, gated(problem))
+
+
+@pytest.mark.parametrize("rows", [3, 16, 64])
+def test_the_tiles_of_blocks_hold_all_rows_once(rows):
+    problem = variant(block_size=20)
+    routed = gated(problem)[..., 1:].contiguous()
+    sizes = schedule.Sizes.of(*problem.tensors(), routed, 20)
+    (group,) = schedule.sort_groups(sizes, whole_kv_heads=True)
+    bins, _ = routing.sort_pairs(routed, group, sizes)
+    first_rows = routing.first_rows_of_bins(bins, group, sizes)
+    first_tile, block, begin, end = routing.tiles_of_blocks(first_rows, rows, group, sizes)
+    tiles = zip(*(x[: first_tile[-1]].tolist() for x in (block, begin, end)), strict=True)
+    expected = []
+    for i in range(group.n_kv_heads * sizes.n_blocks):
+        bin = i + i // sizes.n_blocks
+        row, last = first_rows[bin : bin + 2].tolist()
+        assert int(first_tile[i]) == len(expected)
+        expected += [(i, x, min(x + rows, last)) for x in range(row, last, rows)]
+    assert [*tiles] == expected
+    assert len(expected) > 10
 
 
 def test_a_block_that_all_queries_select_is_divided_into_items(monkeypatch):
