@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flexmoba import MobaCache, gate, moba_select, selected_attention
-from flexmoba.backends.fused import fused_attention, schedule
+from flexmoba.backends.fused import fused_attention, routing, schedule
 from flexmoba.backends.grouped import grouped_attention
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.cache.append import append_scattered
@@ -128,6 +128,26 @@ def test_in_pieces(monkeypatch, sorting, total, forward, backward):
     check(problem, gated(problem))
 
 
+@pytest.mark.parametrize("rows", [3, 16, 64])
+def test_the_tiles_of_blocks_hold_all_rows_once(rows):
+    problem = variant(block_size=20)
+    routed = gated(problem)[..., 1:].contiguous()
+    sizes = schedule.Sizes.of(*problem.tensors(), routed, 20)
+    (group,) = schedule.sort_groups(sizes, whole_kv_heads=True)
+    bins, _ = routing.sort_pairs(routed, group, sizes)
+    first_rows = routing.first_rows_of_bins(bins, group, sizes)
+    first_tile, block, begin, end = routing.tiles_of_blocks(first_rows, rows, group, sizes)
+    tiles = zip(*(x[: first_tile[-1]].tolist() for x in (block, begin, end)), strict=True)
+    expected = []
+    for i in range(group.n_kv_heads * sizes.n_blocks):
+        bin = i + i // sizes.n_blocks
+        row, last = first_rows[bin : bin + 2].tolist()
+        assert int(first_tile[i]) == len(expected)
+        expected += [(i, x, min(x + rows, last)) for x in range(row, last, rows)]
+    assert [*tiles] == expected
+    assert len(expected) > 10
+
+
 def test_a_block_that_all_queries_select_is_divided_into_items(monkeypatch):
     monkeypatch.setattr("flexmoba.backends.fused.backward._LEAST_ITEM", 16)
     monkeypatch.setattr("flexmoba.backends.fused.backward._ITEM_FACTOR", 1)
@@ -229,11 +249,14 @@ def test_the_gate_kernel_agrees_with_the_plain_gate(block_size, count, options, 
         assert_bitwise_equal(best, expected[..., -scored:])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 17])
-def test_the_gate_kernel_selects_any_number_of_blocks(count):
+@pytest.mark.parametrize("doubles", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 7, 16, 17])
+def test_the_gate_kernel_selects_any_number_of_blocks(count, doubles, monkeypatch):
+    monkeypatch.setattr("flexmoba.gate.kernel._DOUBLES", doubles)
     problem = variant(block_size=2, q_len=90, kv_len=290, kv_heads=1)
     q, k, _ = problem.tied_tensors()
-    q[0, 0, 5], k[0, 0, 9] = torch.nan, torch.inf
+    q[0, 0, 5], k[0, 0, 9], k[0, 0, 21] = torch.nan, torch.inf, -torch.inf
+    q[0, 1, 7] = 0.0  # the scores of all blocks are equal, or NaN
     means, sizes = gate.block_means(k, 2), gate.GateSizes(2, count, 200, is_causal=True)
     expected = gate.select_by_means(q, means, sizes, gate.GateOptions())
     best = select_on_cuda(q, means, sizes, gate.GateOptions(), gate.Candidates())

@@ -17,7 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from flexmoba.cache.options import NO_ROOM, CachedCall
-from flexmoba.gate.kernel import NOTHING, keep_best, nothing_yet, only_candidates, score_keys
+from flexmoba.gate.kernel import (
+    NOTHING,
+    block_scores,
+    keep_best,
+    nothing_yet,
+    only_candidates,
+    sort_keys,
+)
 from flexmoba.runtime.triton_launch import kernel, launch, packed
 
 MAX_TOPK = 64
@@ -218,8 +225,8 @@ def _score_kernel(
     end = tl.minimum(tl.max(candidates_end, 0), (split + 1) * SPLIT)
     for start in range(split * SPLIT, end, TILE_N):
         block = start + tl.arange(0, TILE_N)
-        keys = score_keys(q, means_ptr, block, n_blocks, DIM, TILE_D, SUB_BLOCKS, BY_PARTS)
-        keys = only_candidates(keys, block, first, candidates_end)
+        score = block_scores(q, means_ptr, block, n_blocks, DIM, TILE_D, SUB_BLOCKS, BY_PARTS)
+        keys = only_candidates(sort_keys(score, block), block, first, candidates_end)
         best = keep_best(best, keys)
     best = tl.where(slot < COUNT, best, NOTHING)
     offset = (row * SPLITS + split) * SLOTS
