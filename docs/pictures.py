@@ -391,13 +391,59 @@ def times() -> None:
         drawing.save(name)
 
 
-def losses() -> None:
-    """Draws the loss beyond full attention's against position in two pictures, one for a text."""
-    file = Path(__file__).parent / "results" / "smollm2-8k-h200.json"
-    report = json.loads(file.read_text())
-    settings = {x["name"]: x["texts"] for x in report["settings"]}
-    length, points = report["options"]["length"], 16
+# A label, the losses by position, the keys that a query reads, a colour, and dashes.
+Curve = tuple[str, list[float], int, str, str]
+
+
+def increases(
+    name: str, title: str, length: int, full: list[float], curves: list[Curve], high: float
+) -> None:
+    """Draws the loss beyond full attention's against position, on a logarithmic axis."""
+    points, low = 16, 0.001
     left, right, top, bottom = 50, 328, 98, 304
+
+    def x(position: float) -> float:
+        return left + (right - left) * position / length
+
+    def y(nats: float) -> float:
+        return bottom - (bottom - top) * math.log(nats / low) / math.log(high / low)
+
+    drawing = Drawing(350, width=340)
+    drawing.text(0, 16, title, "start", 15, 600)
+    drawing.text(right, 16, "nats beyond full attention", "end", 13)
+    for power in (0.001, 0.01, 0.1, 1.0):
+        for nats in (power, 2 * power, 5 * power):
+            if nats <= high:
+                drawing.line(left, y(nats), right, y(nats), 0.3 if nats == power else 0.1)
+        if power <= high:
+            drawing.text(left - 6, y(power) + 4.5, f"{power:g}", "end", 13)
+    for position in range(0, length + 1, length // 4):
+        drawing.line(x(position), bottom, x(position), bottom + 5)
+        drawing.text(x(position), bottom + 20, tokens(position) if position else "0", size=13)
+    drawing.text((left + right) / 2, bottom + 40, "position", size=13)
+    for number, (label, losses, keys, colour, dash) in enumerate(curves):
+        both = (torch.tensor(z).view(points, -1).mean(1).tolist() for z in (losses, full))
+        centres = [(i + 0.5) * length / points for i in range(points)]
+        drawing.curve(
+            [
+                (x(at), y(max(a - b, low)))
+                for at, a, b in zip(centres, *both, strict=True)
+                if at > keys  # before, every block is selected
+            ],
+            colour,
+            dash,
+        )
+        start, line = (0, 170)[number // 3], (38, 58, 78)[number % 3]
+        drawing.curve([(start + 4, line - 4), (start + 30, line - 4)], colour, dash)
+        drawing.text(start + 40, line, label, "start", 13)
+    drawing.save(name)
+
+
+def losses() -> None:
+    """Draws the losses of a converted model on two texts, and of models that were trained."""
+    folder = Path(__file__).parent / "results"
+    report = json.loads((folder / "smollm2-8k-h200.json").read_text())
+    settings = {x["name"]: x["texts"] for x in report["settings"]}
     curves = (
         ("128 x 8", "128 x 8, no sink", 1024, "currentColor", "5 4"),
         ("128 x 8, sink 1, local 1", "128 x 8", 1024, OWN, ""),
@@ -405,45 +451,22 @@ def losses() -> None:
         ("32 x 32, sink 1, local 1", "32 x 32", 1024, OF_BLOCK[2], ""),
         ("32 x 64, sink 1, local 1", "32 x 64", 2048, PAST, ""),
     )
-
-    def x(position: float) -> float:
-        return left + (right - left) * position / length
-
-    def y(nats: float, low: float = 0.001, high: float = 2.0) -> float:
-        return bottom - (bottom - top) * math.log(nats / low) / math.log(high / low)
-
     for text in ("prose", "source"):
-        drawing = Drawing(350, width=340)
-        drawing.text(0, 16, text.capitalize(), "start", 15, 600)
-        drawing.text(right, 16, "nats beyond full attention", "end", 13)
-        for power in (0.001, 0.01, 0.1, 1.0):
-            for nats in (power, 2 * power, 5 * power):
-                if nats <= 2:
-                    drawing.line(left, y(nats), right, y(nats), 0.3 if nats == power else 0.1)
-            drawing.text(left - 6, y(power) + 4.5, f"{power:g}", "end", 13)
-        for position in range(0, length + 1, 2048):
-            drawing.line(x(position), bottom, x(position), bottom + 5)
-            drawing.text(x(position), bottom + 20, tokens(position) if position else "0", size=13)
-        drawing.text((left + right) / 2, bottom + 40, "position", size=13)
-        for number, (name, label, keys, colour, dash) in enumerate(curves):
-            part, full = (
-                torch.tensor(settings[z][text]["by_position"]).view(points, -1).mean(1).tolist()
-                for z in (name, "full attention")
-            )
-            centres = [(i + 0.5) * length / points for i in range(points)]
-            drawing.curve(
-                [
-                    (x(at), y(max(a - b, 0.001)))
-                    for at, a, b in zip(centres, part, full, strict=True)
-                    if at > keys  # before, every block is selected
-                ],
-                colour,
-                dash,
-            )
-            start, line = (0, 170)[number // 3], (38, 58, 78)[number % 3]
-            drawing.curve([(start + 4, line - 4), (start + 30, line - 4)], colour, dash)
-            drawing.text(start + 40, line, label, "start", 13)
-        drawing.save(f"loss-{text}")
+        by_name = {name: texts[text]["by_position"] for name, texts in settings.items()}
+        drawn = [(label, by_name[name], *style) for name, label, *style in curves]
+        full = by_name["full attention"]
+        increases(f"loss-{text}", text.capitalize(), report["options"]["length"], full, drawn, 2.0)
+    runs = json.loads((folder / "from-scratch-16k-h100.json").read_text())["runs"]
+    full = runs["full"]["final"]
+    drawn = [("128 x 8, untrained", full["moba"]["by_position"], 1024, "currentColor", "5 4")]
+    for name, label, colour in (
+        ("128x8", "128 x 8", OWN),
+        ("128x8 conv", "128 x 8, conv.", OF_BLOCK[2]),
+        ("64x16", "64 x 16", OF_BLOCK[3]),
+    ):
+        drawn.append((label, runs[name]["final"]["moba"]["by_position"], 1024, colour, ""))
+    length = runs["full"]["options"]["length"]
+    increases("loss-trained", "Trained", length, full["full"]["by_position"], drawn, 0.5)
 
 
 def main() -> None:

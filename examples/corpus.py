@@ -7,7 +7,7 @@ sample of the rest.
 
 The folder --out then holds
 
-  train.bin, held_out.bin    tokens, int16, one project after the other
+  train.bin, held_out.bin    tokens, 16 bits each, one project after the other
   tokenizer.json             the vocabulary, for the package `tokenizers`
   corpus.json                how many tokens and bytes, of which projects
 
@@ -18,6 +18,9 @@ toy size, half a minute on a CPU:
 
 full size, two minutes on many cores (`pip install tokenizers`):
   python examples/corpus.py --out corpus --also /usr/include
+
+with the tokenizer of a pretrained model, to continue its training:
+  python examples/corpus.py --out corpus --tokenizer ./smollm2
 """
 
 import argparse
@@ -103,6 +106,17 @@ def train_vocabulary(texts: list[str], size: int) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_of(o: argparse.Namespace) -> Tokenizer:
+    """The tokenizer of a pretrained model."""
+    import pretrained  # needs transformers
+
+    tokenizer: Tokenizer = pretrained.tokenizer_of(o.tokenizer, o.gguf).backend_tokenizer
+    if tokenizer.get_vocab_size() > 65536:
+        sys.exit(f"--tokenizer {o.tokenizer}: {tokenizer.get_vocab_size():,} tokens do not fit in "
+                 "16 bits")  # fmt: skip
+    return tokenizer
+
+
 def write(tokenizer: Tokenizer, texts: list[str], file: Path) -> int:
     """Tokens of the texts, one after the other; how many."""
     encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
@@ -110,7 +124,7 @@ def write(tokenizer: Tokenizer, texts: list[str], file: Path) -> int:
     with file.open("wb") as to:
         for i in range(0, len(texts), 1024):
             for x in encode(texts[i : i + 1024], add_special_tokens=False):
-                to.write(np.array(x.ids, dtype=np.int16).tobytes())
+                to.write(np.array(x.ids, dtype=np.uint16).tobytes())
                 total += len(x.ids)
     return total
 
@@ -135,7 +149,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     print(f"{len(seen):,} files of {len(found)} projects, {sum(map(len, seen)):,} characters; held "
           f"out: {len(unseen):,} files of {', '.join(held)}, {sum(map(len, unseen)):,} "
           f"({time.perf_counter() - began:.0f} s)", flush=True)  # fmt: skip
-    tokenizer = train_vocabulary(seen, o.vocabulary)
+    tokenizer = tokenizer_of(o) if o.tokenizer else train_vocabulary(seen, o.vocabulary)
     print(
         f"{tokenizer.get_vocab_size():,} tokens ({time.perf_counter() - began:.0f} s)", flush=True
     )
@@ -167,10 +181,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--also", type=Path, nargs="+", default=[], metavar="FOLDER", help="more of them")
     add("--held-out", nargs="+", default=HELD_OUT, metavar="PROJECT", help="%(default)s")
     add("--vocabulary", type=positive, default=16384, help="at most 32768 (%(default)s)")
+    add("--tokenizer", metavar="FOLDER", help="of a model of transformers, in place of a new one")
+    add("--gguf", metavar="FILE", help="in that folder, the model as GGUF")
     add("--max-bytes", type=positive, default=1_000_000_000, help="of text (%(default)s)")
     o = parser.parse_args(argv)
     if not 256 <= o.vocabulary <= 32768:
         parser.error(f"--vocabulary {o.vocabulary} must lie between 256 and 32768")
+    if o.tokenizer and not Path(o.tokenizer).is_dir():
+        parser.error(f"--tokenizer {o.tokenizer}: there is no such folder; nothing is downloaded")
     return o
 
 

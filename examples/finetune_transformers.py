@@ -29,8 +29,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from pretrained import load, tokenizer_of
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from flexmoba.commands.demo import standard_library
 from flexmoba.hybrid import set_attention
@@ -53,15 +54,6 @@ def tiny_llama() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
-def load(folder: str) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa"
-        )
-    except (OSError, ValueError) as error:
-        sys.exit(f"--model {folder}: transformers cannot load it: {str(error).splitlines()[0]}")
-
-
 def tokens_of(o: argparse.Namespace, vocabulary: int) -> tuple[Tensor, Tensor]:
     """The text as tokens to train on, and the last tenth, to measure on."""
     if o.text:
@@ -74,8 +66,9 @@ def tokens_of(o: argparse.Namespace, vocabulary: int) -> tuple[Tensor, Tensor]:
     if vocabulary == 256:
         tokens = torch.frombuffer(bytearray(text or b" "), dtype=torch.uint8).long()
     else:
-        tokenizer = AutoTokenizer.from_pretrained(o.model, local_files_only=True)
-        tokens = tokenizer(text.decode(errors="replace"), return_tensors="pt").input_ids[0]
+        tokens = tokenizer_of(o.model)(
+            text.decode(errors="replace"), return_tensors="pt"
+        ).input_ids[0]
     cut = len(tokens) * 9 // 10
     if len(tokens) - cut < o.length:
         sys.exit(
@@ -119,7 +112,7 @@ def train(
 def main(argv: list[str] | None = None) -> dict[str, float]:
     o = parse(argv)
     torch.manual_seed(o.seed)
-    model = (load(o.model) if o.model else tiny_llama()).to(o.device)
+    model = (load(o.model, dtype=torch.float32) if o.model else tiny_llama()).to(o.device)
     seen, unseen = tokens_of(o, model.config.vocab_size)
     layers = model.config.num_hidden_layers
     if not 0 <= o.full_layers <= layers:
@@ -147,7 +140,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         folder = o.save or scratch
         model.save_pretrained(folder)
         if o.model and model.config.vocab_size != 256:
-            AutoTokenizer.from_pretrained(o.model, local_files_only=True).save_pretrained(folder)
+            tokenizer_of(o.model).save_pretrained(folder)
         # The settings are in the config. The name of the attention is not saved, so it is given.
         register()
         loaded = AutoModelForCausalLM.from_pretrained(

@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from finetune_transformers import tiny_llama, train
+from pretrained import load, tokenizer_of
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from flexmoba.commands.demo import standard_library
 from flexmoba.integrations.transformers import convert
@@ -103,25 +104,18 @@ def losses_of(model: PreTrainedModel, contexts: Tensor, o: argparse.Namespace) -
     return torch.stack(parts)
 
 
-def load(o: argparse.Namespace) -> PreTrainedModel:
+def model_of(o: argparse.Namespace) -> PreTrainedModel:
     dtype = torch.bfloat16 if o.device.startswith("cuda") else torch.float32
-    file = {"gguf_file": o.gguf} if o.gguf else {}
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            o.model, local_files_only=True, dtype=dtype, attn_implementation="sdpa", **file
-        )
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"--model {o.model}: transformers cannot load it: {str(error).splitlines()[0]}")
-    return model.to(o.device).eval()
+    model: PreTrainedModel = load(o.model, o.gguf, dtype=dtype).to(o.device).eval()
+    return model
 
 
 def contexts_of(o: argparse.Namespace) -> dict[str, Tensor]:
     """Contexts ``(windows, length)`` of each text, spread over it."""
-    file = {"gguf_file": o.gguf} if o.gguf else {}
     found = {}
     for path in o.text:
         if o.model:
-            tokenizer = AutoTokenizer.from_pretrained(o.model, local_files_only=True, **file)
+            tokenizer = tokenizer_of(o.model, o.gguf)
             text = path.read_text(errors="replace")
             # In pieces, as tokenizers warn of texts longer than the model's context.
             pieces = [text[i : i + 10_000] for i in range(0, len(text), 10_000)]
@@ -158,7 +152,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(o.seed)
     texts = contexts_of(o)
     if o.model:
-        model = load(o)
+        model = model_of(o)
     else:
         model = tiny_llama().to(o.device)
         print(f"a tiny model learns with full attention for {o.pretrain_steps} steps", flush=True)

@@ -18,11 +18,14 @@ the corpus. The kernel of full attention is then the fastest that ran, or --dens
 toy size, three minutes on a CPU:
   python examples/sweep.py --toy --work sweep --results sweep.json
 
-full size, on four GPUs (`pip install tokenizers`), nine minutes at a time, three times:
-  python examples/sweep.py --only full 64x16 128x8 "128x8 conv" --smoke 75 --dense cudnn \\
-      --minutes 9 --work sweep --results sweep.json
+full size, 23 minutes on two H100 (`pip install tokenizers`):
+  python examples/sweep.py --only full 64x16 128x8 "128x8 conv" --dense cudnn \\
+      --also /usr/include /usr/local/cuda/include --work sweep --results sweep.json
 
 The next four then run with `--have sweep.json`, so that all are in one file.
+
+continued training of a pretrained model, in a folder of yours, on two GPUs:
+  python examples/sweep.py --model ./smollm2 --work sweep --results sweep.json
 """
 
 import argparse
@@ -54,11 +57,11 @@ HERE = Path(__file__).parent
 MODEL = "--layers 8 --dim 512 --heads 8 --kv-heads 2 --length 16384 --batch 4 --lr 3e-3"
 MODEL += " --qk-norm --optimizer muon --to-zero --short-length 2048 --short-share 0.3"
 MODEL += " --rope-base 100000 --every 250 --windows 96 --check-windows 16"
-STEPS = 9000  # 590M tokens, 3.4 epochs of a corpus of 176M: up to four are nearly as good as new
+STEPS = 5500  # 360M tokens, 2.1 epochs of a corpus of 176M: up to four are nearly as good as new
 # text (arXiv 2305.16264)
 
-# By name; a name says block size x topk. In groups of four, for four GPUs: about eighteen minutes
-# each. 1,024 keys of 16,384 are 94 % sparsity in the paper's terms, 4,096 are 75 %.
+# By name; a name says block size x topk. In groups of four, 8 to 12 minutes each on one H100.
+# 1,024 keys of 16,384 are 94 % sparsity in the paper's terms, 4,096 are 75 %.
 RUNS = {
     "full": "--attention full --block-size 128 --topk 8",  # and evaluated with these blocks
     "64x16": "--attention moba --block-size 64 --topk 16",
@@ -72,6 +75,19 @@ RUNS = {
     "128x8 seed 1": "--attention moba --block-size 128 --topk 8 --seed 1",
     "128x8 conv seed 1": "--attention moba --block-size 128 --topk 8 --key-conv 3 --seed 1",
     "512x8": "--attention moba --block-size 512 --topk 8",
+}
+# Continued training of a pretrained model with 8K of context, at a small learning rate.
+PRETRAINED = "--length 8192 --batch 8 --accumulate 4 --lr 2e-4 --to-zero --every 50"
+PRETRAINED += " --windows 64 --check-windows 16"
+PRETRAINED_STEPS = 400  # 26M tokens
+PRETRAINED_RUNS = {
+    "full": "--attention full --block-size 64 --topk 16 --sink-blocks 1",
+    "64x16 sink": "--attention moba --block-size 64 --topk 16 --sink-blocks 1",
+    "128x8 sink": "--attention moba --block-size 128 --topk 8 --sink-blocks 1",
+    "64x16": "--attention moba --block-size 64 --topk 16",
+    "64x16 sink hybrid": "--attention hybrid --block-size 64 --topk 16 --sink-blocks 1",
+    "64x16 sink last 3 full": "--attention moba --block-size 64 --topk 16 --sink-blocks 1 "
+    "--full-layers 3",
 }
 TOY_MODEL = "--layers 2 --dim 64 --heads 2 --kv-heads 1 --length 256 --batch 4 --lr 3e-3"
 TOY_MODEL += " --every 10 --windows 8 --check-windows 4 --device cpu"
@@ -190,6 +206,8 @@ class Sweep:
             size = ["--vocabulary", "1024", "--max-bytes", "4000000"] if o.toy else []
             also = ["--also", *(str(x) for x in o.also)] if o.also else []
             corpus = [str(HERE / "corpus.py"), "--out", str(o.tokens), *size, *also]
+            corpus += ["--tokenizer", o.model] if o.model else []
+            corpus += ["--gguf", o.gguf] if o.model and o.gguf else []
             running.append((self.start(corpus, None, "corpus"), "corpus"))
         if o.smoke:
             random_tokens(o.work / "random", 1024 if o.toy else 16384)
@@ -305,7 +323,9 @@ class Sweep:
             arguments += ["--device", "cpu"]
         if checkpoint.is_file():
             return [*arguments, "--resume", str(checkpoint)]
-        options = [*o.options.split(), *o.runs[name].split(), "--dense", dense]
+        options = [*o.options.split(), *o.runs[name].split()]
+        options += ["--model", o.model] if o.model else ["--dense", dense]
+        options += ["--gguf", o.gguf] if o.model and o.gguf else []
         options += ["--steps", str(o.steps), "--tokens", str(o.tokens), "--out", str(checkpoint)]
         return [*arguments, *options]
 
@@ -359,12 +379,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     add("--first", nargs="+", metavar="WORD", help="a shell script and its arguments, to run on "
         "one of the GPUs before its runs")  # fmt: skip
     add("--have", type=Path, metavar="FILE", help="results of runs that need not run again")
+    add("--model", metavar="FOLDER", help="a pretrained model, to continue its training")
+    add("--gguf", metavar="FILE", help="in that folder, the model as GGUF")
     add("--toy", action="store_true", help="small runs, on a CPU")
     add("--do-smoke", action="store_true", help=argparse.SUPPRESS)
     o = parser.parse_args(argv)
-    o.runs = dict(TOY_RUNS if o.toy else RUNS)
-    o.options, o.tokens = TOY_MODEL if o.toy else MODEL, o.work / "tokens"
-    o.steps = o.steps or (TOY_STEPS if o.toy else STEPS)
+    runs, o.options, steps = RUNS, MODEL, STEPS
+    if o.model:
+        runs, o.options, steps = PRETRAINED_RUNS, PRETRAINED, PRETRAINED_STEPS
+    if o.toy:
+        runs, o.options, steps = TOY_RUNS, TOY_MODEL, TOY_STEPS
+    o.runs, o.tokens, o.steps = dict(runs), o.work / "tokens", o.steps or steps
+    if o.model and (o.toy or o.smoke):
+        parser.error("--model goes with neither --toy nor --smoke")
     if o.do_smoke:
         o.runs |= {f"full {x}": f"--attention full --dense {x}" for x in KERNELS}
         smoke(o)

@@ -25,6 +25,12 @@ full size, one GPU (bfloat16, compiled), 16 contexts to a step, 2 at a time:
 
 Configurations to compare, one after the other on each GPU: see sweep.py.
 
+--model continues the training of a pretrained model of transformers, whose tokenizer made the
+corpus (`corpus.py --tokenizer`), and --save saves it for transformers:
+  python examples/train.py --attention moba --model ./smollm2 --tokens corpus --length 8192 \\
+      --block-size 64 --topk 16 --sink-blocks 1 --batch 8 --accumulate 4 --steps 400 --lr 2e-4 \\
+      --to-zero --out smollm2.pt --save ./smollm2-moba
+
 On several GPUs put torchrun in place of python: processes share out the contexts of each step. A
 run that was interrupted, or stopped by --minutes, goes on where --out was last written, with the
 options it began with, and on as many GPUs as there are now:
@@ -46,7 +52,7 @@ import sys
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -60,6 +66,9 @@ from flexmoba.commands.demo import standard_library
 from flexmoba.hybrid import HybridSchedule, set_attention
 from flexmoba.nn import FlexMoba, MobaAttention
 from flexmoba.reporting import UsageError, add_device, check_writable, positive, progress, table
+
+if TYPE_CHECKING:
+    from pretrained import Pretrained
 
 BUCKETS = 8  # of positions, in the report
 TIMED = 10  # steps between two readings of the clock, and of the losses
@@ -113,7 +122,7 @@ class Block(nn.Module):
             o.kv_heads,
             block_size=o.block_size,
             topk=None,
-            rope_base=o.rope_base,
+            rope_base=o.rope_base or 10000.0,
             key_conv=o.key_conv,
             **options,
         )
@@ -203,6 +212,11 @@ def spread(model: GPT, o: argparse.Namespace) -> None:
             fully_shard(part, mesh=everywhere)
 
 
+def context_of(model: nn.Module) -> DeviceMesh | None:
+    """The processes that share each context; None if each has whole contexts."""
+    return model.context if isinstance(model, GPT) else None
+
+
 def part_of(x: Tensor, context: DeviceMesh | None) -> Tensor:
     """The tokens of this process, of contexts ``(B, L)``."""
     if context is None:
@@ -262,7 +276,7 @@ def read(paths: list[str], length: int) -> tuple[Tensor, Tensor]:
 
 def windows(data: Tensor, starts: Tensor, length: int, device: str) -> tuple[Tensor, Tensor]:
     """Inputs and targets, ``(B, length)`` each."""
-    both = data[starts[:, None] + torch.arange(length + 1)].long()
+    both = data[starts[:, None] + torch.arange(length + 1)].long() % 65536  # of a signed integer
     if device.startswith("cuda"):
         both = both.pin_memory()  # so that the copy waits for nothing
     both = both.to(device, non_blocking=True)
@@ -302,17 +316,17 @@ def starts_of(step: int, tokens: int, o: argparse.Namespace) -> Tensor:
 
 
 @torch.no_grad()
-def losses_of(model: GPT, inputs: Tensor, targets: Tensor, o: argparse.Namespace) -> Tensor:
+def losses_of(model: nn.Module, inputs: Tensor, targets: Tensor, o: argparse.Namespace) -> Tensor:
     """The loss of each target, ``(B, length)`` float32 on the CPU, of some contexts at a time."""
     rows = max(1, o.batch // o.accumulate)  # as in training, so that nothing compiles anew
     some = len(inputs)
     short = -some % rows
     inputs, targets = (torch.cat([x, x[:1].expand(short, -1)]) for x in (inputs, targets))
-    parts = []
+    parts, context = [], context_of(model)
     for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
         with autocast(o.device):
-            losses = model(part_of(x, model.context), part_of(y, model.context))
-        parts.append(whole(losses.float(), model.context).cpu())
+            losses = model(part_of(x, context), part_of(y, context))
+        parts.append(whole(losses.float(), context).cpu())
     return torch.cat(parts)[:some]
 
 
@@ -321,12 +335,12 @@ def unseen_windows(data: Tensor, n: int, o: argparse.Namespace) -> tuple[Tensor,
     return windows(data, torch.linspace(0, len(data) - o.length - 1, n).long(), o.length, o.device)
 
 
-def loss_by_position(model: GPT, data: Tensor, o: argparse.Namespace) -> Tensor:
+def loss_by_position(model: nn.Module, data: Tensor, o: argparse.Namespace) -> Tensor:
     """Mean loss at each position, ``(length,)``, in nats, of windows spread over the text."""
     return losses_of(model, *unseen_windows(data, o.windows, o), o).mean(0)
 
 
-def loss_of_copies(model: GPT, data: Tensor, o: argparse.Namespace) -> dict[str, float]:
+def loss_of_copies(model: nn.Module, data: Tensor, o: argparse.Namespace) -> dict[str, float]:
     """Mean loss of a span that ends the context and that it holds before, by its depth there.
 
     The first quarter of the span does not count: there the model learns that it is a copy.
@@ -358,7 +372,7 @@ def summary(losses: Tensor) -> dict[str, Any]:
 
 
 def evaluate(
-    model: GPT, schedule: HybridSchedule, data: Tensor, o: argparse.Namespace
+    model: nn.Module, schedule: HybridSchedule, data: Tensor, o: argparse.Namespace
 ) -> dict[str, Any]:
     """Validation losses with the blocks selected ("moba") and with full attention ("full")."""
     inputs, targets = unseen_windows(data, o.windows, o)
@@ -434,6 +448,19 @@ def optimizers_of(model: nn.Module, o: argparse.Namespace) -> list[torch.optim.O
     matrices = [blocks[name] for name in blocks if name in muon]
     # With RMS of updates as AdamW's, so that both take one learning rate.
     return [adam, torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+
+
+def model_of(o: argparse.Namespace) -> "GPT | Pretrained":
+    """A new GPT, or the pretrained model of --model."""
+    if not o.model:
+        return GPT(o)
+    from pretrained import Pretrained  # needs transformers
+
+    model = Pretrained(o)
+    o.layers = model.layers
+    if o.full_layers > o.layers:
+        sys.exit(f"--full-layers {o.full_layers}: the model has {o.layers} layers")
+    return model
 
 
 def average(tensors: list[Tensor], processes: int) -> None:
@@ -519,18 +546,20 @@ def version_of(name: str) -> str | None:
         return None
 
 
-def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> GPT:
+def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> "GPT | Pretrained":
     torch.manual_seed(o.seed)
     use_kernels(o.dense)
     seen, unseen = data_of(o)
     cuda = o.device.startswith("cuda")
-    model = GPT(o).to(o.device)
-    model.recompute = o.recompute
+    model = model_of(o).to(o.device)
     if state is not None:
         model.load_state_dict(state["model"])
     is_spread = o.context_parallel > 1 or o.fsdp
-    if is_spread:
-        spread(model, o)
+    if isinstance(model, GPT):
+        model.recompute = o.recompute
+        if is_spread:
+            spread(model, o)
+    context = context_of(model)
     optimizers = optimizers_of(model, o)
     schedule = schedule_of(model, o)
     history: dict[str, Any] = {"loss": [], "times": [], "checks": []}
@@ -567,7 +596,7 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> GPT:
         group = rank // o.context_parallel
         for some in starts.view(o.accumulate, processes // o.context_parallel, -1)[:, group]:
             inputs, targets = windows(seen, some, length, o.device)
-            inputs, targets = (part_of(x, model.context) for x in (inputs, targets))
+            inputs, targets = (part_of(x, context) for x in (inputs, targets))
             with autocast(o.device):
                 part = model(inputs, targets).mean() / o.accumulate
             part.backward()
@@ -586,7 +615,7 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> GPT:
         said_tokens += o.batch * o.length
         switched = schedule.step()
         if switched:
-            moba = model.get_submodule("blocks.0.attention.moba")
+            moba = next(x for x in model.modules() if isinstance(x, FlexMoba))
             say(f"step {schedule.count}: {moba} from here on", flush=True)
         stop = schedule.count == (o.until or o.steps)
         changes = switched or schedule.count == short_steps(o)  # what compiles
@@ -619,6 +648,8 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> GPT:
     found = evaluate(model, schedule, unseen, o) if rank == 0 or is_spread else {}
     if rank == 0:
         results.write(final=found)
+        if not isinstance(model, GPT) and o.save:
+            model.save(o)
         print(f"\nValidation loss (nats per {unit[:-1]}) after {schedule.count} steps\n")
         print(report(found, o), flush=True)
     return model
@@ -644,7 +675,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dense", choices=["flex", "flash", "cudnn"], default="flex", help="kernel of full "
         "attention: flexmoba's FlexAttention, or one of torch's (%(default)s)")  # fmt: skip
     add("--qk-norm", action="store_true", help="normalise the queries and keys of each head")
-    add("--rope-base", type=float, default=10000.0, help="of rotary embeddings (%(default)s)")
+    add("--rope-base", type=float, help="of rotary embeddings (10000, or the model's)")
+    add("--model", metavar="FOLDER", help="a model of transformers, to continue its training")
+    add("--gguf", metavar="FILE", help="in that folder, the model as GGUF")
+    add("--save", metavar="FOLDER", help="where that model goes, for transformers")
     sizes = {"layers": 2, "dim": 128, "heads": 4, "kv-heads": 2, "length": 512, "batch": 8}
     sizes |= {"steps": 400, "windows": 32, "every": 100}
     notes = {"length": "tokens of context, ", "windows": "to validate on, "}
@@ -683,7 +717,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         check_writable(out=o.out, results=o.results)
     except UsageError as error:
         parser.error(str(error))
-    if not 0 < o.full_share < 1 or not 0 <= o.full_layers <= o.layers:
+    if o.model and not Path(o.model).is_dir():
+        parser.error(f"--model {o.model}: there is no such folder; nothing is downloaded")
+    if o.save and not o.model:
+        parser.error("--save needs --model; --out keeps a GPT")
+    if o.model and (o.qk_norm or o.key_conv):
+        parser.error("--qk-norm and --key-conv are of a new GPT; leave them out with --model")
+    if o.model and (o.context_parallel > 1 or o.fsdp or o.recompute):
+        parser.error("--context-parallel, --fsdp and --recompute are of a new GPT; leave them out "
+                     "with --model")  # fmt: skip
+    layers = math.inf if o.model else o.layers  # of a model that is not loaded yet
+    if not 0 < o.full_share < 1 or not 0 <= o.full_layers <= layers:
         parser.error("--full-share must lie between 0 and 1, --full-layers from 0 to --layers")
     if o.short_length and (o.short_length < 1 or o.length % o.short_length):
         parser.error(f"--short-length {o.short_length} must divide --length {o.length}")
@@ -705,7 +749,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return o
 
 
-def main(argv: list[str] | None = None) -> GPT:
+def main(argv: list[str] | None = None) -> "GPT | Pretrained":
     began = time.monotonic()
     o, state = parse(argv), None
     o.vocabulary = vocabulary_of(o)

@@ -15,8 +15,8 @@ from flexmoba.reference import reference_mask
 from tests.conftest import assert_bitwise_equal
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
-HUGGING_FACE = ("corpus", "finetune_transformers", "generate", "loss_by_position")
+NAMES = sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"pretrained"})  # a module of others
+HUGGING_FACE = ("corpus", "finetune_transformers", "generate", "loss_by_position", "pretrained")
 NO_DEVICE = {"corpus", "sweep"}
 
 TINY = ["--layers", "2", "--dim", "32", "--heads", "2", "--kv-heads", "1", "--batch", "4"]
@@ -302,6 +302,48 @@ def test_training_stops_in_time_and_goes_on_bitwise(example, corpus, tmp_path, m
     assert whole["final"]["moba"]["loss"] != whole["final"]["full"]["loss"]
 
 
+def test_a_pretrained_model_goes_on_and_is_saved(example, corpus, tmp_path):
+    corpus_of, train = example("corpus"), example("train")
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder, tokens, again = (str(tmp_path / name) for name in ("llama", "tokens", "again"))
+    corpus_of.main(["--roots", str(corpus), "--vocabulary", "300", "--out", tokens])
+    PreTrainedTokenizerFast(tokenizer_file=f"{tokens}/tokenizer.json").save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    config = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    corpus_of.main(["--roots", str(corpus), "--tokenizer", folder, "--out", again])
+    assert Path(again, "train.bin").read_bytes() == Path(tokens, "train.bin").read_bytes()
+
+    options = ["--model", folder, "--tokens", again, "--attention", "hybrid", "--steps", "10"]
+    options += [*TINY, "--sink-blocks", "1", "--full-layers", "1", "--rope-base", "500.0"]
+    save, parts, results = (str(tmp_path / name) for name in ("moba", "parts.pt", "results.json"))
+    expected = train.main([*options, "--save", save, "--results", results])
+    train.main([*options, "--until", "4", "--out", parts])
+    resumed = train.main(["--resume", parts, "--device", "cpu"])
+    for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
+        assert_bitwise_equal(a, b)
+    losses = json.loads(Path(results).read_text())["history"]["loss"]
+    assert losses[-1] < losses[0]
+
+    o = train.parse(["--model", save, "--attention", "full", *options[2:]])
+    loaded = train.model_of(o)
+    assert o.layers == 3
+    assert loaded.model.config.rope_parameters["rope_theta"] == 500.0
+    inputs = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(1))
+    assert_bitwise_equal(loaded(inputs), expected(inputs))  # a hybrid ends with full attention
+    with pytest.raises(SystemExit, match="--full-layers 4: the model has 3 layers"):
+        train.main([*options, "--full-layers", "4"])
+
+
+def test_tokens_beyond_32767_are_read_as_they_were_written(example):
+    tokens = torch.tensor([1, 32767, 32768, 65535]).to(torch.int16)  # as on the disk
+    inputs, targets = example("train").windows(tokens, torch.tensor([0]), 3, "cpu")
+    assert inputs.tolist() == [[1, 32767, 32768]]
+    assert targets.tolist() == [[32767, 32768, 65535]]
+
+
 def test_contexts_of_an_epoch_do_not_overlap(example):
     train = example("train")
     o = train.parse(["--length", "10", "--batch", "3"])
@@ -378,31 +420,61 @@ def test_a_sweep_stops_goes_on_and_outlives_a_failure(
     example("corpus").main(
         ["--roots", str(corpus), "--vocabulary", "300", "--out", str(work / "tokens")]
     )
-    runs = {"full": "--attention full", "wrong": "--topk 0", "8x3": "--attention moba"}
-    monkeypatch.setattr(sweep, "TOY_RUNS", runs)
+    monkeypatch.setattr(sweep, "TOY_RUNS", {"wrong": "--topk 0", "8x3": "--attention moba"})
     monkeypatch.setattr(sweep, "TOY_MODEL", " ".join([*TINY, "--every", "10"]))
     monkeypatch.setattr(sweep, "EVALUATION", 200)
-    options = ["--toy", "--steps", "150", "--work", str(work), "--results", str(results)]
+    options = ["--toy", "--steps", "40", "--work", str(work), "--results", str(results)]
     first = sweep.main([*options, "--minutes", "0.001", "--least", "-1000"])["runs"]
-    assert [x["status"] for x in first.values()] == ["stopped", "failed", "stopped"]
+    assert [x["status"] for x in first.values()] == ["failed", "stopped"]
     assert "--topk: must be at least 1" in first["wrong"]["error"]
-    assert 10 <= first["full"]["steps"] < 150
+    assert 10 <= first["8x3"]["steps"] < 40
     script = tmp_path / "first.sh"
     script.write_text("echo $1 > $2")
     more = ["--first", str(script), "done", str(tmp_path / "said")]
     second = sweep.main([*options, *more])["runs"]
     assert (tmp_path / "said").read_text() == "done\n"
-    assert [x["status"] for x in second.values()] == ["done", "failed", "done"]
-    for name in ("full", "8x3"):
-        losses = [x[name]["history"]["loss"] for x in (first, second)]
-        assert losses[1][: len(losses[0])] == losses[0]
-        assert len(losses[1]) == 150
+    assert [x["status"] for x in second.values()] == ["failed", "done"]
+    losses = [x["8x3"]["history"]["loss"] for x in (first, second)]
+    assert losses[1][: len(losses[0])] == losses[0]
+    assert len(losses[1]) == 40
     printed = capsys.readouterr().out
     assert re.search(r"\| +8x3 \| +\d\.\d{4} \|", printed)
     # With those results at hand, nothing runs again.
     third = sweep.main([*options, "--work", str(tmp_path / "new"), "--have", str(results),
-                        "--only", "full", "8x3"])  # fmt: skip
-    assert third["runs"]["full"] == second["full"]
+                        "--only", "8x3"])  # fmt: skip
+    assert third["runs"]["8x3"] == second["8x3"]
+
+
+def test_a_sweep_continues_the_training_of_a_pretrained_model(example, tmp_path, monkeypatch):
+    sweep, train, started = example("sweep"), example("train"), []
+
+    class Ended:
+        returncode = 1
+
+        def poll(self):
+            return 1
+
+    def start(self, arguments, gpu, log):
+        started.append([Path(arguments[0]).name, *arguments[1:]])
+        (self.log / f"{log}.log").touch()
+        if log == "corpus":
+            self.o.tokens.mkdir()
+            (self.o.tokens / "corpus.json").write_text("{}")
+        return Ended()
+
+    monkeypatch.setattr(sweep.Sweep, "start", start)
+    monkeypatch.setattr(sweep, "gpus", lambda: ["0", "1"])
+    work = ["--work", str(tmp_path), "--results", str(tmp_path / "sweep.json")]
+    found = sweep.main(["--model", str(EXAMPLES), "--gguf", "x.gguf", *work])
+    assert found["runs"].keys() == sweep.PRETRAINED_RUNS.keys()
+    assert started[0][:1] + started[0][-4:] == [
+        *("corpus.py", "--tokenizer", str(EXAMPLES), "--gguf", "x.gguf")
+    ]
+    for (program, *arguments), name in zip(started[1:], sweep.PRETRAINED_RUNS, strict=True):
+        o = train.parse(arguments)
+        assert program == "train.py"
+        assert (o.model, o.gguf, o.steps) == (str(EXAMPLES), "x.gguf", 400)
+        assert (o.sink_blocks > 0) == ("sink" in name or name == "full")
 
 
 def test_a_smoke_test_tries_each_configuration(example, tmp_path, monkeypatch):

@@ -31,10 +31,10 @@ def increases(settings, **setting):
     return [100 * (texts[x]["loss"] / full[x]["loss"] - 1) for x in ("prose", "source")]
 
 
-def sparsity(block_size, topk):
+def sparsity(block_size, topk, length=LENGTH):
     """Returns the share of the causal query-key pairs that MoBA does not compute, in percent."""
-    read = sum(min(p + 1, (topk - 1) * block_size + p % block_size + 1) for p in range(LENGTH))
-    return 100 * (1 - read / (LENGTH * (LENGTH + 1) / 2))
+    read = sum(min(p + 1, (topk - 1) * block_size + p % block_size + 1) for p in range(length))
+    return 100 * (1 - read / (length * (length + 1) / 2))
 
 
 def page():
@@ -46,6 +46,30 @@ def table(heading):
     lines = page().split(f"\n{heading}", 1)[1].split("\n\n")
     rows = next(x for x in lines if x.startswith("|")).splitlines()[2:]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Returns the runs of models that were trained from scratch, from the JSON file."""
+    report = json.loads((DOCS / "results" / "from-scratch-16k-h100.json").read_text())
+    return {ROWS[name]: run for name, run in report["runs"].items()}
+
+
+ROWS = {
+    "full": "full",
+    "64x16": "64 x 16",
+    "128x8": "128 x 8",
+    "128x8 conv": "128 x 8, key convolution",
+}
+
+
+def own(run):
+    """Returns the losses of a run by the attention that it was trained with."""
+    return run["final"]["full" if run["options"]["attention"] == "full" else "moba"]
+
+
+def with_increase(loss, full):
+    return f"{loss:.4f}" + (f" (+{loss - full:.3f})" if loss != full else "")
 
 
 def test_the_table_of_conversion_is_that_of_the_results(settings):
@@ -127,3 +151,85 @@ def test_pages_quote_the_results(settings, name):
     else:
         finer = increases(settings, block_size=32, topk=32, **SHARED)
         assert f"{finer[0]:.1f} and {finer[1]:.1f} %" in text
+
+
+def test_the_table_of_training_is_that_of_the_results(trained):
+    full, expected = own(trained["full"]), []
+    for name, run in trained.items():
+        options, losses = run["options"], own(run)
+        sizes = options["block_size"], options["topk"], options["length"]
+        share = 0 if name == "full" else sparsity(*sizes)
+        expected.append(
+            [
+                name,
+                f"{share:.0f} %",
+                with_increase(losses["loss"], full["loss"]),
+                f"{losses['first']:.4f}",
+                f"{losses['middle']:.4f}",
+                with_increase(losses["last"], full["last"]),
+                f"{run['tokens_per_second']:,.0f}",
+                f"{run['history']['seconds'][-1] / 60:.1f}",
+            ]
+        )
+    assert table("## Train") == expected
+
+
+def test_the_table_of_the_switch_is_that_of_the_results(trained):
+    full, expected = own(trained["full"]), []
+    for name, run in trained.items():
+        losses = run["final"]["full"]
+        cells = [with_increase(losses[x], full[x]) for x in ("loss", "last")]
+        expected.append([name, *cells])
+    assert table("### Switch") == expected
+
+
+def test_the_table_of_copies_is_that_of_the_results(trained):
+    expected = []
+    for name, run in trained.items():
+        for attention in ("moba", "full")[name == "full" :]:
+            served = name.split(",")[0] if attention == "moba" else "full"
+            copied = run["final"][attention]["copied"].values()
+            expected.append([name, served, *(f"{x:.2f}" for x in copied)])
+    assert table("### Copy") == expected
+
+
+def test_the_numbers_of_the_text_on_training_are_those_of_the_results(trained):
+    text = page().split("## Train from scratch\n", 1)[1]
+    full = own(trained["full"])
+    errors = {}
+    for part in ("by_window", "last_by_window"):
+        for run in trained.values():
+            pairs = zip(own(run)[part], full[part], strict=True)
+            found = [a - b for a, b in pairs]
+            errors.setdefault(part, []).append(statistics.stdev(found) / len(found) ** 0.5)
+    assert f"at most {max(errors['by_window']):.3f} nats of the mean" in text
+    assert f"and {max(errors['last_by_window']):.3f} of the last" in text
+    fine, coarse, convolution = (own(trained[x]) for x in list(ROWS.values())[1:])
+    assert f"64 x 16 is {coarse['loss'] - fine['loss']:.3f} nats below" in text
+    assert f"takes {coarse['loss'] - convolution['loss']:.3f} nats off" in text
+    untrained = trained["full"]["final"]["moba"]["loss"]
+    assert f"{untrained:.4f} with 128 x 8, {untrained - full['loss']:.3f} above" in text
+    assert f"leaves {coarse['loss'] - full['loss']:.3f}." in text
+    speeds = [trained[x]["tokens_per_second"] for x in ("full", "128 x 8", "64 x 16")]
+    assert f"trains {speeds[1] / speeds[0]:.2f} times" in text
+    assert f"only {speeds[2] / speeds[0]:.2f} times" in text
+    copied = [x["final"]["full"]["copied"] for x in trained.values()]
+    for depth in ("90%", "25%"):
+        first, *others = (x[depth] for x in copied)
+        assert (
+            f"{min(others):.2f} to {max(others):.2f} at {depth[:-1]} %, against {first:.2f}" in text
+        )
+    step, loss, _ = next(x for x in trained["full"]["history"]["checks"] if x[0] == 1750)
+    assert f"a loss of {loss:.2f} after {step * 65536 / 1e6:.0f} million tokens" in text
+    early = json.loads((DOCS / "results" / "first-runs-h200.json").read_text())["runs"]
+    ends = {name: own(x)["loss"] for name, x in early.items() if x["status"] == "done"}
+    assert f"between {min(ends.values()):.2f} and {max(ends.values()):.2f}" in text
+    assert f"differed by {abs(ends['128x8'] - ends['128x8 seed 1']):.2f}," in text
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+def test_pages_quote_the_training(trained, name):
+    full, fine, coarse = (own(trained[x])["loss"] for x in ("full", "64 x 16", "128 x 8"))
+    increase = f"{100 * (fine / full - 1):.1f}"
+    assert f"{increase} % higher (16K tokens" in (ROOT / name).read_text()
+    assert f"is {increase} to {100 * (coarse / full - 1):.1f} % higher than with" in page()

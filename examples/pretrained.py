@@ -1,0 +1,92 @@
+"""A pretrained language model with the interface of the GPT of train.py: `train.py --model`.
+
+transformers loads the model from a folder on this disk, also from a GGUF file in it, and `convert`
+replaces its attention. Nothing is downloaded.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from flexmoba.integrations.transformers import convert
+
+
+def load(folder: str, gguf: str | None = None, **options: Any) -> PreTrainedModel:
+    """Loads a model from a folder, or ends the program with the reason why it cannot."""
+    file = {"gguf_file": gguf} if gguf else {}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, attn_implementation="sdpa", **file, **options
+        )
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"--model {folder}: transformers cannot load it: {str(error).splitlines()[0]}")
+    return model
+
+
+def tokenizer_of(folder: str, gguf: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model."""
+    file = {"gguf_file": gguf} if gguf else {}
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, **file
+    )
+    return tokenizer
+
+
+class Loss(nn.Module):
+    """Logits of the next token; with targets ``(B, L)``, the loss of each, in nats."""
+
+    def __init__(self, logits: nn.Module) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        logits: Tensor = self.logits(x)
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        return loss.view_as(targets)
+
+
+class Pretrained(nn.Module):
+    """Of the next token, from tokens ``(B, L)``: logits, or losses; full attention at first."""
+
+    def __init__(self, o: argparse.Namespace) -> None:
+        super().__init__()
+        file = {"gguf_file": o.gguf} if o.gguf else {}
+        config = AutoConfig.from_pretrained(o.model, local_files_only=True, **file)
+        if o.rope_base:  # a larger base for a longer context (arXiv 2309.16039)
+            config.rope_parameters["rope_theta"] = o.rope_base
+        config.max_position_embeddings = max(o.length, config.max_position_embeddings)
+        self.model = load(o.model, o.gguf, dtype=torch.float32, config=config)
+        always = {"sink_blocks": o.sink_blocks, "local_blocks": o.local_blocks}
+        convert(self.model, o.block_size, None, **always)
+        self.loss = Loss(self.model.get_output_embeddings())
+        self.layers = config.num_hidden_layers
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        decoder = self.model.get_decoder()
+        hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        out: Tensor = self.loss(hidden, targets)
+        return out
+
+    def compile_parts(self) -> None:
+        """Compiles block by block: layers of equal settings are compiled once."""
+        torch._dynamo.config.recompile_limit = 32  # by length, attention, and with no gradient
+        for part in (*self.model.get_decoder().layers, self.loss):
+            part.compile(dynamic=False)
+
+    def save(self, o: argparse.Namespace) -> None:
+        """Saves the model with its settings, and its tokenizer."""
+        self.model.save_pretrained(o.save)
+        tokenizer_of(o.model, o.gguf).save_pretrained(o.save)
