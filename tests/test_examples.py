@@ -851,6 +851,9 @@ def test_scaling_measures_both_exchanges(tmp_path):
         assert x["both_speedup"] == results[0]["both_ms"] / x["both_ms"]
         assert x["both_weak"] == results[1]["both_ms"] / x["both_ms"]
         assert x["compute_both_ms"] > 0
+        assert 0 < x["modeled_forward_ms"] < x["modeled_both_ms"]
+    modeled = [(x["ranks"], x["exchange"]) for x in json.loads(file.read_text())["modeled"]]
+    assert modeled == [(2, "gather"), (2, "heads"), (4, "gather"), (4, "heads"), (8, "gather")]
     rows = re.findall(r"^\| +(\d) \| +(\d+) \| +(\w+) ", done.stdout, re.M)
     assert [(int(x), int(y), z) for x, y, z in rows] == cases
 

@@ -167,6 +167,25 @@ def with_full_attention(mesh: DeviceMesh, x: Tensor, upstream: Tensor) -> list[T
     return results_of(model, x, upstream)
 
 
+def compiled(mesh: DeviceMesh, x: Tensor, upstream: Tensor) -> list[Tensor]:
+    model = parallelize_module(Model(), mesh, ContextParallel())
+    model.compile(backend="eager")
+    return results_of(model, x, upstream)
+
+
+def test_compiled_layers(ranks):
+    lengths = (30, 20, 10)[: ranks.size]
+    x, upstream = inputs_of(sum(lengths))
+    expected = results_of(Model(), x.clone(), upstream)
+    shards = zip(x.split(lengths, 1), upstream.split(lengths, 1), strict=True)
+    results = ranks.run(compiled, [tuple(map(Tensor.clone, shard)) for shard in shards])
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    for i in (0, 1):
+        torch.testing.assert_close(torch.cat([result[i] for result in results], 1), expected[i])
+
+
 def flex_moba_of(mesh: DeviceMesh, x: Tensor) -> tuple[Tensor, Tensor]:
     """A FlexMoba alone, of this rank's tokens and of DTensors."""
     attend = parallelize_module(FlexMoba(8, 3), mesh, ContextParallel())
