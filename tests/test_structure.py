@@ -133,6 +133,8 @@ MANY_PARAMETERS = {
     "flexmoba.gate.select.moba_select": "public",
     "flexmoba.integrations.transformers.attention.attention": "called by transformers",
     "flexmoba.integrations.transformers.masks.padding_mask": "called by transformers",
+    "flexmoba.integrations.vllm.backend.MobaImpl.__init__": "called by vLLM",
+    "flexmoba.integrations.vllm.backend.MobaImpl.forward": "called by vLLM",
     "flexmoba.nn.attention.MobaAttention.__init__": "public",
     "flexmoba.nsa.attention.flex_nsa": "public",
     "flexmoba.nsa.reference.nsa_reference": "public",

@@ -17,6 +17,7 @@ from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 
 from flexmoba.blocks import ceil_div
+from flexmoba.integrations.entry import check_served
 from flexmoba.integrations.transformers.settings import (
     NAME,
     local_layers,
@@ -95,6 +96,11 @@ class MobaAllocator(FullAttentionCacheAllocator):
     ) -> tuple[Tensor, Tensor]:
         """Returns the new keys and values, which the attention writes."""
         return key_states, value_states
+
+    def get_read_indices(self, request_id: str, past_length: int, query_length: int) -> list[int]:
+        """Returns the first row of each block of a request, in place of a row for each token."""
+        blocks = ceil_div(past_length + query_length, self.tokens_per_page)
+        return [x * self.block_physical_stride for x in self.block_table[request_id][:blocks]]
 
     def get_cache_for_block_table(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Returns keys and values of a layer, by block. The attention does not use the result."""
@@ -188,18 +194,6 @@ def check_batching(model: Any, page_size: int) -> None:
             )
 
 
-def check_served(options: Mapping[str, Any]) -> None:
-    """Raises unless pages support these options of a converted model."""
-    supported = {"gate": ("token", "group"), "impl": ("auto",), "kernel_options": (None,)}
-    for name, values in supported.items():
-        value = options.get(name, values[0])
-        if value not in values:
-            raise NotImplementedError(
-                f"pages do not support {name}={value!r}; convert the model with {name}="
-                f"{' or '.join(map(repr, values))}"
-            )
-
-
 def is_paged(kwargs: Mapping[str, Any]) -> bool:
     """Returns whether the arguments of an attention come from continuous batching."""
     return kwargs.get("write_index") is not None
@@ -262,12 +256,7 @@ def _batch_of(tokens: int, allocator: Any, kwargs: dict[str, Any]) -> tuple[Page
     size, ends = allocator.tokens_per_page, kwargs["cu_seq_lens_k"]
     table = kwargs.get("block_table")
     if table is None:
-        read, write = (kwargs[x][allocator.index] for x in ("read_index", "write_index"))
-        rows = read if read.numel() else write  # nothing was cached before
-        width = max(1, ceil_div(int(kwargs["max_length_k"]), size))
-        first = ends[:-1, None] + torch.arange(width, device=ends.device) * size
-        table = rows[first.clamp(max=rows.shape[0] - 1)] // allocator.block_physical_stride
-        table = table.masked_fill(first >= ends[1:, None], 0).int()
+        table = _table_of(ends, allocator, kwargs)
     table = table.clamp(min=0)  # unused entries are -1
     batch = paged_batch(
         bounds, ends.diff(), table, tokens=tokens, max_query_len=kwargs["max_length_q"]
@@ -277,6 +266,26 @@ def _batch_of(tokens: int, allocator: Any, kwargs: dict[str, Any]) -> tuple[Page
     slots = slots.masked_fill(batch.positions < 0, -1)
     bounds.flexmoba_batch = {key: (batch, slots)}
     return batch, slots
+
+
+def _table_of(ends: Tensor, allocator: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Returns the block table of a batch, ``(B, N)`` int32, from the rows that transformers lists.
+
+    These are the first rows of all blocks or, in a batch without cached tokens, the rows of all new
+    tokens.
+    """
+    size = allocator.tokens_per_page
+    read, write = (kwargs[x][allocator.index] for x in ("read_index", "write_index"))
+    width = max(1, ceil_div(int(kwargs["max_length_k"]), size))
+    block = torch.arange(width, device=ends.device)
+    lengths = ends.diff()[:, None]
+    if read.numel():
+        blocks = ceil_div(lengths, size)
+        rows, index = read, blocks.cumsum(0) - blocks + block
+    else:
+        rows, index = write, ends[:-1, None] + block * size
+    table: Tensor = rows[index.clamp(max=rows.shape[0] - 1)] // allocator.block_physical_stride
+    return table.masked_fill(block * size >= lengths, 0).int()
 
 
 def _is_moba(model: Any) -> bool:
