@@ -180,6 +180,12 @@ def test_a_second_manager_of_a_model_raises():
     manager.warmup()
     with pytest.raises(RuntimeError, match="pages of another manager"):
         model.init_continuous_batching(**options).warmup()
-    del manager
+    processor = manager.batch_processor
+    manager.start()
+    manager.stop()
+    second = model.init_continuous_batching(**options)
+    second.warmup()
+    assert second.batch_processor is not processor
+    del second
     gc.collect()
     model.init_continuous_batching(**options).warmup()

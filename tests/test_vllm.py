@@ -135,9 +135,14 @@ def test_preempted_requests_return_with_the_same_tokens(tmp_path):
     assert result["preemptions"] > 0
 
 
-def test_compiled_models(tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [{"enforce_eager": False}, {"tensor_parallel_size": 2}],
+    ids=["compiled", "two ranks"],
+)
+def test_compiled_and_divided_models(tmp_path, options):
     model, inputs = convert(llama(), 64, 3, sink_blocks=0), prompts(64)
-    (result,) = run(saved(model, tmp_path), [inputs], block_size=64, enforce_eager=False)
+    (result,) = run(saved(model, tmp_path), [inputs], block_size=64, **options)
     assert_greedy(model, inputs, result["tokens"])
 
 

@@ -150,6 +150,13 @@ class MobaBatchingManager(_Manager):  # type: ignore[misc, valid-type]
         if not _is_moba(model):
             super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
 
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """Stops the manager. Unless it is kept, the model may have another one."""
+        super().stop(*args, **kwargs)
+        if self.batch_processor is None and _is_moba(self.model):
+            for module in _modules(self.model):
+                _allocators.pop(module, None)
+
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
         if _is_moba(self.model):

@@ -177,8 +177,8 @@ class MobaImpl(AttentionImpl[MobaMetadata]):
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Writes new keys ``(T, Hkv, D)`` and values ``(T, Hkv, Dv)`` into their slots."""
-        n = slot_mapping.shape[0]
-        append_paged(key[:n], value[:n], self.pages_of(kv_cache), slot_mapping)
+        n = min(key.shape[0], slot_mapping.shape[0])  # either may be padded
+        append_paged(key[:n], value[:n], self.pages_of(kv_cache), slot_mapping[:n])
 
     def forward(
         self,
