@@ -133,6 +133,8 @@ MANY_PARAMETERS = {
     "flexmoba.gate.select.moba_select": "public",
     "flexmoba.integrations.transformers.attention.attention": "called by transformers",
     "flexmoba.integrations.transformers.masks.padding_mask": "called by transformers",
+    "flexmoba.integrations.vllm.backend.MobaImpl.__init__": "called by vLLM",
+    "flexmoba.integrations.vllm.backend.MobaImpl.forward": "called by vLLM",
     "flexmoba.local.attend_on_one_device": "the arguments of flex_moba",
     "flexmoba.nn.attention.MobaAttention.__init__": "public",
     "flexmoba.nn.nsa_attention.NsaAttention.__init__": "public",
