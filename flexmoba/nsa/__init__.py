@@ -6,6 +6,7 @@
 import flexmoba.nsa.flops  # noqa: F401 (registers its formula)
 from flexmoba.nsa.attention import flex_nsa
 from flexmoba.nsa.branches import block_means_of
+from flexmoba.nsa.cache import NsaCache
 from flexmoba.nsa.checks import check_sizes
 from flexmoba.nsa.layout import nsa_layout
 from flexmoba.nsa.reference import nsa_reference
@@ -13,6 +14,7 @@ from flexmoba.nsa.select import nsa_select
 from flexmoba.nsa.sizes import NsaSizes
 
 __all__ = [
+    "NsaCache",
     "NsaSizes",
     "block_means_of",
     "check_sizes",
