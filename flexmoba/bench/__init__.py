@@ -2,6 +2,7 @@
 
 from flexmoba.bench.calls import ROUNDINGS, describe, matrix_rate, measure
 from flexmoba.bench.configs import PRESETS, Config
+from flexmoba.bench.native_sparse import measure_nsa
 from flexmoba.bench.report import line, plot, tables
 from flexmoba.bench.steps import measure_step
 
@@ -13,6 +14,7 @@ __all__ = [
     "line",
     "matrix_rate",
     "measure",
+    "measure_nsa",
     "measure_step",
     "plot",
     "tables",

@@ -4,7 +4,7 @@ import functools
 import itertools
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,25 +86,42 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
         result |= {"error": error, "allowed": allowed}
         if not error <= allowed:
             return result
-        result["forward_MiB"] = _peak(moba, device)
+        result |= time_forward(moba, (q, k, v), config, device)
         result["split_ms"] = _split(moba, gate, device)
-        result["forward_ms"] = {"flex_moba": call_ms(moba, device)}
-        for name, dense in _baselines(config, device).items():
-            forward = functools.partial(call_ms, functools.partial(dense, q, k, v), device)
-            result["forward_ms"] |= try_to_time(name, forward)
-    if grad is None:
-        return result
-
     inputs = [x.requires_grad_() for x in (q, k, v)]
+    return result if grad is None else result | time_both(moba, inputs, grad, config, device)
 
-    def both_ways(attention: Callable[[], Tensor]) -> Callable[[], Any]:
+
+def time_forward(
+    call: Callable[[], Tensor], qkv: Sequence[Tensor], config: Config, device: torch.device
+) -> dict[str, Any]:
+    """Returns the peak memory of a forward call, and its time and those of its baselines."""
+    result: dict[str, Any] = {"forward_MiB": _peak(call, device)}
+    result["forward_ms"] = {config.name: call_ms(call, device)}
+    for name, dense in _baselines(config, device).items():
+        forward = functools.partial(call_ms, functools.partial(dense, *qkv), device)
+        result["forward_ms"] |= try_to_time(name, forward)
+    return result
+
+
+def time_both(
+    call: Callable[[], Tensor],
+    inputs: Sequence[Tensor],
+    grad: Tensor,
+    config: Config,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Returns memory and times of forward and backward; the first inputs are q, k and v."""
+
+    def both_ways(attention: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(attention(), inputs, grad)
 
-    result["both_MiB"] = _peak(both_ways(moba), device)
-    result["both_ms"] = {"flex_moba": call_ms(both_ways(moba), device)}
+    ours = both_ways(call, inputs)
+    result: dict[str, Any] = {"both_MiB": _peak(ours, device)}
+    result["both_ms"] = {config.name: call_ms(ours, device)}
     for name, dense in _baselines(config, device).items():
-        call = both_ways(functools.partial(dense, q, k, v))
-        result["both_ms"] |= try_to_time(name, functools.partial(call_ms, call, device))
+        both = both_ways(functools.partial(dense, *inputs[:3]), inputs[:3])
+        result["both_ms"] |= try_to_time(name, functools.partial(call_ms, both, device))
     return result
 
 

@@ -5,6 +5,10 @@ import random
 from dataclasses import dataclass
 
 from flexmoba.checks import GateName
+from flexmoba.nsa import seen_pairs
+
+# The default sizes of `flex_nsa`.
+CMP_BLOCK, CMP_STRIDE, WINDOW = 32, 16, 512
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Config:
         documents: Documents packed in each row.
         longest_known: Whether the call gets ``max_seqlen``.
         decode: Whether to measure a step of one token for each row against a cache.
+        nsa: Whether to measure `flex_nsa`, at its default sizes but for ``block_size`` and
+            ``topk``, instead of `flex_moba`.
     """
 
     batch: int
@@ -40,6 +46,7 @@ class Config:
     documents: int = 1
     longest_known: bool = False
     decode: bool = False
+    nsa: bool = False
 
     def __str__(self) -> str:
         """Returns the first cell of its table row."""
@@ -50,6 +57,11 @@ class Config:
         text += "" if self.gate == "token" else f", by {self.gate}"
         text += "" if self.documents == 1 else f", {self.documents} documents"
         return text + (", longest known" if self.longest_known else "")
+
+    @property
+    def name(self) -> str:
+        """The name of the measured function, in results."""
+        return "flex_nsa" if self.nsa else "flex_moba"
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -63,15 +75,28 @@ class Config:
 
     @property
     def pairs(self) -> int:
-        """The query-key pairs of one head in MoBA: own blocks up to the query, and past blocks."""
+        """The query-key pairs of one head: own blocks up to the query, and past blocks.
+
+        In Native Sparse Attention, those of compressed keys and of windows, too.
+        """
         return sum(map(self._pairs_of, self.lengths))
 
     def _pairs_of(self, length: int) -> int:
+        others = 0
+        if self.nsa:
+            others = seen_pairs(length, length, CMP_BLOCK, CMP_STRIDE)
+            short = min(WINDOW, length)
+            others += short * (short + 1) // 2 + (length - short) * WINDOW
         blocks, rest = divmod(length, self.block_size)
         sizes = [self.block_size] * blocks + [rest]
         own = sum(size * (size + 1) // 2 for size in sizes)
-        return own + sum(
-            size * min(self.topk - 1, block) * self.block_size for block, size in enumerate(sizes)
+        return (
+            others
+            + own
+            + sum(
+                size * min(self.topk - 1, block) * self.block_size
+                for block, size in enumerate(sizes)
+            )
         )
 
     def flop(self, *, backward: bool) -> int:
@@ -131,5 +156,12 @@ PRESETS = {
         Config(batch, 32, 8, length, 512, 8, backward=False, decode=True, gate=gate)
         for batch, length in ((1, 2**20), (8, 2**17), (1, 2**17), (1, 2**15))
         for gate in ("token", "group")
+    ],
+    "nsa": [
+        *(Config(1, 64, 4, n * 1024, 64, 16, dense="SDPA", nsa=True) for n in (8, 16, 32, 64)),
+        *(
+            Config(batch, 64, 4, 65536, 64, 16, backward=False, decode=True, nsa=True)
+            for batch in (1, 8)
+        ),
     ],
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Check and time flex_moba and dense attention on this device.
+"""Check and time flex_moba, flex_nsa and dense attention on this device.
 
 The command first compares each configuration with float64 attention on sampled queries. It reports
 a configuration with too large an error as WRONG, and does not time it. A time is the median over
@@ -15,11 +15,13 @@ Presets:
   gates        gate="token", "group" and "tile" at 64K tokens
   documents    64K tokens in 1 to 1024 packed documents
   decode       decoding steps at contexts of 32K to 1M tokens
+  nsa          Native Sparse Attention at 8K to 64K tokens, and its decoding steps at 64K
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,12 @@ import torch
 from flexmoba.bench import (
     PRESETS,
     ROUNDINGS,
+    Config,
     describe,
     line,
     matrix_rate,
     measure,
+    measure_nsa,
     measure_step,
     plot,
     tables,
@@ -133,8 +137,15 @@ def _measure_all(report: dict[str, Any], arguments: argparse.Namespace) -> None:
     configs = [config for name in arguments.preset for config in PRESETS[small.get(name, name)]]
     for i, config in enumerate(configs, 1):
         note(f"{i} of {len(configs)}: {config}")
-        measured = (measure_step if config.decode else measure)(config, device, dtype)
+        measured = _measurement(config)(config, device, dtype)
         report["results"].append(asdict(config) | measured)
         print_result(line(report["results"][-1]), arguments.json)
         if arguments.json not in (None, "-"):  # after every result, in case the process is killed
             write_json(report, arguments.json)
+
+
+def _measurement(config: Config) -> Callable[..., dict[str, Any]]:
+    """Returns the function that measures a configuration."""
+    if config.nsa:
+        return measure_nsa
+    return measure_step if config.decode else measure
