@@ -262,7 +262,6 @@ class NsaCache:
         block = first + torch.arange(n // stride + 1, device=device)
         # The first token of each block among the inputs, of which the tail comes first.
         start = block * stride - lengths + cmp_block - 1
-        is_full = start + cmp_block <= count[:, None] + cmp_block - 1
         index = start[..., None] + torch.arange(cmp_block, device=device)
         index = index.clamp(max=inputs[0].shape[2] - 1).flatten(1)[:, None, :, None]
         k_blocks, v_blocks = (
@@ -273,8 +272,8 @@ class NsaCache:
             for x in inputs
         )
         compressed = self._compress(k_blocks, v_blocks, (block * stride).flatten())
-        unused = self._branches.k_cmp.shape[2] - 1  # takes the writes of blocks that are not full
-        target = torch.where(is_full & (block < unused), block, unused).long()[:, None, :, None]
+        # Nothing reads a block that is not full. It is written again with its last token.
+        target = block.clamp(max=self._branches.k_cmp.shape[2] - 1).long()[:, None, :, None]
         for name, x in zip(("k_cmp", "v_cmp"), compressed, strict=True):
             x = x.unflatten(0, block.shape)[:, :, :, 0].transpose(1, 2)
             cached = getattr(self._branches, name)
