@@ -136,6 +136,8 @@ def test_the_tiles_of_blocks_hold_all_rows_once(rows):
     (group,) = schedule.sort_groups(sizes, whole_kv_heads=True)
     bins, _ = routing.sort_pairs(routed, group, sizes)
     first_rows = routing.first_rows_of_bins(bins, group, sizes)
+    every_bin = torch.arange(group.n_kv_heads * (sizes.n_blocks + 1) + 1)
+    assert_bitwise_equal(first_rows, torch.searchsorted(bins.long(), every_bin, out_int32=True))
     first_tile, block, begin, end = routing.tiles_of_blocks(first_rows, rows, group, sizes)
     tiles = zip(*(x[: first_tile[-1]].tolist() for x in (block, begin, end)), strict=True)
     expected = []

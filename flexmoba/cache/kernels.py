@@ -12,10 +12,10 @@ kernels are in units of log2.
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.cache.options import NO_ROOM, CachedCall
 from flexmoba.gate.kernel import (
     NOTHING,
@@ -53,9 +53,9 @@ def attend_step_on_cuda(
     rows, group = batch * heads * q_len, heads // kv_heads
     n_gate_rows, gate_group = gate_rows.shape[:3].numel(), gate_rows.shape[1] // kv_heads
     scored = call.scored
-    split = max(_LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(n_blocks, _MOST_SPLITS)))
-    splits = triton.cdiv(n_blocks, split)
-    chunks = triton.cdiv(block_size, _CHUNK)
+    split = max(_LEAST_SPLIT, next_power_of_2(ceil_div(n_blocks, _MOST_SPLITS)))
+    splits = ceil_div(n_blocks, split)
+    chunks = ceil_div(block_size, _CHUNK)
     n_partials = topk * chunks
     constants = {
         "GROUP": group,
@@ -66,23 +66,23 @@ def attend_step_on_cuda(
         "LOCALS": gate.local_blocks,
         "SUB_BLOCKS": gate.sub_blocks,
         "COUNT": scored,
-        "SLOTS": triton.next_power_of_2(max(1, scored)),
+        "SLOTS": next_power_of_2(max(1, scored)),
         "SPLIT": split,
         "SPLITS": splits,
-        "ALL_SPLITS": triton.next_power_of_2(splits),
-        "TILE_Q": min(64, max(16, triton.next_power_of_2(gate_group * q_len))),
+        "ALL_SPLITS": next_power_of_2(splits),
+        "TILE_Q": min(64, max(16, next_power_of_2(gate_group * q_len))),
         "TILE_N": 32,
         "BLOCK_SIZE": block_size,
         "CHUNK": _CHUNK,
         "CHUNKS": chunks,
         "PARTS": n_partials,
-        "ALL_PARTS": triton.next_power_of_2(n_partials),
-        "SOME_PARTS": min(32, triton.next_power_of_2(n_partials)),
+        "ALL_PARTS": next_power_of_2(n_partials),
+        "SOME_PARTS": min(32, next_power_of_2(n_partials)),
         "KEYS": _KEYS,
         "DIM": dim,
-        "TILE_D": max(16, triton.next_power_of_2(dim)),
+        "TILE_D": max(16, next_power_of_2(dim)),
         "VALUE_DIM": value_dim,
-        "TILE_VALUE_D": max(16, triton.next_power_of_2(value_dim)),
+        "TILE_VALUE_D": max(16, next_power_of_2(value_dim)),
         "num_warps": 4,
     }
     dtypes = (q.dtype, gate_rows.dtype)
@@ -96,7 +96,7 @@ def attend_step_on_cuda(
     factor = scale / math.log(2)
     with torch.cuda.device_of(q):
         if scored > 0:
-            tiles = triton.cdiv(gate_group * q_len, constants["TILE_Q"])
+            tiles = ceil_div(gate_group * q_len, constants["TILE_Q"])
             launch(
                 _score_kernel,
                 batch * kv_heads * tiles * splits,
@@ -146,9 +146,9 @@ def append_on_cuda(
         "SUB_BLOCK_SIZE": k_cache.shape[2] // n_means,
         "KEYS": 64,
         "DIM": dim,
-        "TILE_D": max(16, triton.next_power_of_2(dim)),
+        "TILE_D": max(16, next_power_of_2(dim)),
         "VALUE_DIM": value_dim,
-        "TILE_VALUE_D": max(16, triton.next_power_of_2(value_dim)),
+        "TILE_VALUE_D": max(16, next_power_of_2(value_dim)),
         "num_warps": 4,
     }
     with torch.cuda.device_of(k):

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.gate.options import Candidates, GateOptions, GateSizes
 from flexmoba.runtime.triton_launch import kernel, launch, on_device_of, packed
 
@@ -47,7 +48,7 @@ def select_on_cuda(
     first = q if first_block is None else packed(first_block)
     last = q if end_block is None else packed(end_block)
     selected = torch.empty(batch, heads, q_len, count, dtype=torch.int32, device=q.device)
-    tile_q, slots = 64, triton.next_power_of_2(count)
+    tile_q, slots = 64, next_power_of_2(count)
     is_half = q.element_size() == 2
     # Sums of groups are float32, and take more registers for their products by parts.
     use_lists = slots <= (_MAX_LIST if is_half else _MAX_LIST // 2 if by_parts else 0)
@@ -71,7 +72,7 @@ def select_on_cuda(
         "LISTS": _LISTS,
         "TILE_Q": tile_q,
         "TILE_N": max(32, _LISTS * slots) if use_lists else 32,
-        "TILE_D": max(16, triton.next_power_of_2(dim)),
+        "TILE_D": max(16, next_power_of_2(dim)),
         "SLOTS": slots,
         "num_warps": 2 if dim <= 128 and is_half and not use_lists else 4,
         # Copies of mean keys to shared memory, which float32 fills with one.
@@ -79,7 +80,7 @@ def select_on_cuda(
     }
     dtypes = (q.dtype, means.dtype)
     with on_device_of(q):
-        n_programs = triton.cdiv(q_len, tile_q) * batch * heads
+        n_programs = ceil_div(q_len, tile_q) * batch * heads
         tensors = q, means, first, last, selected
         launch(_select_kernel, n_programs, (*tensors, *numbers), constants, dtypes)
     return selected

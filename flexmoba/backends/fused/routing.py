@@ -6,6 +6,7 @@ from torch import Tensor
 from flexmoba.backends.fused.routing_kernels import (
     bin_kernel,
     first_items_kernel,
+    first_rows_kernel,
     list_items_kernel,
     list_tiles_kernel,
 )
@@ -49,8 +50,15 @@ def sort_pairs(routed: Tensor, group: SortGroup, sizes: Sizes) -> tuple[Tensor, 
 def first_rows_of_bins(bins: Tensor, group: SortGroup, sizes: Sizes) -> Tensor:
     """Returns the first row of each bin and the number of rows, ``(bins + 1,)`` int32."""
     n_bins = group.n_kv_heads * (sizes.n_blocks + 1)
-    index = torch.arange(n_bins + 1, dtype=bins.dtype, device=bins.device)
-    return torch.searchsorted(bins, index, out_int32=True)
+    first_rows = bins.new_empty(n_bins + 1, dtype=torch.int32)
+    launch(
+        first_rows_kernel,
+        -(-(n_bins + 1) // 128),
+        (bins, first_rows, n_bins, bins.shape[0]),
+        {"TILE": 128},
+        (bins.dtype,),
+    )
+    return first_rows
 
 
 def first_items_of_blocks(

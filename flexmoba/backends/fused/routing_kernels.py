@@ -26,6 +26,23 @@ def bin_kernel(
 
 
 @kernel
+def first_rows_kernel(
+    bin_ptr, first_row_ptr, n_bins: tl.int32, n_rows: tl.int32, TILE: tl.constexpr
+):
+    """Writes the first row of every bin, and the number of rows, by binary search."""
+    bin = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    low = tl.zeros([TILE], tl.int32)
+    high = low + n_rows
+    while tl.max(high - low, 0) > 0:
+        middle = low + (high - low) // 2
+        is_open = low < high
+        is_before = tl.load(bin_ptr + middle, mask=is_open, other=0).to(tl.int32) < bin
+        low = tl.where(is_open & is_before, middle + 1, low)
+        high = tl.where(is_open & (is_before == 0), middle, high)
+    tl.store(first_row_ptr + bin, low, mask=bin <= n_bins)
+
+
+@kernel
 def first_items_kernel(
     first_row_ptr, first_item_ptr, first_extra_ptr, first_query_item_ptr,
     all_blocks: tl.int32, n_blocks: tl.int32, item_rows: tl.int32,
