@@ -409,10 +409,13 @@ STEPS = Ragged(
 def test_the_kernels_for_pages_agree_with_plain_operations(monkeypatch, changes, options):
     monkeypatch.setattr("flexmoba.paged.kernels._LEAST_SPLIT", 32)
     monkeypatch.setattr("flexmoba.paged.kernels._PARTS_OF_ALL", 3)
-    problem = Ragged(**(vars(STEPS) | changes))
+    gates = {"gate": options.per, "sink_blocks": options.sink_blocks}
+    gates |= {"local_blocks": options.local_blocks, "shared": 0}
+    problem = Ragged(**(vars(STEPS) | changes | gates))
     table, n_pages = problem.table()
     tensors, pages = problem.tensors(), problem.pages(n_pages)
     problem.fill(pages, table, tensors, append_to_pages)
+    problem.poison(pages, table, problem.masks(tensors))
     q = problem.queries(tensors)
     call = CachedCall(problem.topk or 0, 0.3, options, problem.block_size)
     batch = problem.batch(table, max_query_len=16)
@@ -425,7 +428,10 @@ def test_the_kernels_for_pages_agree_with_plain_operations(monkeypatch, changes,
 
 @pytest.mark.parametrize("layout", ["head-major", "token-major"])
 def test_the_append_kernel_for_pages_agrees_with_plain_operations(layout):
-    problem = Ragged(**(vars(STEPS) | {"layout": layout, "kv_heads": 2, "block_size": 5}))
+    # The last token fills a page whose other keys are old, of its own batch, or in other pages.
+    sequences = ((0, 1), (24, 1), (8, 2))
+    changes = {"layout": layout, "kv_heads": 2, "block_size": 5, "sequences": sequences}
+    problem = Ragged(**(vars(STEPS) | changes))
     table, n_pages = problem.table()
     plain, pages = problem.pages(n_pages), problem.pages(n_pages)
     problem.fill(plain, table, problem.tensors(), append_to_pages)

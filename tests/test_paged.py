@@ -82,12 +82,7 @@ def test_a_step_reads_only_means_and_selected_pages(problem):
     problem.fill(pages, table, tensors)
     batch, q = problem.batch(table), problem.queries(tensors)
     expected = attend_paged(q, pages, batch, **problem.options)
-    for i, mask in enumerate(problem.masks(tensors)):
-        for block, keys in enumerate(mask.split(problem.block_size, dim=-1)):
-            for head in range(problem.kv_heads):
-                if not keys[:, head * problem.group : (head + 1) * problem.group].any():
-                    pages.k[table[i, block], head] = torch.nan
-                    pages.v[table[i, block], head] = torch.nan
+    problem.poison(pages, table, problem.masks(tensors))
     for actual, x in zip(attend_paged(q, pages, batch, **problem.options), expected, strict=True):
         assert_bitwise_equal(actual, x)
 

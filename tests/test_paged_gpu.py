@@ -113,14 +113,7 @@ def test_pages_that_are_not_selected_are_not_read():
     batch = problem.batch(table, max_query_len=1)
     q = problem.queries(tensors)
     expected = attend_paged(q, pages, batch, problem.topk)
-    selected = masks(problem, tensors, pages, table)
-    for i, mask in enumerate(selected):
-        n = -(-mask.shape[-1] // problem.block_size)
-        for block in range(n):
-            keys = mask[..., block * problem.block_size : (block + 1) * problem.block_size]
-            if not keys.any():
-                page = int(table[i, block])
-                pages.k[page], pages.v[page] = torch.nan, torch.nan
+    problem.poison(pages, table, masks(problem, tensors, pages, table))
     assert pages.k[table[0, :20].long()].isnan().any()
     for actual, x in zip(attend_paged(q, pages, batch, problem.topk), expected, strict=True):
         assert_bitwise_equal(actual, x)
