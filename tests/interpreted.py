@@ -281,6 +281,7 @@ def test_the_gate_kernel_selects_among_8192_blocks():
         ({"group": 3, "kv_heads": 1, "q_len": 70}, (6, 6, 6, 9, 2, 0)),
         ({"group": 1, "head_dim": 40, "dtype": torch.float32}, (12, 2, 8, 5, 0, 2)),
         ({"q_len": 1, "batch": 2}, (32, 16, 64, 5, 1, 1)),
+        ({"q_len": 150, "head_dim": 32}, (18, 6, 18, 5, 1, 1)),  # three places for each block
         ({"q_len": 140, "kv_len": 140, "head_dim": 136}, (4, 4, 64, 3, 0, 0)),
     ],
 )

@@ -138,7 +138,9 @@ def window_branch(
     # of zeros for each key before the first query.
     missing = min(kv_len - q_len, window - 1)
     first = kv_len - q_len - missing
-    q, k, v = F.pad(q, (0, 0, missing, 0)), k[:, :, first:], v[:, :, first:]
+    k, v = k[:, :, first:], v[:, :, first:]
+    if missing > 0:
+        q = F.pad(q, (0, 0, missing, 0))  # copies, even if nothing is missing
     position = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
     first_key = (position - (window - 1)).clamp(min=0).expand(q.shape[0], -1)
     if first_token is not None:
