@@ -79,9 +79,16 @@ def agree(mine: Mapping[str, Any] | Exception, mesh: DeviceMesh) -> tuple[int, .
     return tuple(described[_LENGTH] for described in all_described)
 
 
-def agree_on_lengths(length: int, mesh: DeviceMesh) -> tuple[int, ...]:
-    """Returns the number of tokens of each rank, by one small all-gather."""
-    return agree({_LENGTH: length}, mesh)
+def agree_on_lengths(k: Tensor, mesh: DeviceMesh) -> tuple[int, ...]:
+    """Returns the number of tokens of each rank, and compares shapes and dtypes of keys."""
+    described = {
+        _LENGTH: k.shape[2],
+        "batch size": k.shape[0],
+        "number of KV heads": k.shape[1],
+        "head dim": k.shape[3],
+        "dtype": str(k.dtype),
+    }
+    return agree(described, mesh)
 
 
 def _encoded(described: Mapping[str, Any]) -> bytes:
