@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from flexmoba.distributed.ranks import all_gather
-from flexmoba.runtime import values_readable
+from flexmoba.runtime import has_values
 
 _BYTES = 2048  # of a description; all ranks send as many
 _LONGEST_ERROR = 1024
@@ -37,7 +37,7 @@ def _plain(value: Any) -> Any:
     """Returns a value that JSON keeps. Functions become one name, and long values a checksum."""
     if isinstance(value, Tensor):
         shown = [str(value.dtype), *value.shape]
-        return [*shown, _checksum(value.tolist())] if values_readable(value) else shown
+        return [*shown, _checksum(value.tolist())] if has_values(value) else shown
     if isinstance(value, Mapping):
         return f"a dict with checksum {_checksum(sorted((str(x), y) for x, y in value.items()))}"
     if value is None or isinstance(value, (bool, int, float, str)):
