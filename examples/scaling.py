@@ -10,6 +10,7 @@ A result has the milliseconds of a forward call and of a forward with backward: 
 --repeats calls after --warm calls on each rank, the largest of all ranks. "compute" is the time of
 the same attention on each rank without communication, for inputs that already lie there. "exposed"
 is the share of the time that is not compute: communication that no computation hides, and copies.
+"imbalance" is the share of the longest compute that the rank with the shortest one has not.
 "link" is the rate at which a rank receives in an all-to-all of the size of its keys and values.
 
 "modeled" is the time of the cost model of flexmoba.distributed, whose rates come from process 0 and
@@ -107,18 +108,16 @@ class Shard:
     ) -> dict[str, Any]:
         """Measures a forward call, and a forward with backward."""
         with torch.no_grad():
-            forward_ms, forward_MiB = self.time(attend)
-        found = {"forward_ms": forward_ms, "forward_MiB": forward_MiB}
+            found = self.time(attend, "forward")
         if self.o.backward:
             inputs = [x.requires_grad_() for x in (q, k, v)]
-            both = self.time(lambda: torch.autograd.grad(attend(), inputs, grad))
-            found |= dict(zip(("both_ms", "both_MiB"), both, strict=True))
+            found |= self.time(lambda: torch.autograd.grad(attend(), inputs, grad), "both")
             for x in inputs:
                 x.requires_grad_(False)
         return found
 
-    def time(self, call: Callable[[], Any]) -> tuple[float, float | None]:
-        """Returns median milliseconds and peak MiB of a call, the largest of all ranks."""
+    def time(self, call: Callable[[], Any], name: str) -> dict[str, Any]:
+        """Returns median milliseconds of a call, most and least of all ranks, and peak MiB."""
         o, cuda = self.o, self.o.device_type == "cuda"
         for _ in range(o.warm):
             call()
@@ -133,8 +132,10 @@ class Shard:
                 torch.cuda.synchronize()
             taken.append((time.perf_counter() - began) * 1e3)
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0
-        ms, peak = self.largest(statistics.median(taken), peak)
-        return ms, peak if cuda else None
+        ms = statistics.median(taken)
+        most, least, peak = self.largest(ms, -ms, peak)
+        found = {f"{name}_ms": most, f"{name}_least_ms": -least}
+        return found | {f"{name}_MiB": peak if cuda else None}
 
     def largest(self, *values: float) -> list[float]:
         """Returns the largest values of all ranks."""
@@ -161,9 +162,9 @@ class Shard:
         sent = torch.cat([self.k.flatten(), self.v.flatten()])
         sent = sent[: len(sent) // self.ranks * self.ranks]
         received, group = torch.empty_like(sent), self.mesh.get_group()
-        ms, _ = self.time(lambda: dist.all_to_all_single(received, sent, group=group))
+        found = self.time(lambda: dist.all_to_all_single(received, sent, group=group), "link")
         others = sent.numel() * sent.element_size() * (self.ranks - 1) / self.ranks
-        return others / ms / 1e6
+        return float(others / found["link_ms"] / 1e6)
 
 
 def exchanges_of(o: argparse.Namespace, ranks: int) -> list[str]:
@@ -245,6 +246,8 @@ def compare(results: list[dict[str, Any]], o: argparse.Namespace) -> None:
                 x[f"{name}_weak"] = alone[x["length"] // x["ranks"]] / x[kind]
             if f"compute_{kind}" in x:
                 x[f"{name}_exposed"] = 1 - x[f"compute_{kind}"] / x[kind]
+                least = x[f"compute_{name}_least_ms"]
+                x[f"{name}_imbalance"] = 1 - least / x[f"compute_{kind}"]
 
 
 def machine_of(results: list[dict[str, Any]], o: argparse.Namespace) -> Machine | None:
@@ -301,8 +304,8 @@ def predictions(machine: Machine, o: argparse.Namespace) -> list[dict[str, Any]]
 
 
 COLUMNS = ["ranks", "length", "exchange", "forward_ms", "both_ms", "both_MiB", "both_speedup"]
-COLUMNS += ["both_weak", "both_exposed", "modeled_both_ms", "modeled_ms", "speedup", "exposed"]
-COLUMNS += ["link_GB_per_s", "difference", "error"]
+COLUMNS += ["both_weak", "both_exposed", "both_imbalance", "modeled_both_ms", "modeled_ms"]
+COLUMNS += ["speedup", "exposed", "link_GB_per_s", "difference", "error"]
 
 
 def shown(results: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ kernels are in units of log2.
 import math
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
