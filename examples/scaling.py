@@ -10,7 +10,11 @@ A result has the milliseconds of a forward call and of a forward with backward: 
 --repeats calls after --warm calls on each rank, the largest of all ranks. "compute" is the time of
 the same attention on each rank without communication, for inputs that already lie there. "exposed"
 is the share of the time that is not compute: communication that no computation hides, and copies.
+"imbalance" is the share of the longest compute that the rank with the shortest one has not.
 "link" is the rate at which a rank receives in an all-to-all of the size of its keys and values.
+
+"modeled" is the time of the cost model of flexmoba.distributed, whose rates come from process 0 and
+from the link. A second table has modeled times on more ranks.
 
 The program compares sampled outputs of every measurement with those of process 0 alone.
 
@@ -26,6 +30,7 @@ On several GPUs put torchrun in place of python:
 """
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -41,7 +46,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from flexmoba import flex_moba
-from flexmoba.distributed import context_parallel_moba
+from flexmoba.distributed import Machine, SpreadCall, context_parallel_moba, estimate
 from flexmoba.reporting import add_device, add_json, positive, table, versions, write_json
 
 SAMPLED = 64  # queries of each rank whose outputs are compared
@@ -103,18 +108,16 @@ class Shard:
     ) -> dict[str, Any]:
         """Measures a forward call, and a forward with backward."""
         with torch.no_grad():
-            forward_ms, forward_MiB = self.time(attend)
-        found = {"forward_ms": forward_ms, "forward_MiB": forward_MiB}
+            found = self.time(attend, "forward")
         if self.o.backward:
             inputs = [x.requires_grad_() for x in (q, k, v)]
-            both = self.time(lambda: torch.autograd.grad(attend(), inputs, grad))
-            found |= dict(zip(("both_ms", "both_MiB"), both, strict=True))
+            found |= self.time(lambda: torch.autograd.grad(attend(), inputs, grad), "both")
             for x in inputs:
                 x.requires_grad_(False)
         return found
 
-    def time(self, call: Callable[[], Any]) -> tuple[float, float | None]:
-        """Returns median milliseconds and peak MiB of a call, the largest of all ranks."""
+    def time(self, call: Callable[[], Any], name: str) -> dict[str, Any]:
+        """Returns median milliseconds of a call, most and least of all ranks, and peak MiB."""
         o, cuda = self.o, self.o.device_type == "cuda"
         for _ in range(o.warm):
             call()
@@ -129,8 +132,10 @@ class Shard:
                 torch.cuda.synchronize()
             taken.append((time.perf_counter() - began) * 1e3)
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0
-        ms, peak = self.largest(statistics.median(taken), peak)
-        return ms, peak if cuda else None
+        ms = statistics.median(taken)
+        most, least, peak = self.largest(ms, -ms, peak)
+        found = {f"{name}_ms": most, f"{name}_least_ms": -least}
+        return found | {f"{name}_MiB": peak if cuda else None}
 
     def largest(self, *values: float) -> list[float]:
         """Returns the largest values of all ranks."""
@@ -157,9 +162,9 @@ class Shard:
         sent = torch.cat([self.k.flatten(), self.v.flatten()])
         sent = sent[: len(sent) // self.ranks * self.ranks]
         received, group = torch.empty_like(sent), self.mesh.get_group()
-        ms, _ = self.time(lambda: dist.all_to_all_single(received, sent, group=group))
+        found = self.time(lambda: dist.all_to_all_single(received, sent, group=group), "link")
         others = sent.numel() * sent.element_size() * (self.ranks - 1) / self.ranks
-        return others / ms / 1e6
+        return float(others / found["link_ms"] / 1e6)
 
 
 def exchanges_of(o: argparse.Namespace, ranks: int) -> list[str]:
@@ -241,23 +246,77 @@ def compare(results: list[dict[str, Any]], o: argparse.Namespace) -> None:
                 x[f"{name}_weak"] = alone[x["length"] // x["ranks"]] / x[kind]
             if f"compute_{kind}" in x:
                 x[f"{name}_exposed"] = 1 - x[f"compute_{kind}"] / x[kind]
+                least = x[f"compute_{name}_least_ms"]
+                x[f"{name}_imbalance"] = 1 - least / x[f"compute_{kind}"]
+
+
+def machine_of(results: list[dict[str, Any]], o: argparse.Namespace) -> Machine | None:
+    """Returns the rates that these results have; None without one process and several."""
+    alone = [x for x in results if x["ranks"] == 1 and "forward_ms" in x]
+    links = [x["link_GB_per_s"] * 1e9 for x in results if "link_GB_per_s" in x]
+    if not alone or not links:
+        return None
+    longest = max(alone, key=lambda x: int(x["length"]))
+    call, unit = call_of(o, longest["length"]), Machine(1, 1, math.inf, math.inf, 1)
+    forward = estimate(call, 1, unit, "gather").compute
+    both = estimate(call, 1, unit, "gather", backward=True).compute
+    seconds = longest["forward_ms"] / 1e3
+    forward_flops = backward_flops = forward / seconds
+    if o.backward:
+        backward_flops = (both - forward) / (longest["both_ms"] / 1e3 - seconds)
+    link, network = statistics.median(links), o.network or math.inf
+    return Machine(forward_flops, backward_flops, link, network * 1e9, o.ranks_per_node)
+
+
+def call_of(o: argparse.Namespace, length: int) -> SpreadCall:
+    """Returns the call that the cost model counts."""
+    sizes = (o.heads, o.kv_heads, length, o.block_size, o.topk, o.head_dim)
+    return SpreadCall(*sizes, o.dtype.itemsize)
+
+
+def predict(results: list[dict[str, Any]], machine: Machine, o: argparse.Namespace) -> None:
+    """Adds the times of the cost model to the results of several processes."""
+    for x in results:
+        if x["ranks"] > 1:
+            for name, backward in (("forward_ms", False), ("both_ms", True)):
+                if name in x:
+                    call = call_of(o, x["length"])
+                    found = estimate(call, x["ranks"], machine, x["exchange"], backward=backward)
+                    x[f"modeled_{name}"] = found.total * 1e3
+
+
+def predictions(machine: Machine, o: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns modeled times for up to 1,024 ranks, as many as a node has without --network."""
+    rows, most = [], 1024 if o.network else o.ranks_per_node
+    for ranks in (2**i for i in range(1, 11)):
+        if ranks > most or o.length % ranks:
+            continue
+        for exchange in exchanges_of(o, ranks):
+            call = call_of(o, o.length)
+            options: dict[str, Any] = {"backward": o.backward}
+            found = estimate(call, ranks, machine, exchange, **options)  # type: ignore[arg-type]
+            alone = estimate(call, 1, machine, "gather", **options)
+            rows.append(
+                {"ranks": ranks, "exchange": exchange, "modeled_ms": found.total * 1e3}
+                | {"speedup": alone.total / found.total, "exposed": found.exposed}
+            )
+    return rows
+
+
+COLUMNS = ["ranks", "length", "exchange", "forward_ms", "both_ms", "both_MiB", "both_speedup"]
+COLUMNS += ["both_weak", "both_exposed", "both_imbalance", "modeled_both_ms", "modeled_ms"]
+COLUMNS += ["speedup", "exposed", "link_GB_per_s", "difference", "error"]
 
 
 def shown(results: list[dict[str, Any]]) -> str:
-    """Returns a table of the results."""
-    names = ["ranks", "length", "exchange", "forward_ms", "both_ms", "both_MiB"]
-    names += ["both_speedup", "both_weak", "both_exposed", "link_GB_per_s", "difference", "error"]
-    names = [name for name in names if any(name in x for x in results)]
+    """Returns a table of results."""
 
     def cell(value: Any) -> str:
-        return (
-            f"{value:.3g}"
-            if isinstance(value, float) and value < 10
-            else (
-                f"{value:.0f}" if isinstance(value, float) else "" if value is None else str(value)
-            )
-        )
+        if isinstance(value, float):
+            return f"{value:.3g}" if value < 10 else f"{value:.0f}"
+        return "" if value is None else str(value)
 
+    names = [name for name in COLUMNS if any(x.get(name) is not None for x in results)]
     return table(names, [[cell(x.get(name)) for name in names] for x in results])
 
 
@@ -273,6 +332,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--exchange", nargs="+", choices=["gather", "heads"], default=["gather", "heads"])
     add("--forward", dest="backward", action="store_false", help="omit the backward pass")
     add("--no-compute", dest="compute", action="store_false", help="measure no compute")
+    add("--ranks-per-node", type=positive, default=8, help="of the modeled machine (%(default)s)")
+    add("--network", type=float, help="gigabytes per second that a GPU receives from other nodes, "
+        "an assumption of the model; without it, the model ends with a node")  # fmt: skip
     add_device(parser)
     add_json(parser)
     o = parser.parse_args(argv)
@@ -304,8 +366,17 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 **versions(),
             }
             about |= {"options": {name: str(x) for name, x in vars(o).items()}, **versions()}
+            machine = machine_of(results, o)
+            more: list[dict[str, Any]] = []
+            if machine is not None:
+                predict(results, machine, o)
+                more = predictions(machine, o)
+                rates = {name: x for name, x in machine._asdict().items() if math.isfinite(x)}
+                about |= {"machine": rates, "modeled": more}
             if write_json(about | {"results": results}, o.json):
                 print(shown(results))
+                if more:
+                    print("\nCost model with the rates of this run:\n\n" + shown(more))
     finally:
         dist.destroy_process_group()
     return results

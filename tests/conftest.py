@@ -40,7 +40,7 @@ SMALL_PIECES = {
     "flexmoba.backends.portable.modified_scores._SCORES_AT_ONCE": 4 * 128 * 16,
     "flexmoba.backends.portable.operator._QUERIES_AT_ONCE": 13,
     "flexmoba.backends.portable.operator._SCORES_AT_ONCE": 4 * 128 * 16,
-    "flexmoba.distributed.gather._BYTES_AT_ONCE": 1,
+    "flexmoba.distributed.gather.BYTES_AT_ONCE": 1,
     "flexmoba.tune.quality._SCORES_AT_ONCE": 2**8,
 }
 

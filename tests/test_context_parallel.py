@@ -305,7 +305,7 @@ def elements_sent(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> list[list[in
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather, "all_to_all", record)
-        patch.setattr(gather, "_BYTES_AT_ONCE", 2**40)
+        patch.setattr(gather, "BYTES_AT_ONCE", 2**40)
         call(mesh, *(x.requires_grad_() for x in inputs)).sum().backward()
     return sent
 
@@ -570,7 +570,7 @@ def largest_memory(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> tuple[int, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather, "_start_gathering", track(gather._start_gathering))
         patch.setattr(gather, "_arranged", track(gather._arranged))
-        patch.setattr(gather, "_BYTES_AT_ONCE", 1)
+        patch.setattr(gather, "BYTES_AT_ONCE", 1)
         out = call(mesh, *(x.requires_grad_() for x in inputs))
         out.sum().backward()
     return largest, len(chunks)
@@ -593,7 +593,7 @@ def several(mesh: DeviceMesh, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tu
     part = init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("data", "context"))["context"]
     in_part = call(part, q, k, v)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "_BYTES_AT_ONCE", 2**40)
+        patch.setattr(gather, "BYTES_AT_ONCE", 2**40)
         at_once = call(mesh, q, k, v)
     with torch.inference_mode():
         inferred = call(mesh, q, k, v)

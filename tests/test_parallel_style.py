@@ -100,7 +100,7 @@ def check(
         torch.testing.assert_close(actual, value)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.data())
 def test_layers_equal_one_process(ranks, data):
     total = data.draw(st.integers(1, 70), label="tokens")
@@ -165,6 +165,35 @@ def with_full_attention(mesh: DeviceMesh, x: Tensor, upstream: Tensor) -> list[T
     model = parallelize_module(Model(), mesh, ContextParallel())
     set_attention(model, topk=None)
     return results_of(model, x, upstream)
+
+
+def compiled(mesh: DeviceMesh, x: Tensor, upstream: Tensor) -> list[Tensor]:
+    layer = parallelize_module(Model().layers[0], mesh, ContextParallel())
+    layer.compile(backend="eager")
+    return results_of(layer, x, upstream)
+
+
+def test_compiled_layers(ranks):
+    if ranks.size > 2:
+        pytest.skip("as with two ranks, and compilation takes seconds")
+    lengths = (30, 20)
+    x, upstream = inputs_of(sum(lengths))
+    expected = results_of(Model().layers[0], x.clone(), upstream)
+    shards = zip(x.split(lengths, 1), upstream.split(lengths, 1), strict=True)
+    results = ranks.run(compiled, [tuple(map(Tensor.clone, shard)) for shard in shards])
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    for i in (0, 1):
+        torch.testing.assert_close(torch.cat([result[i] for result in results], 1), expected[i])
+
+
+def test_different_batches_are_an_error_of_all_ranks(ranks):
+    batches = [2 if rank == 1 else 1 for rank in range(ranks.size)]
+    tokens = [torch.zeros(batch, 9, 24, dtype=torch.float64) for batch in batches]
+    for error in ranks.run(spread, [(x, x, {}, {}, {}) for x in tokens]):
+        with pytest.raises(ValueError, match="same batch size, got 1 on rank 0 and 2 on rank 1;"):
+            raise error
 
 
 def flex_moba_of(mesh: DeviceMesh, x: Tensor) -> tuple[Tensor, Tensor]:

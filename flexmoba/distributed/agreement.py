@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from flexmoba.distributed.ranks import all_gather
-from flexmoba.runtime import values_readable
+from flexmoba.runtime import has_values
 
 _BYTES = 2048  # of a description; all ranks send as many
 _LONGEST_ERROR = 1024
@@ -37,7 +37,7 @@ def _plain(value: Any) -> Any:
     """Returns a value that JSON keeps. Functions become one name, and long values a checksum."""
     if isinstance(value, Tensor):
         shown = [str(value.dtype), *value.shape]
-        return [*shown, _checksum(value.tolist())] if values_readable(value) else shown
+        return [*shown, _checksum(value.tolist())] if has_values(value) else shown
     if isinstance(value, Mapping):
         return f"a dict with checksum {_checksum(sorted((str(x), y) for x, y in value.items()))}"
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -79,9 +79,16 @@ def agree(mine: Mapping[str, Any] | Exception, mesh: DeviceMesh) -> tuple[int, .
     return tuple(described[_LENGTH] for described in all_described)
 
 
-def agree_on_lengths(length: int, mesh: DeviceMesh) -> tuple[int, ...]:
-    """Returns the number of tokens of each rank, by one small all-gather."""
-    return agree({_LENGTH: length}, mesh)
+def agree_on_lengths(k: Tensor, mesh: DeviceMesh) -> tuple[int, ...]:
+    """Returns the number of tokens of each rank, and compares shapes and dtypes of keys."""
+    described = {
+        _LENGTH: k.shape[2],
+        "batch size": k.shape[0],
+        "number of KV heads": k.shape[1],
+        "head dim": k.shape[3],
+        "dtype": str(k.dtype),
+    }
+    return agree(described, mesh)
 
 
 def _encoded(described: Mapping[str, Any]) -> bytes:

@@ -134,7 +134,7 @@ class ShardedMobaCache:
         """
         self._check(k, v)
         if lengths is None:
-            lengths = agree_on_lengths(k.shape[2], self.mesh)
+            lengths = agree_on_lengths(k, self.mesh)
         ranks = Ranks(self.mesh.get_group(), self._rank, tuple(lengths))
         self._check_room(ranks.total)
         positions = [

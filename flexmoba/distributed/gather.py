@@ -19,7 +19,7 @@ from flexmoba.distributed.saved import Input, SavedTensors
 from flexmoba.runtime import no_second_derivatives
 
 # Bytes of the gathered keys and values of a chunk of KV heads. A chunk has at least one KV head.
-_BYTES_AT_ONCE = 2**28
+BYTES_AT_ONCE = 2**28
 
 
 def attend_by_gathering(
@@ -98,7 +98,7 @@ def _chunks(k: Tensor, v: Tensor, plan: Plan) -> list[tuple[int, int]]:
     batch, heads, _, dim = k.shape
     features = batch * (dim + v.shape[-1])
     per_head = max(1, plan.ranks.total * features * k.element_size())
-    at_once = max(1, _BYTES_AT_ONCE // per_head)
+    at_once = max(1, BYTES_AT_ONCE // per_head)
     return [(first, min(first + at_once, heads)) for first in range(0, heads, at_once)]
 
 

@@ -100,12 +100,12 @@ class SequenceShards:
                 )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def ranks(self, length: int) -> Ranks:
-        """Returns the ranks, of which this one has ``length`` tokens."""
+    def ranks(self, k: Tensor) -> Ranks:
+        """Returns the ranks, of which this one has the keys ``(B, Hkv, L_r, D)``."""
         if self.equal_lengths:
-            lengths = (length,) * self.mesh.size()
+            lengths = (k.shape[2],) * self.mesh.size()
         else:
-            lengths = agree_on_lengths(length, self.mesh)
+            lengths = agree_on_lengths(k, self.mesh)
         return Ranks(self.mesh.get_group(), self.mesh.get_local_rank(), lengths)
 
     def attend(

@@ -260,7 +260,7 @@ class MobaAttention(nn.Module):
         """Computes `_encode` for this rank's tokens of sequences that several ranks share."""
         if self.key_conv is None and self.rope_base is None:
             return q, k
-        ranks = shards.ranks(q.shape[2])
+        ranks = shards.ranks(k)
         tokens = slice(ranks.first, ranks.first + ranks.length)
         if cu_seqlens is None:
             positions = torch.arange(tokens.start, tokens.stop, device=q.device)[None]

@@ -11,10 +11,12 @@ from torch.nn.attention.flex_attention import AuxRequest
 from flexmoba.attention import flex_moba
 from flexmoba.backends import ScoreMod
 from flexmoba.cache import MobaCache
+from flexmoba.integrations.entry import CHILD
 from flexmoba.integrations.transformers.batching import is_paged, paged_attention
 from flexmoba.integrations.transformers.cache import MobaLayer, layer_of
 from flexmoba.integrations.transformers.packing import POSITIONS, documents_of
-from flexmoba.integrations.transformers.settings import CHILD, name_of, settings_of
+from flexmoba.integrations.transformers.ranks import documents_over_ranks, shards_of
+from flexmoba.integrations.transformers.settings import name_of, settings_of
 from flexmoba.runtime import autocast_dtype
 from flexmoba.sequence import without_padding
 
@@ -77,13 +79,18 @@ def attention(
     _check_window(module, layer, key.shape[2], sliding_window)
     options = {**options, "scale": scaling}
     options["score_mod"] = None if softcap is None else softcap_of(softcap)
-    documents: dict[str, Any] = documents_of(
-        attention_mask,
-        query.shape[0],
-        (query.shape[2], key.shape[2]),
-        position_ids=kwargs.get("position_ids", kwargs.get(POSITIONS)),
-        **{name: kwargs.get(name) for name in ("cu_seq_lens_q", "seq_idx")},
-    )
+    lengths, shards = (query.shape[2], key.shape[2]), shards_of(module)
+    documents: dict[str, Any]
+    if shards is not None:
+        documents = documents_over_ranks(module, shards, lengths, attention_mask, kwargs)
+    else:
+        documents = documents_of(
+            attention_mask,
+            query.shape[0],
+            lengths,
+            position_ids=kwargs.get("position_ids", kwargs.get(POSITIONS)),
+            **{name: kwargs.get(name) for name in ("cu_seq_lens_q", "seq_idx")},
+        )
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = None
     elif query.shape[2] > 1 and not documents:
@@ -168,7 +175,9 @@ def _attend(
         query = nn.functional.pad(query, (0, 0, earlier, 0))
     block_size, topk = blocks
     keywords: dict[str, Any] = {**documents, **options}
-    result: Any = flex_moba(
+    shards = shards_of(module)
+    attend: Any = flex_moba if shards is None else shards.attend
+    result = attend(
         query, key, value, block_size, topk, return_aux=AuxRequest(lse=True), **keywords
     )
     out, lse = result[0], result[1].lse[..., None]

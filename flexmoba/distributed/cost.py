@@ -1,0 +1,189 @@
+"""The cost model: seconds of computation and of communication of a call on a machine.
+
+It counts operations and bytes, and divides them by rates of the machine, which are measured or
+assumed by the user. `examples/scaling.py` measures them.
+"""
+
+from typing import Literal, NamedTuple
+
+from flexmoba.blocks import ceil_div
+from flexmoba.distributed import gather
+
+
+class Machine(NamedTuple):
+    """Rates of a machine with several devices.
+
+    Attributes:
+        forward_flops: Floating point operations per second of the attention, forward.
+        backward_flops: The same of the backward pass.
+        link: Bytes per second that a rank receives from ranks of its node.
+        network: Bytes per second that a rank receives from ranks of other nodes.
+        ranks_per_node: Number of ranks of a node.
+        latency: Seconds of a collective that sends nothing.
+    """
+
+    forward_flops: float
+    backward_flops: float
+    link: float
+    network: float
+    ranks_per_node: int
+    latency: float = 0.0
+
+
+class SpreadCall(NamedTuple):
+    """A call of `context_parallel_moba` with shards of equal length.
+
+    Attributes:
+        heads: Number of query heads ``Hq``.
+        kv_heads: Number of KV heads ``Hkv``.
+        length: Tokens of all ranks.
+        block_size: Keys in a block.
+        topk: Number of blocks that each query attends to, or None for full attention.
+        head_dim: Head dim of queries, keys and values.
+        element_size: Bytes of an element.
+        batch: Rows of the batch.
+    """
+
+    heads: int
+    kv_heads: int
+    length: int
+    block_size: int
+    topk: int | None
+    head_dim: int = 128
+    element_size: int = 2
+    batch: int = 1
+
+
+class Cost(NamedTuple):
+    """Seconds of a call on the rank that takes longest.
+
+    Attributes:
+        compute: Seconds of the attention and the gate.
+        communication: Seconds of the exchanges, hidden or not.
+        total: Seconds of the call.
+    """
+
+    compute: float
+    communication: float
+    total: float
+
+    @property
+    def exposed(self) -> float:
+        """The share of the time in which the rank waits for communication."""
+        return 1 - self.compute / self.total if self.total > 0 else 0.0
+
+
+def estimate(
+    call: SpreadCall,
+    ranks: int,
+    machine: Machine,
+    exchange: Literal["gather", "heads"],
+    *,
+    backward: bool = False,
+) -> Cost:
+    """Returns the modeled cost of a forward call, or of a forward with backward.
+
+    The rank that takes longest is the last one. Each query attends to at most ``topk`` blocks and
+    scores the mean keys of all past blocks, which takes more operations on later ranks.
+
+    - ``"gather"``: the last rank receives the keys and values of ``ranks - 1`` shards. While it
+      attends with a chunk of KV heads, it receives the next one. The backward pass receives them
+      again and sends as many gradients, which the ranks before receive.
+    - ``"heads"``: a rank receives its share of the heads of q, k and v, and later of the output.
+      Nothing else happens at that time. The backward pass exchanges as many bytes again.
+
+    Args:
+        call: The call.
+        ranks: Number of ranks; ``"heads"`` must support it.
+        machine: Rates of the machine.
+        exchange: The exchange.
+        backward: Whether to add the backward pass.
+
+    Returns:
+        The cost.
+
+    Examples:
+        >>> from flexmoba.distributed import Machine, SpreadCall, estimate
+        >>> call = SpreadCall(heads=32, kv_heads=8, length=2**20, block_size=4096, topk=12)
+        >>> machine = Machine(4e14, 4e14, link=1e11, network=2e10, ranks_per_node=8)  # assumed
+        >>> alone, two = (estimate(call, n, machine, "gather").total for n in (1, 2))
+        >>> 1.5 < alone / two < 2
+        True
+    """
+    tokens = call.length // ranks
+    first = call.length - tokens if exchange == "gather" else 0
+    heads = call.heads if exchange == "gather" else call.heads / ranks
+    pairs = attended_pairs(call, call.length) - attended_pairs(call, first)
+    scored = scored_blocks(call, call.length) - scored_blocks(call, first)
+    products = 2 * call.batch * heads * call.head_dim
+    forward_compute = products * (2 * pairs + scored) / machine.forward_flops
+    backward_compute = products * 5 * pairs / machine.backward_flops
+    passes = [(forward_compute, 1), (backward_compute, 2)][: 1 + backward]
+    parts = [_pass(call, ranks, machine, exchange, *each) for each in passes]
+    return Cost(*(sum(values) for values in zip(*parts, strict=True)))
+
+
+def _pass(
+    call: SpreadCall, ranks: int, machine: Machine, exchange: str, compute: float, exchanges: int
+) -> Cost:
+    """Returns the cost of one pass.
+
+    ``exchanges`` counts how often ``"gather"`` moves keys, or gradients of keys.
+    """
+    moved = received_bytes(call, ranks, exchange)
+    each = _seconds(moved, ranks, machine)
+    if exchange == "heads":
+        communication = each + 2 * machine.latency * (ranks > 1)
+        return Cost(compute, communication, compute + communication)
+    chunks = chunks_of(call)
+    step = exchanges * each / chunks + machine.latency * exchanges * (ranks > 1)
+    # A pipeline: the first chunk comes before any computation, the last one is followed by it.
+    total = step + (chunks - 1) * max(step, compute / chunks) + compute / chunks
+    return Cost(compute, chunks * step, total)
+
+
+def received_bytes(call: SpreadCall, ranks: int, exchange: str) -> float:
+    """Returns the bytes that the last rank receives in the forward call."""
+    others = call.batch * call.length * (ranks - 1) / ranks  # tokens
+    features = 2 * call.head_dim * call.element_size
+    if exchange == "gather":
+        return others * features * call.kv_heads
+    return others * features * (call.heads + max(call.kv_heads, ranks)) / ranks
+
+
+def _seconds(moved: float, ranks: int, machine: Machine) -> float:
+    """Returns the seconds in which a rank receives bytes, evenly from all other ranks."""
+    if ranks == 1:
+        return 0.0
+    near = (min(ranks, machine.ranks_per_node) - 1) / (ranks - 1)
+    return moved * max(near / machine.link, (1 - near) / machine.network)
+
+
+def attended_pairs(call: SpreadCall, n: int) -> float:
+    """Returns the query-key pairs of one head among the first ``n`` queries."""
+    if call.topk is None:
+        return n * (n + 1) / 2
+    blocks, rest = divmod(n, call.block_size)
+    size, past = call.block_size, call.topk - 1
+    full = blocks * size * (size + 1) / 2 + size * size * _sum_of_least(blocks, past)
+    return full + rest * (rest + 1) / 2 + rest * min(past, blocks) * size
+
+
+def scored_blocks(call: SpreadCall, n: int) -> float:
+    """Returns the query-block pairs of one head that the gate scores, of the first queries."""
+    if call.topk is None or call.topk >= ceil_div(call.length, call.block_size):
+        return 0.0
+    blocks, rest = divmod(n, call.block_size)
+    return call.block_size * blocks * (blocks - 1) / 2 + rest * blocks
+
+
+def _sum_of_least(n: int, bound: int) -> float:
+    """Returns the sum of ``min(i, bound)`` for ``i`` from 0 to ``n - 1``."""
+    least = min(n, bound)
+    return least * (least - 1) / 2 + (n - least) * bound
+
+
+def chunks_of(call: SpreadCall) -> int:
+    """Returns the number of chunks of KV heads of ``"gather"``."""
+    per_head = 2 * call.batch * call.length * call.head_dim * call.element_size
+    return ceil_div(call.kv_heads, max(1, gather.BYTES_AT_ONCE // per_head))
