@@ -90,7 +90,8 @@ def _differentiate(
         )
         return grads
 
-    d_q, d_k, d_v = differentiate(*(_pad(x.to(q.dtype), q.shape[-1]) for x in (grad_out, out)), v)
+    grad_out, out = (_pad(x.to(q.dtype), q.shape[-1]) for x in (grad_out, out))
+    d_q, d_k, d_v = differentiate(grad_out, out, v)
     if grad_lse is not None:
         column = torch.zeros_like(q)
         column[..., 0] = grad_lse
