@@ -179,8 +179,12 @@ def test_the_gate_kernel_selects_any_number_of_blocks(count, doubles, monkeypatc
     monkeypatch.setattr("flexmoba.gate.kernel._DOUBLES", doubles)
     problem = variant(block_size=2, q_len=70, kv_len=290, kv_heads=1)
     q, k, _ = problem.tied_tensors()
+    k[..., 0] += 8.0
+    q[0, 1], q[0, 1, :, 0] = 0.0, -4.0  # few different scores, all negative
+    q[0, 0, 7] = 0.0  # the scores of all blocks are equal, or NaN
     q[0, 0, 5], k[0, 0, 9], k[0, 0, 21] = torch.nan, torch.inf, -torch.inf
-    q[0, 1, 7] = 0.0  # the scores of all blocks are equal, or NaN
+    # A score of NaN, and a later one of inf.
+    k[0, 0, 41, 0], q[0, 0, 9], q[0, 0, 9, 0] = torch.inf, 0.0, 1.0
     means, sizes = gate.block_means(k, 2), gate.GateSizes(2, count, 220, is_causal=True)
     expected = gate.select_by_means(q, means, sizes, gate.GateOptions())
     best = select_on_cuda(q, means, sizes, gate.GateOptions(), gate.Candidates())
