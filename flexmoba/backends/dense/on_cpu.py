@@ -56,13 +56,24 @@ def attend_backward_on_cpu(
     rest = [x.masked_fill(sees_large[..., None], 0.0) for x in (grad_out, out)]
     lse_rest = lse.masked_fill(sees_large, 0.0)
     grad_lse_rest = None if grad_lse is None else grad_lse.masked_fill(sees_large, 0.0)
-    d_q, _, _ = _differentiate(
+    d_q, d_k, d_v = _differentiate(
         rest[0], grad_lse_rest, rest[1], lse_rest, inputs, prepared, scale, is_causal
     )
     options = AttentionOptions("portable", scale, is_causal)
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-    large_q, d_k, d_v = full_attention_backward(grad_out, grad_lse, out, lse, inputs, options)
-    return torch.where(sees_large[..., None], large_q.to(d_q.dtype), d_q), d_k, d_v
+    large = full_attention_backward(grad_out, grad_lse, out, lse, inputs, options)
+    # The rows that see a large element have a part in the gradients of the keys that they see.
+    seen = sees_large.unflatten(1, (k.shape[1], -1)).any(2)
+    if is_causal:
+        seen = seen.flip(-1).cumsum(-1).flip(-1) > 0
+    else:
+        seen = seen.any(-1, keepdim=True).expand(k.shape[:3])
+    rows = sees_large, seen, seen
+    d_q, d_k, d_v = (
+        torch.where(rows[..., None], x.to(y.dtype), y)
+        for rows, x, y in zip(rows, large, (d_q, d_k, d_v), strict=True)
+    )
+    return d_q, d_k, d_v
 
 
 def _attend(inputs: Inputs, value_dim: int, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
@@ -90,8 +101,8 @@ def _differentiate(
         )
         return grads
 
-    grad_out, out = (_pad(x.to(q.dtype), q.shape[-1]) for x in (grad_out, out))
-    d_q, d_k, d_v = differentiate(grad_out, out, v)
+    padded_grad, padded_out = (_pad(x.to(q.dtype), q.shape[-1]) for x in (grad_out, out))
+    d_q, d_k, d_v = differentiate(padded_grad, padded_out, v)
     if grad_lse is not None:
         column = torch.zeros_like(q)
         column[..., 0] = grad_lse
