@@ -146,6 +146,29 @@ def test_training_with_wrong_attention_is_not_timed(monkeypatch):
     assert "training_ms" not in result
 
 
+def test_newer_flash_attention_is_active_for_its_baseline_alone(monkeypatch):
+    calls = []
+    attention = torch.nn.attention
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", calls.append, raising=False)
+    monkeypatch.setattr(
+        attention, "restore_flash_attention_impl", lambda: calls.append("none"), raising=False
+    )
+    with baselines.flash_of("SDPA flash"):
+        assert calls == []
+    with baselines.flash_of("SDPA FA3"):
+        assert calls == ["FA3"]
+    assert calls == ["FA3", "none"]
+    baselines.why_not_flash.cache_clear()
+    assert baselines.why_not_flash("FA3") is None
+
+    def missing(version):
+        raise ImportError(f"no {version} here\nand more")
+
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", missing)
+    assert baselines.why_not_flash("FA4") == "ImportError: no FA4 here"
+    baselines.why_not_flash.cache_clear()
+
+
 @pytest.mark.parametrize(("block_size", "topk"), [(512, 3), (128, 8)])
 def test_correlated_queries_share_blocks_as_in_a_language_model(block_size, topk):
     config = Config(1, 3, 1, 8192, block_size, topk, correlated=True)

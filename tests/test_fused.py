@@ -101,8 +101,8 @@ else:
     [
         pytest.param(0, 0, id="gate"),
         (128, 128),
-        (512, 64),
         pytest.param(128, 64, marks=pytest.mark.slow),
+        pytest.param(512, 64, marks=pytest.mark.slow),
         pytest.param(512, 128, marks=pytest.mark.slow),
         pytest.param(4096, 128, marks=pytest.mark.slow),
     ],

@@ -88,11 +88,12 @@ def flash_of(name: str) -> Iterator[None]:
         yield
         return
     attention: Any = torch.nn.attention
+    restore = attention.restore_flash_attention_impl  # an error before anything changes
     attention.activate_flash_attention_impl(version)
     try:
         yield
     finally:
-        attention.restore_flash_attention_impl()
+        restore()
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, backend: Any, is_causal: bool) -> Tensor:
