@@ -126,7 +126,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     found = {"dense": perplexity(model, unseen, o)}
 
-    # The one line. A list of topks, one for each layer, keeps the last ones full.
+    # The one line. A list of topks, one for each layer, keeps the last ones full. One of the topk
+    # blocks is the first one, the sink block.
     topk = [o.topk] * (layers - o.full_layers) + [None] * o.full_layers
     convert(model, o.block_size, topk)
 
@@ -183,6 +184,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add_device(parser)
     o = parser.parse_args(argv)
+    if o.topk < 2:
+        parser.error("--topk must be at least 2, for the own block and convert's sink block")
     if missing := [x for x in o.text or [] if not Path(x).exists()]:
         parser.error(f"there is no {', '.join(missing)}")
     if o.model and not Path(o.model).is_dir():

@@ -182,6 +182,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add_device(parser)
     o = parser.parse_args(argv)
+    if o.topk < 2:
+        parser.error("--topk must be at least 2, for the own block and convert's sink block")
     if o.model and not o.model.is_dir():
         parser.error(f"--model {o.model}: there is no such folder; nothing is downloaded")
     if o.prompt and not o.prompt.is_file():

@@ -2,10 +2,10 @@
 
 A model of transformers reads long texts: with full attention, and converted, over block size and
 topk, without and with blocks that are always selected (`sink_blocks`, `local_blocks`), by the gate
-of each head or group, with the first and last layers full. All read the same contexts, so compare
-with full attention within a text: the table has the mean loss, that of the second half of the
-context, and how much more than full attention's the mean is. --json keeps the loss of each
-sixty-fourth of the context and of each context.
+of each head or group, with a gate that scores sub-blocks, and with the first and last layers full.
+All read the same contexts, so compare with full attention within a text: the table has the mean
+loss, that of the second half of the context, and how much more than full attention's the mean is.
+--json keeps the loss of each sixty-fourth of the context and of each context.
 
 Without --model it trains a tiny Llama on the text first, so that there is something to lose.
 
@@ -15,6 +15,8 @@ toy size, two minutes on a CPU:
 full size, one GPU, a model in a folder of yours (--gguf names a file in it):
   python examples/loss_by_position.py --model ./smollm2 --text prose.txt source.txt \\
       --length 8192 --windows 16 --json loss.json
+Only full attention and some of the settings, by a part of their names:
+  python examples/loss_by_position.py --only sub-blocks "32 x 32, sink 1"
 """
 
 import argparse
@@ -63,6 +65,11 @@ def settings_of(length: int, layers: int) -> list[Setting]:
             for more in (always, {})
             if first + last < layers
         ]
+    for blocks in (256, 128, 64):  # at an eighth of the keys, too
+        size = max(1, length // blocks)
+        base = {"block_size": size, "topk": length // 8 // size, "sink_blocks": 1}
+        parts = (size // n for n in (2, 4, 8) if size % n == 0)
+        found += [base, *(base | {"gate_block_size": part} for part in parts)]
     unique = {json.dumps(x, sort_keys=True): x for x in found}
     return [x for x in unique.values() if not x or room(x)]
 
@@ -77,6 +84,7 @@ def name_of(x: Setting) -> str:
     name = f"{x['block_size']} x {x['topk']}"
     for option, text in (
         *(("sink_blocks", "sink {}"), ("local_blocks", "local {}"), ("gate", "by {}")),
+        ("gate_block_size", "sub-blocks of {}"),
         *(("first_full", "first {} full"), ("last_full", "last {} full")),
     ):
         if x.get(option):
@@ -85,8 +93,8 @@ def name_of(x: Setting) -> str:
 
 
 def apply(model: PreTrainedModel, x: Setting) -> None:
-    """Converts the model, which may be converted already."""
-    options = dict(x)
+    """Converts the model, which may be converted already. A setting without sinks has none."""
+    options = {"sink_blocks": 0} | x
     first, last = options.pop("first_full", 0), options.pop("last_full", 0)
     size, topk = options.pop("block_size"), options.pop("topk")
     middle = model.config.num_hidden_layers - first - last
@@ -165,7 +173,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "full attention",
         )
         model.eval()
-    settings = settings_of(o.length, model.config.num_hidden_layers)[: o.most]
+    settings = settings_of(o.length, model.config.num_hidden_layers)
+    if o.only:
+        settings = [x for x in settings if not x or any(y in name_of(x) for y in o.only)]
+    settings = settings[: o.most]
     report: dict[str, Any] = {
         "options": {name: str(x) if isinstance(x, Path) else x for name, x in vars(o).items()}
         | {"text": [str(x) for x in o.text]},
@@ -229,6 +240,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--windows", type=positive, default=8, help="contexts of each text (%(default)s)")
     add("--batch", type=positive, default=4, help="contexts at a time (%(default)s)")
     add("--most", type=positive, default=None, metavar="N", help="settings to measure")
+    add("--only", nargs="+", default=[], metavar="TEXT", help="settings with this in their names")
     add("--minutes", type=float, default=math.inf, help="stop after so long")
     add("--pretrain-steps", type=positive, default=200, help="without --model (%(default)s)")
     add("--seed", type=int, default=0)

@@ -63,6 +63,7 @@ class Pretrained(nn.Module):
 
     def __init__(self, o: argparse.Namespace) -> None:
         super().__init__()
+        self.context = None  # no processes share a context
         file = {"gguf_file": o.gguf} if o.gguf else {}
         config = AutoConfig.from_pretrained(o.model, local_files_only=True, **file)
         if o.rope_base:  # a larger base for a longer context (arXiv 2309.16039)

@@ -60,6 +60,7 @@ MODEL += " --rope-base 100000 --every 250 --windows 96 --check-windows 16"
 STEPS = 5500  # 360M tokens, 2.1 epochs of a corpus of 176M: up to four are nearly as good as new
 # text (arXiv 2305.16264)
 
+LONG = "--length 32768 --batch 2 --windows 48 --check-windows 8"
 # By name; a name says block size x topk. In groups of four, 8 to 12 minutes each on one H100.
 # 1,024 keys of 16,384 are 94 % sparsity in the paper's terms, 4,096 are 75 %.
 RUNS = {
@@ -75,6 +76,11 @@ RUNS = {
     "128x8 seed 1": "--attention moba --block-size 128 --topk 8 --seed 1",
     "128x8 conv seed 1": "--attention moba --block-size 128 --topk 8 --key-conv 3 --seed 1",
     "512x8": "--attention moba --block-size 512 --topk 8",
+    "128x8 sink": "--attention moba --block-size 128 --topk 8 --sink-blocks 1",
+    # Twice the length: at equal numbers of tokens, and about the time of full attention.
+    "full 32K": f"--attention full --block-size 128 --topk 8 {LONG}",
+    "128x8 hybrid 32K": f"--attention hybrid --block-size 128 --topk 8 {LONG}",
+    "128x8 hybrid 32K longer": f"--attention hybrid --block-size 128 --topk 8 {LONG} --steps 9500",
 }
 # Continued training of a pretrained model with 8K of context, at a small learning rate.
 PRETRAINED = "--length 8192 --batch 8 --accumulate 4 --lr 2e-4 --to-zero --every 50"
@@ -326,7 +332,8 @@ class Sweep:
         options = [*o.options.split(), *o.runs[name].split()]
         options += ["--model", o.model] if o.model else ["--dense", dense]
         options += ["--gguf", o.gguf] if o.model and o.gguf else []
-        options += ["--steps", str(o.steps), "--tokens", str(o.tokens), "--out", str(checkpoint)]
+        options += [] if "--steps" in options else ["--steps", str(o.steps)]
+        options += ["--tokens", str(o.tokens), "--out", str(checkpoint)]
         return [*arguments, *options]
 
 

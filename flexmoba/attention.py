@@ -16,6 +16,7 @@ from flexmoba.backends import (
     attend_selected,
     check_selected_values,
     resolve,
+    resolve_shared,
 )
 from flexmoba.cache import MobaCache
 from flexmoba.checks import (
@@ -44,6 +45,7 @@ def flex_moba(
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
     gate: GateName = "token",
+    gate_block_size: int | None = None,
     sink_blocks: int = 0,
     local_blocks: int = 0,
     impl: ImplName = "auto",
@@ -69,6 +71,7 @@ def flex_moba(
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
     gate: GateName = "token",
+    gate_block_size: int | None = None,
     sink_blocks: int = 0,
     local_blocks: int = 0,
     impl: ImplName = "auto",
@@ -93,6 +96,7 @@ def flex_moba(
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
     gate: GateName = "token",
+    gate_block_size: int | None = None,
     sink_blocks: int = 0,
     local_blocks: int = 0,
     impl: ImplName = "auto",
@@ -141,6 +145,9 @@ def flex_moba(
         gate: Scores that select the blocks. ``"token"``: the scores of each query token and head,
             as in the paper. ``"group"``: the sums of the scores over the query heads of a KV head.
             ``"tile"``: the scores of the first of 128 queries. See `moba_select`.
+        gate_block_size: Keys in a sub-block, a divisor of ``block_size``. The score of a block is
+            the highest score of the mean keys of its sub-blocks. By default, a block is its only
+            sub-block, as in the paper.
         sink_blocks: Number of first blocks that are always selected. They count towards ``topk``.
         local_blocks: Number of blocks right before the own block that are always selected. They
             count towards ``topk``.
@@ -152,11 +159,12 @@ def flex_moba(
             ``"portable"`` computes the same tiles by plain tensor operations, on any device and in
             any dtype. ``"auto"`` is the first of fused, routed and portable that supports the
             inputs; with ``gate="tile"`` on CUDA it tries masked first. Full attention needs no
-            routing: fused, routed and masked then make the same call.
+            routing: ``"masked"`` is then a FlexAttention call, and the other backends call torch's
+            dense kernels where these support the inputs.
         kernel_options: FlexAttention's kernel options, for the backends that call it. With kernel
             options, ``"auto"`` is never fused.
         return_aux: ``AuxRequest(lse=True)`` also returns the log-sum-exp of the scores.
-        cache: A `MobaCache` of the same block size, to decode or to prefill in chunks. q, k and v
+        cache: A `MobaCache` of the same block sizes, to decode or to prefill in chunks. q, k and v
             then hold new tokens only, with ``Lq == Lk``. The call appends the keys and values to
             the cache, and each query attends to the cached tokens up to its position. The call is
             causal and without gradients, and ``impl`` must be ``"auto"``. Of the arguments below,
@@ -205,6 +213,7 @@ def flex_moba(
         "scale": scale,
         "score_mod": score_mod,
         "gate": gate,
+        "gate_block_size": gate_block_size,
         "sink_blocks": sink_blocks,
         "local_blocks": local_blocks,
         "impl": impl,
@@ -293,7 +302,8 @@ def selected_attention(
         v: Values, ``(B, Hkv, Lk, Dv)``, in the dtype of q.
         selection: Block indices, ``(B, Hq, Lq, topk)``, int32 or int64, from 0 to the number of
             blocks minus one, or -1 for none. A row lists its blocks in any order and no block
-            twice. On CPU the call checks the values. On other devices a check would wait for the
+            twice. The shape ``(B, Hkv, Lq, topk)`` is a selection that the query heads of a KV head
+            share. On CPU the call checks the values. On other devices a check would wait for the
             device; call `flexmoba.checks.check_selected_blocks` there. Unchecked indices of
             blocks that do not exist select nothing.
         block_size: Keys in a block, at least 1.
@@ -301,7 +311,8 @@ def selected_attention(
             ``i + Lk - Lq``.
         scale: Factor on the attention scores, ``1 / sqrt(D)`` by default.
         score_mod: As in `flex_moba`.
-        impl: As in `flex_moba`.
+        impl: As in `flex_moba`. For a shared selection and 8 to 128 query heads for each KV head,
+            ``"fused"`` has kernels that do not sort queries, for head dims up to 256.
         kernel_options: As in `flex_moba`.
         return_aux: As in `flex_moba`.
         cu_seqlens: As in `flex_moba`. Block indices count the blocks of all documents of the row,
@@ -334,12 +345,15 @@ def selected_attention(
     check_values(k, v)
     check_no_tangents(q=q, k=k, v=v)
     check_block_size(block_size)
-    check_selection(selection, q)
+    check_selection(selection, q, k.shape[1])
     check_options(scale, score_mod, kernel_options, return_aux)
     check_documents(q, k, cu_seqlens, document_ids, key_padding_mask)
     sequences = (cu_seqlens, document_ids, key_padding_mask)
     has_short_blocks = not is_causal and any(x is not None for x in sequences)
-    impl = resolve(*(impl, q, k, v, kernel_options, score_mod), has_short_blocks=has_short_blocks)
+    is_shared = selection.shape[1] != q.shape[1]
+    impl = (resolve_shared if is_shared else resolve)(
+        *(impl, q, k, v, kernel_options, score_mod), has_short_blocks=has_short_blocks
+    )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.numel() == 0:
         return with_aux(*empty(q, k, v), return_aux)

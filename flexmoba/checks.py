@@ -3,7 +3,6 @@
 Every message names the offending values and the remedy.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -14,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexmoba.blocks import TILE
-from flexmoba.runtime import has_values, is_transformed, values_readable
+from flexmoba.runtime import accepts, described, has_values, is_transformed, values_readable
 
 GateName = Literal["token", "group", "tile"]
 GATES: tuple[GateName, ...] = get_args(GateName)
@@ -137,8 +136,21 @@ def check_gate(
             )
 
 
-def check_selection(selection: Tensor, q: Tensor) -> None:
-    """Raises unless shape, dtype and device of a selection match q.
+def check_gate_block_size(gate_block_size: int | None, block_size: int) -> int:
+    """Returns the number of sub-blocks in a block; raises unless their size divides the block."""
+    if gate_block_size is None:
+        return 1
+    check_positive("gate_block_size", gate_block_size, "pass a divisor of block_size, or None")
+    if block_size % gate_block_size != 0:
+        raise ValueError(
+            f"gate_block_size must divide block_size, got gate_block_size={gate_block_size} and "
+            f"block_size={block_size}; pass a divisor"
+        )
+    return block_size // gate_block_size
+
+
+def check_selection(selection: Tensor, q: Tensor, kv_heads: int) -> None:
+    """Raises unless shape, dtype and device of a selection match q, with rows per head or KV head.
 
     `check_selected_blocks` checks its values.
     """
@@ -149,9 +161,11 @@ def check_selection(selection: Tensor, q: Tensor) -> None:
             f"selection must hold int32 (or int64) block indices, got {selection.dtype}; "
             "call .int() on it"
         )
-    if selection.ndim != 4 or selection.shape[:3] != q.shape[:3] or selection.shape[3] == 0:
+    batch, heads, q_len, _ = q.shape
+    rows = [(batch, n, q_len) for n in (heads, kv_heads)]
+    if selection.ndim != 4 or selection.shape[:3] not in rows or selection.shape[3] == 0:
         raise ValueError(
-            f"selection must be (B, Hq, Lq, topk) = {(*q.shape[:3], 'topk')}, "
+            f"selection must be (B, Hq, Lq, topk) = {(*rows[0], 'topk')}, or (B, Hkv, Lq, topk), "
             f"got {tuple(selection.shape)}; pass one row for every query token and head"
         )
     if selection.device != q.device:
@@ -278,29 +292,6 @@ def check_longest(longest: int, max_seqlen: int | None) -> None:
         )
 
 
-def _takes_five(score_mod: Any) -> bool:
-    """Returns whether a ``score_mod`` accepts five arguments; any callable does while compiling."""
-    if not callable(score_mod) or torch.compiler.is_compiling():
-        return callable(score_mod)
-    try:
-        inspect.signature(_called(score_mod)).bind(*range(5))
-    except TypeError:
-        return False
-    except ValueError:  # some functions in C have no signature
-        return True
-    return True
-
-
-def _called(score_mod: Any) -> Any:
-    return score_mod.forward if isinstance(score_mod, torch.nn.Module) else score_mod
-
-
-def _signature_of(score_mod: Any) -> str:
-    if not callable(score_mod):
-        return type(score_mod).__name__
-    return f"one that takes {inspect.signature(_called(score_mod))}"
-
-
 def check_options(
     scale: float | None,
     score_mod: Callable[..., Tensor] | None,
@@ -316,10 +307,10 @@ def check_options(
             )
         if not -math.inf < scale < math.inf:  # math.isfinite does not accept compiled symbols
             raise ValueError(f"scale must be finite, got {scale}; pass None for 1 / sqrt(head dim)")
-    if score_mod is not None and not _takes_five(score_mod):
+    if score_mod is not None and not accepts(score_mod, 5):
         raise TypeError(
             f"score_mod must be a function (score, b, h, q_idx, kv_idx) -> score or None, got "
-            f"{_signature_of(score_mod)}"
+            f"{described(score_mod)}"
         )
     if kernel_options is not None and not isinstance(kernel_options, Mapping):
         raise TypeError(

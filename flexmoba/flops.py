@@ -50,7 +50,12 @@ def _portable(
 
 @register_flop_formula(torch.ops.flexmoba.attend_portable_backward)
 def _portable_backward(
-    grad_out: Shape, grad_lse: Shape, out: Shape, lse: Shape, *inputs: Any, out_shape: Any = None
+    grad_out: Shape,
+    grad_lse: Shape | None,
+    out: Shape,
+    lse: Shape,
+    *inputs: Any,
+    out_shape: Any = None,
 ) -> int:
     return _portable(*inputs, backward=True)
 
@@ -75,9 +80,67 @@ def _fused(
 
 @register_flop_formula(torch.ops.flexmoba.attend_fused_backward)
 def _fused_backward(
-    grad_out: Shape, grad_lse: Shape, out: Shape, lse: Shape, *inputs: Any, out_shape: Any = None
+    grad_out: Shape,
+    grad_lse: Shape | None,
+    out: Shape,
+    lse: Shape,
+    *inputs: Any,
+    out_shape: Any = None,
 ) -> int:
     return _fused(*inputs, backward=True)
+
+
+@register_flop_formula(torch.ops.flexmoba.attend_dense)
+def _dense(
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    scale: float,
+    is_causal: bool,
+    out_shape: Any = None,
+    *,
+    backward: bool = False,
+) -> int:
+    count = pairs(q[2], k[2], k[2], 1 - is_causal, is_causal=is_causal)
+    return _attention(q, v, count, backward=backward)
+
+
+@register_flop_formula(torch.ops.flexmoba.attend_dense_backward)
+def _dense_backward(
+    grad_out: Shape,
+    grad_lse: Shape | None,
+    out: Shape,
+    lse: Shape,
+    *inputs: Any,
+    out_shape: Any = None,
+) -> int:
+    return _dense(*inputs, backward=True)
+
+
+@register_flop_formula(torch.ops.flexmoba.attend_grouped)
+def _grouped(
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    selected: Shape,
+    block_size: int,
+    scale: float,
+    is_causal: bool,
+    out_shape: Any = None,
+    *,
+    backward: bool = False,
+) -> int:
+    """Counts as if, in causal attention, the first column listed the own block."""
+    routed = selected[3] - int(is_causal)
+    count = pairs(q[2], k[2], block_size, routed, is_causal=is_causal)
+    return _attention(q, v, count, backward=backward)
+
+
+@register_flop_formula(torch.ops.flexmoba.attend_grouped_backward)
+def _grouped_backward(
+    grad_out: Shape, grad_lse: Shape, out: Shape, lse: Shape, *inputs: Any, out_shape: Any = None
+) -> int:
+    return _grouped(*inputs, backward=True)
 
 
 @register_flop_formula(torch.ops.flexmoba.select)
@@ -94,8 +157,8 @@ def _select(
 ) -> int:
     """Counts the scores of all mean keys; half of them if causal, the limit for long sequences."""
     batch, heads, n_rows, dim = rows
-    *_, is_causal = options
-    scores = n_rows * -(-k[2] // block_size)
+    *_, sub_blocks, is_causal = options
+    scores: int = n_rows * -(-k[2] // block_size) * sub_blocks
     return 2 * batch * heads * dim * (scores // 2 if is_causal else scores)
 
 

@@ -15,6 +15,7 @@ from flexmoba.checks import (
     check_block_size,
     check_documents,
     check_gate,
+    check_gate_block_size,
     check_no_tangents,
     check_options,
     check_queries_and_keys,
@@ -36,6 +37,7 @@ def attend_on_one_device(
     scale: float | None,
     score_mod: ScoreMod | None,
     gate: GateName,
+    gate_block_size: int | None,
     sink_blocks: int,
     local_blocks: int,
     impl: ImplName,
@@ -55,6 +57,7 @@ def attend_on_one_device(
     check_topk(topk, none_allowed=True)
     offset = None if cache is not None else k.shape[2] - q.shape[2]
     check_gate(gate, sink_blocks, local_blocks, offset, block_size, topk, is_causal=is_causal)
+    sub_blocks = check_gate_block_size(gate_block_size, block_size)
     check_options(scale, score_mod, kernel_options, return_aux)
     check_documents(q, k, cu_seqlens, document_ids, key_padding_mask, max_seqlen=max_seqlen)
     requested_impl = impl
@@ -66,12 +69,12 @@ def attend_on_one_device(
         has_short_blocks=not is_causal and any(x is not None for x in sequences),
     )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    gate_options = GateOptions(gate, sink_blocks, local_blocks, sub_blocks)
     if cache is not None:
         _check_no_documents(cu_seqlens=cu_seqlens, document_ids=document_ids)
         cache.check_call(
-            *(q, k, block_size),
+            *(q, k, block_size, gate_options),
             is_causal=is_causal,
-            gate=gate,
             impl=requested_impl,
             kernel_options=kernel_options,
         )
@@ -88,7 +91,6 @@ def attend_on_one_device(
     if q.numel() == 0:
         return with_aux(*empty(q, k, v), return_aux)
     options = AttentionOptions(impl, scale, is_causal, kernel_options)
-    gate_options = GateOptions(gate, sink_blocks, local_blocks)
 
     # Lay out the sequences, gate, attend, and put the results back.
     packing = packing_of(k.shape[2], cu_seqlens, document_ids, max_seqlen)

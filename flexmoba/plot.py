@@ -211,7 +211,7 @@ def plot_mass(report: Report, choice: Choice, *, axes: "Axes | None" = None) -> 
     if len(report.layers) <= MAX_NAMES:
         axes.set_yticks(range(len(report.layers)), [_short(name) for name in report.layers])
     _integer_ticks(axes)
-    axes.set(title=f"block {choice.block_size}, topk {choice.topk}", xlabel="head", ylabel="layer")
+    axes.set(title=f"{choice.block}, topk {choice.topk}", xlabel="head", ylabel="layer")
     return axes
 
 
@@ -245,14 +245,13 @@ def plot_frontier(
     axes = _axes(axes, (6, 4.2))
     points = [price(x) for x in frontier], [x.mass for x in frontier]
     axes.plot(*points, color="0.6", lw=4, alpha=0.6, zorder=1, label="frontier")
-    sizes = sorted({x.block_size for x in report.choices})
-    for i, size in enumerate(sizes):
-        choices = [x for x in report.choices if x.block_size == size]
+    for i, block in enumerate(dict.fromkeys(x.block for x in report.choices)):
+        choices = [x for x in report.choices if x.block == block]
         costs, masses = [price(x) for x in choices], [x.mass for x in choices]
         colour, mark = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         axes.vlines(costs, masses, [x.best_mass for x in choices], color=colour, lw=1, alpha=0.7)
         axes.plot(costs, [x.best_mass for x in choices], "_", color=colour, ms=9)
-        axes.plot(costs, masses, mark, color=colour, ms=7, label=f"block {size}", zorder=3)
+        axes.plot(costs, masses, mark, color=colour, ms=7, label=block, zorder=3)
         for x, y, choice in zip(costs, masses, choices, strict=True):
             axes.annotate(str(choice.topk), (x, y), (6, -9), textcoords="offset points", fontsize=8)
     if recommended is not None:

@@ -22,6 +22,7 @@ def moba_reference(
     scale: float | None = None,
     score_mod: Callable[..., Tensor] | None = None,
     gate: Literal["token", "group", "tile"] = "token",
+    gate_block_size: int | None = None,
     sink_blocks: int = 0,
     local_blocks: int = 0,
     cu_seqlens: Tensor | None = None,
@@ -53,6 +54,9 @@ def moba_reference(
         gate: Scores that select the blocks. ``"token"``: the scores of each query token and head.
             ``"group"``: the sums of the scores over the query heads of a KV head. ``"tile"``: for
             the queries at positions ``128 * i`` to ``128 * i + 127``, the scores of the first one.
+        gate_block_size: Keys in a sub-block, a divisor of ``block_size``, which it is by default.
+            Each block consists of sub-blocks; the last one may be shorter. The score of a block is
+            the highest score of the mean keys of its sub-blocks.
         sink_blocks: Number of first blocks that are always selected. They count towards ``topk``.
         local_blocks: Number of blocks right before the own block that are always selected. They
             count towards ``topk``.
@@ -97,6 +101,7 @@ def moba_reference(
             topk,
             is_causal=is_causal,
             gate=gate,
+            gate_block_size=gate_block_size,
             sink_blocks=sink_blocks,
             local_blocks=local_blocks,
         )
@@ -163,6 +168,7 @@ def reference_selection(
     *,
     is_causal: bool,
     gate: str = "token",
+    gate_block_size: int | None = None,
     sink_blocks: int = 0,
     local_blocks: int = 0,
 ) -> Tensor:
@@ -179,13 +185,16 @@ def reference_selection(
         scores_of_head = []
         for h in range(heads):
             blocks = k[b, h // group].detach().split(block_size)
-            means = torch.stack([block.to(precise).mean(0).to(k.dtype) for block in blocks])
-            scores_of_head.append(q[b, h].detach().to(precise) @ means.to(precise).T)
+            parts = [block.split(gate_block_size or block_size) for block in blocks]
+            means = [part.to(precise).mean(0).to(k.dtype) for block in parts for part in block]
+            parts_of_block = [len(block) for block in parts]
+            scores_of_head.append(q[b, h].detach().to(precise) @ torch.stack(means).to(precise).T)
         for h in range(heads):
             scores = scores_of_head[h]
             if gate == "group":
                 first_head = h // group * group
                 scores = torch.stack(scores_of_head[first_head : first_head + group]).sum(0)
+            scores = torch.stack([x.amax(1) for x in scores.split(parts_of_block, 1)], 1)
             # NaN ranks as the highest score, as in torch.sort.
             scores = scores.nan_to_num(nan=float("inf"))
             rows = scores.tolist()

@@ -165,17 +165,23 @@ def assert_as_exact_as(
         )
 
 
-def block_scores(q: Tensor, k: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def block_scores(
+    q: Tensor, k: Tensor, block_size: int, gate_block_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns the gate's scores in float64, ``(B, Hq, Lq, blocks)``, and their uncertainty.
 
     In another order of summation, an element of a mean key may round to a neighbouring number,
     which changes the score.
     """
-    blocks = k.double().split(block_size, dim=2)
-    means = torch.stack([block.mean(2) for block in blocks], dim=2)
-    means = means.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    eps = torch.finfo(k.dtype).eps
-    return q.double() @ means.mT, 2 * eps * (q.double().abs() @ means.mT.abs())
+    q, eps = q.double(), torch.finfo(k.dtype).eps
+    scores, uncertainties = [], []
+    for block in k.double().split(block_size, dim=2):
+        parts = block.split(gate_block_size or block_size, dim=2)
+        means = torch.stack([part.mean(2) for part in parts], dim=2)
+        means = means.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores.append((q @ means.mT).amax(-1))
+        uncertainties.append(2 * eps * (q.abs() @ means.mT.abs()).amax(-1))
+    return torch.stack(scores, -1), torch.stack(uncertainties, -1)
 
 
 def assert_near_ties(actual: Tensor, expected: Tensor, scores: tuple[Tensor, Tensor]) -> Tensor:

@@ -34,7 +34,7 @@ from tests.conftest import (
 )
 from tests.problems import DTYPES, Problem, as_bools
 from tests.test_documents import bounds_of, holes_of, ids_of
-from tests.test_gates import gated, tiled
+from tests.test_gates import gated, tied, tiled
 
 WHERE = ("cu_seqlens", "document_ids", "key_padding_mask")
 LAYOUTS = ("heads first", "tokens first", "odd", "expanded")
@@ -103,6 +103,8 @@ ON_GPU: list[tuple[Problem, dict[str, Any]]] = [
     (replace(BF16, batch=1, block_size=50), {"gate": "token", "local_blocks": 1}),
     (replace(BF16, is_causal=False, value_dim=64), {"gate": "token", "sink_blocks": 1}),
     (replace(BF16, head_dim=64, value_dim=64), {"gate": "tile"}),
+    (replace(BF16, block_size=96), {"gate": "token", "gate_block_size": 16}),
+    (replace(BF16, is_causal=False), {"gate": "group", "gate_block_size": 32}),
     (replace(BF16, dtype=torch.float32, head_dim=64, value_dim=64), {"gate": "token"}),
     (replace(BF16, dtype=torch.float64, head_dim=33, value_dim=8, block_size=20), {}),
 ]
@@ -289,6 +291,7 @@ def check_cache(use: Use, device: str) -> None:
     cache = MobaCache(
         *(problem.batch, problem.kv_heads, problem.head_dim),
         value_dim=problem.value_dim, block_size=problem.block_size, dtype=problem.dtype,
+        gate_block_size=use.gate.get("gate_block_size"),
         max_len=None if use.grows else max(total, 1), device=device,
     )  # fmt: skip
     shared = {"scale": use.scale, "score_mod": MODS.get(use.mod)}
@@ -369,7 +372,7 @@ def inputs_of(
         that are not padding, ``(B, Lk)``, or None.
     """
     problem = call.problem
-    tensors = problem.tied_tensors(device) if call.tied else problem.tensors(device)
+    tensors = tied(problem, call.gate, device) if call.tied else problem.tensors(device)
     q, k, v = (laid_out(x, call.layout) for x in tensors)
     if call.layout == "expanded":
         k, v = (x[:1].expand(problem.batch, -1, -1, -1) for x in (k, v))
@@ -438,7 +441,7 @@ def scores_of(
     if gate.get("gate") == "tile":
         position = torch.arange(q.shape[2], device=q.device) + k.shape[2] - q.shape[2]
         q = q[:, :, torch.arange(q.shape[2], device=q.device) - position % 128]
-    return block_scores(q, k, problem.block_size)
+    return block_scores(q, k, problem.block_size, gate.get("gate_block_size"))
 
 
 # ---- The program --------------------------------------------------------------------------------

@@ -3,21 +3,38 @@
 The file needs its own process, because Triton selects its interpreter when it is imported.
 """
 
+import importlib
+from dataclasses import replace
+
 import pytest
 import torch
 
-from flexmoba import MobaCache, gate, moba_select
+from flexmoba import MobaCache, gate, moba_select, selected_attention
 from flexmoba.backends.fused import fused_attention, schedule
+from flexmoba.backends.grouped import grouped_attention
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.cache.append import append_scattered
 from flexmoba.cache.decode import attend_gathered
 from flexmoba.cache.kernels import append_on_cuda, attend_step_on_cuda
 from flexmoba.cache.options import CachedCall
 from flexmoba.gate.kernel import select_on_cuda
+from flexmoba.nsa.branches import compressed_branch
+from flexmoba.nsa.kernel import select_on_cuda as select_on_cuda_of_nsa
+from flexmoba.nsa.select import select_in_slots
+from flexmoba.nsa.sizes import NsaSizes
+from flexmoba.paged.append import append_scattered as append_to_pages
+from flexmoba.paged.attention import attend_steps_gathered
+from flexmoba.paged.kernels import append_on_cuda as append_to_pages_on_cuda
+from flexmoba.paged.kernels import attend_steps_on_cuda
 from flexmoba.selection import BlockSelection
 from flexmoba.sequence.kernel import move_on_cuda
-from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal
+from tests.conftest import (
+    assert_as_exact_as,
+    assert_as_exact_as_dense,
+    assert_bitwise_equal,
+)
 from tests.problems import Problem
+from tests.ragged import Ragged
 
 SMALL = Problem(
     kv_heads=2, group=2, q_len=200, kv_len=290, head_dim=16, value_dim=16, block_size=64, topk=3,
@@ -121,6 +138,63 @@ def test_a_block_that_all_queries_select_is_divided_into_items(monkeypatch):
     check(problem, selection)
 
 
+@pytest.mark.parametrize(
+    ("changes", "scale"),
+    [
+        ({}, 0.3),
+        ({"group": 1, "block_size": 20, "head_dim": 24, "value_dim": 33}, -0.3),
+        ({"group": 17, "kv_heads": 1, "block_size": 70}, 0.3),  # blocks of two tiles of keys
+        ({"is_causal": False, "block_size": 40, "batch": 2, "kv_heads": 1, "q_len": 20}, 0.3),
+        ({"q_len": 1, "topk": 5}, 0.0),
+    ],
+)
+def test_a_shared_selection(monkeypatch, changes, scale):
+    """Tests any selection, its blocks divided into items, and lists that are sorted by block."""
+    monkeypatch.setattr("flexmoba.backends.grouped.launches._LEAST_ITEM", 16)
+    monkeypatch.setattr("flexmoba.backends.grouped.launches._ITEM_FACTOR", 1)
+    problem = variant(**({"q_len": 35, "kv_len": 90, "block_size": 16} | changes))
+    q, k, v = problem.tensors()
+    selection = problem.selection()[:, :: problem.group].contiguous()
+    selection[selection == 1] = -1
+    selection[..., 0] = 1  # a block that all tokens select
+
+    def attend(q, k, v):
+        options = (problem.block_size, scale, problem.is_causal)
+        return grouped_attention(q, k, v, selection, *options)
+
+    mask = problem.mask_of(selection.repeat_interleave(problem.group, 1))
+    assert_as_exact_as_dense(attend, q, k, v, mask, scale=scale, gradients=True)
+
+
+def test_the_kernels_for_shared_selections_are_called(monkeypatch):
+    """Tests documents in a layout, and head dims above 128."""
+    counted = Counted()
+    for name in ("attend", "choice"):
+        module = importlib.import_module(f"flexmoba.backends.{name}")
+        monkeypatch.setattr(module, "supports_grouped", lambda *_, **__: True)
+        monkeypatch.setattr(module, "grouped_attention", counted, raising=False)
+    problem = variant(q_len=60, kv_len=60, head_dim=144, group=8, kv_heads=1, block_size=16)
+    q, k, v = problem.tensors()
+    bounds = torch.tensor([0, 25, 60])
+    selection = torch.tensor([0, 2, 3]).expand(1, 1, 60, 3)
+    options = {"block_size": 16, "cu_seqlens": bounds}
+    out = selected_attention(q, k, v, selection, **options)
+    assert counted.calls == 1
+    repeated = selection.expand(1, 8, 60, 3)
+    expected = selected_attention(q, k, v, repeated, **options, impl="portable")
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-3)
+
+
+class Counted:
+    """Counts the calls of `grouped_attention`."""
+
+    calls = 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return grouped_attention(*arguments)
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize(
     ("block_size", "count", "options"),
@@ -129,16 +203,21 @@ def test_a_block_that_all_queries_select_is_divided_into_items(monkeypatch):
         (7, 12, gate.GateOptions(sink_blocks=2, local_blocks=3)),
         (128, 1, gate.GateOptions("tile", sink_blocks=1)),
         (16, 3, gate.GateOptions("group")),
+        (16, 3, gate.GateOptions(sink_blocks=1, sub_blocks=4)),
+        (30, 2, gate.GateOptions("group", sub_blocks=3)),
     ],
 )
 def test_the_gate_kernel_agrees_with_the_plain_gate(block_size, count, options, is_causal):
     problem = variant(block_size=block_size, q_len=100, kv_len=228)
-    q, k, _ = problem.tied_tensors()
-    means, rows = gate.block_means(k, block_size), gate.gate_rows(q, 2, options)
+    sub_block_size = block_size // options.sub_blocks
+    q, k, _ = replace(problem, block_size=sub_block_size).tied_tensors()
+    k[:, 0, 35] = torch.nan  # the highest score, in one sub-block
+    means = gate.block_means(k, block_size, sub_blocks=options.sub_blocks)
+    rows = gate.gate_rows(q, 2, options)
     if not is_causal:
         options = options._replace(local_blocks=0)
     first = (torch.arange(rows.shape[2]) // 25)[None].int()
-    spans = [(None, None), (first, (first + 7).clamp(max=means.shape[2]))]
+    spans = [(None, None), (first, (first + 7).clamp(max=problem.n_blocks))]
     if is_causal:
         spans.append((first, None))
     sizes = gate.GateSizes(block_size, count + 5, 128, is_causal)
@@ -150,6 +229,73 @@ def test_the_gate_kernel_agrees_with_the_plain_gate(block_size, count, options, 
         assert_bitwise_equal(best, expected[..., -scored:])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 17])
+def test_the_gate_kernel_selects_any_number_of_blocks(count):
+    problem = variant(block_size=2, q_len=90, kv_len=290, kv_heads=1)
+    q, k, _ = problem.tied_tensors()
+    q[0, 0, 5], k[0, 0, 9] = torch.nan, torch.inf
+    means, sizes = gate.block_means(k, 2), gate.GateSizes(2, count, 200, is_causal=True)
+    expected = gate.select_by_means(q, means, sizes, gate.GateOptions())
+    best = select_on_cuda(q, means, sizes, gate.GateOptions(), gate.Candidates())
+    assert_bitwise_equal(best, expected)
+
+
+def test_the_gate_kernel_selects_among_8192_blocks():
+    problem = variant(block_size=1, q_len=20, kv_len=8192, kv_heads=1, group=1)
+    q, k, _ = problem.tied_tensors()
+    sizes = gate.GateSizes(1, 15, 8172, is_causal=True)
+    expected = gate.select_by_means(q, k, sizes, gate.GateOptions())
+    best = select_on_cuda(q, k, sizes, gate.GateOptions(), gate.Candidates())
+    assert_bitwise_equal(best, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, (8, 4, 16, 6, 1, 1)),
+        ({"group": 3, "kv_heads": 1, "q_len": 70}, (6, 6, 6, 9, 2, 0)),
+        ({"group": 1, "head_dim": 40, "dtype": torch.float32}, (12, 2, 8, 5, 0, 2)),
+        ({"q_len": 1, "batch": 2}, (32, 16, 64, 5, 1, 1)),
+        ({"q_len": 140, "kv_len": 140, "head_dim": 136}, (4, 4, 64, 3, 0, 0)),
+    ],
+)
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_selection_kernels_of_nsa(changes, sizes, documents):
+    """Tests the kernels with and without a log-sum-exp against plain operations in float64."""
+    problem, sizes = variant(**changes), NsaSizes(*sizes)
+    offset, length = problem.kv_len - problem.q_len, problem.kv_len
+    q, k, _ = problem.tensors()
+    k_cmp = k[:, :, : sizes.compressed_blocks(length)]
+    first = None
+    if documents:
+        position = torch.arange(offset, length)
+        first = (position // sizes.block_size // 3 * 3).int().expand(problem.batch, -1)
+    options = (length, first, sizes, 0.3)
+    expected = select_in_slots(q.double(), k_cmp.double(), *options)
+    lse = compressed_branch(
+        q.double(), k_cmp.double(), k_cmp.double(), length, None, sizes, 0.3, "portable"
+    )[1]
+    for known in (None, lse.float()) if first is None else (None,):
+        best = select_on_cuda_of_nsa(q, k_cmp, first, known, length, sizes, 0.3)
+        assert best.dtype == torch.int32
+        assert_bitwise_equal(best, expected[..., -sizes.scored :])
+
+
+def test_ties_and_nan_in_the_selection_kernels_of_nsa():
+    """Tests equal weights, weights of 0, and NaN, against plain operations."""
+    sizes = NsaSizes(8, 4, 16, 8, 1, 1)
+    problem = variant(q_len=150, kv_len=150, group=1, dtype=torch.float32)
+    q, k, _ = problem.tensors()
+    k_cmp = k[:, :, : sizes.compressed_blocks(150)]
+    broken = k_cmp.index_fill(2, torch.tensor([30]), torch.nan)
+    # The highest scores are often equal, and all other weights are 0.
+    one_hot = 1e4 * q.round(), k_cmp.sign()
+    for queries, keys in ((q * 0, k_cmp), one_hot, (q, broken)):
+        expected = select_in_slots(queries, keys, 150, None, sizes, 0.3)[..., 3:]
+        best = select_on_cuda_of_nsa(queries, keys, None, None, 150, sizes, 0.3)
+        assert_bitwise_equal(best, expected)
+
+
 @pytest.mark.parametrize(
     ("block_size", "topk", "q_len", "n_blocks", "dims", "options"),
     [
@@ -158,6 +304,7 @@ def test_the_gate_kernel_agrees_with_the_plain_gate(block_size, count, options, 
         (200, 1, 2, 3, (16, 16), gate.GateOptions()),
         (4, 9, 1, 300, (16, 16), gate.GateOptions(sink_blocks=3, local_blocks=2)),
         (8, 6, 2, 40, (16, 16), gate.GateOptions("group", 2, 3)),  # no block is left to score
+        (12, 4, 2, 150, (16, 24), gate.GateOptions(local_blocks=1, sub_blocks=3)),
     ],
 )
 def test_the_decoding_kernels_agree_with_plain_operations(
@@ -169,7 +316,7 @@ def test_the_decoding_kernels_agree_with_plain_operations(
         value_dim=dims[1], dtype=torch.float32,
     )  # fmt: skip
     q, k, v = problem.tensors()
-    means = gate.block_means(k, block_size)
+    means = gate.block_means(k, block_size, sub_blocks=options.sub_blocks)
     positions = torch.tensor([[length - q_len], [block_size], [0]]) + torch.arange(q_len)
     positions[1, 0], positions[2, -1] = -1, 2**30  # padding, and a query beyond the last block
     rows = gate.gate_rows(q, 2, options)
@@ -182,25 +329,99 @@ def test_the_decoding_kernels_agree_with_plain_operations(
     torch.testing.assert_close(lse, plain_lse, equal_nan=True)
 
 
-@pytest.mark.parametrize(("block_size", "n"), [(8, 1), (5, 13), (70, 2)])
-def test_the_append_kernel_agrees_with_plain_operations(block_size, n):
+@pytest.mark.parametrize(
+    ("block_size", "n", "sub_blocks"), [(8, 1, 1), (5, 13, 1), (70, 2, 1), (8, 7, 4), (70, 2, 2)]
+)
+def test_the_append_kernel_agrees_with_plain_operations(block_size, n, sub_blocks):
     problem = variant(batch=2, kv_len=n, q_len=n, head_dim=24, value_dim=40, dtype=torch.float32)
     _, k, v = problem.tensors()
     plain, kernel = (
-        MobaCache(2, 2, 24, value_dim=40, block_size=block_size, max_len=4 * block_size)
+        MobaCache(
+            *(2, 2, 24),
+            value_dim=40,
+            block_size=block_size,
+            gate_block_size=block_size // sub_blocks,
+            max_len=4 * block_size,
+        )
         for _ in range(2)
     )
     room = plain.capacity
     for x in (plain, kernel):
         x.lengths.copy_(torch.tensor([block_size - 1, room - n + 1]))
         x.k[:, :, :block_size] = 1.0
-    expected = append_scattered(plain.k, plain.v, plain.means, plain.lengths, k, v, None)
-    positions = append_on_cuda(kernel.k, kernel.v, kernel.means, kernel.lengths, k, v)
+    expected = append_scattered(
+        *(plain.k, plain.v, plain.means, plain.lengths, k, v, None, sub_blocks)
+    )
+    positions = append_on_cuda(
+        *(kernel.k, kernel.v, kernel.means, kernel.lengths, k, v, sub_blocks)
+    )
     assert_bitwise_equal(positions, expected)
     assert_bitwise_equal(kernel.lengths, plain.lengths)
     for x, y in ((kernel.k, plain.k), (kernel.v, plain.v)):
         assert_bitwise_equal(x[:, :, :room], y[:, :, :room])
-    torch.testing.assert_close(kernel.means[:, :, :-1], plain.means[:, :, :-1])
+    torch.testing.assert_close(kernel.means[:, :, :-sub_blocks], plain.means[:, :, :-sub_blocks])
+
+
+STEPS = Ragged(
+    sequences=((26, 1), (0, 1), (7, 2)), shared=1, padding=1, kv_heads=1, head_dim=16,
+    value_dim=16, dtype=torch.float32,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"kv_heads": 2}, gate.GateOptions()),
+        ({"layout": "head-major", "head_dim": 24, "value_dim": 40}, gate.GateOptions("group", 1)),
+        ({"layout": "token-major", "group": 3, "topk": 4}, gate.GateOptions("token", 1, 1)),
+        ({"block_size": 270, "sequences": ((541, 1),), "topk": 2}, gate.GateOptions()),
+        ({"block_size": 1, "sequences": ((40, 1), (19, 2)), "topk": 6}, gate.GateOptions()),
+        ({"topk": 2}, gate.GateOptions("token", 1)),  # no block is left to score
+        ({"topk": None, "layout": "token-major", "kv_heads": 2}, gate.GateOptions()),
+        ({"topk": None, "block_size": 70, "sequences": ((230, 1), (3, 1))}, gate.GateOptions()),
+    ],
+)
+def test_the_kernels_for_pages_agree_with_plain_operations(monkeypatch, changes, options):
+    monkeypatch.setattr("flexmoba.paged.kernels._LEAST_SPLIT", 32)
+    monkeypatch.setattr("flexmoba.paged.kernels._PARTS_OF_ALL", 3)
+    problem = Ragged(**(vars(STEPS) | changes))
+    table, n_pages = problem.table()
+    tensors, pages = problem.tensors(), problem.pages(n_pages)
+    problem.fill(pages, table, tensors, append_to_pages)
+    q = problem.queries(tensors)
+    call = CachedCall(problem.topk or 0, 0.3, options, problem.block_size)
+    batch = problem.batch(table, max_query_len=16)
+    expected, expected_lse = attend_steps_gathered(q, pages, batch, call)
+    features = torch.cat([q, q], 1)[:, : q.shape[1]]  # a view, as of a fused projection
+    out, lse = attend_steps_on_cuda(features, pages, batch, call)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("layout", ["head-major", "token-major"])
+def test_the_append_kernel_for_pages_agrees_with_plain_operations(layout):
+    problem = Ragged(**(vars(STEPS) | {"layout": layout, "kv_heads": 2, "block_size": 5}))
+    table, n_pages = problem.table()
+    plain, pages = problem.pages(n_pages), problem.pages(n_pages)
+    problem.fill(plain, table, problem.tensors(), append_to_pages)
+    problem.fill(pages, table, problem.tensors(), append_to_pages_on_cuda)
+    assert_bitwise_equal(pages.k, plain.k)
+    assert_bitwise_equal(pages.v, plain.v)
+    torch.testing.assert_close(pages.means, plain.means, equal_nan=True)
+
+
+def test_the_kernels_for_pages_take_half_precision():
+    problem = Ragged(**(vars(STEPS) | {"dtype": torch.float16, "gate": "group"}))
+    table, n_pages = problem.table()
+    tensors, pages = problem.tensors(), problem.pages(n_pages)
+    problem.fill(pages, table, tensors, append_to_pages_on_cuda)
+    masks, batch = problem.masks(tensors), problem.batch(table, max_query_len=16)
+
+    def attend(*tensors):
+        call = CachedCall(problem.topk, 16**-0.5, gate.GateOptions("group"), problem.block_size)
+        return attend_steps_on_cuda(problem.queries(tensors), pages, batch, call)
+
+    assert_as_exact_as(lambda *x: problem.dense(masks, *x), attend, tensors)
 
 
 @pytest.mark.parametrize("dim", [1, 16, 33])

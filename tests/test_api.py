@@ -23,17 +23,17 @@ MODULES = {
 SIGNATURES = {
     "flex_moba": (
         "(q, k, v, block_size, topk, *, is_causal=True, scale=None, score_mod=None, gate='token', "
-        "sink_blocks=0, local_blocks=0, impl='auto', kernel_options=None, return_aux=None, "
-        "cache=None, cu_seqlens=None, document_ids=None, key_padding_mask=None, "
+        "gate_block_size=None, sink_blocks=0, local_blocks=0, impl='auto', kernel_options=None, "
+        "return_aux=None, cache=None, cu_seqlens=None, document_ids=None, key_padding_mask=None, "
         "max_seqlen=None)"
     ),
     "MobaCache": (
-        "(batch, kv_heads, head_dim, *, block_size, value_dim=None, max_len=None, "
-        "dtype=torch.float32, device=None)"
+        "(batch, kv_heads, head_dim, *, block_size, gate_block_size=None, value_dim=None, "
+        "max_len=None, dtype=torch.float32, device=None)"
     ),
     "moba_select": (
-        "(q, k, block_size, topk, *, is_causal=True, gate='token', sink_blocks=0, "
-        "local_blocks=0, cu_seqlens=None, document_ids=None, key_padding_mask=None)"
+        "(q, k, block_size, topk, *, is_causal=True, gate='token', gate_block_size=None, "
+        "sink_blocks=0, local_blocks=0, cu_seqlens=None, document_ids=None, key_padding_mask=None)"
     ),
     "selected_attention": (
         "(q, k, v, selection, block_size, *, is_causal=True, scale=None, score_mod=None, "
@@ -43,7 +43,8 @@ SIGNATURES = {
     "moba_block_mask": "(q, k, block_size, topk, *, is_causal=True)",
     "moba_reference": (
         "(q, k, v, block_size, topk, *, is_causal=True, scale=None, score_mod=None, gate='token', "
-        "sink_blocks=0, local_blocks=0, cu_seqlens=None, document_ids=None, key_padding_mask=None)"
+        "gate_block_size=None, sink_blocks=0, local_blocks=0, cu_seqlens=None, document_ids=None, "
+        "key_padding_mask=None)"
     ),
 }
 

@@ -109,6 +109,23 @@ def test_any_selection_is_attended_to(dtype, problem, impl):
     assert_as_exact_as_dense(attend, q, k, v, problem.mask_of(selection))
 
 
+@given(problems(), impls, st.booleans())
+def test_a_selection_that_the_heads_of_a_group_share(problem, impl, packed):
+    q, k, v = problem.tensors()
+    shared = problem.selection()[:, :: problem.group]
+    options = {"is_causal": problem.is_causal, "impl": impl}
+    if packed and problem.q_len == problem.kv_len:
+        options["key_padding_mask"] = torch.arange(problem.kv_len).expand(problem.batch, -1) > 2
+        shared = shared.clamp(max=max(problem.kv_len - 4, 0) // problem.block_size)
+        shared[..., 1:] = -1
+    results = [
+        with_lse(selected_attention, selection, problem.block_size, **options)(q, k, v)
+        for selection in (shared, shared.repeat_interleave(problem.group, 1))
+    ]
+    for actual, expected in zip(*results, strict=True):
+        assert_bitwise_equal(actual, expected)
+
+
 @given(problems(is_causal=causal))
 def test_selected_blocks_of_the_future_add_nothing(problem):
     q, k, v = problem.tensors()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flexmoba import moba_select
-from flexmoba.bench import Config, calls, steps
+from flexmoba.bench import Config, baselines, calls, inputs, steps, training
 from flexmoba.bench.configs import size
 from flexmoba.commands import bench
 from flexmoba.commands.cli import main
@@ -75,6 +75,61 @@ def test_measures_gates_documents_and_steps(monkeypatch, tmp_path, capsys):
     assert "| one sequence |" in printed
     assert printed.count("| 2 x 2/1 x 300, 64, 3, by group |") == 1
     assert picture.stat().st_size > 10_000
+
+
+TINY = replace(SMALL, batch=2, length=150, layers=2)
+
+
+def test_measures_training_steps(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(training.torch, "compile", lambda model, **_: model)
+    monkeypatch.setattr(training, "_VOCABULARY", 50)
+    monkeypatch.setitem(bench.PRESETS, "cpu", [TINY, replace(TINY, topk=2, dense="nothing")])
+    picture, file = tmp_path / "results.png", tmp_path / "results.json"
+    options = ["--device", "cpu", "--dtype", "float32", "--plot", str(picture)]
+    assert main(["bench", "--preset", "cpu", *options, "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    row = r"\| 2 x 2/1 x 150, 64, 3, 2 layers \| \S+ \| \S+ \(\S+x\) \| \S+ \(\S+x\) \|"
+    assert re.search(row, printed)
+    assert re.search(r"\| 2 x 2/1 x 150, 64, 2, 2 layers \| \S+ \|  \|  \|", printed)
+    assert "Forward" not in printed
+    first, second = json.loads(file.read_text())["results"]
+    assert set(first["training_ms"]) == {"flex_moba", "topk=None", "SDPA"}
+    assert set(second["training_ms"]) == {"flex_moba"}
+    assert first["error"] < first["allowed"] == 1
+    assert picture.stat().st_size > 10_000
+
+
+def test_training_with_wrong_attention_is_not_timed(monkeypatch):
+    class Wrong(training.Dense):
+        def forward(self, q, k, v, **options):
+            return super().forward(q, k, v, **options) * 0.9
+
+    monkeypatch.setattr(training.torch, "compile", lambda model, **_: model)
+    monkeypatch.setattr(training, "_VOCABULARY", 50)
+    monkeypatch.setattr(training, "Dense", Wrong)
+    result = training.measure_training(TINY, torch.device("cpu"), torch.float32)
+    assert result["error"] > result["allowed"]
+    assert "training_ms" not in result
+
+
+@pytest.mark.parametrize(("block_size", "topk"), [(512, 3), (128, 8)])
+def test_correlated_queries_share_blocks_as_in_a_language_model(block_size, topk):
+    config = Config(1, 3, 1, 8192, block_size, topk, correlated=True)
+    q, k, v, grad = inputs.inputs_of(config, torch.device("cpu"), torch.float32)
+    again = inputs.inputs_of(config, torch.device("cpu"), torch.float32)
+    assert all(torch.equal(x, y) for x, y in zip((q, k, v, grad), again, strict=True))
+    assert (q.shape, k.shape) == ((1, 3, 8192, 128), (1, 1, 8192, 128))
+    for x in (q, k, v, grad):
+        assert abs(float(x.var()) - 1) < 0.05
+    past = moba_select(q, k, block_size, topk)[0, :, :, 1:].long()
+    selected = torch.zeros(3, 8192, 8192 // block_size, dtype=torch.bool)
+    selected.scatter_(2, past.clamp(min=0), past >= 0)
+    selected = selected[:, 2 * topk * block_size :]  # these queries have a choice
+    one, next_one = selected[:, :-1], selected[:, 1:]
+    shared = (one & next_one).sum(-1) / (one | next_one).sum(-1)
+    assert 0.6 < float(shared.mean()) < 0.8
+    of_tiles = selected.unflatten(1, (-1, 64)).any(2).sum(-1) / (topk - 1)
+    assert 2.0 < float(of_tiles.mean()) < 2.6
 
 
 @pytest.mark.parametrize("changes", [{"documents": 5}, {"decode": True, "backward": False}])
@@ -197,7 +252,7 @@ def test_a_missing_baseline_costs_no_result(monkeypatch, capsys):
     def missing(*_, **__):
         raise RuntimeError("no such backend\nand many more lines")
 
-    monkeypatch.setattr(calls.F, "scaled_dot_product_attention", missing)
+    monkeypatch.setattr(baselines.F, "scaled_dot_product_attention", missing)
     assert main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"]) == 0
     printed = capsys.readouterr()
     assert "SDPA failed: no such backend\n" in printed.err

@@ -164,20 +164,21 @@ def test_tune_prints_a_table_and_advice(capsys):
     assert out.count("<-") == 1
     assert "ms forward and backward" in out
     advice = out.splitlines()[-1]
-    row = next(line for line in out.splitlines() if "<-" in line).split("|")
-    assert f"block_size={row[2].strip()}, topk={row[3].strip()}." in advice
-    assert f"captures {row[5].strip()} of full attention, {row[7].strip()} in the worst" in advice
+    row = [x.strip() for x in next(x for x in out.splitlines() if "<-" in x).split("|")]
+    assert f"block_size={row[2]}, topk={row[3]}." in advice
+    assert f"captures {row[5]} of full attention, {row[8]} in the worst" in advice
+    assert f"captures {row[6]}, so the gate loses {row[7]}." in advice
 
 
 def test_tune_prints_json_alone_or_writes_it(tmp_path, capsys):
-    options = [*EXAMPLE, "--no-times", "--sparsity", "0.5"]
+    options = [*EXAMPLE, "--no-times", "--sparsity", "0.5", "--gate-block-sizes", "4"]
     assert main([*options, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     file = tmp_path / "tune.json"
     assert main([*options, "--json", str(file)]) == 0
-    assert "| block |" in capsys.readouterr().out
+    assert "| block | sub-block |" in capsys.readouterr().out
     assert json.loads(file.read_text()) == report
-    expected = tune([synthetic(200)], (16, 32), (2, 4), timed=False)
+    expected = tune([synthetic(200)], (16, 32), (2, 4), gate_block_sizes=(4,), timed=False)
     assert report["choices"] == expected.to_dict()["choices"]
     best = expected.recommend(sparsity=0.5)
     assert report["recommended"] == expected.choices.index(best)
@@ -186,7 +187,7 @@ def test_tune_prints_json_alone_or_writes_it(tmp_path, capsys):
 
 def test_tune_fails_if_nothing_keeps_to_the_budget(capsys):
     assert main([*EXAMPLE, "--no-times", "--sparsity", "0.999"]) == 1
-    assert "no measured choice meets this budget. Block " in capsys.readouterr().out
+    assert "no measured choice meets this budget. block_size=" in capsys.readouterr().out
     assert main([*EXAMPLE, "--latency-ms", "1e-9", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["recommended"] is None
 
@@ -204,10 +205,10 @@ def test_tune_says_each_result_and_loses_none(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         main([*EXAMPLE, "--json", str(file)])
     assert error.value.code == 130
-    assert timed[1].err == "time 1 of 4: block 16, topk 2\n"
+    assert timed[1].err == "time 1 of 4: block_size=16, topk=2\n"
     line = r"block 16, topk 2: captures \S+%, 1.00 ms forward \(1.0x\)\n"
     assert re.fullmatch(line, timed[2].out)
-    assert timed[2].err == "time 2 of 4: block 16, topk 4\n"
+    assert timed[2].err == "time 2 of 4: block_size=16, topk=4\n"
     printed = capsys.readouterr()
     assert printed.out.count("\n|") == 2 + 2
     assert printed.err == "flexmoba: interrupted\n"

@@ -40,6 +40,7 @@ from tests.conftest import (
 )
 from tests.problems import DTYPES, Problem, problems
 from tests.processes import SECONDS, Processes
+from tests.test_gates import sub_blocks
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 LSE = AuxRequest(lse=True)
@@ -165,6 +166,7 @@ def test_equals_the_oracle(ranks, problem, data):
     full = data.draw(st.integers(0, 4), label="full") == 0
     topk = None if full else max(problem.topk, 1 + sum(forced))
     options = {"gate": gate, "sink_blocks": forced[0], "local_blocks": forced[1]}
+    options["gate_block_size"] = data.draw(sub_blocks(problem.block_size), label="sub-blocks")
     q, k, v = problem.tensors()
     selected = reference_selection(q, k, problem.block_size, topk, is_causal=True, **options)
     mask = reference_mask(selected, problem.block_size, problem.kv_len, is_causal=True)
@@ -667,6 +669,7 @@ MISMATCHES = {
     "exchange": ({"exchange": "heads"}, "exchange, got 'gather' on rank 0 and 'heads'"),
     "scale": ({"scale": 2.0}, "scale, got None on rank 0 and 2.0"),
     "gate": ({"gate": "group"}, "gate, got 'token' on rank 0 and 'group'"),
+    "sub-blocks": ({"gate_block_size": 2}, "gate_block_size, got None on rank 0 and 2"),
     "sinks": ({"sink_blocks": 1}, "sink_blocks, got 0 on rank 0 and 1"),
     "local": ({"local_blocks": 1}, "local_blocks, got 0 on rank 0 and 1"),
     "impl": ({"impl": "portable"}, "impl, got 'auto' on rank 0 and 'portable'"),

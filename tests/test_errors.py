@@ -177,7 +177,7 @@ BAD_SELECTIONS = {
         ("floats", selection_of(0, dtype=torch.float32), TypeError, ("float32", "int32")),
         ("bools", selection_of(False, dtype=torch.bool), TypeError, ("bool", "int32")),
         ("rank", selection_of(0, 2, 4, 10), ValueError, (r"\(2, 4, 10\)", "topk")),
-        ("of KV heads", selection_of(0, 2, 2, 10, 2), ValueError, (r"\(2, 2, 10, 2\)", "4")),
+        ("of other heads", selection_of(0, 2, 3, 10, 2), ValueError, (r"\(2, 3, 10, 2\)", "4")),
         ("of keys", selection_of(0, 2, 4, 12, 2), ValueError, (r"\(2, 4, 12, 2\)", "10")),
         ("without columns", selection_of(0, 2, 4, 10, 0), ValueError, (r"\(2, 4, 10, 0\)",)),
         ("device", selection_of(0, device="meta"), ValueError, ("meta", "cpu", "device")),

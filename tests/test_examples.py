@@ -16,7 +16,14 @@ from tests.conftest import assert_bitwise_equal
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"pretrained"})  # a module of others
-HUGGING_FACE = ("corpus", "finetune_transformers", "generate", "loss_by_position", "pretrained")
+HUGGING_FACE = (
+    "corpus",
+    "finetune_transformers",
+    "generate",
+    "loss_by_position",
+    "pretrained",
+    "retrieval",
+)
 NO_DEVICE = {"corpus", "sweep"}
 
 TINY = ["--layers", "2", "--dim", "32", "--heads", "2", "--kv-heads", "1", "--batch", "4"]
@@ -492,6 +499,98 @@ def test_a_smoke_test_tries_each_configuration(example, tmp_path, monkeypatch):
     assert about["options"]["dense"] == "flash"
 
 
+# ---- retrieval.py -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    """A folder with a tiny Llama, whose tokens are bytes."""
+    pytest.importorskip("transformers")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = str(tmp_path_factory.mktemp("letters"))
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=48, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("task", ["single", "multi-key", "multi-value", "tracking", "counting"])
+def test_a_context_holds_what_is_asked(example, task):
+    retrieval = example("retrieval")
+    text = "\n".join(f"line {i} of the text" for i in range(300))
+    contexts = retrieval.Contexts(None, text)
+    for seed, depth in enumerate((0.0, 0.5, 1.0)):
+        ids, n = contexts.draw(task, 2000, depth, retrieval.random.Random(seed))
+        assert 1900 < len(ids) <= 2000
+        before, answer = (bytes(x.tolist()).decode() for x in (ids[:-n], ids[-n:]))
+        found = [before.find(f" {x}") for x in re.findall(r"\w+", answer)]
+        if task == "counting":
+            words = re.findall(r"\w+", before.split(":")[1].split("\n")[0])
+            assert words.count(answer.strip()) == max(map(words.count, words)) == len(words) // 10
+            assert len({*words} - {answer.strip()}) > 20
+            continue
+        assert min(found) >= 0
+        if task == "tracking":
+            chain = re.findall(r"VAR (\w+) = (\w+)", before)
+            value = re.search(r"the value (\d+),", before)[1]
+            assert [y for _, y in chain] == [value, *(x for x, _ in chain[:-1])]
+            assert answer == f" {', '.join(x for x, _ in chain)}"
+        elif task == "multi-value":
+            word = re.search(r"numbers of (\w+), in", before)[1]
+            told = re.findall(rf"number of {word} is (\d+)\.", before)
+            assert answer == f" {', '.join(told)}"
+        else:
+            assert found[0] == pytest.approx(depth * len(before), abs=150)
+            word = re.search(r"number of (\w+) is$", before)[1]
+            told = dict(re.findall(r"number of (\w+) is (\d+)\.", before))
+            assert answer == f" {told[word]}"
+            assert len(told) == (8 if task == "multi-key" else 1)
+
+
+def test_answers_are_right_if_every_token_is(example, letters):
+    retrieval, pretrained = example("retrieval"), example("pretrained")
+    model = pretrained.load(letters).eval()
+    ids = torch.arange(40)
+    for _ in range(3):  # continued greedily
+        ids = torch.cat([ids, model(input_ids=ids[None]).logits[0, -1:].argmax(-1)])
+    assert retrieval.is_right(model, ids, 3)
+    for i in (-3, -2, -1):
+        wrong = ids.clone()
+        wrong[i] = (wrong[i] + 1) % 256
+        assert not retrieval.is_right(model, wrong, 3)
+
+
+def test_attentions_answer_the_same_questions(example, letters, tmp_path, capsys):
+    main, file = example("retrieval").main, tmp_path / "retrieval.json"
+    options = ["--tasks", "single", "counting", "--lengths", "512", "600", "--samples", "5"]
+    report = main(["--model", letters, *options, "--attention", "full", "8x3", "8x3+sink",
+                   "8x75", "--device", "cpu", "--json", str(file)])  # fmt: skip
+    assert json.loads(file.read_text())["right"] == report["right"]
+    right = report["right"]
+    assert right["8x75"] == right["full"]  # all blocks are selected
+    assert right.keys() == {"full", "8x3", "8x3+sink", "8x75"}
+    assert all(
+        len(right["full"][x][y]) == 5 for x in ("single", "counting") for y in ("512", "600")
+    )
+    assert "By depth, of all lengths" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--text", "nowhere"], "there is no nowhere"),
+        (["--model", "nowhere"], "there is no such folder; nothing is downloaded"),
+        (["--model", str(EXAMPLES)], "transformers cannot load it"),
+        (["--attention", "64"], "--attention 64: say full, 64x16 or 64x16+sink"),
+        (["--lengths", "100"], "--lengths 100: the longest question needs 512 tokens"),
+    ],
+)
+def test_retrieval_says_what_is_wrong(example, arguments, text, capsys):
+    arguments = ["--model", str(EXAMPLES), *arguments]
+    assert text in fails(example("retrieval").main, arguments, capsys)
+
+
 # ---- tune.py ------------------------------------------------------------------------------------
 
 
@@ -587,7 +686,7 @@ SHORT = ["--length", "64", "--windows", "4", "--batch", "4", "--device", "cpu"]
 def test_conversion_loses_what_fine_tuning_brings_back(example, text, tmp_path):
     main = example("finetune_transformers").main
     steps = ["--pretrain-steps", "30", "--steps", "20"]
-    found = main(["--text", text, "--block-size", "16", "--topk", "1", *steps, *SHORT,
+    found = main(["--text", text, "--block-size", "16", "--topk", "2", *steps, *SHORT,
                   "--save", str(tmp_path)])  # fmt: skip
     assert found["converted"] != found["dense"]
     assert found["finetuned"] < found["converted"]
@@ -602,6 +701,7 @@ def test_conversion_loses_what_fine_tuning_brings_back(example, text, tmp_path):
     ("arguments", "text"),
     [
         (["--text", "nowhere"], "there is no nowhere"),
+        (["--topk", "1"], "--topk must be at least 2"),
         (["--model", "nowhere"], "there is no such folder; nothing is downloaded"),
         (["--save", __file__], f"--save {__file__}: no such folder can be made (File exists)"),
         (["--full-layers", "3"], "--full-layers 3 must lie from 0 to the model's 2 layers"),
@@ -636,12 +736,26 @@ def test_settings_are_measured_beside_full_attention(example, text, tmp_path, ca
         assert sum(found["by_window"]) / 2 == pytest.approx(found["loss"], rel=1e-5)
 
 
+def test_only_the_named_settings_are_measured(example, text):
+    options = ["--text", text, "--length", "128", "--windows", "1", "--pretrain-steps", "1"]
+    main = example("loss_by_position").main
+    report = main([*options, "--only", "sub-blocks", "16 x 2,", "--device", "cpu"])
+    names = [x["name"] for x in report["settings"]]
+    assert names[0] == "full attention"
+    assert len(names) > 1
+    assert all("sub-blocks" in name or "16 x 2," in name for name in names[1:])
+
+
 def test_every_setting_of_the_grid_serves(example):
     grid = example("loss_by_position")
     model = grid.tiny_llama().eval()
     tokens = torch.randint(256, (1, 128), generator=torch.Generator().manual_seed(0))
     settings = grid.settings_of(128, 2)
-    assert {"gate", "first_full", "sink_blocks", "local_blocks"} <= {y for x in settings for y in x}
+    grid.apply(model, {"block_size": 8, "topk": 2})
+    assert model.config.flexmoba["sink_blocks"] == 0  # unlike the default of `convert`
+    assert {"gate", "gate_block_size", "first_full", "sink_blocks", "local_blocks"} <= {
+        y for x in settings for y in x
+    }
     with torch.no_grad():
         for setting in settings[1:]:
             grid.apply(model, setting)

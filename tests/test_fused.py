@@ -35,6 +35,87 @@ def test_kernels_in_the_interpreter():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+COMPILE = """
+import inspect, pathlib, subprocess, sys, tempfile, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from flexmoba.backends.fused.hopper_kernels import hopper_attend_kernel as hopper
+from flexmoba.gate.kernel import _select_kernel as gate
+
+CONSTANTS = {
+    hopper: dict(GROUP=4, COUNT=2, ROWS=128, KEYS=128, Q_STRIDE=1024, UNIT=16, STAGES=2,
+                 REGISTERS=216, COPY_REGISTERS=56),
+    gate: dict(DIM=128, COUNT=7, HAS_FIRST=False, HAS_END=False, SINKS=0, LOCALS=0, STRIDE=1,
+               IS_CAUSAL=True, BY_PARTS=False, USE_LISTS=True, LISTS=4, TILE_Q=64, TILE_N=32,
+               TILE_D=128, SLOTS=8),
+}
+POINTERS = {"partial_lse_ptr": "*fp32", "pair_ptr": "*i32", "first_row_ptr": "*i32",
+            "first_item_ptr": "*i32", "block_of_item_ptr": "*i32", "selected_ptr": "*i32"}
+
+def type_of(parameter, constants):
+    name, annotation = parameter.name, parameter.annotation
+    if name in constants:
+        return "constexpr"
+    if name.endswith("_desc"):
+        layout = gl.NVMMASharedLayout(128, 16, 2)
+        return f"tensordesc<bf16[128, {constants['DIM']}],{layout!r}>"
+    if name.endswith("_ptr"):
+        return POINTERS.get(name, "*bf16")
+    return {"int32": "i32", "int64": "i64"}.get(str(annotation), str(annotation))
+
+def resources(kernel, **more):
+    constants = CONSTANTS[kernel] | more
+    signature = {p.name: type_of(p, constants)
+                 for p in inspect.signature(kernel.fn).parameters.values()}
+    index = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    aligned = {index[x]: [["tt.divisibility", 16]] for x in index if signature[x][0] == "*"}
+    source = GluonASTSource if kernel is hopper else ASTSource
+    options = {"num_warps": 4} | ({"maxnreg": 168} if kernel is hopper else {})
+    source = source(kernel, signature, {index[x]: y for x, y in constants.items()}, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = pathlib.Path(folder) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        command = [tools / "ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", ptx.with_suffix(".bin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+block_size, dim = (int(x) for x in sys.argv[1:])
+if block_size:
+    print(resources(hopper, BLOCK_SIZE=block_size, DIM=dim, ORDERED=block_size > 1000))
+else:
+    print(resources(gate))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize(
+    ("block_size", "dim"),
+    [
+        pytest.param(0, 0, id="gate"),
+        (512, 64),
+        pytest.param(512, 128, marks=pytest.mark.slow),
+        pytest.param(4096, 128, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_for_hopper_fit_in_registers(block_size, dim, tmp_path):
+    """Compiles for an H100 without one. Spills and serialised products would be slow, silently."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    (tmp_path / "compile.py").write_text(COMPILE)
+    result = subprocess.run(
+        [sys.executable, tmp_path / "compile.py", str(block_size), str(dim)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in result.stdout
+    assert "C75" not in result.stdout  # ptxas warns that it serialises asynchronous products
+
+
 @st.composite
 def all_sizes(draw):
     group, kv_heads = draw(st.integers(1, 4)), draw(st.integers(1, 4))

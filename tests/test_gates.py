@@ -1,4 +1,4 @@
-"""Gates other than the gate of the paper: group, tile, sink blocks and local blocks."""
+"""Gates other than the gate of the paper: group, tile, sub-blocks, sink and local blocks."""
 
 import itertools
 from dataclasses import replace
@@ -19,12 +19,19 @@ pytestmark = pytest.mark.usefixtures("small_pieces")
 few = settings(max_examples=15)
 
 
+def sub_blocks(block_size):
+    """Draws a ``gate_block_size``, often one of few sub-blocks, or None."""
+    divisors = [size for size in range(1, block_size + 1) if block_size % size == 0]
+    return st.none() | st.sampled_from(divisors)
+
+
 @st.composite
 def gated(draw, **narrower):
     """Draws a problem whose topk includes all blocks that are always selected, and gate options."""
     problem = draw(problems(**narrower))
     options = {
         "gate": draw(st.sampled_from(["token", "group"])),
+        "gate_block_size": draw(sub_blocks(problem.block_size)),
         "sink_blocks": draw(st.integers(0, 3)),
         "local_blocks": draw(st.integers(0, 3)) if problem.is_causal else 0,
     }
@@ -47,16 +54,23 @@ def tiled(draw, *, is_causal=None):
         is_causal=is_causal,
         seed=draw(st.integers(0, 2**32 - 1)),
     )
-    return problem, {"gate": "tile", "sink_blocks": draw(st.integers(0, 1))}
+    options = {"gate": "tile", "sink_blocks": draw(st.integers(0, 1))}
+    return problem, options | {"gate_block_size": draw(sub_blocks(problem.block_size))}
 
 
 any_gate = gated() | tiled()
 
 
+def tied(problem, options, device="cpu"):
+    """Returns `Problem.tied_tensors` with ties among the mean keys of sub-blocks."""
+    size = options.get("gate_block_size") or problem.block_size
+    return replace(problem, block_size=size).tied_tensors(device)
+
+
 @given(any_gate)
 def test_selects_what_the_oracle_selects(drawn):
     problem, options = drawn
-    q, k, _ = problem.tied_tensors()
+    q, k, _ = tied(problem, options)
     args = (problem.block_size, problem.topk)
     selection = moba_select(q, k, *args, is_causal=problem.is_causal, **options)
     assert selection.shape == (*q.shape[:3], problem.topk)
@@ -126,6 +140,7 @@ def test_chunks_and_steps_with_a_cache_equal_one_call(drawn, data):
         problem.head_dim,
         value_dim=problem.value_dim,
         block_size=problem.block_size,
+        gate_block_size=options["gate_block_size"],
         dtype=problem.dtype,
     )
     expected = flex_moba(*tensors, *args, **options)
@@ -136,6 +151,71 @@ def test_chunks_and_steps_with_a_cache_equal_one_call(drawn, data):
         out = flex_moba(*chunk, *args, cache=cache, **options)
         torch.testing.assert_close(out, expected[:, :, at : at + size])
         at += size
+
+
+@few
+@given(any_gate)
+def test_sub_blocks_of_the_block_size_change_nothing(drawn):
+    problem, options = drawn
+    options["is_causal"] = problem.is_causal
+    q, k, v = problem.tensors()
+    args = (problem.block_size, problem.topk)
+    one, none = ({**options, "gate_block_size": x} for x in (problem.block_size, None))
+    assert_bitwise_equal(moba_select(q, k, *args, **one), moba_select(q, k, *args, **none))
+    assert_bitwise_equal(flex_moba(q, k, v, *args, **one), flex_moba(q, k, v, *args, **none))
+
+
+@given(
+    gated(is_causal=st.just(False), dtype=st.just(torch.float64)),
+    st.integers(1, 4),
+    st.sampled_from(["cu_seqlens", "key_padding_mask", None]),
+)
+def test_empty_sub_blocks_do_not_score(drawn, count, where):
+    """Every score is negative, so the scores of empty sub-blocks, if 0, would win."""
+    problem, options = drawn
+    problem = replace(problem, batch=1, q_len=problem.kv_len)
+    q, k, v = problem.tensors()
+    q, k = q.abs(), -k.abs()
+    options["is_causal"], generator = False, problem.generator()
+    if where == "cu_seqlens":
+        inner = torch.randint(problem.kv_len + 1, (count - 1,), generator=generator)
+        options[where] = torch.tensor([0, *inner.sort().values.tolist(), problem.kv_len])
+    elif where == "key_padding_mask":
+        options[where] = torch.rand(1, problem.kv_len, generator=generator) < 0.9
+    out = flex_moba(q, k, v, problem.block_size, problem.topk, **options)
+    expected = moba_reference(q, k, v, problem.block_size, problem.topk, **options)
+    torch.testing.assert_close(out, expected)
+
+
+def test_documents_shorter_than_a_block_have_no_sub_blocks():
+    """A layout may then shorten the blocks to a size that sub-blocks do not divide."""
+    problem = Problem(q_len=21, kv_len=21, is_causal=False)
+    options = {"gate_block_size": 16, "cu_seqlens": torch.tensor([0, 10, 21])}
+    for is_causal in (True, False):
+        out = flex_moba(*problem.tensors(), 64, 2, is_causal=is_causal, **options)
+        expected = moba_reference(*problem.tensors(), 64, 2, is_causal=is_causal, **options)
+        torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nan_in_a_sub_block_is_the_highest_score(dtype):
+    keys = torch.tensor([1, 2, torch.inf, 0, 3, torch.nan, -torch.inf, -torch.inf, 5], dtype=dtype)
+    selection = moba_select(
+        torch.ones(1, 1, 1, 1, dtype=dtype), keys[None, None, :, None], 2, 6, gate_block_size=1
+    )
+    assert selection.flatten().tolist() == [4, 2, 1, 0, 3, -1]
+
+
+def test_a_cache_has_the_sub_blocks_of_its_calls():
+    tensors = Problem(q_len=20, kv_len=20).tensors()
+    cache = MobaCache(1, 1, 8, block_size=8, gate_block_size=2, dtype=torch.float64)
+    assert cache.gate_block_size == 2
+    message = "gate_block_size must be the gate_block_size of the cache, 2, got 8; pass the same"
+    assert_raises(ValueError, (message,), lambda: flex_moba(*tensors, 8, 2, cache=cache))
+    assert cache.lengths.tolist() == [0]
+    flex_moba(*tensors, 8, 2, gate_block_size=2, cache=cache)
+    means = tensors[1].unflatten(2, (10, 2)).mean(3)
+    torch.testing.assert_close(cache.means[:, :, :10], means)
 
 
 def test_crop_and_reorder_keep_the_tiles():
@@ -168,6 +248,10 @@ def test_a_tile_does_not_see_its_future():
         ({"local_blocks": 1.0}, TypeError, ("local_blocks", "1.0")),
         ({"sink_blocks": 1, "local_blocks": 2}, ValueError, ("topk=3", "sink_blocks=1", "4")),
         ({"local_blocks": 1, "is_causal": False}, ValueError, ("local_blocks", "is_causal")),
+        ({"gate_block_size": 24}, ValueError, ("gate_block_size=24", "block_size=64", "divisor")),
+        ({"gate_block_size": 128}, ValueError, ("gate_block_size=128", "block_size=64")),
+        ({"gate_block_size": 0}, ValueError, ("gate_block_size", "at least 1", "0")),
+        ({"gate_block_size": 8.0}, TypeError, ("gate_block_size", "8.0")),
         ({"gate": "tile"}, NotImplementedError, ('gate="tile"', "block_size=64", "128")),
         (
             {"gate": "tile", "block_size": 128, "q_len": 100},

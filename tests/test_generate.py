@@ -52,6 +52,19 @@ def test_greedy_decoding_is_what_whole_passes_compute(family):
 
 
 @pytest.mark.parametrize("cache", CACHES)
+def test_sub_blocks_decode_as_they_do_in_whole_passes(cache):
+    model, ids = convert(model_of("llama"), BLOCK, TOPK, gate_block_size=2), tokens(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    new, logits = generate(model, ids, attention_mask=mask, past_key_values=CACHES[cache]())
+    for row in range(2):
+        here, real = slice(row, row + 1), mask[row].bool()
+        assert_whole_passes_choose(model, ids[here, real], new[here], logits[:, here])
+    whole = model(ids).logits
+    assert not torch.allclose(convert(model, BLOCK, TOPK)(ids).logits, whole)
+
+
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
 def test_layers_that_share_keys_add_them_once(family, cache):
     model, ids = convert(model_of(family), BLOCK, TOPK), tokens(2, LENGTH)
@@ -182,7 +195,7 @@ def test_crop_reset_and_rows(max_cache_len):
 
 
 def test_a_step_reads_selected_blocks_only():
-    model, ids = convert(model_of("llama"), BLOCK, 1), tokens(1, LENGTH)
+    model, ids = convert(model_of("llama"), BLOCK, 1, sink_blocks=0), tokens(1, LENGTH)
     cache = FlexMobaCache()
     step(model, cache, ids)
     for layer in cache.layers:  # NaN in all blocks but the own block
@@ -254,7 +267,11 @@ def test_what_a_cache_cannot_do_raises():
     cache.reset()
 
     step(model, cache, ids)
-    model.model.layers[0].self_attn.flexmoba.block_size = 16
+    moba = model.model.layers[0].self_attn.flexmoba
+    moba.options["gate_block_size"] = 4
+    with pytest.raises(ValueError, match="sub-blocks of 8 keys, but the layer has gate_block_size"):
+        step(model, cache, ids[:, :1])
+    moba.block_size = 16
     with pytest.raises(ValueError, match="blocks of 8 keys, but the layer has block_size=16"):
         step(model, cache, ids[:, :1])
     for bad, error, text in [

@@ -21,7 +21,7 @@ from flexmoba import (
 )
 from flexmoba.backends.flex import compiled as compiled_flex
 from flexmoba.backends.flex import routed
-from flexmoba.backends.fused import operator, schedule
+from flexmoba.backends.fused import forward, hopper, operator, schedule
 from flexmoba.gate import (
     GateOptions,
     GateSizes,
@@ -34,6 +34,7 @@ from flexmoba.gate.scores import top_blocks_in_pieces
 from flexmoba.sequence import lay_out
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal, with_lse
 from tests.problems import DTYPES, Problem
+from tests.test_gates import tied
 
 pytestmark = pytest.mark.gpu
 
@@ -198,6 +199,75 @@ def test_auto_prefers_fused_where_it_supports_the_inputs():
             flex_moba(*bad, 128, 3, impl="fused")
     with pytest.raises(NotImplementedError, match="kernel_options"):
         flex_moba(q, k, v, 128, 3, impl="fused", kernel_options={"num_warps": 4})
+
+
+HOPPER = {
+    "256": variant(block_size=256, q_len=2500, kv_len=2500),
+    "384, rest of a prompt": variant(block_size=384, q_len=1700, kv_len=3000, group=1),
+    "512, 64": variant(block_size=512, topk=4, head_dim=64, value_dim=64, q_len=4096, kv_len=4096),
+    "512, float16": variant(block_size=512, dtype=torch.float16, q_len=2500, kv_len=2500, group=8),
+    "4096": variant(block_size=4096, topk=2, batch=1, q_len=9000, kv_len=9000),
+    "not causal": variant(is_causal=False, block_size=256, q_len=700, kv_len=2048),
+}
+
+
+@pytest.fixture
+def launches_on_hopper(monkeypatch):
+    """Enables the warp-specialised kernel and lists its launches."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    launches, attend = [], hopper.attend_on_hopper
+    monkeypatch.setattr(hopper, "enabled", True)
+    monkeypatch.setattr(
+        forward.hopper, "attend_on_hopper", lambda *x: launches.append(1) or attend(*x)
+    )
+    return launches
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_warp_specialised(name, launches_on_hopper):
+    check(HOPPER[name], "fused", gradients=False)
+    assert launches_on_hopper
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "one projection", "expanded"])
+def test_warp_specialised_with_any_strides(layout, launches_on_hopper, monkeypatch):
+    problem = variant(block_size=256, q_len=2000, kv_len=2000)
+    q, k, v = problem.tensors("cuda")
+    if layout == "tokens first":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    elif layout == "one projection":
+        sizes = [q.shape[1], k.shape[1], v.shape[1]]
+        q, k, v = (
+            torch.cat([q, k, v], 1).transpose(1, 2).contiguous().transpose(1, 2).split(sizes, 1)
+        )
+    else:
+        k, v = k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)
+    out = flex_moba(q, k, v, 256, 4, impl="fused")
+    assert launches_on_hopper
+    plain = [x.contiguous() for x in (q, k, v)]
+    for _ in range(3):
+        assert_bitwise_equal(out, flex_moba(*plain, 256, 4, impl="fused"))
+    monkeypatch.setattr(hopper, "enabled", False)
+    torch.testing.assert_close(out, flex_moba(q, k, v, 256, 4, impl="fused"), rtol=0.02, atol=0.02)
+
+
+def test_warp_specialised_in_pieces_and_given_any_selection(launches_on_hopper, monkeypatch):
+    problem = variant(block_size=256, kv_heads=3, q_len=1800, kv_len=2200, topk=5)
+    q, k, v = problem.tensors("cuda")
+    selection = problem.selection("cuda")
+    attend = with_lse(selected_attention, selection, 256, impl="fused")
+    assert_as_exact_as_dense(attend, q, k, v, problem.mask_of(selection))
+    one_piece = attend(q, k, v)
+    before = len(launches_on_hopper)
+    monkeypatch.setattr(schedule, "_SORTING_SHARE", 0.01)
+    monkeypatch.setattr(schedule, "_TOTAL_SHARE", 0.5)
+    monkeypatch.setattr(
+        "flexmoba.backends.fused.forward.sort_groups", schedule.sort_groups.__wrapped__
+    )
+    for x, y in zip(attend(q, k, v), one_piece, strict=True):
+        assert_bitwise_equal(x, y)
+    assert len(launches_on_hopper) > before + 1
 
 
 @pytest.mark.parametrize(
@@ -674,6 +744,8 @@ GATES = {
     "always": {"sink_blocks": 1, "local_blocks": 1},
     "group, always": {"gate": "group", "sink_blocks": 2, "local_blocks": 1},
     "tile": {"gate": "tile", "sink_blocks": 1},
+    "sub-blocks": {"gate_block_size": 16},
+    "group, sub-blocks": {"gate": "group", "gate_block_size": 32, "sink_blocks": 1},
 }
 
 
@@ -686,16 +758,23 @@ def test_gates(name, impl):
     selection = moba_select(q, k, 128, 5, **GATES[name])
     attend = with_lse(flex_moba, 128, 5, impl=impl, **GATES[name])
     assert_as_exact_as_dense(attend, q, k, v, problem.mask_of(selection), gradients=True)
-    tied = problem.tied_tensors("cuda")[:2]
-    expected = moba_select(*(x.cpu() for x in tied), 128, 5, **GATES[name])
-    assert_bitwise_equal(moba_select(*tied, 128, 5, **GATES[name]).cpu(), expected)
+    tied_q, tied_k, _ = tied(problem, GATES[name], "cuda")
+    expected = moba_select(tied_q.cpu(), tied_k.cpu(), 128, 5, **GATES[name])
+    assert_bitwise_equal(moba_select(tied_q, tied_k, 128, 5, **GATES[name]).cpu(), expected)
 
 
 @pytest.mark.parametrize("name", GATES)
 def test_gates_with_a_cache(name):
     problem = variant(topk=5, q_len=1500, kv_len=1500)
     q, k, v = problem.tensors("cuda")
-    cache = MobaCache(2, 2, 128, block_size=128, max_len=1500, dtype=q.dtype, device="cuda")
+    cache = MobaCache(
+        *(2, 2, 128),
+        block_size=128,
+        gate_block_size=GATES[name].get("gate_block_size"),
+        max_len=1500,
+        dtype=q.dtype,
+        device="cuda",
+    )
     attend = with_lse(flex_moba, 128, 5, cache=cache, **GATES[name])
 
     def in_chunks(q, k, v):

@@ -52,6 +52,20 @@ def test_flex_moba_as_a_module_refuses_options():
         FlexMoba(16, 3, gat="group")
     with pytest.raises(ValueError, match="topk=2 is too small"):
         FlexMoba(16, 4, eval_topk=2, sink_blocks=2)
+    with pytest.raises(ValueError, match="gate_block_size=5 and block_size=16"):
+        FlexMoba(16, 4, gate_block_size=5)
+
+
+def test_a_layer_and_its_cache_have_the_same_sub_blocks():
+    layer = MobaAttention(8, 2, block_size=8, topk=2, gate_block_size=2, dtype=torch.float64)
+    x = torch.randn(1, 50, 8, dtype=torch.float64)
+    with torch.no_grad():
+        cache = layer.make_cache(1)
+        outs = [layer(part, cache=cache) for part in x.split(17, dim=1)]
+    out = layer(x)
+    torch.testing.assert_close(torch.cat(outs, 1), out)
+    layer.moba.options.clear()
+    assert not torch.allclose(layer(x), out)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Problem:
     def options(self) -> dict:
         return self.blocks | {"window": self.window, "scale": self.scale}
 
-    def tensors(self, *, requires_grad: bool = False) -> tuple[Tensor, ...]:
+    def tensors(self, device: str = "cpu", *, requires_grad: bool = False) -> tuple[Tensor, ...]:
         """Draws the tensors in the order of `NAMES`, in float64, and rounds them."""
         generator = torch.Generator().manual_seed(self.seed)
         queries, keys = (self.batch, self.heads, self.q_len), (self.batch, self.kv_heads)
@@ -89,7 +89,7 @@ class Problem:
             torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
         )
         return tuple(
-            x.to(self.dtype).requires_grad_(requires_grad)
+            x.to(device, self.dtype).requires_grad_(requires_grad)
             for x in (q, k, v, gates.sigmoid(), *others)
         )
 
@@ -184,13 +184,49 @@ def dense_of(problem: Problem, selected: Tensor):
     return attend
 
 
-def assert_exact(problem: Problem, *, gradients: bool = True, **options) -> None:
+def assert_exact(
+    problem: Problem, device: str = "cpu", *, gradients: bool = True, **options
+) -> None:
     """Asserts that `flex_nsa` obeys the tolerance policy, given the same selection."""
-    tensors = problem.tensors()
+    tensors = problem.tensors(device)
     selection = selection_of(problem, tensors[0], tensors[4])
     dense = dense_of(problem, as_bools(selection, problem.n_blocks))
     attend = nsa_of(problem, **options)
     assert_as_exact_as(dense, attend, tensors, gradients=gradients)
+
+
+def assert_rules(p: Problem, device: str = "cpu") -> None:
+    """Asserts the order of a row, and that important blocks come before less important ones."""
+    q, *_, k_cmp, _, _, _ = p.tensors(device)
+    selection = selection_of(p, q, k_cmp).cpu()
+    assert selection.dtype == torch.int32
+    assert selection.shape == (p.batch, p.kv_heads, p.q_len, p.topk)
+    own = (torch.arange(p.kv_len - p.q_len, p.kv_len) // p.block_size).expand(selection.shape[:3])
+    assert torch.equal(selection[..., 0], own.int())
+    for i in range(1, p.local_blocks + 1):
+        local = torch.where(own - i >= p.sink_blocks, own - i, -1)
+        assert torch.equal(selection[..., i], local.int())
+    for i in range(p.sink_blocks):
+        sink = torch.where(own > i, i, -1)
+        assert torch.equal(selection[..., 1 + p.local_blocks + i], sink.int())
+    selected = as_bools(selection, p.n_blocks)
+    assert torch.equal((selection >= 0).sum(-1), selected.sum(-1))  # no block twice
+    assert torch.equal(selected.sum(-1), (own + 1).clamp(max=p.topk))
+    assert not (selected & (torch.arange(p.n_blocks) > own[..., None])).any()
+
+    importance = reference_importance(
+        *(q.cpu(), k_cmp.cpu(), p.kv_len, p.cmp_block, p.cmp_stride, p.block_size), scale=p.scale
+    )
+    free = selection[..., 1 + p.local_blocks + p.sink_blocks :].long()
+    if free.shape[-1]:
+        eps = torch.finfo(torch.promote_types(p.dtype, torch.float32)).eps
+        slack = 100 * eps * p.group * p.cmp_block
+        values = importance.gather(-1, free.clamp(min=0)).where(free >= 0, -torch.inf)
+        assert (values[..., 1:] <= values[..., :-1] + slack).all()
+        left_out = importance.masked_fill(selected, -torch.inf)
+        left_out = left_out.where(torch.arange(p.n_blocks) <= own[..., None], -torch.inf)
+        lowest = values.masked_fill(free < 0, torch.inf).amin(-1)
+        assert (left_out.amax(-1) <= lowest + slack).all()
 
 
 # ---- The oracle ---------------------------------------------------------------------------------
@@ -305,37 +341,7 @@ def test_selection_at_the_edges(problem):
 @settings(max_examples=25)
 def test_rules_of_the_selection(dtype, problem):
     """Tests the order of a row, and that important blocks come before less important ones."""
-    p = replace(problem, dtype=dtype)
-    q, *_, k_cmp, _, _, _ = p.tensors()
-    selection = selection_of(p, q, k_cmp)
-    assert selection.dtype == torch.int32
-    assert selection.shape == (p.batch, p.kv_heads, p.q_len, p.topk)
-    own = (torch.arange(p.kv_len - p.q_len, p.kv_len) // p.block_size).expand(selection.shape[:3])
-    assert torch.equal(selection[..., 0], own.int())
-    for i in range(1, p.local_blocks + 1):
-        local = torch.where(own - i >= p.sink_blocks, own - i, -1)
-        assert torch.equal(selection[..., i], local.int())
-    for i in range(p.sink_blocks):
-        sink = torch.where(own > i, i, -1)
-        assert torch.equal(selection[..., 1 + p.local_blocks + i], sink.int())
-    selected = as_bools(selection, p.n_blocks)
-    assert torch.equal((selection >= 0).sum(-1), selected.sum(-1))  # no block twice
-    assert torch.equal(selected.sum(-1), (own + 1).clamp(max=p.topk))
-    assert not (selected & (torch.arange(p.n_blocks) > own[..., None])).any()
-
-    importance = reference_importance(
-        q, k_cmp, p.kv_len, p.cmp_block, p.cmp_stride, p.block_size, scale=p.scale
-    )
-    free = selection[..., 1 + p.local_blocks + p.sink_blocks :].long()
-    if free.shape[-1]:
-        eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-        slack = 100 * eps * p.group * p.cmp_block
-        values = importance.gather(-1, free.clamp(min=0)).where(free >= 0, -torch.inf)
-        assert (values[..., 1:] <= values[..., :-1] + slack).all()
-        left_out = importance.masked_fill(selected, -torch.inf)
-        left_out = left_out.where(torch.arange(p.n_blocks) <= own[..., None], -torch.inf)
-        lowest = values.masked_fill(free < 0, torch.inf).amin(-1)
-        assert (left_out.amax(-1) <= lowest + slack).all()
+    assert_rules(replace(problem, dtype=dtype))
 
 
 def test_the_later_of_equally_important_blocks_wins():
@@ -590,12 +596,14 @@ def test_compiled_without_a_graph_break():
 
 SIZES = "cmp_block=32, cmp_stride=16, block_size=64, topk=16, sink_blocks=1, local_blocks=1"
 TENSORS = "(q, k, v, gates, *, k_cmp=None, v_cmp=None, k_win=None, v_win=None"
+SEQUENCES = "cu_seqlens=None, document_ids=None, key_padding_mask=None"
 SIGNATURES = {
     flex_nsa: (
-        f"{TENSORS}, {SIZES}, window=512, scale=None, impl='auto', return_aux=None, selection=None)"
+        f"{TENSORS}, {SIZES}, window=512, scale=None, impl='auto', return_aux=None, "
+        f"selection=None, {SEQUENCES})"
     ),
-    nsa_reference: f"{TENSORS}, {SIZES}, window=512, scale=None, selection=None)",
-    nsa_select: f"(q, k_cmp, kv_len, *, {SIZES}, scale=None)",
+    nsa_reference: f"{TENSORS}, {SIZES}, window=512, scale=None, selection=None, {SEQUENCES})",
+    nsa_select: f"(q, k_cmp, kv_len, *, {SIZES}, scale=None, {SEQUENCES})",
 }
 
 
@@ -662,7 +670,6 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             ValueError,
             "block indices from 0 to 1, or -1 for none, got 2; number",
         ),
-        ({"cu_seqlens": torch.tensor([0, 100])}, TypeError, "unexpected.* 'cu_seqlens'"),
         ({"cache": None}, TypeError, "unexpected.* 'cache'"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",

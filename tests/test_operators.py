@@ -1,5 +1,6 @@
 """The operators with tools of torch: fake tensors, FLOP counts, transforms and `opcheck`."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flexmoba import MobaCache, flex_moba, moba_reference, moba_select, selected_attention
 from flexmoba.backends.flex.block_masks import materialize
+from flexmoba.backends.grouped import grouped_attention
 from flexmoba.flops import pairs
-from flexmoba.nsa import flex_nsa
+from flexmoba.nsa import flex_nsa, nsa_select
+from flexmoba.nsa.reference import reference_seen
 from tests.problems import Problem
 
 PROBLEM = Problem(kv_heads=2, group=2, q_len=150, kv_len=150, block_size=16, topk=3)
@@ -142,8 +145,20 @@ def test_fake_tensors_on_cuda(topk, dtype):
 # ---- opcheck ------------------------------------------------------------------------------------
 
 # Operators that run only on CUDA; `test_operators_of_cuda` checks them.
-CUDA_ALONE = {"attend_fused", "attend_fused_backward", "move_rows"}
-DIFFERENTIABLE = {"attend_fused", "attend_portable", "move_rows"}
+CUDA_ALONE = {
+    "attend_fused",
+    "attend_fused_backward",
+    "attend_grouped",
+    "attend_grouped_backward",
+    "move_rows",
+}
+DIFFERENTIABLE = {
+    "attend_dense",
+    "attend_fused",
+    "attend_grouped",
+    "attend_portable",
+    "move_rows",
+}
 
 
 class Recorder(TorchDispatchMode):
@@ -187,6 +202,7 @@ def test_operators():
         flex_moba(*(x.detach() for x in inputs), 16, 3, cache=cache)
         cache.next_positions(1)
         nsa(*inputs)
+        flex_moba(*inputs, 16, None).sum().backward()
     assert recorder.calls.keys() == operators() - CUDA_ALONE
     check_operators(recorder)
 
@@ -199,7 +215,11 @@ def test_operators_of_cuda():
     real = torch.arange(150, device="cuda")[None] >= 9
     with Recorder() as recorder:
         flex_moba(*inputs, 32, 2, key_padding_mask=real).float().sum().backward()
-    assert recorder.calls.keys() >= CUDA_ALONE
+        flex_moba(*inputs, 32, None).float().sum().backward()
+        q, k, v = replace(problem, group=8).tensors("cuda", requires_grad=True)
+        selection = torch.zeros(1, 2, 150, 1, dtype=torch.int32, device="cuda")
+        selected_attention(q, k, v, selection, 32).float().sum().backward()
+    assert recorder.calls.keys() >= CUDA_ALONE | {"attend_dense", "attend_dense_backward"}
     check_operators(recorder)
 
 
@@ -236,8 +256,45 @@ def test_flops_of_a_step_of_training(device):
     both = flops_of(lambda: flex_moba(*inputs, 16, 3).sum().backward())
     n_pairs = 2 * 4 * pairs(150, 150, 16, 2, is_causal=True)
     assert gate == 2 * 2 * 4 * 16 * (150 * 10 // 2)
+    finer = flops_of(lambda: moba_select(*inputs[:2], 16, 3, gate_block_size=4))
+    assert finer == 4 * gate
     assert forward - gate == 2 * n_pairs * (16 + 32)
     assert both - forward == 2 * n_pairs * (3 * 16 + 2 * 32)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_flops_of_full_attention(is_causal):
+    inputs = PROBLEM.tensors(requires_grad=True)
+    n_pairs = 4 * (150 * 151 // 2 if is_causal else 150 * 150)
+
+    def attend() -> Tensor:
+        return flex_moba(*inputs, 16, None, is_causal=is_causal)
+
+    forward = flops_of(attend)
+    assert forward == 2 * n_pairs * (8 + 8)
+    assert flops_of(lambda: attend().sum().backward()) - forward == 2 * n_pairs * 5 * 8
+
+
+@pytest.mark.parametrize("q_len", [150, 37, 1])
+def test_flops_of_the_selection_of_nsa(q_len):
+    q, k_cmp = torch.zeros(2, 6, q_len, 16), torch.zeros(2, 2, 8, 16)
+    counted = flops_of(lambda: nsa_select(q, k_cmp, 150))
+    seen = int(reference_seen(q_len, 150, 32, 16).sum())
+    assert counted == 2 * 2 * 6 * 16 * seen
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_flops_of_a_shared_selection(is_causal):
+    q = torch.empty(2, 32, 150, 16, device="meta", requires_grad=True)
+    k, v = (torch.empty(2, 2, 150, dim, device="meta", requires_grad=True) for dim in (16, 32))
+    selected = torch.empty(2, 2, 150, 3, dtype=torch.int32, device="meta")
+
+    def attend():
+        return grouped_attention(q, k, v, selected, 16, 0.3, is_causal)[0]
+
+    count = 2 * 32 * pairs(150, 150, 16, 2 if is_causal else 3, is_causal=is_causal)
+    assert flops_of(attend) == 2 * count * (16 + 32)
+    assert flops_of(lambda: attend().sum().backward()) == 2 * count * (4 * 16 + 3 * 32)
 
 
 def test_flops_of_decoding_are_those_of_the_room():

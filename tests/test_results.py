@@ -1,6 +1,7 @@
 """Tests that the tables and numbers of docs/results.md are those of the JSON files."""
 
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -139,10 +140,23 @@ def test_the_numbers_of_the_text_are_those_of_the_results(settings):
     assert f"{max(errors):.3f} nats" in text
 
 
+def test_convert_quotes_the_results(settings):
+    pytest.importorskip("transformers")
+    from flexmoba.integrations.transformers import convert
+
+    prose, source = increases(settings, block_size=64, topk=16, sink_blocks=1)
+    text = re.sub(r"\s+", " ", convert.__doc__)
+    plain = [x for x in map(json.loads, settings) if x and "sink_blocks" not in x]
+    without = [more for x in plain for more in increases(settings, **x)]
+    assert f"{min(without):.0f} to {max(without):.0f} %" in text
+    assert f"{prose:.1f} and {source:.1f} %" in text
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/transformers.md",
                                   "docs/choosing.md"])  # fmt: skip
 def test_pages_quote_the_results(settings, name):
-    prose, source = increases(settings, block_size=64, topk=16, **SHARED)
+    shared = SHARED if name == "docs/choosing.md" else {"sink_blocks": 1}
+    prose, source = increases(settings, block_size=64, topk=16, **shared)
     plain = increases(settings, block_size=64, topk=16)
     text = (ROOT / name).read_text()
     assert f"{prose:.1f} and {source:.1f} %" in text
@@ -213,6 +227,11 @@ def test_the_numbers_of_the_text_on_training_are_those_of_the_results(trained):
     speeds = [trained[x]["tokens_per_second"] for x in ("full", "128 x 8", "64 x 16")]
     assert f"trains {speeds[1] / speeds[0]:.2f} times" in text
     assert f"only {speeds[2] / speeds[0]:.2f} times" in text
+    closed = []
+    for run in list(trained.values())[1:]:
+        gaps = [run["final"][x]["loss"] - full["loss"] for x in ("moba", "full")]
+        closed.append(100 * (1 - gaps[1] / gaps[0]))
+    assert f"closes {min(closed):.0f} to {max(closed):.0f} % of the gap" in text
     copied = [x["final"]["full"]["copied"] for x in trained.values()]
     for depth in ("90%", "25%"):
         first, *others = (x[depth] for x in copied)

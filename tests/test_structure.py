@@ -20,7 +20,7 @@ FILES = {
 TREES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
 
 # Modules that a room keeps out of its `__init__.py`, since they import Triton.
-KERNELS = {"flexmoba.gate.kernel", "flexmoba.runtime.triton_launch"}
+KERNELS = {"flexmoba.cache.kernels", "flexmoba.gate.kernel", "flexmoba.runtime.triton_launch"}
 
 
 def imports_of(module: str) -> set[str]:
@@ -135,11 +135,15 @@ MANY_PARAMETERS = {
     "flexmoba.integrations.transformers.masks.padding_mask": "called by transformers",
     "flexmoba.local.attend_on_one_device": "the arguments of flex_moba",
     "flexmoba.nn.attention.MobaAttention.__init__": "public",
+    "flexmoba.nn.nsa_attention.NsaAttention.__init__": "public",
     "flexmoba.nsa.attention.flex_nsa": "public",
     "flexmoba.nsa.reference.nsa_reference": "public",
     "flexmoba.nsa.select.nsa_select": "public",
     "flexmoba.reference.moba_reference": "public",
     "flexmoba.reference.reference_attention": "the oracle shares no types with the rest",
+    "flexmoba.reference.reference_selection": "the oracle shares no types with the rest",
+    "flexmoba.tune.measure.reports": "those of tune",
+    "flexmoba.tune.measure.tune": "public",
     "flexmoba.tune.calls._Recorder.flex": "the signature of flex_attention",
     "flexmoba.tune.calls._Recorder.sdpa": "the signature of scaled_dot_product_attention",
 }
@@ -165,7 +169,14 @@ def parameters(function: ast.FunctionDef) -> int:
 
 
 def is_kernel_or_operator(function: ast.FunctionDef) -> bool:
-    marks = ("kernel", "triton.jit", "custom_op", "register_fake", "register_flop_formula")
+    marks = (
+        "kernel",
+        "triton.jit",
+        "gluon.jit",
+        "custom_op",
+        "register_fake",
+        "register_flop_formula",
+    )
     return any(mark in ast.unparse(x) for x in function.decorator_list for mark in marks)
 
 

@@ -64,7 +64,7 @@ def test_sparse_is_the_oracle_and_all_blocks_are_dense_attention(family):
     dense = logits_and_gradients(model, ids)
     register_oracle()
     model.set_attn_implementation("oracle")
-    oracle = logits_and_gradients(model, ids, block_size=BLOCK, topk=TOPK)
+    oracle = logits_and_gradients(model, ids, block_size=BLOCK, topk=TOPK, sink_blocks=1)
     assert (oracle[0] - dense[0]).abs().max() > 0.1  # so that the next comparison can fail
 
     names = [name for name, _ in model.named_parameters()]
@@ -118,7 +118,7 @@ def test_every_layer_and_mode_has_its_own_topk():
 )
 @settings(max_examples=5)
 def test_padding_does_not_matter(lengths, block_size, topk, seed):
-    model = convert(model_of("qwen3"), block_size, topk)
+    model = convert(model_of("qwen3"), block_size, topk, sink_blocks=min(1, topk - 1))
     check_padding(model, lengths, seed, positions_from="the row")
 
 
@@ -284,7 +284,7 @@ def test_packed_documents_are_alone_in_any_family(family):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # transformers 5.22
 @pytest.mark.parametrize("family", HIDING)
 def test_packed_documents_are_alone_where_attention_is_not_told_positions(family):
-    model = convert(convert(model_of(family), 5, 1), BLOCK, TOPK)
+    model = convert(convert(model_of(family), 5, 2), BLOCK, TOPK)
     assert max(len(part._forward_pre_hooks) for part in model.modules()) == 1
     for way, use_cache in [("position_ids", True), ("two rows", False), ("padding", False)]:
         check_packing(model, [19, 25], way, use_cache)
@@ -384,7 +384,8 @@ def test_compiled_without_a_graph_break():
 def test_settings_are_saved(tmp_path):
     model = model_of("llama")
     model.save_pretrained(tmp_path / "dense")
-    convert(model, BLOCK, [TOPK, None], eval_topk=2, gate="group", sink_blocks=1)
+    options = {"gate": "group", "gate_block_size": BLOCK // 2, "sink_blocks": 1}
+    convert(model, BLOCK, [TOPK, None], eval_topk=2, **options)
     model.save_pretrained(tmp_path / "sparse")
     keys = {}
     for name in ("dense", "sparse"):
@@ -397,7 +398,7 @@ def test_settings_are_saved(tmp_path):
         tmp_path / "sparse", dtype=torch.float64, attn_implementation="flexmoba"
     )
     assert loaded.config.flexmoba == {
-        "block_size": BLOCK, "topk": [TOPK, None], "eval_topk": 2, "gate": "group", "sink_blocks": 1
+        "block_size": BLOCK, "topk": [TOPK, None], "eval_topk": 2, **options
     }  # fmt: skip
     ids = tokens(2, LENGTH)
     assert not any(isinstance(module, FlexMoba) for module in loaded.modules())
@@ -409,6 +410,32 @@ def test_settings_are_saved(tmp_path):
     attach(loaded)
     assert [m.topk for m in loaded.modules() if isinstance(m, FlexMoba)] == [TOPK, None]
     torch.testing.assert_close(loaded(ids).logits, expected)
+
+
+def test_one_sink_block_unless_the_caller_or_the_config_says_otherwise():
+    model, ids = model_of("llama"), tokens(1, LENGTH)
+    sink = convert(model, BLOCK, TOPK)(ids).logits
+    assert model.config.flexmoba["sink_blocks"] == 1
+    plain = convert(model, BLOCK, TOPK, sink_blocks=0)(ids).logits
+    assert model.config.flexmoba["sink_blocks"] == 0
+    assert not torch.allclose(plain, sink)
+    # A config that names no sink blocks, as `convert` of 0.1 wrote it, has none.
+    del model.config.flexmoba["sink_blocks"]
+    for module in model.modules():
+        module._modules.pop("flexmoba", None)
+    assert_bitwise_equal(model(ids).logits, plain)
+    assert_bitwise_equal(attach(model)(ids).logits, plain)
+
+
+@pytest.mark.parametrize("name", ["topk", "eval_topk"])
+def test_one_block_has_no_room_for_the_sink_block(name):
+    model = model_of("llama")
+    topks = {"topk": TOPK} | {name: [TOPK, 1]}
+    with pytest.raises(ValueError, match=f"{name}=1 selects only the own block.* sink_blocks=0$"):
+        convert(model, BLOCK, **topks)
+    assert not hasattr(model.config, "flexmoba")
+    convert(model, BLOCK, **topks, sink_blocks=0)
+    assert convert(model, BLOCK, 2)(tokens(1, LENGTH)).logits.isfinite().all()
 
 
 def test_the_text_model_of_a_larger_one_is_converted():

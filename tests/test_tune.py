@@ -31,6 +31,7 @@ from flexmoba.tune import (
 )
 from tests.conftest import assert_bitwise_equal
 from tests.problems import problems
+from tests.test_gates import sub_blocks
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
@@ -49,14 +50,15 @@ def causal(q, k):
     return reference_mask(every, k.shape[2], k.shape[2], is_causal=True)
 
 
-@given(problems(max_len=60, dtype=st.just(torch.float64), is_causal=st.just(True)))
-def test_mass_is_what_the_oracles_mask_leaves_of_full_attention(problem):
+@given(problems(max_len=60, dtype=st.just(torch.float64), is_causal=st.just(True)), st.data())
+def test_mass_is_what_the_oracles_mask_leaves_of_full_attention(problem, data):
     q, k, _ = problem.tensors()
     topks = (1, problem.topk)
-    found = gate_quality(q, k, problem.block_size, topks, scale=0.5)[problem.block_size]
+    gate = {"gate_block_size": data.draw(sub_blocks(problem.block_size))}
+    found = gate_quality(q, k, problem.block_size, topks, **gate, scale=0.5)[problem.block_size]
     weights = dense_weights(q, k, 0.5)
     for row, topk in enumerate(topks):
-        selected = reference_selection(q, k, problem.block_size, topk, is_causal=True)
+        selected = reference_selection(q, k, problem.block_size, topk, is_causal=True, **gate)
         mask = reference_mask(selected, problem.block_size, k.shape[2], is_causal=True)
         expected = weights.masked_fill(~mask, 0.0).sum(-1).mean((0, 2))
         torch.testing.assert_close(found.mass[row], expected.float())
@@ -498,6 +500,23 @@ def test_measures_the_grid(capsys):
     assert Report(**restored, versions=versions, choices=choices) == report
 
 
+def test_measures_sub_blocks_of_the_blocks_that_they_divide():
+    q, k = torch.randn(1, 4, 200, 16), torch.randn(1, 2, 200, 16)
+    report = tune([(q, k)], (32, 50), (2, 3), gate_block_sizes=(16, 10))
+    found = [(x.block_size, x.gate_block_size, x.topk) for x in report.choices]
+    gates = [(32, None), (32, 16), (50, None), (50, 10)]
+    assert found == [(*gate, topk) for gate in gates for topk in (2, 3)]
+    for x in report.choices:
+        quality = gate_quality(q, k, x.block_size, x.topk, gate_block_size=x.gate_block_size)
+        assert x.mass == pytest.approx(float(quality[x.block_size].mass.mean()))
+        assert x.lost_mass == pytest.approx(x.best_mass - x.mass)
+        assert x.forward_ms > 0
+    assert len({x.mass for x in report.choices}) == len(report.choices)
+    heading, _, *rows = [line.split("|")[3].strip() for line in report.table().splitlines()]
+    assert [heading, *rows] == ["sub-block", "", "", "16", "16", "", "", "10", "10"]
+    assert [x.block for x in report.choices[1:3]] == ["block 32", "block 32, sub-block 16"]
+
+
 def test_layers_are_told_apart_and_batches_of_one_averaged():
     torch.manual_seed(0)
     calls = [
@@ -514,7 +533,7 @@ def test_layers_are_told_apart_and_batches_of_one_averaged():
 
 
 def test_a_choice_that_fails_costs_no_other_result(monkeypatch):
-    def fails(q, k, v, block_size, topk):
+    def fails(q, k, v, block_size, topk, *, gate_block_size):
         if (block_size, topk) in without:
             raise torch.OutOfMemoryError("no memory\nand more lines")
         return flex_moba(q, k, v, block_size, topk)
@@ -612,6 +631,16 @@ def test_the_table_marks_frontier_and_advice():
             [(torch.zeros(1, 1, 64, 8),) * 2, (torch.zeros(1, 2, 64, 8),) * 2],
             {"block_sizes": (8,)},
             "same number of query heads, got 1 and 2 for ''",
+        ),
+        (
+            [(torch.zeros(1, 1, 64, 8),) * 2],
+            {"block_sizes": (16, 24), "gate_block_sizes": (8, 16)},
+            "gate_block_sizes must divide larger block_sizes, got 16 and block_sizes",
+        ),
+        (
+            [(torch.zeros(1, 1, 64, 8),) * 2],
+            {"gate_block_sizes": (0,)},
+            "gate_block_sizes must be at least 1, got 0",
         ),
     ],
 )

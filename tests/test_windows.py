@@ -61,8 +61,8 @@ def windowed(family, **config):
     return model
 
 
-def by_definition(q, k, v, block_size, topk, *, scale, score_mod, return_aux):
-    out = moba_reference(q, k, v, block_size, topk, scale=scale, score_mod=score_mod)
+def by_definition(q, k, v, block_size, topk, *, return_aux, **options):
+    out = moba_reference(q, k, v, block_size, topk, **options)
     return out, AuxOutput(lse=torch.zeros_like(q[..., 0]))
 
 

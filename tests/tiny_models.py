@@ -170,7 +170,7 @@ def register_oracle() -> None:
 
 def _oracle(
     module, query, key, value, attention_mask, scaling, softcap=None, document_ids=None,
-    block_size=None, topk=None, **_,
+    block_size=None, topk=None, sink_blocks=0, **_,
 ):  # fmt: skip
     def capped(score, b, h, q_idx, kv_idx):
         return softcap * torch.tanh(score / softcap)
@@ -178,6 +178,7 @@ def _oracle(
     out = moba_reference(
         *(query, key, value, block_size, topk),
         scale=scaling,
+        sink_blocks=sink_blocks,
         score_mod=None if softcap is None else capped,
         document_ids=document_ids,
         key_padding_mask=attention_mask,

@@ -10,7 +10,7 @@ from flexmoba.backends.attend import (
     check_selected_values,
     window_attention,
 )
-from flexmoba.backends.choice import resolve, why_not
+from flexmoba.backends.choice import resolve, resolve_shared, why_not
 from flexmoba.backends.flex import full_mask, selection_mask
 from flexmoba.backends.merge import merge_two
 from flexmoba.backends.options import IMPLS, AttentionOptions, ImplName
@@ -28,6 +28,7 @@ __all__ = [
     "full_mask",
     "merge_two",
     "resolve",
+    "resolve_shared",
     "selection_mask",
     "why_not",
     "window_attention",

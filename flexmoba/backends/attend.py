@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from flexmoba.backends import flex
+from flexmoba.backends import flex, portable
+from flexmoba.backends.dense import dense_attention, supports_dense
 from flexmoba.backends.flex import run_compiled
 from flexmoba.backends.fused import fused_attention
+from flexmoba.backends.grouped import grouped_attention, supports_grouped
 from flexmoba.backends.merge import merge_two
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.backends.portable import portable_attention
@@ -73,8 +75,8 @@ def attend_selected(
         q: Queries in the layout, ``(B, Hq, Lq, D)``.
         k: Keys in the layout, ``(B, Hkv, Lk, D)``.
         v: Values in the layout, ``(B, Hkv, Lk, Dv)``.
-        selected: ``(B, Hq, L, topk)`` int32 or int64, the block indices of each token, as in
-            `selected_attention`.
+        selected: ``(B, Hq or Hkv, L, topk)`` int32 or int64, the block indices of each token, as
+            in `selected_attention`.
         layout: The layout of q, k and v.
         options: The backend and its options.
         score_mod: A function of every score, or None.
@@ -82,14 +84,19 @@ def attend_selected(
     Returns:
         The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``, as `attend`.
     """
+    if selected.shape[1] != q.shape[1]:
+        is_grouped = options.impl == "fused" and supports_grouped(q, k, v)
+        if is_grouped and isinstance(layout, Layout):
+            selected = layout.spread_selection(_existing(selected, k, layout.block_size))
+            numbers = layout.block_size, options.scale, options.is_causal
+            return grouped_attention(q, k, v, selected, *numbers)
+        group = q.shape[1] // selected.shape[1]
+        selected = selected.repeat_interleave(group, 1, output_size=q.shape[1])
     if isinstance(layout, InPlaceLayout):
         selection = _full_blocks_of(selected, layout)
         return in_place_attention(q, k, v, selection, layout, options, score_mod)
     modifier = score_modifier(score_mod, q, k, layout.token_of_slot)
-    n_blocks = ceil_div(k.shape[2], layout.block_size)
-    # On a GPU values are not checked. An index that is too large would name another head's block.
-    selected = torch.where(selected < n_blocks, selected, -1).int()
-    selected = layout.spread_selection(selected)
+    selected = layout.spread_selection(_existing(selected, k, layout.block_size))
     if layout.block_size >= k.shape[2] and layout.keys_of_block is None:  # one block
         out, lse = full_attention(q, k, v, options, modifier)
         is_selected = (selected == 0).any(-1)
@@ -103,6 +110,14 @@ def attend_selected(
     keys_of_block = layout.keys_of_block_and_head(k.shape[1])
     selection = BlockSelection(selected, layout.block_size, own, keys_of_block)
     return block_attention(q, k, v, selection, options, modifier)
+
+
+def _existing(selected: Tensor, k: Tensor, block_size: int) -> Tensor:
+    """Removes indices that are too large, since values are not checked on a GPU.
+
+    They would name another head's block.
+    """
+    return torch.where(selected < ceil_div(k.shape[2], block_size), selected, -1).int()
 
 
 def check_selected_values(selected: Tensor, kv_len: int, layout: Layout | InPlaceLayout) -> None:
@@ -165,13 +180,11 @@ def full_attention(
     modifier: ScoreModifier | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes full attention; the arguments and results are those of `block_attention`."""
-    if options.impl != "portable":
-        return flex.full_attention(q, k, v, options, modifier)
-    # One block holds all keys. If causal, it is the own block; if not, it is routed.
-    n_routed = int(not options.is_causal)
-    routed = torch.zeros((*q.shape[:3], n_routed), dtype=torch.int32, device=q.device)
-    selection = BlockSelection(routed, k.shape[2])
-    return portable_attention(q, k, v, selection, options, modifier)
+    if supports_dense(q, k, v, options, has_score_mod=modifier is not None):
+        return dense_attention(q, k, v, options)
+    if options.impl == "portable":
+        return portable.full_attention(q, k, v, options, modifier)
+    return flex.full_attention(q, k, v, options, modifier)
 
 
 def window_attention(

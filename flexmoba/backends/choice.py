@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flexmoba.backends.flex import why_not_flex
 from flexmoba.backends.fused import why_not_fused
+from flexmoba.backends.grouped import supports_grouped
 from flexmoba.backends.options import IMPLS, ImplName
 from flexmoba.backends.score_mod import ScoreMod
 
@@ -91,3 +92,24 @@ def resolve(
     if reason:
         raise NotImplementedError(f'impl="{impl}" {reason}; use impl="auto" or "portable"')
     return impl
+
+
+def resolve_shared(
+    impl: ImplName,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_options: Mapping[str, Any] | None = None,
+    score_mod: ScoreMod | None = None,
+    *,
+    has_short_blocks: bool = False,
+) -> ImplName:
+    """Computes `resolve` for a selection that the query heads of a KV head share.
+
+    The fused backend then supports further inputs; see `supports_grouped`.
+    """
+    options = kernel_options, score_mod
+    is_grouped = supports_grouped(q, k, v, *options, has_short_blocks=has_short_blocks)
+    if impl in ("auto", "fused") and is_grouped:
+        return "fused"
+    return resolve(impl, q, k, v, *options, has_short_blocks=has_short_blocks)

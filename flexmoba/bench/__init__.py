@@ -1,11 +1,14 @@
 """The benchmark: checks each configuration against float64, then times it and its baselines."""
 
+from flexmoba.bench.baselines import FLASH_VERSIONS, why_not_flash
 from flexmoba.bench.calls import ROUNDINGS, describe, matrix_rate, measure
 from flexmoba.bench.configs import PRESETS, Config
 from flexmoba.bench.report import line, plot, tables
 from flexmoba.bench.steps import measure_step
+from flexmoba.bench.training import measure_training
 
 __all__ = [
+    "FLASH_VERSIONS",
     "PRESETS",
     "ROUNDINGS",
     "Config",
@@ -14,6 +17,8 @@ __all__ = [
     "matrix_rate",
     "measure",
     "measure_step",
+    "measure_training",
     "plot",
     "tables",
+    "why_not_flash",
 ]

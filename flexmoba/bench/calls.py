@@ -1,19 +1,18 @@
 """Measures error, time and memory of one configuration, and time and memory of its baselines."""
 
 import functools
-import itertools
 import platform
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flexmoba.attention import flex_moba
+from flexmoba.bench.baselines import Attention, baselines, edges_of, flash_of, try_to_time
 from flexmoba.bench.configs import Config
+from flexmoba.bench.inputs import inputs_of
 from flexmoba.gate import GateOptions, GateSizes, moba_select, select_rows
 from flexmoba.reporting import median_ms, versions
 
@@ -53,18 +52,11 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
         ``error`` and ``allowed``; if the error is allowed, also median milliseconds by name and
         peak memory in MiB.
     """
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(heads: int) -> Tensor:
-        shape = (config.batch, heads, config.length, config.head_dim)
-        return torch.randn(shape, device=device, dtype=dtype, generator=generator)
-
-    q, k, v = normal(config.heads), normal(config.kv_heads), normal(config.kv_heads)
-    grad = normal(config.heads) if config.backward else None
+    q, k, v, grad = inputs_of(config, device, dtype)
 
     options: dict[str, Any] = {"gate": config.gate}
     if config.documents > 1:
-        options["cu_seqlens"] = _edges(config, device)
+        options["cu_seqlens"] = edges_of(config, device)
 
     longest = max(config.lengths) if config.longest_known else None
 
@@ -89,102 +81,27 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
         result["forward_MiB"] = _peak(moba, device)
         result["split_ms"] = _split(moba, gate, device)
         result["forward_ms"] = {"flex_moba": call_ms(moba, device)}
-        for name, dense in _baselines(config, device).items():
-            forward = functools.partial(call_ms, functools.partial(dense, q, k, v), device)
-            result["forward_ms"] |= try_to_time(name, forward)
-    if grad is None:
+        for name, other in baselines(config, device).items():
+            result["forward_ms"] |= _time(name, functools.partial(other, q, k, v), device)
+    if not config.backward:
         return result
 
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
-    def both_ways(attention: Callable[[], Tensor]) -> Callable[[], Any]:
+    def both_ways(attention: Attention) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(attention(), inputs, grad)
 
     result["both_MiB"] = _peak(both_ways(moba), device)
     result["both_ms"] = {"flex_moba": call_ms(both_ways(moba), device)}
-    for name, dense in _baselines(config, device).items():
-        call = both_ways(functools.partial(dense, q, k, v))
-        result["both_ms"] |= try_to_time(name, functools.partial(call_ms, call, device))
+    for name, other in baselines(config, device).items():
+        call = both_ways(functools.partial(other, q, k, v))
+        result["both_ms"] |= _time(name, call, device)
     return result
 
 
-def try_to_time(name: str, measured: Callable[[], float]) -> dict[str, float]:
-    """Returns the time under a name, or nothing if the measurement fails, so that others go on."""
-    try:
-        return {name: measured()}
-    except (
-        RuntimeError,
-        TypeError,
-    ) as error:  # such as a missing backend
-        print(f"{name} failed: {str(error).splitlines()[0]}", file=sys.stderr)
-        return {}
-
-
-def _edges(config: Config, device: torch.device) -> Tensor:
-    edges = [0, *itertools.accumulate(config.lengths)]
-    return torch.tensor(edges, dtype=torch.int32, device=device)
-
-
-def _baselines(config: Config, device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    if config.dense == "nothing":
-        return {}
-    if config.documents > 1:
-        return _document_baselines(config, device)
-    baselines = dense_attention(device, is_causal=True)
-    if config.dense == "all" and device.type == "cuda":
-        baselines["FlexAttention"] = _dense_flex_attention
-    return baselines
-
-
-def dense_attention(device: torch.device, *, is_causal: bool) -> dict[str, Callable[..., Tensor]]:
-    """Returns the backends of `scaled_dot_product_attention` on this device, by name."""
-    backends: dict[str, Any] = {"SDPA": None}
-    if device.type == "cuda":
-        backends = {
-            "SDPA flash": SDPBackend.FLASH_ATTENTION,
-            "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
-        }
-
-    def dense(backend: Any) -> Callable[..., Tensor]:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            gqa = q.shape[1] != k.shape[1]
-            if backend is None:
-                return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=gqa)
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=gqa)
-
-        return attend
-
-    return {name: dense(backend) for name, backend in backends.items()}
-
-
-def _document_baselines(config: Config, device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    """Returns MoBA over the tokens as one sequence, and dense attention within each document."""
-
-    def unpacked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flex_moba(q, k, v, config.block_size, config.topk)
-
-    baselines: dict[str, Callable[..., Tensor]] = {"one sequence": unpacked}
-    if device.type == "cuda":
-        from torch.nn.attention.varlen import varlen_attn
-
-        edges = _edges(config, device)
-        bounds = 2 * (edges,) + 2 * (max(config.lengths),)
-
-        def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-            out: Any = varlen_attn(q, k, v, *bounds, window_size=(-1, 0))  # causal
-            return out.transpose(0, 1)[None]  # type: ignore[no-any-return]
-
-        def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return flex_moba(q, k, v, config.block_size, None, cu_seqlens=edges)
-
-        baselines |= {"FlexAttention": flex, "varlen flash": varlen}
-    return baselines
-
-
-def _dense_flex_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return flex_moba(q, k, v, q.shape[2], None, impl="masked")
+def _time(name: str, call: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    with flash_of(name):
+        return try_to_time(name, functools.partial(call_ms, call, device))
 
 
 def _split(

@@ -9,7 +9,7 @@ from flexmoba.checks import GateName
 
 @dataclass(frozen=True)
 class Config:
-    """A configuration: causal self-attention of random normal inputs, or a decoding step.
+    """A configuration: causal self-attention of normal inputs, a decoding step or a training step.
 
     Attributes:
         batch: Rows of the batch.
@@ -25,6 +25,9 @@ class Config:
         documents: Documents packed in each row.
         longest_known: Whether the call gets ``max_seqlen``.
         decode: Whether to measure a step of one token for each row against a cache.
+        correlated: Whether neighbouring queries select similar blocks, as in a language model.
+        layers: Layers of a language model whose training step to measure; 0 for a call of
+            `flex_moba`.
     """
 
     batch: int
@@ -40,6 +43,8 @@ class Config:
     documents: int = 1
     longest_known: bool = False
     decode: bool = False
+    correlated: bool = False
+    layers: int = 0
 
     def __str__(self) -> str:
         """Returns the first cell of its table row."""
@@ -47,6 +52,8 @@ class Config:
             f"{self.batch} x {self.heads}/{self.kv_heads} x {size(self.length)}, "
             f"{self.block_size}, {self.topk}"
         )
+        text += ", correlated" if self.correlated else ""
+        text += f", {self.layers} layers" if self.layers else ""
         text += "" if self.gate == "token" else f", by {self.gate}"
         text += "" if self.documents == 1 else f", {self.documents} documents"
         return text + (", longest known" if self.longest_known else "")
@@ -126,6 +133,18 @@ PRESETS = {
     "documents": [
         *(Config(1, 16, 16, 65536, 512, 3, documents=n) for n in (1, 16, 128, 1024)),
         Config(1, 16, 16, 65536, 512, 3, documents=1024, longest_known=True),
+    ],
+    "correlated": [
+        Config(1, heads, kv_heads, n * 1024, block_size, topk, correlated=correlated)
+        for heads, kv_heads, n, block_size, topk in (
+            (16, 16, 8, 128, 8), (16, 16, 16, 512, 3), (32, 8, 32, 512, 3), (16, 16, 64, 128, 8),
+        )
+        for correlated in (False, True)
+    ],
+    "training": [
+        Config(batch, 8, 2, n * 1024, block_size, topk, layers=12, dense=dense)
+        for batch, n in ((4, 8), (1, 32), (1, 64))
+        for block_size, topk, dense in ((512, 3, "all"), (128, 8, "nothing"))
     ],
     "decode": [
         Config(batch, 32, 8, length, 512, 8, backward=False, decode=True, gate=gate)

@@ -24,13 +24,17 @@ def tables(report: dict[str, Any]) -> str:
                 and (row := _times_row(config, result, report, backward))
             ]
             if rows:
-                dense = [name for name in DENSE if any(name in row for row in rows)]
+                dense = [name for name in _BASELINES if any(name in row for row in rows)]
                 headings = [_CONFIG, "sparsity", "flex_moba ms", "TFLOP/s", _SHARE, *dense, _MIB]
                 parts.append(f"{title}{suffix}\n\n{_table(headings, rows)}")
     steps = [row for config, result in results if (row := _step_row(config, result))]
     if steps:
         dense = [name for name in DENSE if any(name in row for row in steps)]
         parts.append(f"Decoding steps\n\n{_table([_STEP, 'flex_moba ms', *dense], steps)}")
+    training = [row for config, result in results if (row := _training_row(config, result))]
+    if training:
+        headings = [_CONFIG, "flex_moba ms", "topk=None", "SDPA"]
+        parts.append(f"Training steps\n\n{_table(headings, training)}")
     splits = [
         {_CONFIG: str(config), "all": f"{result['forward_ms']['flex_moba']:.2f}"}
         | {stage: f"{ms:.2f}" for stage, ms in result["split_ms"].items()}
@@ -44,10 +48,22 @@ def tables(report: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-DENSE = ("SDPA", "SDPA flash", "SDPA cuDNN", "FlexAttention", "varlen flash", "one sequence")
+DENSE = (
+    *("SDPA", "SDPA flash", "SDPA cuDNN", "SDPA FA3", "SDPA FA4", "FlexAttention", "topk=None"),
+    *("varlen flash", "one sequence"),
+)
+_BASELINES = (*DENSE, "routed", "masked")  # with other backends of flex_moba
 _CONFIG = "batch x heads x length, block, topk"
 _SHARE, _MIB = "of matmul", "peak MiB"
 _STEP = "batch x heads x context, block, topk"
+
+
+_TIMES = {
+    "step_ms": "step",
+    "training_ms": "training step",
+    "forward_ms": "forward",
+    "both_ms": "both ways",
+}
 
 
 def line(result: dict[str, Any]) -> str:
@@ -55,10 +71,12 @@ def line(result: dict[str, Any]) -> str:
     if result["error"] > result["allowed"]:
         return f"{_config(result)}: {_wrong(result)}"
     parts = []
-    for key, name in (("step_ms", "step"), ("forward_ms", "forward"), ("both_ms", "both ways")):
+    for key, name in _TIMES.items():
         if times := result.get(key):
             ours = times["flex_moba"]
-            others = [f", {x} {ms:.4g} ({ms / ours:.1f}x)" for x, ms in times.items() if x in DENSE]
+            others = [
+                f", {x} {ms:.4g} ({ms / ours:.1f}x)" for x, ms in times.items() if x in _BASELINES
+            ]
             parts.append(f"{name} {ours:.4g} ms{''.join(others)}")
     return f"{_config(result)}: {'; '.join(parts)}"
 
@@ -71,7 +89,7 @@ def _break_even_texts(results: list[dict[str, Any]]) -> list[str]:
     alike: dict[Config, list[dict[str, Any]]] = {}
     for result in results:
         config = replace(_config(result), length=0, backward=True, dense="all")
-        if not config.decode and config.documents == 1:
+        if not config.decode and not config.layers and config.documents == 1:
             alike.setdefault(config, []).append(result)
     texts = []
     for key, name in (("forward_ms", "forward"), ("both_ms", "forward and backward")):
@@ -97,6 +115,20 @@ def _config(result: dict[str, Any]) -> Config:
     return Config(**{f.name: result[f.name] for f in fields(Config) if f.name in result})
 
 
+def _training_row(config: Config, result: dict[str, Any]) -> dict[str, str] | None:
+    if not config.layers:
+        return None
+    if "training_ms" not in result:
+        return {_CONFIG: str(config), "flex_moba ms": _wrong(result)}
+    ours = result["training_ms"]["flex_moba"]
+    row = {_CONFIG: str(config), "flex_moba ms": f"{ours:.1f}"}
+    return row | {
+        name: f"{ms:.1f} ({ms / ours:.2f}x)"
+        for name, ms in result["training_ms"].items()
+        if name in DENSE
+    }
+
+
 def _step_row(config: Config, result: dict[str, Any]) -> dict[str, str] | None:
     if not config.decode:
         return None
@@ -118,7 +150,7 @@ def _wrong(result: dict[str, Any]) -> str:
 def _times_row(
     config: Config, result: dict[str, Any], report: dict[str, Any], backward: bool
 ) -> dict[str, str] | None:
-    if config.decode:
+    if config.decode or config.layers:
         return None
     if "forward_ms" not in result:
         return {_CONFIG: str(config), "flex_moba ms": _wrong(result)}
@@ -133,7 +165,9 @@ def _times_row(
         "flex_moba ms": f"{ours:.2f}",
         "TFLOP/s": f"{rate:.3g}",
         _SHARE: f"{rate / report['matrix_tflops']:.0%}",
-        **{name: f"{ms:.2f} ({ms / ours:.1f}x)" for name, ms in times.items() if name in DENSE},
+        **{
+            name: f"{ms:.2f} ({ms / ours:.1f}x)" for name, ms in times.items() if name in _BASELINES
+        },
         _MIB: "" if memory is None else f"{memory:.0f}",
     }
 
@@ -153,6 +187,7 @@ def plot(report: dict[str, Any]) -> "Figure":
     kinds = (
         {"forward_ms": "forward", "both_ms": "forward and backward"},
         {"step_ms": "decoding step"},
+        {"training_ms": "training step"},
     )
     groups = [
         (rows, titles)
@@ -180,7 +215,7 @@ def plot(report: dict[str, Any]) -> "Figure":
 
 def _draw_bars(axes: Any, rows: list[dict[str, float]]) -> None:
     """Draws a group of bars for each row, with one colour for each name."""
-    names = ("flex_moba", *DENSE)
+    names = ("flex_moba", *_BASELINES)
     for color, name in enumerate(names):
         positions, times = [], []
         for y, row in enumerate(rows):

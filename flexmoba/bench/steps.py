@@ -13,14 +13,8 @@ import torch
 from torch import Tensor
 
 from flexmoba.attention import flex_moba
-from flexmoba.bench.calls import (
-    ROUNDINGS,
-    call_ms,
-    dense_attention,
-    exact_rows,
-    largest_error,
-    try_to_time,
-)
+from flexmoba.bench.baselines import dense_attention, try_to_time
+from flexmoba.bench.calls import ROUNDINGS, call_ms, exact_rows, largest_error
 from flexmoba.bench.configs import Config
 from flexmoba.cache import MobaCache
 from flexmoba.gate import moba_select

@@ -1,4 +1,4 @@
-"""Operators that append tokens to a cache and compute the mean keys of blocks that become full."""
+"""Operators that append tokens to a cache and compute mean keys of sub-blocks that become full."""
 
 import torch
 from torch import Tensor
@@ -41,17 +41,19 @@ def append(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    sub_blocks: int,
 ) -> Tensor:
-    """Appends keys and values, and the mean keys of the blocks that they fill, in place.
+    """Appends keys and values, and the mean keys of the sub-blocks that they fill, in place.
 
     Args:
         k_cache: Keys of the cache, ``(B, Hkv, N * block_size, D)``.
         v_cache: Values of the cache, ``(B, Hkv, N * block_size, Dv)``.
-        means: Mean keys of the cache, ``(B, Hkv, N, D)``.
+        means: Mean keys of the cache, ``(B, Hkv, N * sub_blocks, D)``.
         lengths: Tokens in each row, ``(B,)`` int32.
         k: New keys, ``(B, Hkv, n, D)``.
         v: New values, ``(B, Hkv, n, Dv)``.
         mask: ``(B, n)`` bool, False for padding; None if there is no padding.
+        sub_blocks: Number of sub-blocks in a block.
 
     Returns:
         The position of each token, ``(B, n)`` int32; -1 for padding, `NO_ROOM` beyond the capacity.
@@ -59,8 +61,8 @@ def append(
     if k.shape[2] <= MAX_STEP_QUERIES and mask is None and has_kernels(k, v):
         from flexmoba.cache.kernels import append_on_cuda
 
-        return append_on_cuda(k_cache, v_cache, means, lengths, k, v)
-    return append_scattered(k_cache, v_cache, means, lengths, k, v, mask)
+        return append_on_cuda(k_cache, v_cache, means, lengths, k, v, sub_blocks)
+    return append_scattered(k_cache, v_cache, means, lengths, k, v, mask, sub_blocks)
 
 
 def append_scattered(
@@ -71,11 +73,13 @@ def append_scattered(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    sub_blocks: int,
 ) -> Tensor:
     """Computes `append` by plain tensor operations."""
-    n_blocks, n = means.shape[2], k.shape[2]
-    block_size = k_cache.shape[2] // n_blocks
-    capacity = (n_blocks - 1) * block_size  # the last block takes writes that nothing reads
+    n_means, n = means.shape[2], k.shape[2]
+    size = k_cache.shape[2] // n_means
+    n_readable = n_means - sub_blocks  # the last block takes writes that nothing reads
+    capacity = n_readable * size
     old_lengths = lengths.clone()
     positions = next_positions(old_lengths, n, mask)
     lengths += n if mask is None else mask.sum(1, dtype=torch.int32)
@@ -85,15 +89,15 @@ def append_scattered(
     v_cache.scatter_(2, index.expand_as(v), v)
     positions = torch.where(positions < capacity, positions, NO_ROOM)
 
-    # The blocks that the new tokens may have filled. The mean of a block that is not full goes to
-    # the last block, since only the device knows the number of full blocks.
-    block = old_lengths[:, None] // block_size + torch.arange(n // block_size + 1, device=k.device)
-    is_full = ((block + 1) * block_size <= lengths[:, None]) & (block < n_blocks - 1)
-    block = torch.where(is_full, block, n_blocks - 1)
+    # The sub-blocks that the new tokens may have filled. The mean of a sub-block that is not full
+    # goes to the last block, since only the device knows the number of full sub-blocks.
+    index = old_lengths[:, None] // size + torch.arange(n // size + 1, device=k.device)
+    is_full = ((index + 1) * size <= lengths[:, None]) & (index < n_readable)
+    index = torch.where(is_full, index, n_means - 1)
     row = torch.arange(k.shape[0], device=k.device)[:, None]
     precise = torch.promote_types(k.dtype, torch.float32)
-    block_keys = k_cache.unflatten(2, (n_blocks, block_size))[row, :, block]
-    means[row, :, block] = block_keys.mean(3, dtype=precise).to(k.dtype)
+    keys = k_cache.unflatten(2, (n_means, size))[row, :, index]
+    means[row, :, index] = keys.mean(3, dtype=precise).to(k.dtype)
     return positions
 
 
@@ -106,5 +110,6 @@ def _(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    sub_blocks: int,
 ) -> Tensor:
     return lengths.new_empty(k.shape[0], k.shape[2])

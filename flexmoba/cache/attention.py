@@ -21,7 +21,7 @@ class CachedTensors(NamedTuple):
     Attributes:
         k: Keys, ``(B, Hkv, N * block_size, D)``.
         v: Values, ``(B, Hkv, N * block_size, Dv)``.
-        means: Mean keys of the full blocks, ``(B, Hkv, N, D)``.
+        means: Mean keys of the full sub-blocks, ``(B, Hkv, N * sub_blocks, D)``.
         tile_queries: The first query of every tile, ``(B, Hq, tiles, D)``; None unless
             ``gate="tile"``.
     """
@@ -85,8 +85,10 @@ def _attend(
     per: str,
     sink_blocks: int,
     local_blocks: int,
+    sub_blocks: int,
 ) -> tuple[Tensor, Tensor]:
-    call = CachedCall(topk, scale, GateOptions(per, sink_blocks, local_blocks), block_size)
+    gate = GateOptions(per, sink_blocks, local_blocks, sub_blocks)
+    call = CachedCall(topk, scale, gate, block_size)
     return _attend_step_or_chunk(q, positions, CachedTensors(k, v, means, tile_queries), call)
 
 
@@ -133,21 +135,21 @@ def _attend_chunk(
     positions_of_row = positions.tolist()
     first_row = positions_of_row[0]
     if all(row == first_row for row in positions_of_row) and -1 not in first_row:
-        return _attend_rows(q, slice(None), max(first_row) + 1, cache, call, score_mod)
+        return attend_rows(q, slice(None), max(first_row) + 1, cache, call, score_mod)
     for i, row_positions in enumerate(positions_of_row):
         real = positions[i] >= 0
         queries = q[i : i + 1, :, real]
         if queries.numel() == 0:
             continue
         row = slice(i, i + 1)
-        row_out, row_lse = _attend_rows(
+        row_out, row_lse = attend_rows(
             queries, row, max(row_positions) + 1, cache, call, _score_mod_of_row(score_mod, i)
         )
         out[row, :, real], lse[row, :, real] = row_out, row_lse
     return out, lse
 
 
-def _attend_rows(
+def attend_rows(
     q: Tensor,
     row: slice,
     kv_len: int,
@@ -171,7 +173,8 @@ def _attend_rows(
     else:
         rows = tile_queries[row, :, first // TILE : ceil_div(kv_len, TILE)]
     sizes = GateSizes(block_size, call.topk - 1, first - first_in_tile, is_causal=True)
-    past = select_by_means(rows, means[row, :, : ceil_div(kv_len, block_size)], sizes, gate)
+    n_means = ceil_div(kv_len, block_size) * gate.sub_blocks
+    past = select_by_means(rows, means[row, :, :n_means], sizes, gate)
     past = expand_rows(past, heads, q_len, gate, first_query=first_in_tile)
     own = own_block(q_len, kv_len, block_size, q.device)[:, None]
     selected = torch.cat([own.expand(*past.shape[:3], 1), past], -1)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from flexmoba.runtime import values_readable
+
 
 def check_new_tokens(name: str, new: Tensor, cached: Tensor, length: int | None = None) -> None:
     """Raises unless new keys or values fit the cache.
@@ -22,6 +24,37 @@ def check_new_tokens(name: str, new: Tensor, cached: Tensor, length: int | None 
             "this shape, or make the cache for the other shape"
         )
     check_like_cache(name, new, cached)
+
+
+def check_appended(
+    k: Tensor, v: Tensor, mask: Tensor | None, k_cache: Tensor, v_cache: Tensor
+) -> None:
+    """Raises unless a cache can append these keys and values, with this padding mask or None."""
+    check_new_tokens("k", k, k_cache)
+    check_new_tokens("v", v, v_cache, k.shape[2])
+    check_no_gradients(k, v)
+    if mask is not None and (mask.shape != k.shape[::2] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"key_padding_mask must be bool of shape {tuple(k.shape[::2])}, got {mask.dtype} "
+            f"of shape {tuple(mask.shape)}; pass one value for every new token"
+        )
+
+
+def check_kept(length: int | Tensor) -> None:
+    """Raises unless ``length``, the number of tokens to keep, is an int or a tensor, at least 0.
+
+    The values of a tensor are checked only on CPU.
+    """
+    remedy = "pass the number of tokens to keep"
+    if isinstance(length, Tensor):
+        if values_readable(length) and bool((length < 0).any()):
+            raise ValueError(f"length must be at least 0, got {length.tolist()}; {remedy}")
+    elif not isinstance(length, int):
+        raise TypeError(
+            f"length must be an int or a tensor of ints, got {type(length).__name__}; {remedy}"
+        )
+    elif length < 0:
+        raise ValueError(f"length must be at least 0, got {length}; {remedy}")
 
 
 def check_like_cache(name: str, new: Tensor, cached: Tensor) -> None:

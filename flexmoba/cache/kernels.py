@@ -3,7 +3,7 @@
 `_append_kernel` writes the new tokens. `_score_kernel` divides the blocks into ``SPLITS`` splits of
 ``SPLIT`` blocks, which it scores in parallel, and keeps the best blocks of each split. Each program
 of `_attend_kernel` finds one selected block among the best blocks of all splits, and attends to
-``CHUNK`` of its keys, which makes one partial output. `_merge_kernel` merges the partial outputs.
+``CHUNK`` of its keys, which makes one partial output. `merge_kernel` merges the partial outputs.
 
 Query ``i`` of head ``h`` and batch row ``b`` is row ``(b * Hq + h) * Lq + i``. Scores inside the
 kernels are in units of log2.
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexmoba.cache.options import NO_ROOM, CachedCall
-from flexmoba.gate.kernel import NOTHING, keep_best, nothing_yet, score_keys
+from flexmoba.gate.kernel import NOTHING, keep_best, nothing_yet, only_candidates, score_keys
 from flexmoba.runtime.triton_launch import kernel, launch, packed
 
 MAX_TOPK = 64
@@ -40,7 +40,7 @@ def attend_step_on_cuda(
     """Computes `attend_step` by Triton kernels."""
     topk, scale, gate, block_size = call
     batch, heads, q_len, dim = q.shape
-    kv_heads, n_blocks, value_dim = k.shape[1], means.shape[2], v.shape[3]
+    kv_heads, n_blocks, value_dim = k.shape[1], k.shape[2] // block_size, v.shape[3]
     q, k, v, means, positions = (packed(x) for x in (q, k, v, means, positions))
     gate_rows = packed(gate_rows)
     rows, group = batch * heads * q_len, heads // kv_heads
@@ -57,6 +57,7 @@ def attend_step_on_cuda(
         "BY_PARTS": gate_rows.dtype == torch.float32 and means.dtype != torch.float32,
         "SINKS": gate.sink_blocks,
         "LOCALS": gate.local_blocks,
+        "SUB_BLOCKS": gate.sub_blocks,
         "COUNT": scored,
         "SLOTS": triton.next_power_of_2(max(1, scored)),
         "SPLIT": split,
@@ -104,7 +105,7 @@ def attend_step_on_cuda(
             dtypes,
         )
         launch(
-            _merge_kernel,
+            merge_kernel,
             rows,
             (partial_out, partial_lse, positions, out, lse, kv_heads, n_blocks),
             constants,
@@ -114,7 +115,13 @@ def attend_step_on_cuda(
 
 
 def append_on_cuda(
-    k_cache: Tensor, v_cache: Tensor, means: Tensor, lengths: Tensor, k: Tensor, v: Tensor
+    k_cache: Tensor,
+    v_cache: Tensor,
+    means: Tensor,
+    lengths: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sub_blocks: int,
 ) -> Tensor:
     """Computes `flexmoba.cache.append.append` of a few tokens without padding, in one launch.
 
@@ -124,11 +131,12 @@ def append_on_cuda(
         The positions of the tokens, ``(B, n)`` int32; `NO_ROOM` beyond the capacity.
     """
     batch, kv_heads, n, dim = k.shape
-    n_blocks, value_dim = means.shape[2], v.shape[3]
+    n_means, value_dim = means.shape[2], v.shape[3]
     positions = lengths.new_empty(batch, n)
     constants = {
         "N": n,
-        "BLOCK_SIZE": k_cache.shape[2] // n_blocks,
+        "SUB_BLOCKS": sub_blocks,
+        "SUB_BLOCK_SIZE": k_cache.shape[2] // n_means,
         "KEYS": 64,
         "DIM": dim,
         "TILE_D": max(16, triton.next_power_of_2(dim)),
@@ -139,7 +147,7 @@ def append_on_cuda(
     with torch.cuda.device_of(k):
         tensors = (k_cache, v_cache, means, lengths, packed(k), packed(v), positions)
         launch(
-            _append_kernel, batch * kv_heads, (*tensors, kv_heads, n_blocks), constants, (k.dtype,)
+            _append_kernel, batch * kv_heads, (*tensors, kv_heads, n_means), constants, (k.dtype,)
         )
     lengths += n
     return positions
@@ -148,16 +156,16 @@ def append_on_cuda(
 @kernel
 def _append_kernel(
     k_cache_ptr, v_cache_ptr, means_ptr, lengths_ptr, k_ptr, v_ptr, positions_ptr,
-    kv_heads: tl.int32, n_blocks: tl.int32,
-    N: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
-    TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
+    kv_heads: tl.int32, n_means: tl.int32,
+    N: tl.constexpr, SUB_BLOCKS: tl.constexpr, SUB_BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+    DIM: tl.constexpr, TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
 ):  # fmt: skip
-    """Writes the new tokens of one KV head, and the mean keys of the blocks that they fill."""
+    """Writes the new tokens of one KV head, and the mean keys of the sub-blocks that they fill."""
     head = tl.program_id(0).to(tl.int64)  # b * Hkv + KV head
     length = tl.load(lengths_ptr + head // kv_heads)
-    capacity = (n_blocks - 1) * BLOCK_SIZE
+    capacity = (n_means - SUB_BLOCKS) * SUB_BLOCK_SIZE  # the last block stays empty
     dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
-    first = head * (n_blocks * BLOCK_SIZE)
+    first = head * (n_means * SUB_BLOCK_SIZE)
     for i in range(N):
         position = length + i
         k = tl.load(k_ptr + (head * N + i) * DIM + dim, mask=dim < DIM)
@@ -170,23 +178,24 @@ def _append_kernel(
             stored_position = tl.where(position < capacity, position, _NO_ROOM)
             tl.store(positions_ptr + head // kv_heads * N + i, stored_position)
     tl.debug_barrier()  # the means read keys that other threads wrote
-    for block in range(length // BLOCK_SIZE, tl.minimum((length + N) // BLOCK_SIZE, n_blocks - 1)):
+    end = tl.minimum((length + N) // SUB_BLOCK_SIZE, n_means - SUB_BLOCKS)
+    for index in range(length // SUB_BLOCK_SIZE, end):
         total = tl.zeros([TILE_D], tl.float32)
-        for start in range(0, BLOCK_SIZE, KEYS):
+        for start in range(0, SUB_BLOCK_SIZE, KEYS):
             key = start + tl.arange(0, KEYS)
-            token = first + block * BLOCK_SIZE + key
-            mask = (key < BLOCK_SIZE)[:, None] & (dim < DIM)[None, :]
+            token = first + index * SUB_BLOCK_SIZE + key
+            mask = (key < SUB_BLOCK_SIZE)[:, None] & (dim < DIM)[None, :]
             x = tl.load(k_cache_ptr + token[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
             total += tl.sum(x.to(tl.float32), 0)
-        mean = (total / BLOCK_SIZE).to(means_ptr.dtype.element_ty)
-        tl.store(means_ptr + (head * n_blocks + block) * DIM + dim, mean, mask=dim < DIM)
+        mean = (total / SUB_BLOCK_SIZE).to(means_ptr.dtype.element_ty)
+        tl.store(means_ptr + (head * n_means + index) * DIM + dim, mean, mask=dim < DIM)
 
 
 @kernel
 def _score_kernel(
     q_ptr, means_ptr, positions_ptr, best_ptr, kv_heads: tl.int32, n_blocks: tl.int32,
     GATE_GROUP: tl.constexpr, BY_PARTS: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr,
-    Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
+    SUB_BLOCKS: tl.constexpr, Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
     SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILE_Q: tl.constexpr, TILE_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
@@ -203,23 +212,76 @@ def _score_kernel(
     candidates_end = tl.minimum(tl.maximum(position, 0) // BLOCK_SIZE, n_blocks) - LOCALS
     row = kv_head.to(tl.int64) * (GATE_GROUP * Q_LEN) + query
     dim = tl.arange(0, TILE_D)
-    in_dim = (dim < DIM)[None, :]
-    q = tl.load(q_ptr + row[:, None] * DIM + dim[None, :], mask=in_dim, other=0.0)
-    means_ptr += kv_head.to(tl.int64) * n_blocks * DIM
+    q = tl.load(q_ptr + row[:, None] * DIM + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
+    means_ptr += kv_head.to(tl.int64) * (n_blocks * SUB_BLOCKS) * DIM
     slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
     end = tl.minimum(tl.max(candidates_end, 0), (split + 1) * SPLIT)
     for start in range(split * SPLIT, end, TILE_N):
         block = start + tl.arange(0, TILE_N)
-        mean = tl.load(
-            means_ptr + block[:, None] * DIM + dim[None, :],
-            mask=(block < n_blocks)[:, None] & in_dim,
-            other=0.0,
-        )
-        keys = score_keys(q, mean.to(q.dtype), block, first, candidates_end, BY_PARTS)
+        keys = score_keys(q, means_ptr, block, n_blocks, DIM, TILE_D, SUB_BLOCKS, BY_PARTS)
+        keys = only_candidates(keys, block, first, candidates_end)
         best = keep_best(best, keys)
     best = tl.where(slot < COUNT, best, NOTHING)
     offset = (row * SPLITS + split) * SLOTS
     tl.store(best_ptr + offset[:, None] + slot, best, mask=is_query[:, None])
+
+
+@triton.jit
+def selected_block(
+    column, own, best_ptr, SINKS: tl.constexpr, LOCALS: tl.constexpr, COUNT: tl.constexpr,
+    SLOTS: tl.constexpr, SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Returns the block in a column of the selection of one query; -1 for none.
+
+    The columns are the own block ``own`` (-1 for padding), local blocks, sink blocks, and the
+    ``COUNT`` blocks of the highest scores among the best blocks of all splits at ``best_ptr``.
+    """
+    block, rank = own, column - (1 + LOCALS + SINKS)
+    if column > 0:
+        block = own - column
+        if block < SINKS:  # a block that is also a sink block counts as a sink block
+            block = -1
+        if column > LOCALS:
+            block = column - (1 + LOCALS)
+            if block >= own:
+                block = -1
+    if COUNT > 0:  # a constexpr, so a separate condition  # noqa: SIM102
+        if rank >= 0:
+            index = tl.arange(0, ALL_SPLITS * SLOTS)
+            keys = tl.load(best_ptr + index, mask=index < SPLITS * SLOTS, other=NOTHING)
+            keys = tl.sort(keys, descending=True)
+            ranked_key = tl.max(tl.where(index == rank, keys, NOTHING), 0)
+            exists = (own >= 0) & (ranked_key >= NOTHING + SLOTS)
+            block = tl.where(exists, (ranked_key & 0xFFFFFFFF).to(tl.int32), -1)
+    return block
+
+
+@triton.jit
+def attend_to_keys(
+    q, k_ptr, v_ptr, n_keys, factor, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    KEYS: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    TILE_VALUE_D: tl.constexpr,
+):  # fmt: skip
+    """Returns the attention of one query to ``n_keys`` keys, and its log-sum-exp in log2."""
+    dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
+    highest, total = float("-inf"), 0.0
+    out = tl.zeros([TILE_VALUE_D], tl.float32)
+    for start in range(0, n_keys, KEYS):
+        key = start + tl.arange(0, KEYS)
+        token = tl.minimum(key, n_keys - 1)[:, None]
+        k = tl.load(k_ptr + token * K_STRIDE + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
+        mask = (value_dim < VALUE_DIM)[None, :]
+        v = tl.load(v_ptr + token * V_STRIDE + value_dim[None, :], mask=mask, other=0.0)
+        scores = tl.sum(k.to(tl.float32) * q[None, :], 1) * factor
+        scores = tl.where(key < n_keys, scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 0))
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weights = tl.exp2(scores - base)
+        decay = tl.exp2(highest - base)
+        total = total * decay + tl.sum(weights, 0)
+        out = out * decay + tl.sum(weights[:, None] * v.to(tl.float32), 0)
+        highest = new_highest
+    return out * (1.0 / total), highest + tl.log2(total)
 
 
 @kernel
@@ -232,40 +294,16 @@ def _attend_kernel(
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
     DIM: tl.constexpr, TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
 ):  # fmt: skip
-    """Attends from one query to at most ``CHUNK`` keys of one of its selected blocks.
-
-    The columns of the selection are the own block, local blocks, sink blocks, and the ``COUNT``
-    blocks of the highest scores.
-    """
+    """Attends from one query to at most ``CHUNK`` keys of one of its selected blocks."""
     row = (tl.program_id(0) // PARTS).to(tl.int64)
     column = tl.program_id(0) % PARTS // CHUNKS
     chunk = tl.program_id(0) % CHUNKS
     head = row // Q_LEN  # b * Hq + query head
     position = tl.load(positions_ptr + head // (GROUP * kv_heads) * Q_LEN + row % Q_LEN)
-    block = tl.where(position < n_blocks * BLOCK_SIZE, position // BLOCK_SIZE, -1)
-    block = tl.where(position >= 0, block, -1)
-    own, rank = block, column - (1 + LOCALS + SINKS)
-    if column > 0:
-        block = own - column
-        if block < SINKS:  # a block that is also a sink block counts as a sink block
-            block = -1
-        if column > LOCALS:
-            block = column - (1 + LOCALS)
-            if block >= own:
-                block = -1
-    if COUNT > 0:  # a constexpr, so a separate condition  # noqa: SIM102
-        if rank >= 0:
-            gate_row = head // (GROUP // GATE_GROUP) * Q_LEN + row % Q_LEN
-            index = tl.arange(0, ALL_SPLITS * SLOTS)
-            keys = tl.load(
-                best_ptr + gate_row * (SPLITS * SLOTS) + index,
-                mask=index < SPLITS * SLOTS,
-                other=NOTHING,
-            )
-            keys = tl.sort(keys, descending=True)
-            ranked_key = tl.max(tl.where(index == rank, keys, NOTHING), 0)
-            exists = (own >= 0) & (ranked_key >= NOTHING + SLOTS)
-            block = tl.where(exists, (ranked_key & 0xFFFFFFFF).to(tl.int32), -1)
+    own = tl.where(position < n_blocks * BLOCK_SIZE, position // BLOCK_SIZE, -1)
+    own = tl.where(position >= 0, own, -1)
+    best_ptr += (head // (GROUP // GATE_GROUP) * Q_LEN + row % Q_LEN) * (SPLITS * SLOTS)
+    block = selected_block(column, own, best_ptr, SINKS, LOCALS, COUNT, SLOTS, SPLITS, ALL_SPLITS)
     partial = row * PARTS + tl.program_id(0) % PARTS
     first = block * BLOCK_SIZE + chunk * CHUNK
     end = tl.minimum(tl.minimum(first + CHUNK, (block + 1) * BLOCK_SIZE), position + 1)
@@ -274,32 +312,18 @@ def _attend_kernel(
         return
     dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
     q = tl.load(q_ptr + row * DIM + dim, mask=dim < DIM, other=0.0).to(tl.float32)
-    first_key = head // GROUP * (n_blocks * BLOCK_SIZE)
-    highest, total = float("-inf"), 0.0
-    out = tl.zeros([TILE_VALUE_D], tl.float32)
-    for start in range(first, end, KEYS):
-        key = start + tl.arange(0, KEYS)
-        token = first_key + tl.minimum(key, end - 1)
-        mask = (dim < DIM)[None, :]
-        k = tl.load(k_ptr + token[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
-        mask = (value_dim < VALUE_DIM)[None, :]
-        v = tl.load(v_ptr + token[:, None] * VALUE_DIM + value_dim[None, :], mask=mask, other=0.0)
-        scores = tl.sum(k.to(tl.float32) * q[None, :], 1) * factor
-        scores = tl.where(key < end, scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 0))
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp2(scores - base)
-        decay = tl.exp2(highest - base)
-        total = total * decay + tl.sum(weights, 0)
-        out = out * decay + tl.sum(weights[:, None] * v.to(tl.float32), 0)
-        highest = new_highest
-    tl.store(partial_lse_ptr + partial, highest + tl.log2(total))
+    first_key = head // GROUP * (n_blocks * BLOCK_SIZE) + first
+    out, lse = attend_to_keys(
+        q, k_ptr + first_key * DIM, v_ptr + first_key * VALUE_DIM, end - first, factor,
+        DIM, VALUE_DIM, KEYS, DIM, TILE_D, VALUE_DIM, TILE_VALUE_D,
+    )  # fmt: skip
+    tl.store(partial_lse_ptr + partial, lse)
     offset = partial * VALUE_DIM + value_dim
-    tl.store(partial_out_ptr + offset, out * (1.0 / total), mask=value_dim < VALUE_DIM)
+    tl.store(partial_out_ptr + offset, out, mask=value_dim < VALUE_DIM)
 
 
 @kernel
-def _merge_kernel(
+def merge_kernel(
     partial_out_ptr, partial_lse_ptr, positions_ptr, out_ptr, lse_ptr,
     kv_heads: tl.int32, n_blocks: tl.int32,
     GROUP: tl.constexpr, Q_LEN: tl.constexpr, BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr,

@@ -10,29 +10,30 @@ from flexmoba.backends import ScoreMod
 from flexmoba.blocks import TILE
 from flexmoba.cache.append import append, next_positions
 from flexmoba.cache.attention import CachedTensors, cached_attention
-from flexmoba.cache.checks import check_like_cache, check_new_tokens, check_no_gradients
+from flexmoba.cache.checks import check_appended, check_kept, check_like_cache, check_no_gradients
 from flexmoba.cache.options import CachedCall
 from flexmoba.cache.storage import storage
 from flexmoba.checks import (
     GateName,
     check_block_size,
     check_gate,
+    check_gate_block_size,
     check_options,
     check_positive,
     check_topk,
 )
 from flexmoba.gate import GateOptions
-from flexmoba.runtime import has_values, values_readable
+from flexmoba.runtime import has_values
 
 
 class MobaCache:
     """Cache of the keys, values and mean keys of one attention layer.
 
     Each row of the batch is a separate sequence with its own length. Its blocks begin at its first
-    token (arXiv 2502.13189, Sec. 2.2). The cache computes the mean key of a block once, when the
-    block is full; the gate never needs the mean key of the own block. Pass the cache to `flex_moba`
-    with q ``(B, Hq, Lq, D)``, k ``(B, Hkv, Lq, D)`` and v ``(B, Hkv, Lq, Dv)`` of ``Lq`` new
-    tokens, or call `append` and `attend`.
+    token (arXiv 2502.13189, Sec. 2.2). The cache computes the mean key of a sub-block once, when
+    the sub-block is full; the gate needs no mean key of the own block. Pass the cache to
+    `flex_moba` with q ``(B, Hq, Lq, D)``, k ``(B, Hkv, Lq, D)`` and v ``(B, Hkv, Lq, Dv)`` of
+    ``Lq`` new tokens, or call `append` and `attend`.
 
     A step of at most 16 tokens does not synchronize a GPU with the host, and reads only the mean
     keys and the selected blocks. With ``max_len``, such steps can be captured in a CUDA graph or
@@ -44,6 +45,7 @@ class MobaCache:
         kv_heads: KV heads ``Hkv``.
         head_dim: Head dim ``D`` of the keys.
         block_size: Keys in a block, at least 1.
+        gate_block_size: Keys in a sub-block, as in `moba_select`; ``block_size`` by default.
         value_dim: Head dim ``Dv`` of the values; ``head_dim`` by default.
         max_len: Capacity of each row in tokens, rounded up to full blocks. None to double the
             storage whenever it is full.
@@ -53,12 +55,13 @@ class MobaCache:
     Attributes:
         k: Keys, ``(B, Hkv, N * block_size, D)`` in ``dtype``.
         v: Values, ``(B, Hkv, N * block_size, Dv)`` in ``dtype``.
-        means: Mean keys of the full blocks, ``(B, Hkv, N, D)`` in ``dtype``.
+        means: Mean keys of the full sub-blocks, ``(B, Hkv, N * block_size / gate_block_size, D)``
+            in ``dtype``.
         lengths: Tokens in each row, ``(B,)`` int32.
 
     Raises:
         TypeError: A size is not an int.
-        ValueError: A size is not positive.
+        ValueError: A size is not positive, or ``gate_block_size`` does not divide ``block_size``.
 
     Examples:
         >>> import torch
@@ -80,6 +83,7 @@ class MobaCache:
         head_dim: int,
         *,
         block_size: int,
+        gate_block_size: int | None = None,
         value_dim: int | None = None,
         max_len: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -92,6 +96,7 @@ class MobaCache:
         sizes |= {"value_dim": value_dim, "max_len": 1 if max_len is None else max_len}
         for name, size in sizes.items():
             check_positive(name, size, "pass a number of rows, heads, features or tokens")
+        self.sub_blocks = check_gate_block_size(gate_block_size, block_size)
         self.block_size = block_size
         self.grows = max_len is None
         # One more block takes the writes of padding. Nothing reads it.
@@ -102,7 +107,7 @@ class MobaCache:
             for length, dim in (
                 (n_blocks * block_size, head_dim),
                 (n_blocks * block_size, value_dim),
-                (n_blocks, head_dim),
+                (n_blocks * self.sub_blocks, head_dim),
             )
         )
         self.lengths = storage((batch,), torch.int32, device)
@@ -112,6 +117,11 @@ class MobaCache:
         self._tile_queries: Tensor | None = None
         # An upper bound of the tokens in a row that were not attended with gate="tile".
         self._tokens_without_tile_gate = 0
+
+    @property
+    def gate_block_size(self) -> int:
+        """Keys in a sub-block; the gate scores the mean key of each sub-block."""
+        return self.block_size // self.sub_blocks
 
     @property
     def capacity(self) -> int:
@@ -136,7 +146,7 @@ class MobaCache:
         return positions
 
     def append(self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Appends new tokens to every row, and the mean keys of the blocks that they fill.
+        """Appends new tokens to every row, and the mean keys of the sub-blocks that they fill.
 
         Args:
             k: New keys, ``(B, Hkv, n, D)`` in the dtype of the cache.
@@ -161,12 +171,14 @@ class MobaCache:
             tensor([[ 0,  1,  2],
                     [-1,  0,  1]], dtype=torch.int32)
         """
-        self._check(k, v, key_padding_mask)
+        check_appended(k, v, key_padding_mask, self.k, self.v)
         self._make_room(k.shape[2])
         if not torch.compiler.is_compiling():
             self._longest_row += k.shape[2]
             self._tokens_without_tile_gate += k.shape[2]
-        positions: Tensor = append(self.k, self.v, self.means, self.lengths, k, v, key_padding_mask)
+        positions: Tensor = append(
+            *(self.k, self.v, self.means, self.lengths, k, v, key_padding_mask, self.sub_blocks)
+        )
         return positions
 
     def attend(
@@ -227,14 +239,13 @@ class MobaCache:
         check_topk(topk, none_allowed=True)
         check_options(scale, score_mod, None, None)
         check_gate(gate, sink_blocks, local_blocks, None, self.block_size, topk, is_causal=True)
-        n_blocks = self.means.shape[2]
+        n_blocks = self.k.shape[2] // self.block_size
         topk = n_blocks if topk is None else min(topk, n_blocks)
         topk = max(topk, 1 + sink_blocks + local_blocks)
         scale = dim**-0.5 if scale is None else float(scale)
         tile_queries = self._keep_tile_queries(q, positions) if gate == "tile" else None
-        call = CachedCall(
-            topk, scale, GateOptions(gate, sink_blocks, local_blocks), self.block_size
-        )
+        options = GateOptions(gate, sink_blocks, local_blocks, self.sub_blocks)
+        call = CachedCall(topk, scale, options, self.block_size)
         tensors = CachedTensors(self.k, self.v, self.means, tile_queries)
         return cached_attention(q, positions, tensors, call, score_mod)
 
@@ -255,22 +266,14 @@ class MobaCache:
             ValueError: ``length`` is negative. A tensor is checked on CPU only; elsewhere negative
                 numbers count as 0.
         """
-        remedy = "pass the number of tokens to keep"
+        check_kept(length)
         if isinstance(length, Tensor):
-            if values_readable(length) and bool((length < 0).any()):
-                raise ValueError(f"length must be at least 0, got {length.tolist()}; {remedy}")
             kept = length.to(self.lengths).clamp(min=0)
             self.lengths.copy_(torch.minimum(self.lengths, kept))
-        elif isinstance(length, int):
-            if length < 0:
-                raise ValueError(f"length must be at least 0, got {length}; {remedy}")
+        else:
             self.lengths.clamp_(max=length)
             self._longest_row = min(self._longest_row, length)
             self._tokens_without_tile_gate = min(self._tokens_without_tile_gate, length)
-        else:
-            raise TypeError(
-                f"length must be an int or a tensor of ints, got {type(length).__name__}; {remedy}"
-            )
 
     def reorder(self, rows: Tensor) -> None:
         """Replaces row ``i`` by a copy of the old row ``rows[i]``, as beam search needs.
@@ -316,9 +319,9 @@ class MobaCache:
         q: Tensor,
         k: Tensor,
         block_size: int,
+        gate: GateOptions,
         *,
         is_causal: bool,
-        gate: str,
         impl: str,
         kernel_options: Mapping[str, Any] | None,
     ) -> None:
@@ -329,11 +332,13 @@ class MobaCache:
             NotImplementedError: The call needs gradients, or has options that a cache does not
                 support.
         """
-        if self.block_size != block_size:
-            raise ValueError(
-                f"block_size must be the block size of the cache, {self.block_size}, got "
-                f"{block_size}; pass the same, or make another cache"
-            )
+        sizes = {"block_size": block_size, "gate_block_size": block_size // gate.sub_blocks}
+        for name, size in sizes.items():
+            if size != getattr(self, name):
+                raise ValueError(
+                    f"{name} must be the {name} of the cache, {getattr(self, name)}, got {size}; "
+                    "pass the same, or make another cache"
+                )
         if q.shape[2] != k.shape[2]:
             raise ValueError(
                 f"with a cache, q, k and v must hold the same new tokens, got Lq={q.shape[2]} and "
@@ -346,7 +351,7 @@ class MobaCache:
         if kernel_options:
             raise NotImplementedError("a cache does not support kernel_options; omit them")
         check_no_gradients(q)
-        if gate == "tile":
+        if gate.per == "tile":
             self.check_tiles(q.shape[1])
 
     def _make_room(self, n: int) -> None:
@@ -367,7 +372,7 @@ class MobaCache:
                 )
             return
         blocks = -(-max(2 * self.capacity, self._longest_row + n) // self.block_size) + 1
-        n_blocks = self.means.shape[2]
+        n_blocks = self.k.shape[2] // self.block_size
         for name in ("k", "v", "means", "_tile_queries"):
             x = getattr(self, name)
             if x is not None:
@@ -387,13 +392,3 @@ class MobaCache:
         tile = torch.where(is_first, positions // TILE, self.capacity // TILE)
         self._tile_queries.scatter_(2, tile.long()[:, None, :, None].expand_as(q), q)
         return self._tile_queries
-
-    def _check(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        check_new_tokens("k", k, self.k)
-        check_new_tokens("v", v, self.v, k.shape[2])
-        check_no_gradients(k, v)
-        if mask is not None and (mask.shape != k.shape[::2] or mask.dtype != torch.bool):
-            raise ValueError(
-                f"key_padding_mask must be bool of shape {tuple(k.shape[::2])}, got {mask.dtype} "
-                f"of shape {tuple(mask.shape)}; pass one value for every new token"
-            )

@@ -14,6 +14,8 @@ Presets:
   longest      1M and 10M tokens, forward
   gates        gate="token", "group" and "tile" at 64K tokens
   documents    64K tokens in 1 to 1024 packed documents
+  correlated   random queries beside queries whose neighbours select similar blocks
+  training     training steps of a GPT of 12 layers, 32K and 64K tokens a step
   decode       decoding steps at contexts of 32K to 1M tokens
 """
 
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 
 from flexmoba.bench import (
+    FLASH_VERSIONS,
     PRESETS,
     ROUNDINGS,
     describe,
@@ -34,8 +37,10 @@ from flexmoba.bench import (
     matrix_rate,
     measure,
     measure_step,
+    measure_training,
     plot,
     tables,
+    why_not_flash,
 )
 from flexmoba.reporting import (
     UsageError,
@@ -121,6 +126,9 @@ def _heading(arguments: argparse.Namespace) -> dict[str, Any]:
         "dtype": arguments.dtype,
         "matrix_tflops": matrix_rate(device, getattr(torch, arguments.dtype)),
     }
+    if device.type == "cuda":  # baselines that this torch cannot offer here, and why
+        reasons = {f"no {version}": why_not_flash(version) for version in FLASH_VERSIONS}
+        report |= {key: reason for key, reason in reasons.items() if reason is not None}
     print(*(f"{key}: {value}" for key, value in report.items()), sep="\n", file=sys.stderr)
     return report | {"results": []}
 
@@ -133,7 +141,9 @@ def _measure_all(report: dict[str, Any], arguments: argparse.Namespace) -> None:
     configs = [config for name in arguments.preset for config in PRESETS[small.get(name, name)]]
     for i, config in enumerate(configs, 1):
         note(f"{i} of {len(configs)}: {config}")
-        measured = (measure_step if config.decode else measure)(config, device, dtype)
+        measure_config = measure_step if config.decode else measure
+        measure_config = measure_training if config.layers else measure_config
+        measured = measure_config(config, device, dtype)
         report["results"].append(asdict(config) | measured)
         print_result(line(report["results"][-1]), arguments.json)
         if arguments.json not in (None, "-"):  # after every result, in case the process is killed

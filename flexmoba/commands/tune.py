@@ -1,11 +1,12 @@
 """Measure block sizes and topks on given queries and keys, on this device.
 
 For each block size and topk, the table shows the share of full attention that the selected blocks
-capture (mass), the share that the best selection of as many blocks captures (best mass), the lowest
-mass of any head (worst head), how often the block of the strongest past key is selected (found),
-the signal-to-noise ratio of the gate (SNR), the ratio that makes the gate reliable (needed), and
-the time, with the speedup over dense attention. A star marks the frontier: the choices without an
-alternative that captures more mass at no higher cost. An arrow marks the choice for your budget.
+capture (mass), the share that the best selection of as many blocks captures (best mass), the
+difference of the two (lost), the lowest mass of any head (worst head), how often the block of the
+strongest past key is selected (found), the signal-to-noise ratio of the gate (SNR), the ratio that
+makes the gate reliable (needed), and the time, with the speedup over dense attention. A star marks
+the frontier: the choices without an alternative that captures more mass at no higher cost. An arrow
+marks the choice for your budget.
 
 Sources of queries and keys:
   --model FOLDER --text FILE   a local Hugging Face model, and a text for it
@@ -66,6 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{name.replace('-', ' ')} to measure (default: {' '.join(map(str, default))})",
         )
     parser.add_argument(
+        "--gate-block-sizes",
+        type=positive,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="sizes of sub-blocks to measure beside the gate without sub-blocks (default: none)",
+    )
+    parser.add_argument(
         "--queries",
         type=positive,
         default=256,
@@ -111,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
             _calls(arguments),
             arguments.block_sizes,
             arguments.topks,
+            gate_block_sizes=arguments.gate_block_sizes,
             queries=arguments.queries,
             timed=not arguments.no_times,
             backward=arguments.backward,
@@ -148,9 +158,7 @@ def _show(report: Report, arguments: argparse.Namespace) -> Choice | None:
 def _line(report: Report) -> str:
     """Formats the last choice of a report as a line."""
     x = report.choices[-1]
-    text = (
-        f"block {x.block_size}, topk {x.topk}: captures {x.mass:.1%}, {x.forward_ms:.2f} ms forward"
-    )
+    text = f"{x.block}, topk {x.topk}: captures {x.mass:.1%}, {x.forward_ms:.2f} ms forward"
     if report.dense_forward_ms is not None and x.forward_ms is not None:
         text += f" ({report.dense_forward_ms / x.forward_ms:.1f}x)"
     return text
@@ -209,15 +217,23 @@ def _advice(report: Report, budget: str, choice: Choice | None) -> str:
     if choice is None:
         best = max(report.choices, key=lambda x: x.mass)
         return (
-            f"For {budget}: no measured choice meets this budget. Block {best.block_size}, topk "
-            f"{best.topk} captures the most mass, {best.mass:.1%}, at sparsity "
-            f"{best.sparsity:.1%}. Try other --block-sizes and --topks, or another budget."
+            f"For {budget}: no measured choice meets this budget. {_settings(best)} captures the "
+            f"most mass, {best.mass:.1%}, at sparsity {best.sparsity:.1%}. The best selection of "
+            f"as many blocks captures {best.best_mass:.1%}. Try other --block-sizes and --topks, "
+            "or another budget."
         )
     return (
-        f"For {budget}: block_size={choice.block_size}, topk={choice.topk}. It captures "
-        f"{choice.mass:.1%} of full attention, {choice.worst_mass:.1%} in the worst head, and "
-        f"reads {1 - choice.sparsity:.1%} of the keys."
+        f"For {budget}: {_settings(choice)}. It captures {choice.mass:.1%} of full attention, "
+        f"{choice.worst_mass:.1%} in the worst head, and reads {1 - choice.sparsity:.1%} of the "
+        f"keys. The best selection of as many blocks captures {choice.best_mass:.1%}, so the gate "
+        f"loses {choice.lost_mass:.1%}."
     )
+
+
+def _settings(choice: Choice) -> str:
+    """Formats the arguments of `flex_moba` for a choice."""
+    part = f", gate_block_size={choice.gate_block_size}" if choice.gate_block_size else ""
+    return f"block_size={choice.block_size}, topk={choice.topk}{part}"
 
 
 # ---- Sources of queries and keys ----------------------------------------------------------------

@@ -15,6 +15,7 @@ from flexmoba.checks import (
     check_block_size,
     check_documents,
     check_gate,
+    check_gate_block_size,
     check_no_tangents,
     check_options,
     check_queries_and_keys,
@@ -51,6 +52,7 @@ def context_parallel_moba(
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
     gate: GateName = "token",
+    gate_block_size: int | None = None,
     sink_blocks: int = 0,
     local_blocks: int = 0,
     impl: ImplName = "auto",
@@ -76,6 +78,7 @@ def context_parallel_moba(
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
     gate: GateName = "token",
+    gate_block_size: int | None = None,
     sink_blocks: int = 0,
     local_blocks: int = 0,
     impl: ImplName = "auto",
@@ -102,6 +105,7 @@ def context_parallel_moba(
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
     gate: GateName = "token",
+    gate_block_size: int | None = None,
     sink_blocks: int = 0,
     local_blocks: int = 0,
     impl: ImplName = "auto",
@@ -149,6 +153,7 @@ def context_parallel_moba(
         gate: As in `flex_moba`. ``"tile"`` with ``"gather"`` needs shards that begin at multiples
             of 128 of their sequence or document, and ``"group"`` with ``"heads"`` a number of ranks
             that divides ``Hkv``.
+        gate_block_size: As in `flex_moba`.
         sink_blocks: As in `flex_moba`.
         local_blocks: As in `flex_moba`.
         impl: As in `flex_moba`.
@@ -190,6 +195,7 @@ def context_parallel_moba(
     options = {
         "scale": scale,
         "gate": gate,
+        "gate_block_size": gate_block_size,
         "sink_blocks": sink_blocks,
         "local_blocks": local_blocks,
         "impl": impl,
@@ -289,6 +295,7 @@ def _check_shard(
         *(None, attention.block_size, attention.topk),
         is_causal=True,
     )
+    check_gate_block_size(options["gate_block_size"], attention.block_size)
     check_options(options["scale"], attention.score_mod, options["kernel_options"], return_aux)
     resolve(options["impl"], q, k, v, options["kernel_options"], attention.score_mod)
 

@@ -5,7 +5,7 @@ own block, which the backends add.
 """
 
 from flexmoba.gate.options import Candidates, GateOptions, GateSizes
-from flexmoba.gate.scores import block_means, forced_blocks, top_blocks
+from flexmoba.gate.scores import block_means, block_scores, forced_blocks, top_blocks
 from flexmoba.gate.select import (
     expand_rows,
     gate_rows,
@@ -20,6 +20,7 @@ __all__ = [
     "GateOptions",
     "GateSizes",
     "block_means",
+    "block_scores",
     "expand_rows",
     "forced_blocks",
     "gate_rows",

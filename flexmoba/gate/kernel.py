@@ -1,8 +1,14 @@
 """The gate on CUDA: one Triton kernel that scores a tile of queries and keeps their best blocks.
 
-Scores are not written to memory, and the kernel skips blocks after the queries. It packs each score
-and its block index into a 64-bit integer, the sort key, which it compares instead of the score: the
-higher score wins, and of equal scores the later block.
+Scores are not written to memory, and the kernel skips blocks after the queries. It maps each score
+to an integer of the same order, and keeps the highest integer of the sub-blocks of each block. It
+packs this integer and the block index into a 64-bit integer, the sort key, which it compares
+instead of the score: the higher score wins, and of equal scores the later block.
+
+A matrix product leaves a quarter of the columns of a row in each of four threads. Each thread keeps
+a sorted list of the best keys of its columns: a sorting network sorts the keys of a tile, and
+another merges them into the list, so the cost does not depend on the scores. The four lists are
+merged after the last tile.
 """
 
 import torch
@@ -11,10 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from flexmoba.gate.options import Candidates, GateOptions, GateSizes
-from flexmoba.runtime.triton_launch import kernel, launch, packed
+from flexmoba.runtime.triton_launch import kernel, launch, on_device_of, packed
 
 MAX_COUNT = 64  # blocks of a row, which the kernel keeps in registers
 MAX_HEAD_DIM = 256
+_LISTS = 4  # of a row, one in each of the threads that hold the row of a matrix product
+_MAX_LIST = 16  # keys of a list that fits in registers
 
 NOTHING = tl.constexpr(-(2**63))  # below the sort key of any score
 _EVERYTHING = tl.constexpr(2**63 - 1)
@@ -30,13 +38,16 @@ def select_on_cuda(
     first_block, end_block, _ = candidates
     count = sizes.scored(gate)
     batch, heads, q_len, dim = q.shape
-    kv_heads, n_blocks = means.shape[1:3]
+    kv_heads, n_blocks = means.shape[1], means.shape[2] // gate.sub_blocks
     by_parts = q.dtype == torch.float32 and means.dtype != torch.float32
     q, means = packed(q), packed(means)
     first = q if first_block is None else packed(first_block)
     last = q if end_block is None else packed(end_block)
     selected = torch.empty(batch, heads, q_len, count, dtype=torch.int32, device=q.device)
-    tile_q, tile_n = 64, 32
+    tile_q, slots = 64, triton.next_power_of_2(count)
+    is_half = q.element_size() == 2
+    # Sums of groups are float32, and take more registers for their products by parts.
+    use_lists = slots <= (_MAX_LIST if is_half else _MAX_LIST // 2 if by_parts else 0)
     numbers = (
         *(batch * heads, heads, heads // kv_heads, q_len, n_blocks),
         *(sizes.offset, sizes.block_size),
@@ -48,21 +59,129 @@ def select_on_cuda(
         "HAS_END": end_block is not None,
         "SINKS": gate.sink_blocks,
         "LOCALS": gate.local_blocks,
+        "SUB_BLOCKS": gate.sub_blocks,
         "STRIDE": gate.stride,
         "IS_CAUSAL": sizes.is_causal,
         "BY_PARTS": by_parts,
+        "USE_LISTS": use_lists,
+        "LISTS": _LISTS,
         "TILE_Q": tile_q,
-        "TILE_N": tile_n,
+        "TILE_N": max(32, _LISTS * slots) if use_lists else 32,
         "TILE_D": max(16, triton.next_power_of_2(dim)),
-        "SLOTS": triton.next_power_of_2(count),
-        "num_warps": 2 if dim <= 128 and q.element_size() == 2 else 4,
+        "SLOTS": slots,
+        "num_warps": 2 if dim <= 128 and is_half and not use_lists else 4,
+        # Copies of mean keys to shared memory, which float32 fills with one.
+        "num_stages": (3 if dim <= 128 else 2) if is_half else 1,
     }
     dtypes = (q.dtype, means.dtype)
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         n_programs = triton.cdiv(q_len, tile_q) * batch * heads
         tensors = q, means, first, last, selected
         launch(_select_kernel, n_programs, (*tensors, *numbers), constants, dtypes)
     return selected
+
+
+@triton.jit
+def halves(x, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr):
+    """Splits ``x (A, B, N)`` into elements whose index has the bit ``STRIDE`` unset or set."""
+    x = tl.reshape(x, [A, B, N // (2 * STRIDE), 2, STRIDE])
+    return tl.split(tl.permute(x, [0, 1, 2, 4, 3]))
+
+
+@triton.jit
+def from_halves(x, y, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
+    """Returns the inverse of `halves`."""
+    return tl.reshape(tl.permute(tl.join(x, y), [0, 1, 2, 4, 3]), [A, B, N])
+
+
+@triton.jit
+def exchange(x, y):
+    """Returns the larger and the smaller elements."""
+    larger = tl.where(x > y, x, y)
+    return larger, x ^ y ^ larger  # fewer instructions than a second comparison
+
+
+@triton.jit
+def reverse(x, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
+    """Reverses the order of the last dimension of ``x (A, B, N)``."""
+    for i in tl.static_range(6):
+        if 1 << i < N:
+            low, high = halves(x, A, B, N, 1 << i)
+            x = from_halves(high, low, A, B, N)
+    return x
+
+
+@triton.jit
+def sort_bitonic(x, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr, RUN: tl.constexpr):
+    """Sorts every bitonic run of ``RUN`` elements of the last dimension, in descending order."""
+    for i in tl.static_range(6):
+        if RUN >> (i + 1) > 0:
+            low, high = halves(x, A, B, N, RUN >> (i + 1))
+            low, high = exchange(low, high)
+            x = from_halves(low, high, A, B, N)
+    return x
+
+
+@triton.jit
+def merge_runs(x, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr, RUN: tl.constexpr):
+    """Merges pairs of sorted runs of ``RUN`` elements into sorted runs of twice the length."""
+    low, high = halves(x, A, B, N, RUN)
+    PAIRS: tl.constexpr = B * (N // (2 * RUN))
+    high = reverse(tl.reshape(high, [A, PAIRS, RUN]), A, PAIRS, RUN)
+    low, high = exchange(low, tl.reshape(high, [A, B, N // (2 * RUN), RUN]))
+    return sort_bitonic(from_halves(low, high, A, B, N), A, B, N, RUN)
+
+
+@triton.jit
+def sort_runs(x, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr, RUN: tl.constexpr):
+    """Sorts every run of ``RUN`` elements of the last dimension, in descending order."""
+    for i in tl.static_range(6):
+        if 1 << i < RUN:
+            x = merge_runs(x, A, B, N, 1 << i)
+    return x
+
+
+@triton.jit
+def merge_lists(x, y, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
+    """Returns the best N elements of pairs of lists ``(A, B, N)`` in descending order, sorted."""
+    y = reverse(y, A, B, N)
+    return sort_bitonic(tl.where(x > y, x, y), A, B, N, N)
+
+
+@triton.jit
+def merge_half(x, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr, RUN: tl.constexpr):
+    """Merges pairs of sorted runs of the last dimension into their best ``RUN`` elements."""
+    low, high = halves(x, A, B, N, RUN)
+    PAIRS: tl.constexpr = B * (N // (2 * RUN))
+    low, high = tl.reshape(low, [A, PAIRS, RUN]), tl.reshape(high, [A, PAIRS, RUN])
+    return tl.reshape(merge_lists(low, high, A, PAIRS, RUN), [A, B, N // 2])
+
+
+@triton.jit
+def keep_best_in_lists(
+    best, key, ROWS: tl.constexpr, TILE_N: tl.constexpr, LISTS: tl.constexpr, SLOTS: tl.constexpr
+):
+    """Merges the sort keys ``(ROWS, TILE_N)`` of a tile into lists ``(ROWS, LISTS, SLOTS)``.
+
+    Of every 8 columns of a matrix product on the matrix units, a thread holds two neighbours.
+    """
+    key = tl.reshape(key, [ROWS, TILE_N // (2 * LISTS), LISTS, 2])
+    key = tl.reshape(tl.permute(key, [0, 2, 1, 3]), [ROWS, LISTS, TILE_N // LISTS])
+    key = sort_runs(key, ROWS, LISTS, TILE_N // LISTS, SLOTS)
+    for i in tl.static_range(6):
+        if TILE_N // LISTS >> i > SLOTS:
+            key = merge_half(key, ROWS, LISTS, TILE_N // LISTS >> i, SLOTS)
+    return merge_lists(best, key, ROWS, LISTS, SLOTS)
+
+
+@triton.jit
+def best_of_lists(best, ROWS: tl.constexpr, LISTS: tl.constexpr, SLOTS: tl.constexpr):
+    """Merges the lists of a row, ``(ROWS, SLOTS)`` in descending order."""
+    best = tl.reshape(best, [ROWS, 1, LISTS * SLOTS])
+    for i in tl.static_range(6):
+        if LISTS >> i > 1:
+            best = merge_half(best, ROWS, 1, LISTS * SLOTS >> i, SLOTS)
+    return tl.reshape(best, [ROWS, SLOTS])
 
 
 @triton.jit
@@ -77,22 +196,53 @@ def nothing_yet(ROWS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def score_keys(q, mean, block, first, end, BY_PARTS: tl.constexpr):
-    """Returns the sort keys ``(rows, blocks)`` of a tile of blocks.
+def score_keys(
+    q,
+    means_ptr,
+    block,
+    n_blocks,
+    DIM: tl.constexpr,
+    TILE_D: tl.constexpr,
+    SUB_BLOCKS: tl.constexpr,
+    BY_PARTS: tl.constexpr,
+):
+    """Returns the sort keys ``(rows, blocks)`` of a tile of blocks."""
+    dim = tl.arange(0, TILE_D)
+    mask = (block < n_blocks)[:, None] & (dim < DIM)[None, :]
+    mean_ptr = means_ptr + block[:, None] * (SUB_BLOCKS * DIM) + dim[None, :]
+    bits = ordered_scores(q, tl.load(mean_ptr, mask=mask, other=0.0), BY_PARTS)
+    for sub_block in range(1, SUB_BLOCKS):
+        mean = tl.load(mean_ptr + sub_block * DIM, mask=mask, other=0.0)
+        bits = tl.maximum(bits, ordered_scores(q, mean, BY_PARTS))
+    return sort_keys(bits, block)
 
-    Candidates are the blocks from ``first`` to before ``end``; others get ``NOTHING``. ``BY_PARTS``
-    is for float32 queries and mean keys rounded to half precision: three products on the matrix
-    units then lose at most the last two bits of a float32 product.
+
+@triton.jit
+def sort_keys(bits, block):
+    """Returns the sort keys of scores, as int32 in the order of the scores, and their blocks."""
+    return (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
+
+
+@triton.jit
+def ordered_scores(q, mean, BY_PARTS: tl.constexpr):
+    """Returns the scores of mean keys as int32 in the order of the scores; NaN is the highest.
+
+    ``BY_PARTS`` is for float32 queries and mean keys rounded to half precision: three products on
+    the matrix units then lose at most the last two bits of a float32 product.
     """
+    mean = mean.to(q.dtype)
     if BY_PARTS:
         score = tl.dot(q, tl.trans(mean), input_precision="tf32x3")
     else:
         score = tl.dot(q, tl.trans(mean), input_precision="ieee")
-    score = tl.where(score == 0.0, 0.0, score)  # -0.0 equals 0.0
-    bits = score.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the scores
-    bits = tl.where(score != score, 0x7FFFFFFF, bits)
-    key = (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # integers in the order of the scores
+    return tl.where(score != score, 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def only_candidates(key, block, first, end):
+    """Replaces the sort keys of blocks before ``first`` or from ``end`` on by ``NOTHING``."""
     candidate = (block[None, :] >= first[:, None]) & (block[None, :] < end[:, None])
     return tl.where(candidate, key, NOTHING)
 
@@ -131,9 +281,12 @@ def _select_kernel(
     HAS_END: tl.constexpr,
     SINKS: tl.constexpr,
     LOCALS: tl.constexpr,
+    SUB_BLOCKS: tl.constexpr,
     STRIDE: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     BY_PARTS: tl.constexpr,
+    USE_LISTS: tl.constexpr,
+    LISTS: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_D: tl.constexpr,
@@ -159,22 +312,32 @@ def _select_kernel(
     if HAS_FIRST:
         first += tl.load(first_ptr + head // heads * q_len + row, mask=valid, other=n_blocks)
 
-    slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
-    means_ptr += (head // group).to(tl.int64) * n_blocks * DIM
+    if USE_LISTS:
+        best = tl.full([TILE_Q, LISTS, SLOTS], NOTHING, tl.int64)
+    else:
+        slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
+    means_ptr += (head // group).to(tl.int64) * (n_blocks * SUB_BLOCKS) * DIM
+    # All blocks of a tile in this range are candidates of all rows.
+    full_start, full_end = tl.max(first, 0), tl.min(tl.where(valid, end, n_blocks), 0)
     for start in range(tl.min(first, 0) // TILE_N * TILE_N, tl.max(end, 0), TILE_N):
         block = start + tl.arange(0, TILE_N)
-        mean = tl.load(
-            means_ptr + block[:, None] * DIM + dim,
-            mask=(block < n_blocks)[:, None] & (dim < DIM)[None, :],
-            other=0.0,
-        )
-        best = keep_best(best, score_keys(q, mean.to(q.dtype), block, first, end, BY_PARTS))
+        key = score_keys(q, means_ptr, block, n_blocks, DIM, TILE_D, SUB_BLOCKS, BY_PARTS)
+        if (start < full_start) | (start + TILE_N > full_end):
+            key = only_candidates(key, block, first, end)
+        if USE_LISTS:
+            best = keep_best_in_lists(best, key, TILE_Q, TILE_N, LISTS, SLOTS)
+        else:
+            best = keep_best(best, key)
 
-    best = tl.sort(best, descending=True)  # unused slots come first
+    if USE_LISTS:
+        best = best_of_lists(best, TILE_Q, LISTS, SLOTS)
+        column = tl.arange(0, SLOTS)[None, :] + tl.zeros([TILE_Q, SLOTS], tl.int32)
+    else:
+        best = tl.sort(best, descending=True)  # unused slots come first
+        column = slot - (SLOTS - COUNT)
     selected = tl.where(best < NOTHING + SLOTS, -1, (best & 0xFFFFFFFF).to(tl.int32))
-    column = slot - (SLOTS - COUNT)
     tl.store(
         selected_ptr + q_row[:, None] * COUNT + column,
         selected,
-        mask=valid[:, None] & (column >= 0),
+        mask=valid[:, None] & (column >= 0) & (column < COUNT),
     )

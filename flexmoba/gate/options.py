@@ -18,11 +18,14 @@ class GateOptions(NamedTuple):
         per: ``"token"``, ``"group"`` or ``"tile"``.
         sink_blocks: Number of first blocks that are always selected.
         local_blocks: Number of blocks right before the own block that are always selected.
+        sub_blocks: Number of sub-blocks in a block. The score of a block is the highest score of
+            the mean keys of its sub-blocks.
     """
 
     per: str = "token"
     sink_blocks: int = 0
     local_blocks: int = 0
+    sub_blocks: int = 1
 
     @property
     def stride(self) -> int:

@@ -2,6 +2,9 @@
 
 arXiv 2502.13189, Sec. 2.2, Eq. 5 and 6. The selection is exact and deterministic: means and scores
 accumulate in float32 (float64 for float64 inputs), and of equal scores the more recent block wins.
+
+The gate may divide each block into sub-blocks. It then scores the mean keys of the sub-blocks, and
+the score of a block is the highest of these scores.
 """
 
 import torch
@@ -17,23 +20,46 @@ _SCORES_AT_ONCE = 2**22
 _MOST_ROUNDS = 12
 
 
-def block_means(k: Tensor, block_size: int, keys_of_block: Tensor | None = None) -> Tensor:
-    """Returns the mean key of every block, ``(B, Hkv, blocks, D)`` in the dtype of ``k``.
+def block_means(
+    k: Tensor, block_size: int, keys_of_block: Tensor | None = None, sub_blocks: int = 1
+) -> Tensor:
+    """Returns the mean key of every sub-block, by default of every block.
 
-    Given ``keys_of_block`` (see `Candidates`), the length of ``k (B, Hkv, Lk, D)`` is a multiple of
-    the block size, and short blocks hold zeros after their keys.
+    A short block may have empty sub-blocks. They get the mean key of the first sub-block of their
+    block, which leaves the highest score of the block as it is.
+
+    Args:
+        k: Keys, ``(B, Hkv, Lk, D)``. Given ``keys_of_block``, ``Lk`` is a multiple of the block
+            size, and short blocks hold zeros after their keys.
+        block_size: Keys in a block, a multiple of ``sub_blocks``.
+        keys_of_block: As in `Candidates`.
+        sub_blocks: Number of sub-blocks in a block.
+
+    Returns:
+        ``(B, Hkv, blocks * sub_blocks, D)`` in the dtype of ``k``.
     """
     precise = torch.promote_types(k.dtype, torch.float32)
     batch, heads, length, dim = k.shape
+    size = block_size // sub_blocks
     if keys_of_block is not None:
-        sums = k.view(batch, heads, -1, block_size, dim).sum(3, dtype=precise)
-        return (sums / keys_of_block.clamp(min=1)[:, None, :, None]).to(k.dtype)
-    n_full = length // block_size
-    blocks = k[:, :, : n_full * block_size].view(batch, heads, n_full, block_size, dim)
-    means = blocks.mean(3, dtype=precise)
-    if n_full * block_size < length:
-        tail = k[:, :, n_full * block_size :].mean(2, keepdim=True, dtype=precise)
-        means = torch.cat([means, tail], dim=2)
+        first_key = torch.arange(0, block_size, size, device=k.device)
+        keys = (keys_of_block[..., None] - first_key).clamp(0, size).flatten(1)[:, None, :, None]
+        sums = k.view(batch, heads, -1, size, dim).sum(3, dtype=precise)
+        means = (sums / keys.clamp(min=1)).to(k.dtype)
+        if sub_blocks == 1:
+            return means
+        first = means[:, :, ::sub_blocks].repeat_interleave(sub_blocks, 2)
+        return torch.where(keys > 0, means, first)
+    n_full = length // size
+    full = k[:, :, : n_full * size].view(batch, heads, n_full, size, dim)
+    parts = [full.mean(3, dtype=precise)]
+    if n_full * size < length:
+        parts.append(k[:, :, n_full * size :].mean(2, keepdim=True, dtype=precise))
+    means = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    empty = -means.shape[2] % sub_blocks
+    if empty > 0:
+        first = means[:, :, empty - sub_blocks, None].expand(-1, -1, empty, -1)
+        means = torch.cat([means, first], dim=2)
     return means.to(k.dtype)
 
 
@@ -61,30 +87,31 @@ def forced_blocks(first: Tensor, end: Tensor, gate: GateOptions) -> Tensor | Non
 
 
 def top_blocks_in_pieces(
-    rows: Tensor, means: Tensor, first: Tensor, end: Tensor, count: int
+    rows: Tensor, means: Tensor, first: Tensor, end: Tensor, count: int, sub_blocks: int = 1
 ) -> Tensor:
     """Returns the blocks with the ``count`` highest scores from ``first`` to before ``end``.
 
     Args:
         rows: ``(B, Hq or Hkv, rows, D)``, from `gate_rows`.
-        means: Mean keys, ``(B, Hkv, blocks, D)``.
+        means: Mean keys of sub-blocks, ``(B, Hkv, blocks * sub_blocks, D)``.
         first: ``(B or 1, rows or 1)`` ints, the first candidate block of each row.
         end: ``(B or 1, rows or 1)`` ints, the block after the last candidate.
         count: Number of blocks to select.
+        sub_blocks: Number of sub-blocks in a block.
 
     Returns:
         ``(B, Hq or Hkv, rows, count)`` int32, by descending score; -1 for none.
     """
     batch, heads, n_rows, _ = rows.shape
-    kv_heads, n_blocks = means.shape[1:3]
+    kv_heads, n_means = means.shape[1:3]
     precise = torch.promote_types(rows.dtype, torch.float32)
     grouped = rearrange(rows, "b (h g) l d -> b h g l d", h=kv_heads)
     keys = means.to(precise)[:, :, None].mT
     first, end = (x.expand(x.shape[0], n_rows)[:, None, None] for x in (first, end))
-    piece = max(1, _SCORES_AT_ONCE // (batch * heads * n_blocks))
+    piece = max(1, _SCORES_AT_ONCE // (batch * heads * n_means))
     selected_pieces = [
         top_blocks(
-            grouped[..., start : start + piece, :].to(precise) @ keys,
+            block_scores(grouped[..., start : start + piece, :].to(precise) @ keys, sub_blocks),
             first[..., start : start + piece],
             end[..., start : start + piece],
             count,
@@ -93,6 +120,14 @@ def top_blocks_in_pieces(
     ]
     selected: Tensor = rearrange(torch.cat(selected_pieces, dim=-2), "b h g l t -> b (h g) l t")
     return selected
+
+
+def block_scores(scores: Tensor, sub_blocks: int) -> Tensor:
+    """Returns the score of each block, ``(..., blocks)``: the highest score of its sub-blocks.
+
+    NaN is the highest score. ``scores`` are ``(..., blocks * sub_blocks)``.
+    """
+    return scores if sub_blocks == 1 else scores.unflatten(-1, (-1, sub_blocks)).amax(-1)
 
 
 def top_blocks(scores: Tensor, first: Tensor, end: Tensor, count: int) -> Tensor:

@@ -16,6 +16,7 @@ from flexmoba.checks import (
     check_block_size,
     check_documents,
     check_gate,
+    check_gate_block_size,
     check_queries_and_keys,
     check_topk,
 )
@@ -36,6 +37,7 @@ def moba_select(
     *,
     is_causal: bool = True,
     gate: GateName = "token",
+    gate_block_size: int | None = None,
     sink_blocks: int = 0,
     local_blocks: int = 0,
     cu_seqlens: Tensor | None = None,
@@ -66,6 +68,9 @@ def moba_select(
             which share the selection. ``"tile"``: the scores of the first of 128 consecutive
             queries, which share the selection, for each head. Tiles begin at multiples of 128,
             which must divide ``block_size`` and ``Lk - Lq``.
+        gate_block_size: Keys in a sub-block, a divisor of ``block_size``. The gate scores the mean
+            key of each sub-block, and the score of a block is the highest score of its sub-blocks.
+            By default, a block is its only sub-block, as in the paper.
         sink_blocks: Number of first blocks that are always selected. They count towards ``topk``.
         local_blocks: Number of blocks right before the own block that are always selected. They
             count towards ``topk``.
@@ -99,8 +104,9 @@ def moba_select(
     check_topk(topk)
     offset = k.shape[2] - q.shape[2]
     check_gate(gate, sink_blocks, local_blocks, offset, block_size, topk, is_causal=is_causal)
+    sub_blocks = check_gate_block_size(gate_block_size, block_size)
     check_documents(q, k, cu_seqlens, document_ids, key_padding_mask)
-    options = GateOptions(gate, sink_blocks, local_blocks)
+    options = GateOptions(gate, sink_blocks, local_blocks, sub_blocks)
     layout: Sequences = Layout(block_size)
     if q.numel() > 0:
         packing = packing_of(k.shape[2], cu_seqlens, document_ids)
@@ -210,6 +216,9 @@ def select_rows(
         for x in (candidates.first, candidates.end)
     )
     block_size, count, offset, is_causal = sizes
+    if block_size % gate.sub_blocks != 0:
+        # A layout shortens blocks only if no sequence has more than one, which has no rivals.
+        gate = gate._replace(sub_blocks=1)
     selected: Tensor = _select(
         *(rows, k.detach(), first, end, candidates.keys_of_block),
         *(offset, block_size, count, *gate, is_causal),
@@ -268,17 +277,18 @@ def _select(
     per: str,
     sink_blocks: int,
     local_blocks: int,
+    sub_blocks: int,
     is_causal: bool,
 ) -> Tensor:
     sizes = GateSizes(block_size, count, offset, is_causal)
-    gate = GateOptions(per, sink_blocks, local_blocks)
-    means = block_means(k, block_size, keys_of_block)
+    gate = GateOptions(per, sink_blocks, local_blocks, sub_blocks)
+    means = block_means(k, block_size, keys_of_block, sub_blocks)
     return select_by_means(rows, means, sizes, gate, Candidates(first_block, end_block))
 
 
 @_select.register_fake
 def _(rows: Tensor, *arguments: Any) -> Tensor:
-    *_, offset, block_size, count, per, sink_blocks, local_blocks, is_causal = arguments
+    *_, offset, block_size, count, per, sink_blocks, local_blocks, _, is_causal = arguments
     sizes = GateSizes(block_size, count, offset, is_causal)
     width = sizes.width(GateOptions(per, sink_blocks, local_blocks))
     return rows.new_empty((*rows.shape[:3], width), dtype=torch.int32)
@@ -296,7 +306,7 @@ def select_by_means(
     Args:
         rows: ``(B, Hq or Hkv, rows, D)``, from `gate_rows`. Row ``i`` has the position
             ``sizes.offset + i * gate.stride``.
-        means: Mean keys, ``(B, Hkv, blocks, D)``.
+        means: Mean keys, ``(B, Hkv, blocks * gate.sub_blocks, D)``, from `block_means`.
         sizes: Sizes of the selection.
         gate: Options of the gate.
         candidates: The candidate blocks of rows, ``(B, rows)``.
@@ -305,8 +315,32 @@ def select_by_means(
         Block indices, ``(B, Hq or Hkv, rows, width)`` int32: local blocks, sink blocks, then the
         others by descending score; -1 for none.
     """
-    n_blocks, n_rows = means.shape[2], rows.shape[2]
-    position = sizes.offset + torch.arange(n_rows, device=rows.device)[None] * gate.stride
+    n_blocks, scored = means.shape[2] // gate.sub_blocks, sizes.scored(gate)
+    is_empty = scored == 0 or rows.numel() == 0 or n_blocks == 0
+    has_kernel = not is_empty and _has_kernel(rows, scored)
+    if has_kernel:
+        from flexmoba.gate.kernel import select_on_cuda
+
+        best = select_on_cuda(rows, means, sizes, gate, candidates)
+        if gate.forced == 0:  # the kernel computes the candidates itself
+            return best
+    first, end = _candidate_ranges(rows, n_blocks, sizes, gate, candidates)
+    if is_empty:
+        best = rows.new_full((*rows.shape[:3], scored), -1, dtype=torch.int32)
+    elif not has_kernel:
+        begin, stop = first + gate.sink_blocks, end - gate.local_blocks
+        best = top_blocks_in_pieces(rows, means, begin, stop, scored, gate.sub_blocks)
+    forced = forced_blocks(first, end, gate)
+    if forced is None:
+        return best
+    return torch.cat([forced.expand(best.shape[0], best.shape[1], -1, -1), best], dim=-1)
+
+
+def _candidate_ranges(
+    rows: Tensor, n_blocks: int, sizes: GateSizes, gate: GateOptions, candidates: Candidates
+) -> tuple[Tensor, Tensor]:
+    """Returns the first candidate of each row, and the block after the last one."""
+    position = sizes.offset + torch.arange(rows.shape[2], device=rows.device)[None] * gate.stride
     if candidates.end is not None:
         end = candidates.end
     elif sizes.is_causal:
@@ -314,20 +348,7 @@ def select_by_means(
     else:
         end = torch.full_like(position, n_blocks)
     first = position.new_zeros(1, 1) if candidates.first is None else candidates.first
-    forced = forced_blocks(first, end, gate)
-    scored = sizes.scored(gate)
-    if scored == 0 or rows.numel() == 0 or n_blocks == 0:
-        best = rows.new_full((*rows.shape[:3], scored), -1, dtype=torch.int32)
-    elif _has_kernel(rows, scored):
-        from flexmoba.gate.kernel import select_on_cuda
-
-        best = select_on_cuda(rows, means, sizes, gate, candidates)
-    else:
-        first, end = first + gate.sink_blocks, end - gate.local_blocks
-        best = top_blocks_in_pieces(rows, means, first, end, scored)
-    if forced is None:
-        return best
-    return torch.cat([forced.expand(best.shape[0], best.shape[1], -1, -1), best], dim=-1)
+    return first, end
 
 
 def _has_kernel(rows: Tensor, count: int) -> bool:

@@ -7,7 +7,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flexmoba.cache import MobaCache
-from flexmoba.checks import DTYPES, check_documents, check_positive
+from flexmoba.checks import DTYPES, check_documents
+from flexmoba.nn.checks import check_heads, check_rotary
 from flexmoba.nn.flex_moba import FlexMoba
 from flexmoba.nn.key_conv import KeyConv, KeyConvCache
 from flexmoba.nn.rotary import rotate
@@ -88,28 +89,8 @@ class MobaAttention(nn.Module):
         """Makes the projections."""
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        sizes = {"dim": dim, "heads": heads, "kv_heads": kv_heads}
-        if head_dim is not None:
-            sizes["head_dim"] = head_dim
-        for name, size in sizes.items():
-            check_positive(name, size, "pass a number of features or heads")
-        if heads % kv_heads != 0:
-            raise ValueError(
-                f"heads must be a multiple of kv_heads, got heads={heads} and kv_heads={kv_heads}; "
-                "change one of them"
-            )
-        if head_dim is None and dim % heads != 0:
-            raise ValueError(
-                f"dim must be a multiple of heads, got dim={dim} and heads={heads}; change one of "
-                "them, or pass head_dim"
-            )
-        head_dim = dim // heads if head_dim is None else head_dim
-        if rope_base is not None and (head_dim % 2 != 0 or rope_base <= 0):
-            raise ValueError(
-                f"a rotary embedding needs an even head_dim and a positive rope_base, got "
-                f"head_dim={head_dim} and rope_base={rope_base}; change them, or pass "
-                "rope_base=None"
-            )
+        head_dim = check_heads(dim, heads, kv_heads, head_dim)
+        check_rotary(head_dim, rope_base)
         if dropout != 0.0:
             raise NotImplementedError(
                 f"dropout of attention weights is not available, got dropout={dropout}; use 0, and "
@@ -177,6 +158,7 @@ class MobaAttention(nn.Module):
             self.kv_heads if kv_heads is None else kv_heads,
             self.head_dim,
             block_size=self.moba.block_size,
+            gate_block_size=self.moba.options.get("gate_block_size"),
             max_len=max_len,
             dtype=dtype,
             device=device,

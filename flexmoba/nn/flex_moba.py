@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from flexmoba.attention import flex_moba
-from flexmoba.checks import check_block_size, check_gate, check_topk
+from flexmoba.checks import check_block_size, check_gate, check_gate_block_size, check_topk
 
 if TYPE_CHECKING:
     from flexmoba.distributed import SequenceShards
@@ -90,6 +90,7 @@ class FlexMoba(nn.Module):
         """Raises the constructor's errors unless these settings fit the options of the module."""
         check_block_size(block_size)
         option = self.options.get
+        check_gate_block_size(option("gate_block_size"), block_size)
         for k in (topk, topk if eval_topk == "same" else eval_topk):
             check_topk(k, none_allowed=True)
             check_gate(

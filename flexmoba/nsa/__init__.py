@@ -3,8 +3,21 @@
 `flex_nsa` computes the attention, `nsa_select` its selection, and `nsa_reference` is the oracle.
 """
 
+import flexmoba.nsa.flops  # noqa: F401 (registers its formula)
 from flexmoba.nsa.attention import flex_nsa
+from flexmoba.nsa.branches import block_means_of
+from flexmoba.nsa.checks import check_sizes
+from flexmoba.nsa.layout import nsa_layout
 from flexmoba.nsa.reference import nsa_reference
 from flexmoba.nsa.select import nsa_select
+from flexmoba.nsa.sizes import NsaSizes
 
-__all__ = ["flex_nsa", "nsa_reference", "nsa_select"]
+__all__ = [
+    "NsaSizes",
+    "block_means_of",
+    "check_sizes",
+    "flex_nsa",
+    "nsa_layout",
+    "nsa_reference",
+    "nsa_select",
+]

@@ -8,6 +8,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from flexmoba.backends import ImplName, resolve
 from flexmoba.checks import (
+    check_documents,
     check_no_tangents,
     check_options,
     check_positive,
@@ -27,7 +28,8 @@ from flexmoba.nsa.checks import (
     check_shared_selection,
     check_sizes,
 )
-from flexmoba.nsa.select import nsa_select
+from flexmoba.nsa.layout import nsa_layout
+from flexmoba.nsa.select import select_in_slots
 from flexmoba.nsa.sizes import NsaSizes
 
 
@@ -53,6 +55,9 @@ def flex_nsa(
     impl: ImplName = "auto",
     return_aux: None = None,
     selection: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -78,6 +83,9 @@ def flex_nsa(
     impl: ImplName = "auto",
     return_aux: AuxRequest,
     selection: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, AuxOutput]: ...
 
 
@@ -102,6 +110,9 @@ def flex_nsa(
     impl: ImplName = "auto",
     return_aux: AuxRequest | None = None,
     selection: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Computes Native Sparse Attention: compressed, selected and window attention with gates.
 
@@ -152,6 +163,15 @@ def flex_nsa(
         selection: Block indices, ``(B, Hkv, Lq, topk)``, int32 or int64, -1 for none, instead of
             those of `nsa_select`. ``topk``, ``sink_blocks`` and ``local_blocks`` then have no
             effect.
+        cu_seqlens: Boundaries of packed documents, as in `flex_moba`. Each document is computed as
+            if it were alone: its blocks, compressed blocks and windows begin with it. ``k_cmp`` and
+            ``v_cmp`` list the compressed blocks of all documents of the row, in order; compressed
+            keys and values after them have no effect. Block indices count the blocks of all
+            documents of the row, as in `nsa_select`. Time and memory are those of documents padded
+            to full blocks.
+        document_ids: As in `flex_moba`.
+        key_padding_mask: As in `flex_moba`. The real tokens of a row form its sequence. Padding
+            gets zeros, log-sum-exps of -inf and zero gradients, and its values have no effect.
 
     Returns:
         The output, ``(B, Hq, Lq, Dv)``, in the dtype of q. With ``return_aux``, a pair of the
@@ -186,28 +206,46 @@ def flex_nsa(
     if selection is not None:
         check_shared_selection(selection, q, k.shape[1])
     check_options(scale, None, None, return_aux)
+    check_documents(q, k, cu_seqlens, document_ids, key_padding_mask)
     resolve(impl, q, k, v)  # raises, also if there are no queries
-    k_win, v_win = (k if k_win is None else k_win), (v if v_win is None else v_win)
-    if k_cmp is None or v_cmp is None:
-        k_cmp, v_cmp = block_means_of(k, sizes), block_means_of(v, sizes)
-    check_no_tangents(
-        q=q, k=k, v=v, gates=gates, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win
-    )
+    given = {"k_cmp": k_cmp, "v_cmp": v_cmp, "k_win": k_win, "v_win": v_win}
+    tensors = {"q": q, "k": k, "v": v, "gates": gates}
+    tensors |= {name: x for name, x in given.items() if x is not None}
+    check_no_tangents(**tensors)
     if q.numel() == 0:
-        nothing = 0 * sum(x.sum() for x in (q, k, v, gates, k_cmp, v_cmp, k_win, v_win))
+        nothing = 0 * sum(x.sum() for x in tensors.values())
         lse = q.new_zeros((*q.shape[:3], 3), dtype=torch.promote_types(q.dtype, torch.float32))
         return with_aux(
             q.new_zeros((*q.shape[:3], v.shape[-1])) + nothing, lse + nothing, return_aux
         )
+
+    # Lay out the documents, compress, select, attend in three branches, merge, and put back.
+    layout = nsa_layout(k.shape[2], sizes, cu_seqlens, document_ids, key_padding_mask)
+    first_block = layout.tokens.first_block
+    q, k, v, gates = (layout.tokens.spread(x) for x in (q, k, v, gates))
+    if k_cmp is None or v_cmp is None:
+        k_cmp, v_cmp = (layout.without_unused(block_means_of(x, sizes)) for x in (k, v))
+    else:
+        k_cmp, v_cmp = layout.spread_compressed(k_cmp), layout.spread_compressed(v_cmp)
+    if k_win is None or v_win is None:
+        k_win, v_win = k, v
+    else:
+        k_win, v_win = layout.tokens.spread(k_win), layout.tokens.spread(v_win)
+    kv_len = k.shape[2]
+    compressed = compressed_branch(q, k_cmp, v_cmp, kv_len, first_block, sizes, scale, impl)
     if selection is None:
-        selection = nsa_select(q, k_cmp, k.shape[2], **sizes._asdict(), scale=scale)
+        selection = select_in_slots(q, k_cmp, kv_len, first_block, sizes, scale, compressed[1])
+    else:
+        selection = layout.tokens.spread_selection(selection)
+    first_token = None if first_block is None else first_block * block_size
     branches = (
-        compressed_branch(q, k_cmp, v_cmp, k.shape[2], sizes, scale, impl),
+        compressed,
         selected_branch(q, k, v, selection, block_size, scale, impl),
-        window_branch(q, k_win, v_win, window, scale, impl),
+        window_branch(q, k_win, v_win, window, first_token, scale, impl),
     )
     outs, lses = zip(*branches, strict=True)
-    return with_aux(_merge(outs, gates), torch.stack(lses, dim=-1), return_aux)
+    out, lse = layout.collect_results(_merge(outs, gates), torch.stack(lses, dim=-1))
+    return with_aux(out, lse, return_aux)
 
 
 def _merge(outs: tuple[Tensor, ...], gates: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ def compressed_branch(
     k_cmp: Tensor,
     v_cmp: Tensor,
     kv_len: int,
+    first_block: Tensor | None,
     sizes: NsaSizes,
     scale: float | None,
     impl: ImplName,
@@ -38,7 +39,9 @@ def compressed_branch(
 
     The ``cmp_stride`` queries from the end of one compressed block to before the end of the next
     one see the same compressed keys. As query heads of one token, they turn the branch into causal
-    full attention over the compressed keys, which computes each pair once.
+    full attention over the compressed keys, which computes each pair once. With packed documents,
+    ``first_block (B, Lq)`` is the first block of each query's document, and the branch is attention
+    to windows that begin with the document.
     """
     stride, first_seeing = sizes.cmp_stride, sizes.cmp_block - 1
     q_len, n_compressed = q.shape[2], k_cmp.shape[2]
@@ -48,6 +51,11 @@ def compressed_branch(
         out = q.new_zeros((*q.shape[:3], v_cmp.shape[-1])) + nothing
         precise = torch.promote_types(q.dtype, torch.float32)
         return out, q.new_full(q.shape[:3], float("-inf"), dtype=precise) + nothing
+    if first_block is not None:
+        position = torch.arange(q_len, device=q.device) - first_block * sizes.block_size
+        sees_none = (position < first_seeing)[:, None]
+        # Such queries share the tokens of queries of the document before. Its keys may be NaN.
+        q = q.masked_fill(sees_none[..., None], 0.0)
     blind = max(first_seeing - offset, 0)  # queries before the end of the first compressed block
     first_token = (offset + blind - first_seeing) // stride
     before = offset + blind - first_seeing - first_token * stride
@@ -55,21 +63,30 @@ def compressed_branch(
     after = tokens * stride - before - (q_len - blind)
     seeing = F.pad(q[:, :, blind:], (0, 0, before, after))
     heads = seeing.unflatten(2, (tokens, stride)).transpose(2, 3).flatten(1, 2)
-    out, aux = flex_moba(
-        *(heads, k_cmp, v_cmp, TILE, None),
-        scale=scale,
-        impl=impl,
-        return_aux=AuxRequest(lse=True),
-    )
-    assert aux.lse is not None
-    return (
-        F.pad(_tokens(out, stride, before, q_len - blind), (0, 0, blind, 0)),
-        F.pad(
-            _tokens(aux.lse[..., None], stride, before, q_len - blind)[..., 0],
-            (blind, 0),
-            value=float("-inf"),
-        ),
-    )
+    if first_block is None:
+        out, aux = flex_moba(
+            *(heads, k_cmp, v_cmp, TILE, None),
+            scale=scale,
+            impl=impl,
+            return_aux=AuxRequest(lse=True),
+        )
+        assert aux.lse is not None
+        lse = aux.lse
+    else:
+        # The queries of one token are of one document, but for those that see nothing.
+        first_key = first_block[:, first_seeing::stride] * (sizes.block_size // stride)
+        key = torch.arange(tokens, dtype=torch.int32, device=q.device)
+        options = _options(heads, k_cmp, v_cmp, scale, impl)
+        out, lse = window_attention(
+            heads, k_cmp, v_cmp, torch.minimum(first_key, key), tokens, options
+        )
+    out = F.pad(_tokens(out, stride, before, q_len - blind), (0, 0, blind, 0))
+    lse = _tokens(lse[..., None], stride, before, q_len - blind)[..., 0]
+    lse = F.pad(lse, (blind, 0), value=float("-inf"))
+    if first_block is not None:
+        out = out.masked_fill(sees_none[..., None], 0.0)
+        lse = lse.masked_fill(sees_none, float("-inf"))
+    return out, lse
 
 
 def _tokens(x: Tensor, stride: int, before: int, count: int) -> Tensor:
@@ -88,9 +105,8 @@ def selected_branch(
     impl: ImplName,
 ) -> tuple[Tensor, Tensor]:
     """Computes attention to the selected blocks of each KV head (Eq. 12)."""
-    group = q.shape[1] // k.shape[1]
     out, aux = selected_attention(
-        *(q, k, v, selection.repeat_interleave(group, 1, output_size=q.shape[1]), block_size),
+        *(q, k, v, selection, block_size),
         scale=scale,
         impl=impl,
         return_aux=AuxRequest(lse=True),
@@ -100,9 +116,19 @@ def selected_branch(
 
 
 def window_branch(
-    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None, impl: ImplName
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    first_token: Tensor | None,
+    scale: float | None,
+    impl: ImplName,
 ) -> tuple[Tensor, Tensor]:
-    """Computes attention to the last ``window`` tokens up to each query, its own included."""
+    """Computes attention to the last ``window`` tokens up to each query, its own included.
+
+    With packed documents, ``first_token (B, Lq)`` is the first token of each query's document, and
+    there are as many queries as keys.
+    """
     q_len, kv_len = q.shape[2], k.shape[2]
     # Windows need as many queries as keys: drop the keys before the first window, and add a query
     # of zeros for each key before the first query.
@@ -111,7 +137,15 @@ def window_branch(
     q, k, v = F.pad(q, (0, 0, missing, 0)), k[:, :, first:], v[:, :, first:]
     position = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
     first_key = (position - (window - 1)).clamp(min=0).expand(q.shape[0], -1)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    options = AttentionOptions(resolve(impl, q, k, v), scale)
+    if first_token is not None:
+        first_key = torch.maximum(first_key, first_token)
+    options = _options(q, k, v, scale, impl)
     out, lse = window_attention(q, k, v, first_key, window, options)
     return out[:, :, missing:], lse[:, :, missing:]
+
+
+def _options(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, impl: ImplName
+) -> AttentionOptions:
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return AttentionOptions(resolve(impl, q, k, v), scale)

@@ -3,6 +3,9 @@
 The tests compare `flex_nsa` and `nsa_select` with this file, so it shares no code with any of them.
 """
 
+import itertools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,6 +29,9 @@ def nsa_reference(
     window: int = 512,
     scale: float | None = None,
     selection: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Computes Native Sparse Attention by dense masked attention, as the definition.
 
@@ -58,9 +64,17 @@ def nsa_reference(
         scale: Factor on the attention scores, ``1 / sqrt(D)`` by default.
         selection: The selection of the selected branch, int ``(B, Hkv, Lq, topk)``, -1 for none.
             By default, `reference_selection` computes it.
+        cu_seqlens: Boundaries of packed documents, int ``(n + 1,)``, rising from 0 to ``Lk``, for a
+            batch of 1 and ``Lq == Lk``. Each document is computed alone. ``k_cmp`` and ``v_cmp``
+            list the compressed blocks of all documents in order, and block indices of a selection
+            count the blocks of all documents in order.
+        document_ids: Document of each token, int ``(B, Lk)``. A new document begins wherever the
+            value changes.
+        key_padding_mask: True for real tokens and False for padding, bool ``(B, Lk)``. The real
+            tokens of a row form its sequence.
 
     Returns:
-        The output, ``(B, Hq, Lq, Dv)``, in the dtype of q.
+        The output, ``(B, Hq, Lq, Dv)``, in the dtype of q; zeros for padding.
 
     Examples:
         >>> import torch
@@ -71,6 +85,20 @@ def nsa_reference(
         torch.Size([1, 2, 100, 8])
     """
     q_len, kv_len = q.shape[2], k.shape[2]
+    if cu_seqlens is not None or document_ids is not None or key_padding_mask is not None:
+        return reference_by_sequence(
+            *(q, k, v, gates, (k_cmp, v_cmp, k_win, v_win)),
+            reference_sequences(k, cu_seqlens, document_ids, key_padding_mask),
+            cmp_block=cmp_block,
+            cmp_stride=cmp_stride,
+            block_size=block_size,
+            topk=topk,
+            sink_blocks=sink_blocks,
+            local_blocks=local_blocks,
+            window=window,
+            scale=scale,
+            selection=selection,
+        )
     if k_cmp is None or v_cmp is None:
         k_cmp = reference_means(k, cmp_block, cmp_stride)
         v_cmp = reference_means(v, cmp_block, cmp_stride)
@@ -93,6 +121,76 @@ def nsa_reference(
         o = reference_branch(q.double(), keys.double(), values.double(), mask, scale)[0]
         out = out + gates[..., c, None].double() * o
     return out.to(q.dtype)
+
+
+def reference_by_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    others: tuple[Tensor | None, ...],
+    sequences: list[tuple[int, Tensor]],
+    *,
+    selection: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """Computes `nsa_reference` for each sequence alone, from `reference_sequences`."""
+    out = torch.zeros((*q.shape[:3], v.shape[-1]), dtype=torch.float64, device=q.device)
+    # Differentiable in all inputs, even if all tokens are padding.
+    given = [x for x in (q, k, v, gates, *others) if x is not None]
+    out = out + sum(x[..., :0].sum() for x in given)
+    # In each row, the compressed blocks and blocks of the sequences before.
+    compressed_before, blocks_before = [0] * q.shape[0], [0] * q.shape[0]
+    for b, tokens in sequences:
+        starts = range(0, len(tokens) - options["cmp_block"] + 1, options["cmp_stride"])
+        own = torch.arange(len(starts), device=q.device) + compressed_before[b]
+        n_blocks, row = -(-len(tokens) // options["block_size"]), slice(b, b + 1)
+        selected = None
+        if selection is not None:
+            selected = selection[row][:, :, tokens] - blocks_before[b]
+            selected = torch.where((selected >= 0) & (selected < n_blocks), selected, -1)
+        k_cmp, v_cmp, k_win, v_win = (
+            None if x is None else x[row][:, :, index]
+            for x, index in zip(others, (own, own, tokens, tokens), strict=True)
+        )
+        alone = nsa_reference(
+            *(x[row][:, :, tokens] for x in (q, k, v, gates)),
+            k_cmp=k_cmp,
+            v_cmp=v_cmp,
+            k_win=k_win,
+            v_win=v_win,
+            selection=selected,
+            **options,
+        )
+        out[b, :, tokens] = alone[0]
+        compressed_before[b] += len(starts)
+        blocks_before[b] += n_blocks
+    return out.to(q.dtype)
+
+
+def reference_sequences(
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    document_ids: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> list[tuple[int, Tensor]]:
+    """Returns the batch row and the tokens, ascending ``(n,)`` int64, of every sequence."""
+    sequences = []
+    for b in range(k.shape[0]):
+        token = torch.arange(k.shape[2], device=k.device)
+        if key_padding_mask is not None:
+            sequences.append((b, token[key_padding_mask[b]]))
+            continue
+        if cu_seqlens is not None:
+            bounds = cu_seqlens.tolist()
+        else:
+            assert document_ids is not None
+            ids = document_ids[b].tolist()
+            begins = [i for i in range(len(ids)) if i == 0 or ids[i] != ids[i - 1]]
+            bounds = [*begins, len(ids)]
+        pairs = itertools.pairwise(bounds)
+        sequences += [(b, token[first:end]) for first, end in pairs if first < end]
+    return sequences
 
 
 def reference_means(x: Tensor, cmp_block: int, cmp_stride: int) -> Tensor:

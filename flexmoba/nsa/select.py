@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from flexmoba.checks import check_options, check_positive, check_tensor
+from flexmoba.checks import check_documents, check_options, check_positive, check_tensor
 from flexmoba.gate import forced_blocks, top_blocks
 from flexmoba.nsa.checks import check_compressed_keys, check_sizes
+from flexmoba.nsa.layout import nsa_layout
 from flexmoba.nsa.sizes import NsaSizes
-from flexmoba.runtime import without_autocast
+from flexmoba.runtime import HAS_TRITON, without_autocast
 
 # Number of scores of compressed keys in memory at a time.
 _SCORES_AT_ONCE = 2**22
@@ -31,6 +32,9 @@ def nsa_select(
     sink_blocks: int = 1,
     local_blocks: int = 1,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Selects the blocks of keys that every query token and KV head attends to.
 
@@ -68,15 +72,23 @@ def nsa_select(
         sink_blocks: Number of first blocks that are always selected.
         local_blocks: Number of blocks right before the own block that are always selected.
         scale: Factor on the scores, ``1 / sqrt(D)`` by default.
+        cu_seqlens: Boundaries of packed documents, as in `flex_moba`, for ``Lq == kv_len``. Block
+            indices then count the blocks of all documents of the row, in order. ``k_cmp`` lists the
+            compressed blocks of all documents of the row, in order; compressed keys after them have
+            no effect.
+        document_ids: As in `flex_moba`. Indices are as with ``cu_seqlens``.
+        key_padding_mask: As in `flex_moba`. Blocks and compressed blocks contain only the real
+            tokens of a row.
 
     Returns:
         The selection: block indices, ``(B, Hkv, Lq, topk)``, int32, with -1 for none. A row lists
         the own block, local blocks from the nearest on, sink blocks, and then the others by
-        descending importance.
+        descending importance. Rows of padding hold only -1.
 
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: Shapes, dtypes or devices do not match, or a value is out of range.
+        NotImplementedError: Documents or padding have fewer queries than keys.
 
     Examples:
         >>> import torch
@@ -100,8 +112,35 @@ def nsa_select(
             f"Lq={q.shape[2]}; count all tokens up to the last query"
         )
     check_compressed_keys(q, k_cmp, kv_len, sizes)
+    tokens = q.new_empty(1).expand(q.shape[0], 1, kv_len, 1)
+    check_documents(q, tokens, cu_seqlens, document_ids, key_padding_mask)
+    if q.numel() == 0:
+        return select_in_slots(q, k_cmp, kv_len, None, sizes, scale)
+    layout = nsa_layout(kv_len, sizes, cu_seqlens, document_ids, key_padding_mask)
+    q, k_cmp = layout.tokens.spread(q.detach()), layout.spread_compressed(k_cmp.detach())
+    kv_len += q.shape[2] - tokens.shape[2] if layout.tokens.token_of_slot is not None else 0
+    selection = select_in_slots(q, k_cmp, kv_len, layout.tokens.first_block, sizes, scale)
+    return layout.tokens.collect_selection(selection)
+
+
+def select_in_slots(
+    q: Tensor,
+    k_cmp: Tensor,
+    kv_len: int,
+    first_block: Tensor | None,
+    sizes: NsaSizes,
+    scale: float | None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Computes `nsa_select` for queries and compressed keys in slots.
+
+    With packed documents, ``first_block (B, Lq)`` int32 is the first block of each query's
+    document. Given ``lse (B, Hq, Lq)``, the log-sum-exp of the compressed branch, the kernels need
+    not compute it.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    selection: Tensor = _select(q.detach(), k_cmp.detach(), kv_len, *sizes, scale)
+    tensors = q.detach(), k_cmp.detach(), first_block, None if lse is None else lse.detach()
+    selection: Tensor = _select(*tensors, kv_len, *sizes, scale)
     return selection
 
 
@@ -112,6 +151,8 @@ def nsa_select(
 def _select(
     q: Tensor,
     k_cmp: Tensor,
+    first_block: Tensor | None,
+    lse: Tensor | None,
     kv_len: int,
     cmp_block: int,
     cmp_stride: int,
@@ -126,25 +167,37 @@ def _select(
     kv_heads, n_compressed = k_cmp.shape[1:3]
     position = torch.arange(kv_len - q_len, kv_len, device=q.device)
     own = (position // block_size)[None]
-    columns = [own.int()[:, None, :, None], forced_blocks(own[:, :1] * 0, own, sizes.gate)]
+    given_first_block, first_block = first_block, (own * 0 if first_block is None else first_block)
+    columns = [own.int()[:, None, :, None], forced_blocks(first_block, own, sizes.gate)]
     shape = (batch, kv_heads, q_len, -1)
     always = torch.cat([x.expand(shape) for x in columns if x is not None], dim=-1)
     if sizes.scored == 0 or q.numel() == 0:
         return always
-    first, end = torch.full_like(own, sink_blocks), own - local_blocks
+    first, end = first_block + sink_blocks, own - local_blocks
+    if _has_kernels(q, n_compressed, sizes):
+        from flexmoba.nsa.kernel import select_on_cuda
+
+        best = select_on_cuda(q, k_cmp, given_first_block, lse, kv_len, sizes, scale)
+        return torch.cat([always, best], dim=-1)
     piece = max(1, _SCORES_AT_ONCE // (batch * heads * max(n_compressed, 1)))
-    best = []
+    pieces = []
     for start in range(0, q_len, piece):
         rows = slice(start, start + piece)
-        importance = _importance(q[:, :, rows], k_cmp, position[rows], kv_len, sizes, scale)
-        best.append(top_blocks(importance, first[:, None, rows], end[:, None, rows], sizes.scored))
-    return torch.cat([always, torch.cat(best, dim=2)], dim=-1)
+        importance = _importance(
+            *(q[:, :, rows], k_cmp, position[rows], first_block[:, rows], kv_len, sizes, scale)
+        )
+        pieces.append(
+            top_blocks(importance, first[:, None, rows], end[:, None, rows], sizes.scored)
+        )
+    return torch.cat([always, torch.cat(pieces, dim=2)], dim=-1)
 
 
 @_select.register_fake
 def _(
     q: Tensor,
     k_cmp: Tensor,
+    first_block: Tensor | None,
+    lse: Tensor | None,
     kv_len: int,
     cmp_block: int,
     cmp_stride: int,
@@ -157,8 +210,23 @@ def _(
     return q.new_empty((q.shape[0], k_cmp.shape[1], q.shape[2], topk), dtype=torch.int32)
 
 
+def _has_kernels(q: Tensor, n_compressed: int, sizes: NsaSizes) -> bool:
+    """Returns whether the Triton kernels support these queries and sizes."""
+    if not q.is_cuda or q.dtype == torch.float64 or not HAS_TRITON or n_compressed == 0:
+        return False
+    from flexmoba.nsa.kernel import supports
+
+    return supports(q, sizes)
+
+
 def _importance(
-    q: Tensor, k_cmp: Tensor, position: Tensor, kv_len: int, sizes: NsaSizes, scale: float
+    q: Tensor,
+    k_cmp: Tensor,
+    position: Tensor,
+    first_block: Tensor,
+    kv_len: int,
+    sizes: NsaSizes,
+    scale: float,
 ) -> Tensor:
     """Returns the importance of every block, ``(B, Hkv, rows, blocks)``, float32 or float64.
 
@@ -166,6 +234,7 @@ def _importance(
         q: ``(B, Hq, rows, D)``.
         k_cmp: ``(B, Hkv, compressed blocks, D)``.
         position: ``(rows,)`` ints, the position of each query.
+        first_block: ``(B or 1, rows)`` ints, the first block of each query's document.
         kv_len: Number of tokens.
         sizes: Sizes of the blocks.
         scale: Factor on the scores.
@@ -176,6 +245,7 @@ def _importance(
     n_compressed, n_blocks = k_cmp.shape[2], sizes.blocks(kv_len)
     first_token = torch.arange(n_compressed, device=q.device) * sizes.cmp_stride
     unseen = first_token + sizes.cmp_block - 1 > position[:, None]
+    unseen = unseen | (first_token < (first_block * sizes.block_size)[:, None, None, :, None])
     # The softmax of a query that sees no compressed block is NaN.
     weights = scores.masked_fill_(unseen, float("-inf")).softmax(-1).masked_fill_(unseen, 0.0)
     weight = weights.sum(2)

@@ -1,4 +1,4 @@
-"""Helpers for autocast, tracing and Triton.
+"""Helpers for autocast, tracing, signatures and Triton.
 
 Import `triton_launch` directly and only from kernels, because it imports Triton.
 """
@@ -6,6 +6,7 @@ Import `triton_launch` directly and only from kernels, because it imports Triton
 import importlib.util
 
 from flexmoba.runtime.autocast import autocast_dtype, without_autocast
+from flexmoba.runtime.signatures import accepts, described
 from flexmoba.runtime.tracing import (
     has_values,
     is_transformed,
@@ -17,7 +18,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 __all__ = [
     "HAS_TRITON",
+    "accepts",
     "autocast_dtype",
+    "described",
     "has_values",
     "is_transformed",
     "no_second_derivatives",

@@ -6,6 +6,7 @@ with their types and never specialised, pointers are aligned, and a key of dtype
 identifies the compiled kernel.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -16,13 +17,19 @@ import triton.language as tl
 from torch import Tensor
 
 _NUMBERS = (tl.int32, tl.int64, tl.float32)
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
-def kernel(function: Callable[..., None]) -> Any:
-    """Applies `triton.jit` without specialisation of parameters that have the type of a number."""
+def kernel(function: Callable[..., None], jit: Any = triton.jit) -> Any:
+    """Applies `triton.jit` without specialisation of parameters that have the type of a number.
+
+    Args:
+        function: The kernel.
+        jit: The decorator, `triton.jit` or that of Gluon.
+    """
     parameters = inspect.signature(function).parameters.values()
     numbers = [x.name for x in parameters if x.annotation in _NUMBERS]
-    return triton.jit(function, do_not_specialize=numbers)
+    return jit(function, do_not_specialize=numbers)
 
 
 def launch(
@@ -38,18 +45,20 @@ def launch(
         kernel: A kernel from `kernel`; its constexprs come after all other parameters.
         n_programs: Size of the grid. For 0, the function returns without a launch.
         arguments: All arguments but constexprs. Tensors begin at multiples of 16 bytes.
-        constants: The constexprs by name, ``num_warps`` and ``num_stages``. Further names are
-            ignored.
+        constants: The constexprs by name, ``num_warps``, ``num_stages`` and ``maxnreg``. Further
+            names are ignored.
         dtypes: Dtypes of the tensors whose dtype varies between calls.
     """
     if n_programs == 0:
         return
     assert isinstance(arguments[0], Tensor)
-    key: Hashable = (kernel, arguments[0].device, *dtypes, *constants.values())
+    # By identity, because Triton computes the hash of a kernel from its source. No kernel is ever
+    # deleted.
+    key: Hashable = (id(kernel), arguments[0].device, *dtypes, *constants.values())
     cached = _compiled.get(key)
     if cached is None:
         names = kernel.arg_names[len(arguments) :]
-        options = {x: constants[x] for x in (*names, "num_warps", "num_stages") if x in constants}
+        options = {x: constants[x] for x in (*names, *_OPTIONS) if x in constants}
         # Explicit, because newer versions of Triton warn that the default will change.
         compiled = kernel[(n_programs,)](*arguments, **options, enable_fp_fusion=True)
         if compiled is not None:  # Triton's interpreter compiles nothing
@@ -57,6 +66,16 @@ def launch(
     else:
         compiled, constexprs = cached
         compiled[n_programs, 1, 1](*arguments, *constexprs)
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Returns a context in which the device of ``x`` is current; it does nothing if it is already.
+
+    To change the device and back takes as long as a launch.
+    """
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device_of(x)
 
 
 def packed(x: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from flexmoba.attention import flex_moba
 from flexmoba.blocks import ceil_div
-from flexmoba.checks import check_queries_and_keys
+from flexmoba.checks import check_positive, check_queries_and_keys
 from flexmoba.reporting import median_ms, note, progress, versions
 from flexmoba.tune.calls import Call, sample_positions
-from flexmoba.tune.quality import Quality, gate_quality, required_snr
+from flexmoba.tune.quality import Quality, gate_qualities, required_snr
 from flexmoba.tune.report import Choice, Report
+
+_Gate = tuple[int, int | None]  # block_size and gate_block_size
 
 
 def tune(
@@ -23,13 +25,14 @@ def tune(
     block_sizes: Sequence[int] = (64, 128, 256, 512),
     topks: Sequence[int] = (2, 3, 4, 8),
     *,
+    gate_block_sizes: Sequence[int] = (),
     queries: int = 256,
     timed: bool = True,
     backward: bool = False,
     device: torch.device | str | None = None,
     show_progress: bool = False,
 ) -> Report:
-    """Measures every pair of block size and topk on given queries and keys.
+    """Measures block sizes and topks on given queries and keys.
 
     For each call, it computes the share of full attention that the blocks selected by the gate of
     arXiv 2502.13189, Sec. 2.2, capture, the best possible share, and the signal-to-noise ratio of
@@ -46,6 +49,8 @@ def tune(
         block_sizes: Numbers of keys in a block, each at least 1.
         topks: Numbers of blocks that a query attends to, including its own block. A topk that
             selects all blocks of the longest call is omitted, because that is full attention.
+        gate_block_sizes: Numbers of keys in a sub-block to measure, in addition to the gate without
+            sub-blocks, with every larger block size that the number divides.
         queries: Number of queries to sample of each pair. A `Call` already holds a sample.
         timed: Whether to measure times.
         backward: Whether to also time forward and backward together.
@@ -73,6 +78,7 @@ def tune(
         calls,
         block_sizes,
         topks,
+        gate_block_sizes=gate_block_sizes,
         queries=queries,
         timed=timed,
         backward=backward,
@@ -87,6 +93,7 @@ def reports(
     block_sizes: Sequence[int],
     topks: Sequence[int],
     *,
+    gate_block_sizes: Sequence[int],
     queries: int,
     timed: bool,
     backward: bool,
@@ -101,7 +108,7 @@ def reports(
         )
     longest = max(samples, key=lambda x: x.k.shape[2])
     device = torch.device(device or longest.q.device)
-    grid = _grid(longest.k.shape[2], block_sizes, topks)
+    grid = _grid(longest.k.shape[2], block_sizes, gate_block_sizes, topks)
     topks = sorted({topk for kept in grid.values() for topk in kept})
     shown = progress(samples, "captured mass") if show_progress else samples
     measured = _qualities(shown, grid, topks, device)
@@ -116,25 +123,25 @@ def reports(
                 f"dense attention failed and was not timed: {_first_line(error)}", stacklevel=3
             )
     choices: list[Choice] = []
-    pairs = [(size, topk) for size in grid for topk in grid[size]]
-    for i, (block_size, topk) in enumerate(pairs, 1):
+    settings = [(gate, topk) for gate in grid for topk in grid[gate]]
+    for i, (gate, topk) in enumerate(settings, 1):
         if timed and show_progress:
-            note(f"time {i} of {len(pairs)}: block {block_size}, topk {topk}")
+            note(f"time {i} of {len(settings)}: {_name(gate, topk)}")
 
-        def moba(q: Tensor, k: Tensor, v: Tensor, size: int = block_size, topk: int = topk) -> Any:
-            return flex_moba(q, k, v, size, topk)
+        def moba(q: Tensor, k: Tensor, v: Tensor, gate: _Gate = gate, topk: int = topk) -> Any:
+            return flex_moba(q, k, v, gate[0], topk, gate_block_size=gate[1])
 
         try:
             times = timer(moba) if timer else (None, None)
         except RuntimeError as error:
-            failed = f"block_size={block_size}, topk={topk} failed and was omitted"
+            failed = f"{_name(gate, topk)} failed and was omitted"
             warnings.warn(f"{failed}: {_first_line(error)}", stacklevel=3)
-            if (block_size, topk) == pairs[-1] and not choices:
+            if (gate, topk) == settings[-1] and not choices:
                 raise
             continue
-        layers = [[x[block_size] for x in batches] for batches in measured.values()]
+        layers = [[x[gate] for x in batches] for batches in measured.values()]
         row = topks.index(topk)
-        choices.append(_choice(longest.k.shape[2], block_size, topk, row, layers, times))
+        choices.append(_choice(longest.k.shape[2], gate, topk, row, layers, times))
         yield Report(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             versions=versions(),
@@ -146,12 +153,24 @@ def reports(
         )
 
 
-def _grid(length: int, block_sizes: Sequence[int], topks: Sequence[int]) -> dict[int, list[int]]:
-    """Returns for each block size the topks that do not select all keys."""
-    grid = {
-        size: kept
+def _grid(
+    length: int, block_sizes: Sequence[int], gate_block_sizes: Sequence[int], topks: Sequence[int]
+) -> dict[_Gate, list[int]]:
+    """Returns the topks that do not select all keys for each pair of block and sub-block sizes."""
+    for part in gate_block_sizes:
+        check_positive("gate_block_sizes", part, "pass numbers of keys in a sub-block")
+        if not any(part < size and size % part == 0 for size in block_sizes):
+            raise ValueError(
+                f"gate_block_sizes must divide larger block_sizes, got {part} and block_sizes "
+                f"{tuple(block_sizes)}; pass a divisor of one of them"
+            )
+    parts: list[int | None] = [None, *sorted(set(gate_block_sizes))]
+    grid: dict[_Gate, list[int]] = {
+        (size, part): kept
         for size in sorted(set(block_sizes))
         if (kept := [topk for topk in sorted(set(topks)) if topk < ceil_div(length, max(1, size))])
+        for part in parts
+        if part is None or (part < size and size % part == 0)
     }
     if not grid:
         raise ValueError(
@@ -163,16 +182,18 @@ def _grid(length: int, block_sizes: Sequence[int], topks: Sequence[int]) -> dict
 
 def _qualities(
     samples: Iterable[Call],
-    grid: Mapping[int, Sequence[int]],
+    grid: Mapping[_Gate, Sequence[int]],
     topks: Sequence[int],
     device: torch.device,
-) -> dict[str, list[dict[int, Quality]]]:
-    """Returns by layer the quality of the gate in each call, by block size."""
-    measured: dict[str, list[dict[int, Quality]]] = {}
+) -> dict[str, list[dict[_Gate, Quality]]]:
+    """Returns by layer the quality of the gate in each call, by block and sub-block size."""
+    measured: dict[str, list[dict[_Gate, Quality]]] = {}
     heads: dict[str, int] = {}
     for call in samples:
         q, k = call.q.to(device), call.k.to(device)
-        quality = gate_quality(q, k, tuple(grid), topks, positions=call.positions, scale=call.scale)
+        quality = gate_qualities(
+            q, k, tuple(grid), topks, positions=call.positions, scale=call.scale
+        )
         if not all(x.mass.isfinite().all() for x in quality.values()):
             raise ValueError(
                 f"q or k of {call.name or 'a call'} contain NaN or inf; check the model"
@@ -190,13 +211,14 @@ def _qualities(
 
 def _choice(
     length: int,
-    block_size: int,
+    gate: _Gate,
     topk: int,
     row: int,
     layers: list[list[Quality]],
     times: tuple[float | None, float | None],
 ) -> Choice:
-    """Returns the choice of one block size and topk; ``row`` is the row of topk in a `Quality`."""
+    """Returns the choice of one gate and topk; ``row`` is the row of topk in a `Quality`."""
+    block_size, gate_block_size = gate
     qualities = [x for batches in layers for x in batches]
     return Choice(
         block_size=block_size,
@@ -210,7 +232,13 @@ def _choice(
         forward_ms=times[0],
         both_ms=times[1],
         heads=[torch.stack([x.mass[row] for x in batches]).mean(0).tolist() for batches in layers],
+        gate_block_size=gate_block_size,
     )
+
+
+def _name(gate: _Gate, topk: int) -> str:
+    sub_blocks = "" if gate[1] is None else f", gate_block_size={gate[1]}"
+    return f"block_size={gate[0]}, topk={topk}{sub_blocks}"
 
 
 def sampled(q: Tensor, k: Tensor, queries: int, name: str = "") -> Call:

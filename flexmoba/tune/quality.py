@@ -12,8 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexmoba.checks import check_block_size, check_queries_and_keys, check_topk
-from flexmoba.gate import block_means, top_blocks
+from flexmoba.blocks import ceil_div
+from flexmoba.checks import (
+    check_block_size,
+    check_gate_block_size,
+    check_queries_and_keys,
+    check_topk,
+)
+from flexmoba.gate import block_means, block_scores, top_blocks
 
 _SCORES_AT_ONCE = 2**24
 
@@ -27,9 +33,9 @@ class Quality(NamedTuple):
     Attributes:
         mass: ``(topks, Hq)``, captured mass: the share of a query's full attention that falls on
             the keys of its selected blocks, including its own block.
-        best_mass: ``(topks, Hq)``, the captured mass of the best selection of as many blocks: the
-            own block and the past blocks with the largest shares. The gate loses the difference
-            to `mass`.
+        best_mass: ``(topks, Hq)``, the best possible mass: the captured mass of the best selection
+            of as many blocks, the own block and the past blocks with the largest shares. The gate
+            loses the difference to `mass`.
         found: ``(topks, Hq)``, the share of the queries with a past block for which the block of
             the strongest past key (the key of highest attention before the own block) is selected.
         snr: ``(Hq,)``, the signal-to-noise ratio of the gate; see `gate_quality`.
@@ -41,13 +47,13 @@ class Quality(NamedTuple):
     snr: Tensor
 
 
-@torch.no_grad()
 def gate_quality(
     q: Tensor,
     k: Tensor,
     block_size: int | Sequence[int],
     topk: int | Sequence[int],
     *,
+    gate_block_size: int | None = None,
     positions: Tensor | None = None,
     scale: float | None = None,
 ) -> dict[int, Quality]:
@@ -80,6 +86,9 @@ def gate_quality(
         block_size: Number of keys in a block, or several such numbers.
         topk: Number of blocks that a query attends to, including its own block, or several such
             numbers.
+        gate_block_size: Keys in a sub-block, as in `moba_select`, a divisor of each block size. By
+            default, each block is its only sub-block. The ratio of the paper is defined for this
+            gate.
         positions: The position of each query among the keys, int64 ``(Lq,)``. By default, query
             ``i`` has position ``i + Lk - Lq``. With it, q may be any sample of the queries of a
             sequence.
@@ -106,35 +115,53 @@ def gate_quality(
     """
     sizes = (block_size,) if isinstance(block_size, int) else tuple(block_size)
     topks = (topk,) if isinstance(topk, int) else tuple(topk)
-    for size in sizes:
-        check_block_size(size)
-    for number in topks:
-        check_topk(number)
+    gates = [(size, gate_block_size) for size in sizes]
+    found = gate_qualities(q, k, gates, topks, positions=positions, scale=scale)
+    return {size: quality for (size, _), quality in found.items()}
+
+
+@torch.no_grad()
+def gate_qualities(
+    q: Tensor,
+    k: Tensor,
+    gates: Sequence[tuple[int, int | None]],
+    topks: Sequence[int],
+    *,
+    positions: Tensor | None = None,
+    scale: float | None = None,
+) -> dict[tuple[int, int | None], Quality]:
+    """Computes `gate_quality` for pairs of ``block_size`` and ``gate_block_size``."""
+    sub_blocks = {}
+    for gate in gates:
+        check_block_size(gate[0])
+        sub_blocks[gate] = check_gate_block_size(gate[1], gate[0])
+    for topk in topks:
+        check_topk(topk)
     if positions is None:
         check_queries_and_keys(q, k)
         positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2])
     else:
         _check_positions(q, k, positions)
-    if not sizes or not topks or q.numel() == 0:
+    if not gates or not topks or q.numel() == 0:
         raise ValueError(
-            f"nothing to measure: q is {tuple(q.shape)}, block_size {sizes}, topk {topks}; "
-            "pass queries, a block size and a topk"
+            f"nothing to measure: q is {tuple(q.shape)}, block_size {tuple(x for x, _ in gates)}, "
+            f"topk {tuple(topks)}; pass queries, a block size and a topk"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     positions = positions.to(q.device)
     group = q.shape[1] // k.shape[1]
-    sums = {size: _Sums(len(topks), q.shape[1]) for size in sizes}
-    means = {size: block_means(k, size) for size in sizes}
+    sums = {gate: _Sums(len(topks), q.shape[1]) for gate in gates}
+    means = {gate: block_means(k, gate[0], sub_blocks=n) for gate, n in sub_blocks.items()}
     queries_at_once = max(1, _SCORES_AT_ONCE // k.shape[2])
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             for rows in torch.arange(q.shape[2], device=q.device).split(queries_at_once):
                 queries, at = q[b, h, rows], positions[rows]
                 logits = _logits(queries, k[b, h // group], at, scale)
-                for size in sizes:
-                    mean_keys = means[size][b, h // group]
-                    sums[size].add(h, logits, queries, mean_keys, at, size, topks)
-    return {size: sums[size].quality() for size in sizes}
+                for gate in gates:
+                    mean_keys = means[gate][b, h // group]
+                    sums[gate].add(h, logits, queries, mean_keys, at, gate[0], topks)
+    return {gate: sums[gate].quality() for gate in gates}
 
 
 def required_snr(n_blocks: int, topk: int) -> float | None:
@@ -195,7 +222,7 @@ class _Sums:
         means: Tensor,
         positions: Tensor,
         block_size: int,
-        topks: tuple[int, ...],
+        topks: Sequence[int],
     ) -> None:
         """Adds the queries of one head.
 
@@ -203,12 +230,12 @@ class _Sums:
             head: Index of the query head.
             logits: ``(rows, Lk)``, attention scores of the queries, -inf for hidden keys.
             q: ``(rows, D)``, the queries.
-            means: ``(blocks, D)``, mean keys.
+            means: ``(blocks * sub_blocks, D)``, mean keys of sub-blocks.
             positions: ``(rows,)`` int64, positions of the queries.
             block_size: Keys in a block.
             topks: Numbers of selected blocks.
         """
-        n_blocks, own = means.shape[0], (positions // block_size)[:, None]
+        n_blocks, own = ceil_div(logits.shape[1], block_size), (positions // block_size)[:, None]
         past = torch.arange(n_blocks, device=q.device) < own
         padded = torch.nn.functional.pad(
             logits, (0, n_blocks * block_size - logits.shape[1]), value=-math.inf
@@ -218,7 +245,7 @@ class _Sums:
         strongest = strongest.masked_fill(~past, -math.inf).argmax(-1, keepdim=True)
 
         precise = torch.promote_types(q.dtype, torch.float32)
-        scores = q.to(precise) @ means.to(precise).T
+        scores = block_scores(q.to(precise) @ means.to(precise).T, means.shape[0] // n_blocks)
         width = min(max(topks) - 1, n_blocks)
         zero = torch.zeros_like(own[:, 0])
         selected = top_blocks(scores, zero, own[:, 0], width).long()  # by descending score

@@ -19,7 +19,7 @@ class Choice:
         sparsity: Share of the query-key pairs of full causal attention that are not computed, for
             the longest sequence.
         mass: Captured mass, mean over layers and heads; see `flexmoba.tune.Quality`.
-        best_mass: Captured mass of the best selection of as many blocks.
+        best_mass: The best possible mass: captured mass of the best selection of as many blocks.
         found: Share of queries for which the block of the strongest past key is selected; None if
             no query has a past block.
         snr: Signal-to-noise ratio of the gate, mean over layers and heads; None if there are too
@@ -28,6 +28,7 @@ class Choice:
         forward_ms: Median milliseconds of a forward call of `flex_moba`; None if not timed.
         both_ms: Median milliseconds of forward and backward; None if not timed.
         heads: Captured mass of each head, by layer.
+        gate_block_size: Number of keys in a sub-block; None for a gate without sub-blocks.
     """
 
     block_size: int
@@ -41,6 +42,18 @@ class Choice:
     forward_ms: float | None
     both_ms: float | None
     heads: list[list[float]]
+    gate_block_size: int | None = None
+
+    @property
+    def block(self) -> str:
+        """The sizes of block and sub-block, as in ``"block 64, sub-block 16"``."""
+        part = "" if self.gate_block_size is None else f", sub-block {self.gate_block_size}"
+        return f"block {self.block_size}{part}"
+
+    @property
+    def lost_mass(self) -> float:
+        """The mass that the gate loses: ``best_mass - mass``."""
+        return self.best_mass - self.mass
 
     @property
     def worst_mass(self) -> float:
@@ -147,13 +160,17 @@ class Report:
         """
         backward = any(x.both_ms is not None for x in self.choices)
         frontier = self.frontier("forward_ms" if self.timed else "sparsity")
-        headings = ["", "block", "topk", "sparsity", "mass", "best mass", "worst head", "found"]
-        headings += ["SNR", "needed"] + ["forward ms"] * self.timed + ["both ms"] * backward
+        parts = any(x.gate_block_size is not None for x in self.choices)
+        headings = ["", "block"] + ["sub-block"] * parts + ["topk", "sparsity", "mass", "best mass"]
+        headings += ["lost", "worst head", "found", "SNR", "needed"]
+        headings += ["forward ms"] * self.timed + ["both ms"] * backward
         rows = []
         for x in self.choices:
             mark = "*" * (x in frontier) + " <-" * (x == recommended)
-            row = [mark.strip(), str(x.block_size), str(x.topk), f"{x.sparsity:.1%}"]
-            row += [f"{x.mass:.1%}", f"{x.best_mass:.1%}", f"{x.worst_mass:.1%}"]
+            row = [mark.strip(), str(x.block_size)]
+            row += [str(x.gate_block_size or "")] * parts + [str(x.topk), f"{x.sparsity:.1%}"]
+            row += [f"{x.mass:.1%}", f"{x.best_mass:.1%}", f"{x.lost_mass:.1%}"]
+            row += [f"{x.worst_mass:.1%}"]
             row += ["" if x.found is None else f"{x.found:.1%}"]
             row += ["" if y is None else f"{y:.2f}" for y in (x.snr, x.required_snr)]
             for ms, dense in (

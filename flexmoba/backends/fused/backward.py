@@ -27,7 +27,7 @@ from flexmoba.backends.fused.tile_sizes import (
     has_large_shared_memory,
 )
 from flexmoba.blocks import ceil_div
-from flexmoba.runtime.triton_launch import launch, packed
+from flexmoba.runtime.triton_launch import launch, on_device_of, packed
 from flexmoba.selection import BlockSelection
 
 # An item holds this many times the average number of rows of a block. The factor is large enough
@@ -82,7 +82,7 @@ def _items_of(
 
 def attend_backward_on_cuda(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
     inputs: tuple[Tensor, Tensor, Tensor],
@@ -94,7 +94,7 @@ def attend_backward_on_cuda(
 
     Args:
         grad_out: ``(B, Hq, Lq, Dv)``, the gradient of the output.
-        grad_lse: ``(B, Hq, Lq)`` float32, the gradient of the log-sum-exp.
+        grad_lse: ``(B, Hq, Lq)`` float32, the gradient of the log-sum-exp, or None for zeros.
         out: ``(B, Hq, Lq, Dv)``, the output.
         lse: ``(B, Hq, Lq)`` float32, the log-sum-exp.
         inputs: Queries ``(B, Hq, Lq, D)``, keys ``(B, Hkv, Lk, D)``, values ``(B, Hkv, Lk, Dv)``.
@@ -112,17 +112,18 @@ def attend_backward_on_cuda(
         sizes, layout, is_causal, own is not None, has_large_shared_memory(q.device)
     )
     factor, dtypes = scale / math.log(2), (q.dtype,)
+    grad_lse = None if grad_lse is None else packed(grad_lse)
     tiles_per_block = ceil_div(sizes.block_size, key_tile["KEYS"])
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         delta = torch.empty_like(lse)
         launch(
             delta_kernel,
             ceil_div(lse.numel(), DELTA_ROWS),
             (
-                *(grad_out, out, packed(grad_lse), delta, *strides[-2:]),
+                *(grad_out, out, grad_lse, delta, *strides[-2:]),
                 *(lse.numel(), sizes.q_len, sizes.heads),
             ),
-            of_delta,
+            of_delta | {"HAS_GRAD_LSE": grad_lse is not None},
             dtypes,
         )
         tensors: tuple[Any, ...] = (q, k, v, grad_out, lse, delta)

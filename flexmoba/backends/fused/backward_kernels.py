@@ -29,7 +29,7 @@ def delta_kernel(
     grad_stride_b: tl.int64, grad_stride_h: tl.int64,
     n_queries: tl.int32, q_len: tl.int32, heads: tl.int32,
     ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_DIM: tl.constexpr,
-    GRAD_STRIDE: tl.constexpr, UNIT: tl.constexpr,
+    GRAD_STRIDE: tl.constexpr, UNIT: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
     """Writes ``<grad, out> - grad_lse`` of every query, a term of the gradients of its scores."""
     query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -42,7 +42,8 @@ def delta_kernel(
     out_offset = query.to(tl.int64) * VALUE_DIM
     out = load_rows(out_ptr, out_offset, VALUE_DIM, TILE_VALUE_DIM)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    delta -= tl.load(grad_lse_ptr + query)
+    if HAS_GRAD_LSE:
+        delta -= tl.load(grad_lse_ptr + query)
     tl.store(delta_ptr + query, delta, mask=valid)
 
 

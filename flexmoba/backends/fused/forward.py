@@ -5,13 +5,14 @@ import math
 import torch
 from torch import Tensor
 
+from flexmoba.backends.fused import hopper
 from flexmoba.backends.fused.forward_kernels import attend_kernel, finish_kernel
 from flexmoba.backends.fused.routing import first_rows_of_bins, sort_pairs
 from flexmoba.backends.fused.schedule import Sizes, sort_groups
 from flexmoba.backends.fused.strides import aligned, head_strides, token_stride
 from flexmoba.backends.fused.tile_sizes import forward_constants, has_large_shared_memory
 from flexmoba.blocks import ceil_div
-from flexmoba.runtime.triton_launch import launch, packed
+from flexmoba.runtime.triton_launch import launch, on_device_of, packed
 from flexmoba.selection import BlockSelection
 
 
@@ -42,16 +43,24 @@ def attend_on_cuda(
         sizes, layout, is_causal, own is not None, has_large_shared_memory(q.device)
     )
     factor = scale / math.log(2)
-    with torch.cuda.device_of(q):
+    use_hopper = hopper.supports(k, v, sizes, is_causal=is_causal)
+    with on_device_of(q):
         for group in sort_groups(sizes):
             if sizes.count:
                 bins, pairs = sort_pairs(routed, group, sizes)
                 first_rows = first_rows_of_bins(bins, group, sizes)
+                if use_hopper:
+                    tiles = hopper.tiles_of(first_rows, group, sizes)
             # Allocated after the sort, which has then freed its buffers.
             rows = group.max_queries * sizes.count
             partial_out, partial_lse = q.new_empty(rows, sizes.value_dim), lse.new_empty(rows)
             for piece in group.pieces:
-                if sizes.count:
+                if use_hopper:
+                    partial = partial_out, partial_lse
+                    hopper.attend_on_hopper(
+                        (q, k, v), partial, pairs, tiles, group, piece, sizes, factor
+                    )
+                elif sizes.count:
                     first_row = (piece.first_query - group.first_query) * sizes.count
                     n_rows = piece.n_queries * sizes.count
                     launch(

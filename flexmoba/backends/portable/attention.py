@@ -1,11 +1,12 @@
 """Routing, then the attention of the tiles by plain tensor operations."""
 
+import torch
 from torch import Tensor
 
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.backends.portable.modified_scores import attend_by_blocks_modified
-from flexmoba.backends.portable.operator import attend_by_blocks
-from flexmoba.backends.routing import route
+from flexmoba.backends.portable.operator import attend_by_blocks, attend_by_blocks_backward
+from flexmoba.backends.routing import Tiles, route
 from flexmoba.backends.score_mod import ScoreModifier
 from flexmoba.blocks import TILE
 from flexmoba.selection import BlockSelection
@@ -38,20 +39,57 @@ def portable_attention(
         The output ``(B, Hq, Lq, Dv)`` in the dtype of ``q`` and the log-sum-exp ``(B, Hq, Lq)``,
         float32 (float64 for float64 inputs).
     """
-    kv_heads, kv_len = k.shape[1:3]
+    tiles = _route(q, k, selection, is_causal=options.is_causal)
     block_size, scale = selection.block_size, options.scale
+    if modifier is not None:
+        return attend_by_blocks_modified(q, k, v, tiles, block_size, scale, modifier, first_key)
+    return attend_by_blocks(q, k, v, tiles, block_size, scale, first_key)
+
+
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    modifier: ScoreModifier | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Computes full attention; the arguments and results are those of `portable_attention`."""
+    selection = _everything(q, k, is_causal=options.is_causal)
+    return portable_attention(q, k, v, selection, options, modifier)
+
+
+def full_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the gradients of q, k and v of `full_attention`, without autograd."""
+    q, k, _ = inputs
+    tiles = _route(
+        q, k, _everything(q, k, is_causal=options.is_causal), is_causal=options.is_causal
+    )
+    grads = grad_out, grad_lse, out, lse
+    return attend_by_blocks_backward(*grads, inputs, tiles, k.shape[2], options.scale)
+
+
+def _everything(q: Tensor, k: Tensor, *, is_causal: bool) -> BlockSelection:
+    """Returns one block of all keys. If causal, it is the own block; if not, it is routed."""
+    shape = *q.shape[:3], int(not is_causal)
+    return BlockSelection(torch.zeros(shape, dtype=torch.int32, device=q.device), k.shape[2])
+
+
+def _route(q: Tensor, k: Tensor, selection: BlockSelection, *, is_causal: bool) -> Tiles:
+    kv_heads, kv_len = k.shape[1:3]
+    block_size = selection.block_size
     # A block contains this many queries. Short tiles fit short blocks. The size is compared in a
     # loop because the block size may be a length that compilers keep symbolic.
     queries = q.shape[1] // kv_heads * block_size
     tile = TILE
     while tile > _MIN_TILE and queries <= tile // 2:
         tile //= 2
-    tiles = route(
-        *(selection, kv_heads, kv_len, block_size),
-        is_causal=options.is_causal,
-        fuse=False,
-        tile=tile,
+    return route(
+        *(selection, kv_heads, kv_len, block_size), is_causal=is_causal, fuse=False, tile=tile
     )
-    if modifier is not None:
-        return attend_by_blocks_modified(q, k, v, tiles, block_size, scale, modifier, first_key)
-    return attend_by_blocks(q, k, v, tiles, block_size, scale, first_key)

@@ -9,7 +9,7 @@ is computed in float32.
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,21 +63,34 @@ def attend_by_blocks(
         The output ``(B, Hq, Lq, Dv)`` in the dtype of ``q`` and the log-sum-exp ``(B, Hq, Lq)``,
         float32 (float64 for float64 inputs).
     """
-    out, lse = _attend(
-        q,
-        k,
-        v,
-        tiles.query_of_row,
-        tiles.last_key_of_row,
-        tiles.row_of_pair,
-        tiles.block_of_tile,
-        first_key,
-        tiles.own_tiles_per_block,
-        tiles.n_own_tiles,
-        block_size,
-        scale,
-    )
+    out, lse = _attend(q, k, v, *_tables(tiles, first_key), block_size, scale)
     return out, lse
+
+
+def attend_by_blocks_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    tiles: Tiles,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the gradients of q, k and v of `attend_by_blocks`, without autograd."""
+    tables = _tables(tiles, None)
+    d_q, d_k, d_v = _attend_backward(
+        *(grad_out, grad_lse, out, lse, *inputs, *tables), block_size, scale
+    )
+    return d_q, d_k, d_v
+
+
+def _tables(tiles: Tiles, first_key: Tensor | None) -> tuple[Any, ...]:
+    """Returns the arguments of the operators between the inputs and the block size."""
+    return (
+        *(tiles.query_of_row, tiles.last_key_of_row, tiles.row_of_pair, tiles.block_of_tile),
+        *(first_key, tiles.own_tiles_per_block, tiles.n_own_tiles),
+    )
 
 
 # The arguments are flat because the schema of an operator has no tuples.
@@ -138,7 +151,7 @@ def _attend(
 @without_autocast
 def _attend_backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
     q: Tensor,
@@ -163,7 +176,9 @@ def _attend_backward(
     grads, lse = _pad_to_vectors(grad_out.reshape(-1, v.shape[-1])), lse.flatten()
     # d loss / d score = weight * (grad . value - delta). Delta includes the gradient of the
     # log-sum-exp.
-    delta = (grad_out.to(precise) * out.to(precise)).sum(-1).flatten() - grad_lse.flatten()
+    delta = (grad_out.to(precise) * out.to(precise)).sum(-1).flatten()
+    if grad_lse is not None:
+        delta -= grad_lse.flatten()
     d_query_rows = queries.new_empty((*query_of_row.shape, queries.shape[-1]), dtype=precise)
     d_keys = torch.zeros_like(keys, dtype=precise)
     d_values = torch.zeros_like(values, dtype=precise)

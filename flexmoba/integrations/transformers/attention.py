@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import AuxRequest
 from flexmoba.attention import flex_moba
 from flexmoba.backends import ScoreMod
 from flexmoba.cache import MobaCache
+from flexmoba.integrations.transformers.batching import is_paged, paged_attention
 from flexmoba.integrations.transformers.cache import MobaLayer, layer_of
 from flexmoba.integrations.transformers.packing import POSITIONS, documents_of
 from flexmoba.integrations.transformers.ranks import documents_over_ranks, shards_of
@@ -63,7 +64,13 @@ def attention(
         ValueError: The layer has no settings, or the mask is not a padding mask.
         NotImplementedError: The model needs a feature that `flex_moba` does not support.
     """
-    _check(module, attention_mask, dropout, is_causal, kwargs)
+    paged = is_paged(kwargs)
+    unsupported = {**kwargs, "cache": None} if paged else kwargs
+    _check(module, attention_mask, dropout, is_causal, unsupported)
+    if paged:
+        _check_paged(module, softcap, sliding_window)
+        out, lse = paged_attention(module, query, key, value, scaling, kwargs)
+        return _with_sinks(out, lse, s_aux), None
     block_size, topk, options = settings_of(module)
     layer = _layer_of(module, key, value)
     # Other attentions cast under autocast, too. Rotary embeddings may return float32.
@@ -100,11 +107,26 @@ def attention(
         out, lse = _attend_with_cache(layer, inputs, attention_mask, block_size, topk, options)
     else:
         out, lse = _attend(module, inputs, attention_mask, documents, (block_size, topk), options)
+    return _with_sinks(out, lse, s_aux), None
+
+
+def _with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor | None) -> Tensor:
+    """Returns the output as transformers expects it, ``(B, L, Hq, Dv)``, with attention sinks."""
     if s_aux is not None:
         # The sink adds one term to the sum of the softmax. The keys keep this share of the weight.
         share = torch.sigmoid(lse - s_aux.reshape(-1, 1))
         out = (out * share[..., None]).to(out.dtype)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous()
+
+
+def _check_paged(module: nn.Module, softcap: float | None, sliding_window: int | None) -> None:
+    """Raises if a layer has an option that continuous batching does not support."""
+    for name, value in (("softcap", softcap), ("sliding_window", sliding_window)):
+        if value is not None:
+            raise NotImplementedError(
+                f"{name_of(module)} has {name}={value}, which flexmoba does not support in "
+                "continuous batching; use generate"
+            )
 
 
 def _attend_with_cache(
@@ -221,11 +243,13 @@ def _attend_to_rows(
     cache = MobaCache(
         *(key.shape[0], key.shape[1], key.shape[3]),
         block_size=block_size,
+        gate_block_size=options.get("gate_block_size"),
         value_dim=value.shape[3],
         max_len=key.shape[2],
         dtype=key.dtype,
         device=key.device,
     )
+    options = {name: x for name, x in options.items() if name != "gate_block_size"}
     positions = cache.append(key, value, real)[:, -query.shape[2] :]
     return cache.attend(query, positions, topk, **options)
 

@@ -181,20 +181,23 @@ class MobaLayer(CacheLayerMixin):
             real: ``(B, L)`` bool, False for padding; None if there is no padding.
             block_size: Keys in a block.
             topk: Blocks that each query attends to, its own block included; None for all blocks.
-            options: Keyword arguments of `MobaCache.attend`.
+            options: Keyword arguments of `MobaCache.attend`, and ``gate_block_size``.
 
         Returns:
             The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``.
 
         Raises:
-            ValueError: The cache has another block size.
+            ValueError: The cache has another block size or gate block size.
             NotImplementedError: Layers share keys under ``gate="tile"``.
         """
         self._is_unattended = False
+        options = dict(options)
+        gate_block_size = options.pop("gate_block_size", None)
         if self._cache is None:
             self._cache = MobaCache(
                 *(key.shape[0], key.shape[1], key.shape[3]),
                 block_size=block_size,
+                gate_block_size=gate_block_size,
                 value_dim=value.shape[3],
                 max_len=self.max_cache_len,
                 dtype=key.dtype,
@@ -207,6 +210,11 @@ class MobaLayer(CacheLayerMixin):
             raise ValueError(
                 f"the cache holds mean keys of blocks of {self._cache.block_size} keys, but the "
                 f"layer has block_size={block_size} now; make a new FlexMobaCache"
+            )
+        elif self._cache.gate_block_size != (gate_block_size or block_size):
+            raise ValueError(
+                f"the cache holds mean keys of sub-blocks of {self._cache.gate_block_size} keys, "
+                f"but the layer has gate_block_size={gate_block_size} now; make a new FlexMobaCache"
             )
         positions: Tensor | None = getattr(key, "flexmoba_positions", None)
         if positions is None:

@@ -8,8 +8,9 @@ from torch import nn
 from flexmoba.checks import check_block_size, check_topk
 from flexmoba.nn import FlexMoba
 
+NAME = "flexmoba"  # the value of attn_implementation
 CHILD = "flexmoba"  # the name of the `FlexMoba` of an attention module, and of the config entry
-OPTIONS = ("gate", "sink_blocks", "local_blocks", "impl", "kernel_options")
+OPTIONS = ("gate", "gate_block_size", "sink_blocks", "local_blocks", "impl", "kernel_options")
 # The key in the entry for the model's own attention, which the layers that are not converted use.
 LOCAL = "local_attention"
 # Attentions that do not read their name from the config, where the name is "flexmoba".
@@ -117,6 +118,11 @@ def checked_entry(
         for k in value if isinstance(value, list) else [value]:
             if name == "topk" or k != "same":
                 check_topk(k, none_allowed=True)
+            if k == 1 and options["sink_blocks"] == 1:
+                raise ValueError(
+                    f"{name}=1 selects only the own block, without the sink block that convert "
+                    "selects by default (sink_blocks=1); pass at least 2, or sink_blocks=0"
+                )
     return entry
 
 

@@ -1,0 +1,175 @@
+"""Launches of the kernels of attention over a shared selection."""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flexmoba.backends.fused.backward_kernels import sum_extra_kernel
+from flexmoba.backends.fused.routing import (
+    blocks_of_items,
+    first_items_of_blocks,
+    first_rows_of_bins,
+    sort_pairs,
+)
+from flexmoba.backends.fused.schedule import Sizes, SortGroup
+from flexmoba.backends.fused.strides import aligned, head_strides, token_stride
+from flexmoba.backends.grouped.kernels import attend_kernel, key_grads_kernel, query_grads_kernel
+from flexmoba.blocks import ceil_div
+from flexmoba.runtime.triton_launch import launch, packed
+
+# An item holds this many times the average number of tokens of a block, as in the fused backward
+# pass: few blocks need a second item, and a block that most tokens select has many.
+_ITEM_FACTOR, _LEAST_ITEM = 4, 256
+
+
+def attend_on_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    block_size: int,
+    scale: float,
+    *,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Computes `grouped_attention` for a scale that is not negative."""
+    q, k, v, selected = aligned(q), aligned(k), aligned(v), packed(selected)
+    sizes = Sizes.of(q, k, v, selected, block_size)
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    strides, unit = head_strides(q, k, v)
+    constants = _constants(sizes, is_causal=is_causal, unit=unit, q=q, k=k, v=v)
+    with torch.cuda.device_of(q):
+        launch(
+            attend_kernel,
+            sizes.batch * sizes.kv_heads * sizes.q_len,
+            (
+                *(q, k, v, selected, out, lse, *strides),
+                *(sizes.kv_heads, sizes.q_len, sizes.kv_len, scale / math.log(2)),
+            ),
+            constants | _token_tile(sizes),
+            (q.dtype,),
+        )
+    return out, lse
+
+
+def attend_backward_on_cuda(
+    grads: tuple[Tensor, Tensor],
+    results: tuple[Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    selected: Tensor,
+    block_size: int,
+    scale: float,
+    *,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the gradients of q, k and v.
+
+    Args:
+        grads: The gradients of the output, ``(B, Hq, Lq, Dv)``, and of the log-sum-exp,
+            ``(B, Hq, Lq)`` float32.
+        results: The output and the log-sum-exp.
+        inputs: Queries ``(B, Hq, Lq, D)``, keys ``(B, Hkv, Lk, D)``, values ``(B, Hkv, Lk, Dv)``.
+        selected: Block indices, ``(B, Hkv, Lq, topk)`` int32.
+        block_size: Keys in a block.
+        scale: Factor on the scores, at least 0.
+        is_causal: Whether a query attends only to keys at or before its position.
+    """
+    q, k, v, grad_out = (aligned(x) for x in (*inputs, grads[0]))
+    selected, (out, lse) = packed(selected), results
+    sizes = Sizes.of(q, k, v, selected, block_size)
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    strides, unit = head_strides(q, k, v, grad_out)
+    constants = _constants(sizes, is_causal=is_causal, unit=unit, q=q, k=k, v=v)
+    constants["GRAD_STRIDE"] = token_stride(grad_out)
+    factor, dtypes = scale / math.log(2), (q.dtype,)
+    lengths = sizes.kv_heads, sizes.q_len, sizes.kv_len
+    with torch.cuda.device_of(q):
+        delta = torch.empty_like(lse)
+        launch(
+            query_grads_kernel,
+            sizes.batch * sizes.kv_heads * sizes.q_len,
+            (
+                *(q, k, v, grad_out, out, lse, packed(grads[1]), selected, d_q, delta),
+                *(*strides, *lengths, factor, scale),
+            ),
+            constants | _token_tile(sizes),
+            dtypes,
+        )
+        # Route the tokens of each KV head to the blocks that they selected.
+        tokens = replace(sizes, heads=sizes.kv_heads)
+        n_kv_heads = sizes.batch * sizes.kv_heads
+        group = SortGroup(0, n_kv_heads * sizes.q_len, 0, n_kv_heads, [])
+        bins, pairs = sort_pairs(selected, group, tokens)
+        first_rows = first_rows_of_bins(bins, group, tokens)
+        all_blocks = n_kv_heads * sizes.n_blocks
+        item_rows = max(_LEAST_ITEM, _ITEM_FACTOR * (pairs.shape[0] // all_blocks))
+        first_item, first_extra, _ = first_items_of_blocks(first_rows, item_rows, 64, group, tokens)
+        block_of_item = blocks_of_items(first_item, item_rows, group, tokens)
+        # A block with several items has less than twice as many items as its tokens fill.
+        max_extra = 2 * pairs.shape[0] // item_rows
+        extra = lse.new_empty(max_extra, block_size, sizes.dim + sizes.value_dim)
+        tile = constants | _key_tile(sizes)
+        tiles_per_block = ceil_div(block_size, tile["KEYS"])
+        launch(
+            key_grads_kernel,
+            block_of_item.shape[0] * tiles_per_block,
+            (
+                *(q, k, v, grad_out, lse, delta, d_k, d_v, extra, pairs, first_rows),
+                *(first_item, block_of_item, first_extra, *strides, all_blocks, *lengths),
+                *(sizes.n_blocks, factor, scale, item_rows),
+            ),
+            tile,
+            dtypes,
+        )
+        if max_extra:
+            launch(
+                sum_extra_kernel,
+                all_blocks * tiles_per_block,
+                (
+                    *(extra, d_k, d_v, first_item, first_extra, 0, 0, sizes.kv_len),
+                    *(sizes.n_blocks, scale),
+                ),
+                tile,
+                dtypes,
+            )
+    return d_q, d_k, d_v
+
+
+def _constants(
+    sizes: Sizes, *, is_causal: bool, unit: int, q: Tensor, k: Tensor, v: Tensor
+) -> dict[str, int]:
+    return {
+        "IS_CAUSAL": is_causal,
+        "GROUP": sizes.group,
+        "COUNT": sizes.count,
+        "BLOCK_SIZE": sizes.block_size,
+        "DIM": sizes.dim,
+        "TILE_DIM": max(16, _next_power_of_2(sizes.dim)),
+        "VALUE_DIM": sizes.value_dim,
+        "TILE_VALUE_DIM": max(16, _next_power_of_2(sizes.value_dim)),
+        "UNIT": unit,
+        "Q_STRIDE": token_stride(q),
+        "K_STRIDE": token_stride(k),
+        "V_STRIDE": token_stride(v),
+    }
+
+
+def _token_tile(sizes: Sizes) -> dict[str, int]:
+    """Returns the tile sizes of the kernels that process one token."""
+    rows = max(16, _next_power_of_2(sizes.group))
+    keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
+    return {"ROWS": rows, "KEYS": keys, "num_warps": max(1, min(4, rows // 16)), "num_stages": 2}
+
+
+def _key_tile(sizes: Sizes) -> dict[str, int]:
+    """Returns the tile sizes of `key_grads_kernel`."""
+    keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
+    rows = 128 if max(sizes.dim, sizes.value_dim) <= 128 else 64
+    return {"ROWS": rows, "KEYS": keys, "num_warps": 8, "num_stages": 2}
+
+
+def _next_power_of_2(x: int) -> int:
+    return 1 << (x - 1).bit_length()

@@ -1,0 +1,234 @@
+"""The selection of Native Sparse Attention on CUDA, by two Triton kernels.
+
+The first kernel computes the log-sum-exp of the scores of every query and head, unless the caller
+has it from the compressed branch. The second kernel computes the scores again, a tile of compressed
+blocks at a time, adds the softmax weights of the query heads of a KV head, multiplies the sums by
+the overlaps with the blocks of the tile, and keeps the best blocks in registers. So no weight and
+no importance is written to memory.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flexmoba.gate.kernel import MAX_COUNT, MAX_HEAD_DIM, NOTHING, keep_best, nothing_yet
+from flexmoba.nsa.sizes import NsaSizes
+from flexmoba.runtime.triton_launch import kernel, launch, packed
+
+_LN_2 = tl.constexpr(math.log(2))
+_LOG2_E = tl.constexpr(1 / math.log(2))
+_MAX_TILE = 128  # compressed blocks of a tile
+
+
+def supports(q: Tensor, sizes: NsaSizes) -> bool:
+    """Returns whether the kernels support these queries and sizes."""
+    r, s = sizes.block_size // sizes.cmp_stride, sizes.cmp_block // sizes.cmp_stride
+    return sizes.scored <= MAX_COUNT and q.shape[-1] <= MAX_HEAD_DIM and r + s - 1 <= _MAX_TILE
+
+
+def select_on_cuda(
+    q: Tensor,
+    k_cmp: Tensor,
+    first_block: Tensor | None,
+    lse: Tensor | None,
+    kv_len: int,
+    sizes: NsaSizes,
+    scale: float,
+) -> Tensor:
+    """Returns the candidates of the highest importance, ``(B, Hkv, Lq, scored)`` int32.
+
+    Args:
+        q: Queries, ``(B, Hq, Lq, D)``, in single or half precision.
+        k_cmp: Compressed keys, ``(B, Hkv, blocks, D)``, at least one.
+        first_block: ``(B, Lq)`` int32, the first block of each query's document, or None.
+        lse: The log-sum-exp of the compressed branch, ``(B, Hq, Lq)`` float32, or None.
+        kv_len: Number of tokens.
+        sizes: Sizes of the blocks and of the selection.
+        scale: Factor on the scores.
+    """
+    batch, heads, q_len, dim = q.shape
+    kv_heads, n_compressed = k_cmp.shape[1:3]
+    q, k_cmp = packed(q), packed(k_cmp)
+    first = q if first_block is None else packed(first_block.expand(batch, -1).int())
+    r, s = sizes.block_size // sizes.cmp_stride, sizes.cmp_block // sizes.cmp_stride
+    is_large = dim > 128 or q.element_size() > 2
+    blocks = 64 if is_large and r + s - 1 <= 64 else _MAX_TILE
+    constants = {
+        "DIM": dim,
+        "GROUP": heads // kv_heads,
+        "HAS_FIRST": first_block is not None,
+        "STRIDE": sizes.cmp_stride,
+        "IN_BLOCK": r,
+        "IN_COMPRESSED": s,
+        "TILE_Q": 64 if is_large else 128,
+        "TILE_N": blocks,
+        "TILE_D": max(16, triton.next_power_of_2(dim)),
+        "COUNT": sizes.scored,
+        "SLOTS": triton.next_power_of_2(sizes.scored),
+        "TILE_BLOCKS": max(16, triton.next_power_of_2((blocks - s + 1) // r)),
+        "SINKS": sizes.sink_blocks,
+        "LOCALS": sizes.local_blocks,
+        "num_warps": 4 if is_large else 8,
+        "num_stages": 2,
+    }
+    tiles = triton.cdiv(q_len, constants["TILE_Q"])
+    numbers = q_len, kv_len - q_len, n_compressed, kv_heads, scale / math.log(2)
+    selected = torch.empty(batch, kv_heads, q_len, sizes.scored, dtype=torch.int32, device=q.device)
+    with torch.cuda.device_of(q):
+        if lse is None:
+            lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
+            launch(
+                lse_kernel,
+                tiles * batch * heads,
+                (q, k_cmp, first, lse, *numbers),
+                constants,
+                (q.dtype,),
+            )
+        launch(
+            importance_kernel,
+            tiles * batch * kv_heads,
+            (q, k_cmp, first, packed(lse), selected, *numbers),
+            constants,
+            (q.dtype,),
+        )
+    return selected
+
+
+@triton.jit
+def _seen(
+    row, batch, q_len, offset, first_ptr,
+    HAS_FIRST: tl.constexpr, STRIDE: tl.constexpr, IN_BLOCK: tl.constexpr,
+    IN_COMPRESSED: tl.constexpr,
+):  # fmt: skip
+    """Returns the first block of each query, its first compressed block and the end of those."""
+    row = tl.minimum(row, q_len - 1)
+    first = tl.zeros_like(row)
+    if HAS_FIRST:
+        first += tl.load(first_ptr + batch.to(tl.int64) * q_len + row)
+    # The number of strides of `STRIDE` tokens up to the query, less those of a compressed block.
+    end = (row + offset + 1) // STRIDE - (IN_COMPRESSED - 1)
+    return first, first * IN_BLOCK, tl.maximum(end, 0)
+
+
+@triton.jit
+def _load_keys(k_ptr, compressed, n_compressed, DIM: tl.constexpr, TILE_D: tl.constexpr):
+    """Loads a tile of compressed keys, clamped to those that exist."""
+    dim = tl.arange(0, TILE_D)
+    real = tl.maximum(tl.minimum(compressed, n_compressed - 1), 0).to(tl.int64)
+    return tl.load(k_ptr + real[:, None] * DIM + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_queries(q_ptr, head, row, q_len, DIM: tl.constexpr, TILE_D: tl.constexpr):
+    """Loads a tile of queries of a flat head, clamped to those that exist."""
+    dim = tl.arange(0, TILE_D)
+    real = head.to(tl.int64) * q_len + tl.minimum(row, q_len - 1)
+    return tl.load(q_ptr + real[:, None] * DIM + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
+
+
+@kernel
+def lse_kernel(
+    q_ptr, k_ptr, first_ptr, lse_ptr,
+    q_len: tl.int32, offset: tl.int32, n_compressed: tl.int32, kv_heads: tl.int32,
+    factor: tl.float32,
+    DIM: tl.constexpr, GROUP: tl.constexpr, HAS_FIRST: tl.constexpr, STRIDE: tl.constexpr,
+    IN_BLOCK: tl.constexpr, IN_COMPRESSED: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
+):  # fmt: skip
+    """Writes the log-sum-exp of the scores of a tile of queries of one head."""
+    tiles = tl.cdiv(q_len, TILE_Q)
+    head = tl.program_id(0) // tiles
+    # The last queries see the most compressed blocks, so they start first.
+    row = (tiles - 1 - tl.program_id(0) % tiles) * TILE_Q + tl.arange(0, TILE_Q)
+    batch = head // (kv_heads * GROUP)
+    _, begin, end = _seen(
+        row, batch, q_len, offset, first_ptr, HAS_FIRST, STRIDE, IN_BLOCK, IN_COMPRESSED
+    )
+    q = _load_queries(q_ptr, head, row, q_len, DIM, TILE_D)
+    k_ptr += (head // GROUP).to(tl.int64) * n_compressed * DIM
+    highest = tl.full([TILE_Q], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    for start in range(tl.min(begin, 0) // TILE_N * TILE_N, tl.max(end, 0), TILE_N):
+        compressed = start + tl.arange(0, TILE_N)
+        k = _load_keys(k_ptr, compressed, n_compressed, DIM, TILE_D)
+        score = tl.dot(q, tl.trans(k), input_precision="tf32x3") * factor
+        seen = (compressed[None, :] >= begin[:, None]) & (compressed[None, :] < end[:, None])
+        score = tl.where(seen, score, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(score, 1))
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        total = total * tl.exp2(highest - base) + tl.sum(tl.exp2(score - base[:, None]), 1)
+        highest = new_highest
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    out = lse_ptr + head.to(tl.int64) * q_len + row
+    tl.store(out, (base + tl.log2(total)) * _LN_2, mask=row < q_len)
+
+
+@kernel
+def importance_kernel(
+    q_ptr, k_ptr, first_ptr, lse_ptr, selected_ptr,
+    q_len: tl.int32, offset: tl.int32, n_compressed: tl.int32, kv_heads: tl.int32,
+    factor: tl.float32,
+    DIM: tl.constexpr, GROUP: tl.constexpr, HAS_FIRST: tl.constexpr, STRIDE: tl.constexpr,
+    IN_BLOCK: tl.constexpr, IN_COMPRESSED: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
+    COUNT: tl.constexpr, SLOTS: tl.constexpr, TILE_BLOCKS: tl.constexpr,
+    SINKS: tl.constexpr, LOCALS: tl.constexpr,
+):  # fmt: skip
+    """Selects the most important blocks of a tile of tokens of one KV head.
+
+    A tile of TILE_N compressed blocks covers all that overlap BLOCKS blocks.
+    """
+    BLOCKS: tl.constexpr = (TILE_N - IN_COMPRESSED + 1) // IN_BLOCK
+    tiles = tl.cdiv(q_len, TILE_Q)
+    kv_head = tl.program_id(0) // tiles
+    row = (tiles - 1 - tl.program_id(0) % tiles) * TILE_Q + tl.arange(0, TILE_Q)
+    batch = kv_head // kv_heads
+    first, begin, end = _seen(
+        row, batch, q_len, offset, first_ptr, HAS_FIRST, STRIDE, IN_BLOCK, IN_COMPRESSED
+    )
+    position = tl.minimum(row, q_len - 1) + offset
+    first_candidate = first + SINKS
+    end_candidate = position // (STRIDE * IN_BLOCK) - LOCALS
+    k_ptr += kv_head.to(tl.int64) * n_compressed * DIM
+    # Overlaps in strides, the same for every tile: the first compressed block of a tile begins
+    # IN_COMPRESSED - 1 strides before its first block.
+    in_tile = tl.arange(0, TILE_N)[:, None] - (IN_COMPRESSED - 1)
+    block_in_tile = tl.arange(0, TILE_BLOCKS)
+    stride_of_block = block_in_tile[None, :] * IN_BLOCK
+    overlap = tl.minimum(in_tile + IN_COMPRESSED, stride_of_block + IN_BLOCK)
+    overlap = tl.maximum(overlap - tl.maximum(in_tile, stride_of_block), 0).to(tl.float32)
+    slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
+    first_tile = tl.min(first_candidate, 0) // BLOCKS * BLOCKS
+    for first_in_tile in range(first_tile, tl.max(end_candidate, 0), BLOCKS):
+        compressed = first_in_tile * IN_BLOCK - (IN_COMPRESSED - 1) + tl.arange(0, TILE_N)
+        k = tl.trans(_load_keys(k_ptr, compressed, n_compressed, DIM, TILE_D))
+        weights = tl.zeros([TILE_Q, TILE_N], tl.float32)
+        for head_in_group in range(GROUP):
+            head = kv_head * GROUP + head_in_group
+            q = _load_queries(q_ptr, head, row, q_len, DIM, TILE_D)
+            lse = tl.load(lse_ptr + head.to(tl.int64) * q_len + tl.minimum(row, q_len - 1))
+            score = tl.dot(q, k, input_precision="tf32x3") * factor
+            weights += tl.exp2(score - (lse * _LOG2_E)[:, None])
+        seen = (compressed[None, :] >= begin[:, None]) & (compressed[None, :] < end[:, None])
+        weights = tl.where(seen, weights, 0.0)
+        importance = tl.dot(weights, overlap, input_precision="tf32x3")
+        block = first_in_tile + block_in_tile
+        # Importances are not negative, so their bits are in the order of their values.
+        bits = importance.to(tl.int32, bitcast=True)
+        bits = tl.where(importance != importance, 0x7FFFFFFF, bits)
+        key = (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
+        candidate = (block[None, :] >= first_candidate[:, None]) & (block_in_tile < BLOCKS)[None, :]
+        candidate = candidate & (block[None, :] < end_candidate[:, None])
+        best = keep_best(best, tl.where(candidate, key, NOTHING))
+    best = tl.sort(best, descending=True)  # unused slots come first
+    selected = tl.where(best < NOTHING + SLOTS, -1, (best & 0xFFFFFFFF).to(tl.int32))
+    column = slot - (SLOTS - COUNT)
+    selected_row = kv_head.to(tl.int64) * q_len + row
+    tl.store(
+        selected_ptr + selected_row[:, None] * COUNT + column,
+        selected,
+        mask=(row < q_len)[:, None] & (column >= 0),
+    )

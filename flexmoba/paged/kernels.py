@@ -1,0 +1,393 @@
+"""Triton kernels for pages: append, and a step by score, attend and merge, as for `MobaCache`.
+
+`_append_kernel` writes the new tokens and the mean keys of the pages that they fill.
+`_score_kernel` divides the blocks of a sequence into ``SPLITS`` splits of ``SPLIT`` blocks, and
+keeps the best blocks of each split. Each program of `_attend_kernel` finds one selected block, and
+attends to ``CHUNK`` of its keys, which makes one partial output. Under full attention,
+`_attend_to_all_kernel` divides the blocks of a sequence evenly among ``PARTS`` partial outputs.
+
+Query head ``h`` of token ``t`` is row ``t * Hq + h``. Strides are constants, since a server
+allocates its pages once, and the compiler then knows the alignment of every row of features.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flexmoba.cache import CachedCall
+from flexmoba.cache.kernels import MAX_TOPK as MAX_TOPK
+from flexmoba.cache.kernels import attend_to_keys, merge_kernel, selected_block
+from flexmoba.gate import gate_rows
+from flexmoba.gate.kernel import (
+    NOTHING,
+    keep_best,
+    nothing_yet,
+    only_candidates,
+    ordered_scores,
+    sort_keys,
+)
+from flexmoba.paged.batch import PagedBatch
+from flexmoba.paged.pages import Pages
+from flexmoba.runtime.triton_launch import kernel, launch, packed
+
+_LEAST_SPLIT, _MOST_SPLITS = 128, 16
+_KEYS, _CHUNK = 64, 256  # as for `MobaCache`
+_PARTS_OF_ALL = 32  # of full attention; for one sequence and 8 KV heads, 256 programs
+
+
+def append_on_cuda(k: Tensor, v: Tensor, pages: Pages, slots: Tensor) -> None:
+    """Computes `append_paged` by one Triton kernel."""
+    k, v = _by_token(k), _by_token(v)
+    constants = {
+        "HEADS": pages.k.shape[1],
+        "BLOCK_SIZE": pages.block_size,
+        "NEW_K": k.stride(0),
+        "NEW_V": v.stride(0),
+        "KEYS": _KEYS,
+        "num_warps": 4,
+    }
+    constants |= _constants_of(pages)
+    tensors = (k, v, *_aligned(pages), packed(slots))
+    with torch.cuda.device_of(k):
+        launch(_append_kernel, k.shape[0] * pages.k.shape[1], tensors, constants, (k.dtype,))
+
+
+def attend_steps_on_cuda(
+    q: Tensor, pages: Pages, batch: PagedBatch, call: CachedCall
+) -> tuple[Tensor, Tensor]:
+    """Computes `attend_steps` by Triton kernels."""
+    pages, q = _aligned(pages), _by_token(q)
+    tokens, heads, _ = q.shape
+    kv_heads, value_dim, n_blocks = pages.k.shape[1], pages.v.shape[3], batch.block_table.shape[1]
+    table, rows, positions = (packed(x) for x in batch[:3])
+    group, gate = heads // kv_heads, call.gate
+    chunks = triton.cdiv(pages.block_size, _CHUNK)
+    parts = _PARTS_OF_ALL if call.topk == 0 else call.topk * chunks
+    constants = {
+        "HEADS": kv_heads,
+        "GROUP": group,
+        "GROUP_ROWS": max(16, triton.next_power_of_2(group)),
+        "Q_LEN": 1,  # of `merge_kernel`: a row of its batch is a token
+        "NEW_Q": q.stride(0),
+        "SINKS": gate.sink_blocks,
+        "LOCALS": gate.local_blocks,
+        "BLOCK_SIZE": pages.block_size,
+        "CHUNK": _CHUNK,
+        "CHUNKS": chunks,
+        "PARTS": parts,
+        "ALL_PARTS": triton.next_power_of_2(parts),
+        "SOME_PARTS": min(32, triton.next_power_of_2(parts)),
+        "KEYS": _KEYS,
+        "num_warps": 4,
+    }
+    constants |= _constants_of(pages)
+    n_rows = tokens * heads
+    partial_out = torch.empty(n_rows, parts, value_dim, dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty(n_rows, parts, dtype=torch.float32, device=q.device)
+    out = q.new_empty(tokens, heads, value_dim)
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    factor, partials = call.scale / math.log(2), (partial_out, partial_lse)
+    where = (table, rows, positions)
+    with torch.cuda.device_of(q):
+        if call.topk == 0:
+            inputs: tuple[Any, ...] = (q, pages.k, pages.v, *where, *partials, n_blocks, factor)
+            launch(_attend_to_all_kernel, tokens * kv_heads * parts, inputs, constants, (q.dtype,))
+        else:
+            best, gate_constants = _best_blocks(q, pages, where, call)
+            constants |= gate_constants
+            inputs = (q, pages.k, pages.v, *where, best, *partials, n_blocks, factor)
+            launch(_attend_kernel, n_rows * parts, inputs, constants, (q.dtype,))
+        merged = (*partials, positions, out, lse, kv_heads, n_blocks)
+        launch(merge_kernel, n_rows, merged, constants, (q.dtype,))
+    return out, lse
+
+
+def _best_blocks(
+    q: Tensor, pages: Pages, where: tuple[Tensor, Tensor, Tensor], call: CachedCall
+) -> tuple[Tensor, dict[str, int]]:
+    """Launches `_score_kernel`; returns the best blocks of each split, and constants of them."""
+    kv_heads, n_blocks = pages.means.shape[1], where[0].shape[1]
+    rows = q if call.gate.per == "token" else gate_rows(q[:, :, None], kv_heads, call.gate)[:, :, 0]
+    rows = _by_token(rows)
+    tokens, heads, _ = rows.shape
+    gate_group, scored = heads // kv_heads, call.scored
+    split = max(_LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(n_blocks, _MOST_SPLITS)))
+    splits = triton.cdiv(n_blocks, split)
+    constants = {
+        "HEADS": kv_heads,
+        "GATE_GROUP": gate_group,
+        "NEW_Q": rows.stride(0),
+        "BY_PARTS": rows.dtype == torch.float32 and pages.means.dtype != torch.float32,
+        "SINKS": call.gate.sink_blocks,
+        "LOCALS": call.gate.local_blocks,
+        "COUNT": scored,
+        "SLOTS": triton.next_power_of_2(max(1, scored)),
+        "SPLIT": split,
+        "SPLITS": splits,
+        "ALL_SPLITS": triton.next_power_of_2(splits),
+        "TILE_Q": min(64, max(16, triton.next_power_of_2(gate_group))),
+        "TILE_N": 32,
+        "BLOCK_SIZE": pages.block_size,
+        "num_warps": 4,
+    }
+    constants |= _constants_of(pages)
+    best = torch.empty(
+        tokens * heads * splits * constants["SLOTS"], dtype=torch.int64, device=q.device
+    )
+    if scored > 0:
+        tiles = triton.cdiv(gate_group, constants["TILE_Q"])
+        arguments = (rows, pages.means, *where, best, n_blocks)
+        dtypes = (rows.dtype, pages.means.dtype)
+        launch(_score_kernel, tokens * kv_heads * tiles * splits, arguments, constants, dtypes)
+    names = ("GATE_GROUP", "COUNT", "SLOTS", "SPLITS", "ALL_SPLITS")
+    return best, {name: constants[name] for name in names}
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """Returns ``x (T, heads, D)`` or a copy with adjacent heads, from a multiple of 16 bytes on."""
+    is_dense = x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.data_ptr() % 16 == 0
+    if x.shape[0] < 2 or not is_dense:  # the stride of a single token may be any number
+        return packed(x)
+    return x
+
+
+def _aligned(pages: Pages) -> Pages:
+    """Returns the pages, if kernels can read them in place."""
+    for name, x in zip(pages._fields, pages, strict=True):
+        if x.data_ptr() % 16 != 0:
+            raise ValueError(
+                f"{name} of pages must begin at a multiple of 16 bytes on CUDA, got the address "
+                f"{x.data_ptr()}; use a head dim and a page size that are multiples of 8"
+            )
+    return pages
+
+
+def _constants_of(pages: Pages) -> dict[str, int]:
+    k, v, means = pages
+    return {
+        "K_PAGE": k.stride(0),
+        "K_HEAD": k.stride(1),
+        "K_TOKEN": k.stride(2),
+        "V_PAGE": v.stride(0),
+        "V_HEAD": v.stride(1),
+        "V_TOKEN": v.stride(2),
+        "MEAN_PAGE": means.stride(0),
+        "MEAN_HEAD": means.stride(1),
+        "DIM": k.shape[3],
+        "TILE_D": max(16, triton.next_power_of_2(k.shape[3])),
+        "VALUE_DIM": v.shape[3],
+        "TILE_VALUE_D": max(16, triton.next_power_of_2(v.shape[3])),
+    }
+
+
+@kernel
+def _append_kernel(
+    k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, means_ptr, slots_ptr,
+    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NEW_K: tl.constexpr, NEW_V: tl.constexpr,
+    KEYS: tl.constexpr, K_PAGE: tl.constexpr, K_HEAD: tl.constexpr, K_TOKEN: tl.constexpr,
+    V_PAGE: tl.constexpr, V_HEAD: tl.constexpr, V_TOKEN: tl.constexpr,
+    MEAN_PAGE: tl.constexpr, MEAN_HEAD: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
+):  # fmt: skip
+    """Writes one KV head of one token, and the mean key if the token fills its page."""
+    token = (tl.program_id(0) // HEADS).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    slot = tl.load(slots_ptr + token)
+    if slot < 0:
+        return
+    page, offset = slot // BLOCK_SIZE, (slot % BLOCK_SIZE).to(tl.int32)
+    dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
+    k_ptr += head * DIM
+    k_pages_ptr += page * K_PAGE + head * K_HEAD
+    k = tl.load(k_ptr + token * NEW_K + dim, mask=dim < DIM)
+    v = tl.load(v_ptr + token * NEW_V + head * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM)
+    tl.store(k_pages_ptr + offset * K_TOKEN + dim, k, mask=dim < DIM)
+    v_pages_ptr += page * V_PAGE + head * V_HEAD
+    tl.store(v_pages_ptr + offset * V_TOKEN + value_dim, v, mask=value_dim < VALUE_DIM)
+    if offset == BLOCK_SIZE - 1:
+        # Other programs may not have written the other new keys of the page yet, so these come
+        # from the batch, where they precede this token.
+        total = tl.zeros([TILE_D], tl.float32)
+        for start in range(0, BLOCK_SIZE, KEYS):
+            key = start + tl.arange(0, KEYS)
+            source = token - (BLOCK_SIZE - 1 - key)
+            in_page = key < BLOCK_SIZE
+            source_slot = tl.load(slots_ptr + source, mask=in_page & (source >= 0), other=-1)
+            is_new = in_page & (source_slot == slot - (BLOCK_SIZE - 1 - key))
+            in_dim = (dim < DIM)[None, :]
+            new = tl.load(
+                k_ptr + source[:, None] * NEW_K + dim[None, :],
+                mask=is_new[:, None] & in_dim, other=0.0,
+            )  # fmt: skip
+            old = tl.load(
+                k_pages_ptr + key[:, None] * K_TOKEN + dim[None, :],
+                mask=(in_page & ~is_new)[:, None] & in_dim, other=0.0,
+            )  # fmt: skip
+            total += tl.sum(new.to(tl.float32) + old.to(tl.float32), 0)
+        mean = (total / BLOCK_SIZE).to(means_ptr.dtype.element_ty)
+        means_ptr += page * MEAN_PAGE + head * MEAN_HEAD
+        tl.store(means_ptr + dim, mean, mask=dim < DIM)
+
+
+@kernel
+def _score_kernel(
+    q_ptr, means_ptr, table_ptr, rows_ptr, positions_ptr, best_ptr, n_blocks: tl.int32,
+    HEADS: tl.constexpr, GATE_GROUP: tl.constexpr, NEW_Q: tl.constexpr, BY_PARTS: tl.constexpr,
+    SINKS: tl.constexpr, LOCALS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
+    SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILE_Q: tl.constexpr, TILE_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, MEAN_PAGE: tl.constexpr, MEAN_HEAD: tl.constexpr,
+    DIM: tl.constexpr, TILE_D: tl.constexpr,
+):  # fmt: skip
+    """Keeps the best blocks of one split for the queries of one KV head of one token."""
+    tiles: tl.constexpr = (GATE_GROUP + TILE_Q - 1) // TILE_Q
+    split = tl.program_id(0) % SPLITS
+    tile = tl.program_id(0) // SPLITS % tiles
+    head = tl.program_id(0) // (SPLITS * tiles) % HEADS
+    token = (tl.program_id(0) // (SPLITS * tiles * HEADS)).to(tl.int64)
+    position = tl.load(positions_ptr + token)
+    table_ptr += tl.load(rows_ptr + token).to(tl.int64) * n_blocks
+    query = tile * TILE_Q + tl.arange(0, TILE_Q)
+    is_query = query < GATE_GROUP
+    query = tl.minimum(query, GATE_GROUP - 1)
+    candidates_end = tl.minimum(tl.maximum(position, 0) // BLOCK_SIZE, n_blocks) - LOCALS
+    first_of_row = tl.full([TILE_Q], SINKS, tl.int32)
+    end_of_row = tl.full([TILE_Q], 0, tl.int32) + candidates_end
+    dim = tl.arange(0, TILE_D)
+    in_dim = (dim < DIM)[None, :]
+    q_ptr += token * NEW_Q + head * (GATE_GROUP * DIM)
+    q = tl.load(q_ptr + query[:, None] * DIM + dim[None, :], mask=in_dim, other=0.0)
+    means_ptr += head * MEAN_HEAD
+    slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
+    end = tl.minimum(candidates_end, (split + 1) * SPLIT)
+    for start in range(split * SPLIT, end, TILE_N):
+        block = start + tl.arange(0, TILE_N)
+        is_candidate = block < candidates_end
+        page = tl.load(table_ptr + block, mask=is_candidate, other=0).to(tl.int64)
+        mean = tl.load(
+            means_ptr + page[:, None] * MEAN_PAGE + dim[None, :],
+            mask=is_candidate[:, None] & in_dim,
+            other=0.0,
+        )
+        keys = sort_keys(ordered_scores(q, mean, BY_PARTS), block)
+        keys = only_candidates(keys, block, first_of_row, end_of_row)
+        best = keep_best(best, keys)
+    best = tl.where(slot < COUNT, best, NOTHING)
+    row = (token * HEADS + head) * GATE_GROUP + query
+    offset = (row * SPLITS + split) * SLOTS
+    tl.store(best_ptr + offset[:, None] + slot, best, mask=is_query[:, None])
+
+
+@kernel
+def _attend_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, positions_ptr, best_ptr, partial_out_ptr,
+    partial_lse_ptr, n_blocks: tl.int32, factor: tl.float32,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GATE_GROUP: tl.constexpr, NEW_Q: tl.constexpr,
+    SINKS: tl.constexpr, LOCALS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
+    SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
+    K_PAGE: tl.constexpr, K_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, V_PAGE: tl.constexpr,
+    V_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
+):  # fmt: skip
+    """Attends from one query to at most ``CHUNK`` keys of one of its selected blocks."""
+    row = (tl.program_id(0) // PARTS).to(tl.int64)
+    column = tl.program_id(0) % PARTS // CHUNKS
+    chunk = tl.program_id(0) % CHUNKS
+    token, head = row // (HEADS * GROUP), row % (HEADS * GROUP)
+    position = tl.load(positions_ptr + token)
+    own = tl.where(position < n_blocks * BLOCK_SIZE, position // BLOCK_SIZE, -1)
+    own = tl.where(position >= 0, own, -1)
+    best_ptr += row // (GROUP // GATE_GROUP) * (SPLITS * SLOTS)
+    block = selected_block(column, own, best_ptr, SINKS, LOCALS, COUNT, SLOTS, SPLITS, ALL_SPLITS)
+    partial = row * PARTS + tl.program_id(0) % PARTS
+    first = chunk * CHUNK
+    end = tl.minimum(tl.minimum(first + CHUNK, BLOCK_SIZE), position + 1 - block * BLOCK_SIZE)
+    if (block < 0) | (first >= end):
+        tl.store(partial_lse_ptr + partial, float("-inf"))
+        return
+    sequence = tl.load(rows_ptr + token).to(tl.int64)
+    page = tl.load(table_ptr + sequence * n_blocks + block).to(tl.int64)
+    dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
+    q = tl.load(q_ptr + token * NEW_Q + head * DIM + dim, mask=dim < DIM, other=0.0)
+    kv_head = head // GROUP
+    out, lse = attend_to_keys(
+        q.to(tl.float32),
+        k_ptr + page * K_PAGE + kv_head * K_HEAD + first * K_TOKEN,
+        v_ptr + page * V_PAGE + kv_head * V_HEAD + first * V_TOKEN,
+        end - first, factor, K_TOKEN, V_TOKEN, KEYS, DIM, TILE_D, VALUE_DIM, TILE_VALUE_D,
+    )  # fmt: skip
+    tl.store(partial_lse_ptr + partial, lse)
+    offset = partial * VALUE_DIM + value_dim
+    tl.store(partial_out_ptr + offset, out, mask=value_dim < VALUE_DIM)
+
+
+@kernel
+def _attend_to_all_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, positions_ptr, partial_out_ptr, partial_lse_ptr,
+    n_blocks: tl.int32, factor: tl.float32,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, NEW_Q: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
+    K_PAGE: tl.constexpr, K_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, V_PAGE: tl.constexpr,
+    V_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
+):  # fmt: skip
+    """Attends from the queries of one KV head of a token to a share of all keys before it."""
+    part = tl.program_id(0) % PARTS
+    kv_head = tl.program_id(0) // PARTS % HEADS
+    token = (tl.program_id(0) // (PARTS * HEADS)).to(tl.int64)
+    keys_end = tl.minimum(tl.load(positions_ptr + token) + 1, n_blocks * BLOCK_SIZE)
+    # Shares are multiples of KEYS, so that no tile of keys belongs to two of them.
+    share = tl.cdiv(tl.cdiv(keys_end, KEYS), PARTS) * KEYS
+    first, end = part * share, tl.minimum((part + 1) * share, keys_end)
+    query = tl.arange(0, GROUP_ROWS)
+    is_query = query < GROUP
+    dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
+    row = (token * HEADS + kv_head) * GROUP + query
+    partial = row * PARTS + part
+    if first >= end:
+        tl.store(partial_lse_ptr + partial, tl.full([GROUP_ROWS], float("-inf"), tl.float32),
+                 mask=is_query)  # fmt: skip
+        return
+    table_ptr += tl.load(rows_ptr + token).to(tl.int64) * n_blocks
+    q = tl.load(
+        q_ptr + token * NEW_Q + (kv_head * GROUP + query)[:, None] * DIM + dim[None, :],
+        mask=is_query[:, None] & (dim < DIM)[None, :], other=0.0,
+    )  # fmt: skip
+    k_ptr += kv_head * K_HEAD
+    v_ptr += kv_head * V_HEAD
+    highest = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_ROWS], tl.float32)
+    out = tl.zeros([GROUP_ROWS, TILE_VALUE_D], tl.float32)
+    for start in range(first, end, KEYS):
+        key = start + tl.arange(0, KEYS)
+        is_key = key < end
+        page = tl.load(table_ptr + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
+        offset = key % BLOCK_SIZE
+        k = tl.load(
+            k_ptr + (page * K_PAGE + offset * K_TOKEN)[:, None] + dim[None, :],
+            mask=is_key[:, None] & (dim < DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        v = tl.load(
+            v_ptr + (page * V_PAGE + offset * V_TOKEN)[:, None] + value_dim[None, :],
+            mask=is_key[:, None] & (value_dim < VALUE_DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
+        scores = tl.where(is_key[None, :], scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weights = tl.exp2(scores - base[:, None])
+        decay = tl.exp2(highest - base)
+        total = total * decay + tl.sum(weights, 1)
+        weighted = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        out = out * decay[:, None] + weighted
+        highest = new_highest
+    tl.store(partial_lse_ptr + partial, highest + tl.log2(total), mask=is_query)
+    tl.store(
+        partial_out_ptr + partial[:, None] * VALUE_DIM + value_dim[None, :],
+        out / total[:, None],
+        mask=is_query[:, None] & (value_dim < VALUE_DIM)[None, :],
+    )

@@ -1,0 +1,185 @@
+"""Tests of continuous batching by transformers: tokens equal those of `generate`."""
+
+import gc
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import (
+    AttentionInterface,
+    CompileConfig,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+)
+from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
+from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
+
+from flexmoba.integrations.transformers import convert
+from tests.tiny_models import VOCABULARY, model_of
+
+BLOCK, STEPS = 8, 6
+GREEDY = GenerationConfig(
+    max_new_tokens=STEPS, do_sample=False, eos_token_id=VOCABULARY, pad_token_id=0
+)
+
+
+def prompts(*lengths: int, shared: int = 43) -> list[list[int]]:
+    """Draws prompts of these lengths, and two that share their first tokens."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(n: int) -> list[int]:
+        return torch.randint(1, VOCABULARY, (n,), generator=generator).tolist()
+
+    prefix = draw(shared)
+    return [draw(n) for n in lengths] + [prefix + draw(3), prefix + draw(9)]
+
+
+def assert_greedy(model, inputs: list[list[int]], new: list[list[int]]) -> None:
+    """Asserts that passes over all tokens select the same new tokens, as in `generate`."""
+    for prompt, tokens in zip(inputs, new, strict=True):
+        assert len(tokens) == STEPS
+        logits = model(torch.tensor([prompt + tokens[:-1]]), use_cache=False).logits
+        assert logits[0, len(prompt) - 1 :].argmax(-1).tolist() == tokens
+
+
+def batched(model, inputs: list[list[int]], **options) -> list[list[int]]:
+    config = {"page_size": BLOCK, "num_blocks": 80, "max_batch_tokens": 40}
+    config = ContinuousBatchingConfig(**config | options)
+    outputs = model.generate_batch(
+        inputs, generation_config=GREEDY, continuous_batching_config=config
+    )
+    assert not [x.error for x in outputs.values() if x.error]
+    return [x.generated_tokens for x in outputs.values()]
+
+
+def moba_model(family: str = "llama", topk=(3, None), **options):
+    return convert(model_of(family), BLOCK, list(topk), **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "topk", "options"),
+    [
+        ("llama", (3, None), {"sink_blocks": 0}),
+        ("qwen3", (2, 3), {"gate": "group", "sink_blocks": 1}),
+    ],
+)
+def test_tokens_equal_those_of_generate(family, topk, options):
+    model, inputs = moba_model(family, topk, **options), prompts(2, 8, 90, 45)
+    new = batched(model, inputs)
+    assert_greedy(model, inputs, new)
+    (expected,) = model.generate(torch.tensor(inputs[2:3]), generation_config=GREEDY)
+    assert inputs[2] + new[2] == expected.tolist()
+    with pytest.raises(AssertionError):  # so that the comparison can fail
+        assert_greedy(convert(model, BLOCK, None), inputs, new)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_blocks_per_request": 0},  # all batches by indices
+        {"max_blocks_per_request": 6},  # long requests by indices, short ones by block tables
+        {"allow_block_sharing": False},
+        pytest.param(  # with padding
+            {"varlen_compile_config": CompileConfig(backend="eager", fullgraph=False)},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_tokens_do_not_depend_on_the_options_of_the_batches(options):
+    model, inputs = moba_model(), prompts(2, 90)
+    assert_greedy(model, inputs, batched(model, inputs, **options))
+
+
+def test_evicted_requests_return_with_the_same_tokens(monkeypatch):
+    offload, evictions = OffloadingManager.offload_requests, []
+
+    def counted(manager):
+        evictions.append(offload(manager))
+        return evictions[-1]
+
+    monkeypatch.setattr(OffloadingManager, "offload_requests", counted)
+    model, inputs = moba_model(), prompts(60, 40, 50, 21)
+    assert_greedy(model, inputs, batched(model, inputs, num_blocks=17))
+    assert any(evictions)
+
+
+def test_samples_of_one_prompt_share_its_pages():
+    model = moba_model()
+    sampled = GenerationConfig(
+        **GREEDY.to_diff_dict() | {"num_return_sequences": 3, "do_sample": True, "top_k": 1}
+    )
+    config = ContinuousBatchingConfig(page_size=BLOCK, num_blocks=80, max_batch_tokens=40)
+    (prompt, *_) = prompts(45)
+    outputs = model.generate_batch(
+        [prompt], generation_config=sampled, continuous_batching_config=config
+    )
+    assert_greedy(model, [prompt] * 3, [x.generated_tokens for x in outputs.values()])
+
+
+def test_sinks_of_a_model_weigh_on_the_output():
+    layers = model_of("local gpt_oss").config.num_hidden_layers
+    options = {"layer_types": ["full_attention"] * layers, "dtype": torch.float32}
+    model = convert(model_of("local gpt_oss", **options), BLOCK, 3)
+    inputs = prompts(70)
+    assert_greedy(model, inputs, batched(model, inputs))
+
+
+def test_other_models_keep_the_cache_of_transformers(monkeypatch):
+    moba_model()
+    made = []
+    register = FullAttentionCacheAllocator.register_cache_tensor
+    monkeypatch.setattr(
+        FullAttentionCacheAllocator,
+        "register_cache_tensor",
+        lambda self, *args: (made.append(type(self)), register(self, *args))[1],
+    )
+    dense, inputs = model_of("llama"), prompts(2, 60)
+    assert_greedy(dense, inputs, batched(dense, inputs))
+    assert made == [FullAttentionCacheAllocator]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "text"),
+    [
+        (moba_model, {"page_size": 16}, ValueError, "block of 8 tokens, got page_size=16; pass"),
+        (lambda: moba_model(impl="portable"), {}, NotImplementedError, "impl='portable'; convert"),
+        (lambda: convert(model_of("llama"), 128, 3, gate="tile"), {"page_size": 128},
+         NotImplementedError, "gate='tile'; convert the model with gate='token' or 'group'"),
+        (lambda: convert(model_of("local gemma3"), BLOCK, 3), {}, NotImplementedError,
+         "has sliding_attention, full_attention"),
+    ],
+)  # fmt: skip
+def test_models_that_pages_do_not_support(make, options, error, text):
+    with pytest.raises(error, match=text):
+        batched(make(), prompts(4), **options)
+
+
+def test_errors_of_the_attention():
+    model = moba_model()
+    module, x = model.model.layers[0].self_attn, torch.zeros(1, 4, 3, 8)
+    call = model.config._attn_implementation, {"write_index": [torch.zeros(3)]}
+    attend = batching_attention(call[0])
+    with pytest.raises(RuntimeError, match="no pages of continuous batching; call"):
+        attend(module, x, x, x, None, **call[1])
+    for option in ({"softcap": 3.0}, {"sliding_window": 4}):
+        with pytest.raises(NotImplementedError, match=f"has {next(iter(option))}="):
+            attend(module, x, x, x, None, **option, **call[1])
+
+
+def batching_attention(name: str):
+    return AttentionInterface()[name]
+
+
+def test_a_second_manager_of_a_model_raises():
+    model = moba_model()
+    config = ContinuousBatchingConfig(page_size=BLOCK, num_blocks=20, max_batch_tokens=40)
+    options = {"generation_config": GREEDY, "continuous_batching_config": config}
+    manager = model.init_continuous_batching(**options)
+    manager.warmup()
+    with pytest.raises(RuntimeError, match="pages of another manager"):
+        model.init_continuous_batching(**options).warmup()
+    del manager
+    gc.collect()
+    model.init_continuous_batching(**options).warmup()

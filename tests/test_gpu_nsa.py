@@ -1,0 +1,161 @@
+"""Native Sparse Attention on CUDA: its kernels and those of the backends, against the oracle.
+
+Every configuration compiles for some seconds, so there are few. Run them with
+``pytest -m gpu -n 4``.
+"""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexmoba import selected_attention
+from flexmoba.nn import NsaAttention
+from flexmoba.nsa import flex_nsa, nsa_select
+from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal, with_lse
+from tests.problems import Problem as BlockProblem
+from tests.test_nsa import NAMES, Problem, assert_exact, assert_rules, nsa_of
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+# The sizes of the paper for 1000 tokens, with a topk that leaves blocks out.
+PAPER = Problem(
+    kv_heads=2,
+    group=16,
+    q_len=1000,
+    kv_len=1000,
+    head_dim=128,
+    value_dim=128,
+    topk=6,
+    window=200,
+    dtype=torch.bfloat16,
+)
+
+
+def variant(**changes) -> Problem:
+    return replace(PAPER, **changes)
+
+
+PROBLEMS = {
+    "paper": PAPER,
+    "float16": variant(dtype=torch.float16, batch=2),
+    "float32": variant(dtype=torch.float32, group=4, head_dim=64, value_dim=64),
+    "groups of 1": variant(group=1),
+    "groups of 3": variant(group=3),
+    "groups of 9": variant(group=9),
+    "groups of 40": variant(group=40, kv_heads=1),
+    "wide heads": variant(head_dim=192),
+    "narrow heads": variant(head_dim=80, value_dim=48, group=12),
+    "blocks of 32": variant(block_size=32, topk=9, head_dim=64, value_dim=64),
+    "blocks of 96": variant(block_size=96, head_dim=64, value_dim=64),
+    "blocks of 128": variant(block_size=128, head_dim=64, value_dim=64),
+    "one size": variant(cmp_block=64, cmp_stride=64),
+    "long compressed blocks": variant(cmp_block=64, cmp_stride=8, block_size=32, topk=9),
+    "one query": variant(q_len=1, batch=3),
+    "chunk": variant(q_len=333, kv_len=1111),
+    "few tokens": variant(q_len=31, kv_len=31),
+    "scale": variant(scale=-0.2, gate_heads=False),
+}
+every_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+
+
+@every_problem
+def test_the_selection(problem):
+    assert_rules(problem, DEVICE)
+
+
+@every_problem
+def test_output_and_gradients(problem):
+    assert_exact(problem, DEVICE)
+
+
+@pytest.mark.parametrize("group", [8, 16])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("block_size", [64, 100])
+def test_a_shared_selection(block_size, is_causal, group):
+    problem = BlockProblem(
+        batch=2, kv_heads=2, group=group, q_len=700, kv_len=900, head_dim=64, value_dim=128,
+        block_size=block_size, topk=5, is_causal=is_causal, dtype=torch.bfloat16,
+    )  # fmt: skip
+    q, k, v = problem.tensors(DEVICE)
+    shared = problem.selection(DEVICE)[:, ::group]
+    shared[:, :, :300, 0] = torch.where((shared == 1).any(-1), -1, 1)[:, :, :300]
+    repeated = shared.repeat_interleave(group, 1)
+    attend = with_lse(selected_attention, shared, block_size, is_causal=is_causal, impl="fused")
+    assert_as_exact_as_dense(attend, q, k, v, problem.mask_of(repeated), gradients=True)
+
+
+@pytest.mark.parametrize("name", ["paper", "groups of 3", "wide heads"])
+def test_twice_the_same_bits(name):
+    problem = PROBLEMS[name]
+    tensors = problem.tensors(DEVICE, requires_grad=True)
+    runs = []
+    for _ in range(2):
+        out, lse = nsa_of(problem)(*tensors)
+        loss = out.float().square().sum() + lse[:, :, 31:].sum()
+        runs.append((out, lse, *torch.autograd.grad(loss, tensors)))
+    for first, second in zip(*runs, strict=True):
+        assert_bitwise_equal(first, second)
+
+
+@pytest.mark.parametrize("group", [2, 16])
+def test_documents_and_padding(group):
+    problem = variant(group=group, kv_heads=1, batch=1)
+    tensors = problem.tensors(DEVICE)
+    bounds = [0, 20, 420, 1000]
+    where = {"cu_seqlens": torch.tensor(bounds, device=DEVICE)}
+    selection = nsa_select(tensors[0], tensors[4], 1000, **problem.blocks, **where)
+    out, lse = nsa_of(problem, selection=selection, **where)(*tensors)
+    first_block = first_compressed = 0
+    for start, end in itertools.pairwise(bounds):
+        alone = replace(problem, q_len=end - start, kv_len=end - start)
+        parts = [
+            x[:, :, first_compressed : first_compressed + alone.n_compressed]
+            if name.endswith("_cmp")
+            else x[:, :, start:end]
+            for name, x in zip(NAMES, tensors, strict=True)
+        ]
+        own = selection[:, :, start:end]
+        own = torch.where(own >= 0, own - first_block, -1)
+        expected = nsa_of(alone, selection=own)(*parts)
+        torch.testing.assert_close(out[:, :, start:end], expected[0], rtol=0, atol=2e-2)
+        torch.testing.assert_close(lse[:, :, start:end], expected[1], rtol=0, atol=1e-3)
+        first_block += alone.n_blocks
+        first_compressed += alone.n_compressed
+    real = torch.arange(1000, device=DEVICE)[None] >= 100
+    padded = nsa_of(problem, key_padding_mask=real)(*tensors)[0]
+    assert (padded[:, :, :100] == 0).all()
+    assert padded.isfinite().all()
+
+
+def test_compiled():
+    layer = NsaAttention(256, 16, 1, head_dim=64, topk=6, window=100, rope_base=1e4)
+    layer = layer.to(DEVICE, torch.bfloat16)
+    compiled = torch.compile(layer, fullgraph=True)
+    for length in (700, 900, 1100):
+        x = torch.randn(1, length, 256, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        out, expected = compiled(x), layer(x)
+        torch.testing.assert_close(out, expected, rtol=0, atol=3e-2)
+        (grad,) = torch.autograd.grad(out.float().square().sum(), x)
+        assert grad.isfinite().all()
+
+
+def test_memory_does_not_grow_with_the_square_of_the_length():
+    """Tests that a forward call of 32K tokens needs less than 8 times the memory of q."""
+    shape, n_compressed = (1, 2, 32768, 64), (32768 - 32) // 16 + 1
+
+    def normal(heads: int, length: int) -> Tensor:
+        return torch.randn(1, heads, length, 64, device=DEVICE, dtype=torch.bfloat16)
+
+    q, k, v = normal(32, shape[2]), normal(2, shape[2]), normal(2, shape[2])
+    k_cmp, v_cmp = normal(2, n_compressed), normal(2, n_compressed)
+    gates = torch.rand(1, 32, shape[2], 3, device=DEVICE).bfloat16()
+    with torch.no_grad():
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            flex_nsa(q, k, v, gates, k_cmp=k_cmp, v_cmp=v_cmp)
+    assert torch.cuda.max_memory_allocated() - before < 8 * q.nbytes
