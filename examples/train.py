@@ -212,6 +212,11 @@ def spread(model: GPT, o: argparse.Namespace) -> None:
             fully_shard(part, mesh=everywhere)
 
 
+def context_of(model: nn.Module) -> DeviceMesh | None:
+    """The processes that share each context; None if each has whole contexts."""
+    return model.context if isinstance(model, GPT) else None
+
+
 def part_of(x: Tensor, context: DeviceMesh | None) -> Tensor:
     """The tokens of this process, of contexts ``(B, L)``."""
     if context is None:
@@ -311,19 +316,17 @@ def starts_of(step: int, tokens: int, o: argparse.Namespace) -> Tensor:
 
 
 @torch.no_grad()
-def losses_of(
-    model: "GPT | Pretrained", inputs: Tensor, targets: Tensor, o: argparse.Namespace
-) -> Tensor:
+def losses_of(model: nn.Module, inputs: Tensor, targets: Tensor, o: argparse.Namespace) -> Tensor:
     """The loss of each target, ``(B, length)`` float32 on the CPU, of some contexts at a time."""
     rows = max(1, o.batch // o.accumulate)  # as in training, so that nothing compiles anew
     some = len(inputs)
     short = -some % rows
     inputs, targets = (torch.cat([x, x[:1].expand(short, -1)]) for x in (inputs, targets))
-    parts = []
+    parts, context = [], context_of(model)
     for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
         with autocast(o.device):
-            losses = model(part_of(x, model.context), part_of(y, model.context))
-        parts.append(whole(losses.float(), model.context).cpu())
+            losses = model(part_of(x, context), part_of(y, context))
+        parts.append(whole(losses.float(), context).cpu())
     return torch.cat(parts)[:some]
 
 
@@ -332,14 +335,12 @@ def unseen_windows(data: Tensor, n: int, o: argparse.Namespace) -> tuple[Tensor,
     return windows(data, torch.linspace(0, len(data) - o.length - 1, n).long(), o.length, o.device)
 
 
-def loss_by_position(model: "GPT | Pretrained", data: Tensor, o: argparse.Namespace) -> Tensor:
+def loss_by_position(model: nn.Module, data: Tensor, o: argparse.Namespace) -> Tensor:
     """Mean loss at each position, ``(length,)``, in nats, of windows spread over the text."""
     return losses_of(model, *unseen_windows(data, o.windows, o), o).mean(0)
 
 
-def loss_of_copies(
-    model: "GPT | Pretrained", data: Tensor, o: argparse.Namespace
-) -> dict[str, float]:
+def loss_of_copies(model: nn.Module, data: Tensor, o: argparse.Namespace) -> dict[str, float]:
     """Mean loss of a span that ends the context and that it holds before, by its depth there.
 
     The first quarter of the span does not count: there the model learns that it is a copy.
@@ -371,7 +372,7 @@ def summary(losses: Tensor) -> dict[str, Any]:
 
 
 def evaluate(
-    model: "GPT | Pretrained", schedule: HybridSchedule, data: Tensor, o: argparse.Namespace
+    model: nn.Module, schedule: HybridSchedule, data: Tensor, o: argparse.Namespace
 ) -> dict[str, Any]:
     """Validation losses with the blocks selected ("moba") and with full attention ("full")."""
     inputs, targets = unseen_windows(data, o.windows, o)
@@ -558,6 +559,7 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> "GPT | 
         model.recompute = o.recompute
         if is_spread:
             spread(model, o)
+    context = context_of(model)
     optimizers = optimizers_of(model, o)
     schedule = schedule_of(model, o)
     history: dict[str, Any] = {"loss": [], "times": [], "checks": []}
@@ -594,7 +596,7 @@ def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> "GPT | 
         group = rank // o.context_parallel
         for some in starts.view(o.accumulate, processes // o.context_parallel, -1)[:, group]:
             inputs, targets = windows(seen, some, length, o.device)
-            inputs, targets = (part_of(x, model.context) for x in (inputs, targets))
+            inputs, targets = (part_of(x, context) for x in (inputs, targets))
             with autocast(o.device):
                 part = model(inputs, targets).mean() / o.accumulate
             part.backward()

@@ -17,6 +17,15 @@ def ceil_div(a: _Number, b: int) -> _Number:
     return -(-a // b)
 
 
+def next_power_of_2(x: int) -> int:
+    """Returns the smallest power of two that is at least ``x``, which is at least 1.
+
+    `triton.next_power_of_2` and `triton.cdiv` take as long as a launch, because they also serve the
+    compiler.
+    """
+    return 1 << (x - 1).bit_length()
+
+
 def own_block(q_len: int, kv_len: int, block_size: int, device: torch.device) -> Tensor:
     """Returns the own block of each query, ``(Lq,)`` int32; the last query is at the last key."""
     return ((torch.arange(q_len, device=device) + (kv_len - q_len)) // block_size).int()

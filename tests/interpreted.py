@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flexmoba import MobaCache, gate, moba_select, selected_attention
-from flexmoba.backends.fused import fused_attention, schedule
+from flexmoba.backends.fused import fused_attention, routing, schedule
 from flexmoba.backends.grouped import grouped_attention
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.cache.append import append_scattered
@@ -128,6 +128,28 @@ def test_in_pieces(monkeypatch, sorting, total, forward, backward):
     check(problem, gated(problem))
 
 
+@pytest.mark.parametrize("rows", [3, 16, 64])
+def test_the_tiles_of_blocks_hold_all_rows_once(rows):
+    problem = variant(block_size=20)
+    routed = gated(problem)[..., 1:].contiguous()
+    sizes = schedule.Sizes.of(*problem.tensors(), routed, 20)
+    (group,) = schedule.sort_groups(sizes, whole_kv_heads=True)
+    bins, _ = routing.sort_pairs(routed, group, sizes)
+    first_rows = routing.first_rows_of_bins(bins, group, sizes)
+    every_bin = torch.arange(group.n_kv_heads * (sizes.n_blocks + 1) + 1)
+    assert_bitwise_equal(first_rows, torch.searchsorted(bins.long(), every_bin, out_int32=True))
+    first_tile, block, begin, end = routing.tiles_of_blocks(first_rows, rows, group, sizes)
+    tiles = zip(*(x[: first_tile[-1]].tolist() for x in (block, begin, end)), strict=True)
+    expected = []
+    for i in range(group.n_kv_heads * sizes.n_blocks):
+        bin = i + i // sizes.n_blocks
+        row, last = first_rows[bin : bin + 2].tolist()
+        assert int(first_tile[i]) == len(expected)
+        expected += [(i, x, min(x + rows, last)) for x in range(row, last, rows)]
+    assert [*tiles] == expected
+    assert len(expected) > 10
+
+
 def test_a_block_that_all_queries_select_is_divided_into_items(monkeypatch):
     monkeypatch.setattr("flexmoba.backends.fused.backward._LEAST_ITEM", 16)
     monkeypatch.setattr("flexmoba.backends.fused.backward._ITEM_FACTOR", 1)
@@ -229,11 +251,14 @@ def test_the_gate_kernel_agrees_with_the_plain_gate(block_size, count, options, 
         assert_bitwise_equal(best, expected[..., -scored:])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 17])
-def test_the_gate_kernel_selects_any_number_of_blocks(count):
+@pytest.mark.parametrize("doubles", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 7, 16, 17])
+def test_the_gate_kernel_selects_any_number_of_blocks(count, doubles, monkeypatch):
+    monkeypatch.setattr("flexmoba.gate.kernel._DOUBLES", doubles)
     problem = variant(block_size=2, q_len=90, kv_len=290, kv_heads=1)
     q, k, _ = problem.tied_tensors()
-    q[0, 0, 5], k[0, 0, 9] = torch.nan, torch.inf
+    q[0, 0, 5], k[0, 0, 9], k[0, 0, 21] = torch.nan, torch.inf, -torch.inf
+    q[0, 1, 7] = 0.0  # the scores of all blocks are equal, or NaN
     means, sizes = gate.block_means(k, 2), gate.GateSizes(2, count, 200, is_causal=True)
     expected = gate.select_by_means(q, means, sizes, gate.GateOptions())
     best = select_on_cuda(q, means, sizes, gate.GateOptions(), gate.Candidates())
@@ -256,6 +281,7 @@ def test_the_gate_kernel_selects_among_8192_blocks():
         ({"group": 3, "kv_heads": 1, "q_len": 70}, (6, 6, 6, 9, 2, 0)),
         ({"group": 1, "head_dim": 40, "dtype": torch.float32}, (12, 2, 8, 5, 0, 2)),
         ({"q_len": 1, "batch": 2}, (32, 16, 64, 5, 1, 1)),
+        ({"q_len": 150, "head_dim": 32}, (18, 6, 18, 5, 1, 1)),  # three places for each block
         ({"q_len": 140, "kv_len": 140, "head_dim": 136}, (4, 4, 64, 3, 0, 0)),
     ],
 )
@@ -384,10 +410,13 @@ STEPS = Ragged(
 def test_the_kernels_for_pages_agree_with_plain_operations(monkeypatch, changes, options):
     monkeypatch.setattr("flexmoba.paged.kernels._LEAST_SPLIT", 32)
     monkeypatch.setattr("flexmoba.paged.kernels._PARTS_OF_ALL", 3)
-    problem = Ragged(**(vars(STEPS) | changes))
+    gates = {"gate": options.per, "sink_blocks": options.sink_blocks}
+    gates |= {"local_blocks": options.local_blocks, "shared": 0}
+    problem = Ragged(**(vars(STEPS) | changes | gates))
     table, n_pages = problem.table()
     tensors, pages = problem.tensors(), problem.pages(n_pages)
     problem.fill(pages, table, tensors, append_to_pages)
+    problem.poison(pages, table, problem.masks(tensors))
     q = problem.queries(tensors)
     call = CachedCall(problem.topk or 0, 0.3, options, problem.block_size)
     batch = problem.batch(table, max_query_len=16)
@@ -400,7 +429,10 @@ def test_the_kernels_for_pages_agree_with_plain_operations(monkeypatch, changes,
 
 @pytest.mark.parametrize("layout", ["head-major", "token-major"])
 def test_the_append_kernel_for_pages_agrees_with_plain_operations(layout):
-    problem = Ragged(**(vars(STEPS) | {"layout": layout, "kv_heads": 2, "block_size": 5}))
+    # The last token fills a page whose other keys are old, of its own batch, or in other pages.
+    sequences = ((0, 1), (24, 1), (8, 2))
+    changes = {"layout": layout, "kv_heads": 2, "block_size": 5, "sequences": sequences}
+    problem = Ragged(**(vars(STEPS) | changes))
     table, n_pages = problem.table()
     plain, pages = problem.pages(n_pages), problem.pages(n_pages)
     problem.fill(plain, table, problem.tensors(), append_to_pages)

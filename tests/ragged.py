@@ -155,6 +155,18 @@ class Ragged:
         tensors = [torch.cat([*x, y]) for x, y in zip((new_k, new_v), zeros, strict=True)]
         append(*tensors, pages, torch.cat([*new_slots, padding]))
 
+    def poison(self, pages: Pages, table: Tensor, masks: list[Tensor]) -> None:
+        """Writes NaN over the keys and values of pages to which no query of a KV head attends.
+
+        The sequences share no pages.
+        """
+        for i, mask in enumerate(masks):
+            for block, keys in enumerate(mask.split(self.block_size, dim=-1)):
+                for head in range(self.kv_heads):
+                    if not keys[:, head * self.group : (head + 1) * self.group].any():
+                        pages.k[table[i, block], head] = torch.nan
+                        pages.v[table[i, block], head] = torch.nan
+
     def queries(self, tensors: list[Tensor]) -> Tensor:
         """Returns the queries of the batch, ``(T, Hq, D)``."""
         q = [x.transpose(0, 1) for x in tensors[::3]]

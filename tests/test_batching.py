@@ -145,6 +145,8 @@ def test_other_models_keep_the_cache_of_transformers(monkeypatch):
     [
         (moba_model, {"page_size": 16}, ValueError, "block of 8 tokens, got page_size=16; pass"),
         (lambda: moba_model(impl="portable"), {}, NotImplementedError, "impl='portable'; convert"),
+        (lambda: moba_model(gate_block_size=4), {}, NotImplementedError,
+         "gate_block_size=4; convert the model with gate_block_size=None"),
         (lambda: convert(model_of("llama"), 128, 3, gate="tile"), {"page_size": 128},
          NotImplementedError, "gate='tile'; convert the model with gate='token' or 'group'"),
         (lambda: convert(model_of("local gemma3"), BLOCK, 3), {}, NotImplementedError,
@@ -180,6 +182,12 @@ def test_a_second_manager_of_a_model_raises():
     manager.warmup()
     with pytest.raises(RuntimeError, match="pages of another manager"):
         model.init_continuous_batching(**options).warmup()
-    del manager
+    processor = manager.batch_processor
+    manager.start()
+    manager.stop()
+    second = model.init_continuous_batching(**options)
+    second.warmup()
+    assert second.batch_processor is not processor
+    del second
     gc.collect()
     model.init_continuous_batching(**options).warmup()

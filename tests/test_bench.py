@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from flexmoba import moba_select
-from flexmoba.bench import Config, baselines, calls, inputs, steps, training
+from flexmoba.bench import Config, baselines, calls, inputs, native_sparse, steps, training
 from flexmoba.bench.configs import size
 from flexmoba.commands import bench
 from flexmoba.commands.cli import main
+from flexmoba.nsa import nsa_select
+from flexmoba.nsa.reference import reference_masks
 from flexmoba.reference import reference_mask, reference_selection
 from flexmoba.reporting import versions
 
@@ -36,6 +38,38 @@ def test_counts_the_products_that_the_oracle_makes(block_size, topk):
     assert config.pairs == int(reference_mask(selected, block_size, 300, is_causal=True).sum())
     everything = torch.ones(1, 1, 300, 1, dtype=torch.bool)
     assert config.dense_pairs == int(reference_mask(everything, 300, 300, is_causal=True).sum())
+
+
+@pytest.mark.parametrize("length", [20, 300, 1200])
+def test_counts_the_products_of_native_sparse_attention(length):
+    config = Config(1, 1, 1, length, 64, 4, nsa=True)
+    own = torch.arange(length) // 64
+    selected = torch.arange(-(-length // 64)) <= own[:, None]
+    selected &= torch.arange(-(-length // 64)) > own[:, None] - 4  # as many as are selected
+    masks = reference_masks(selected[None, None], length, length, 32, 16, 64, 512)
+    assert config.pairs == sum(int(mask.sum()) for mask in masks)
+
+
+def test_measures_native_sparse_attention(monkeypatch, capsys):
+    config = Config(1, 4, 2, 300, 64, 4, head_dim=16, nsa=True)
+    step = replace(config, batch=2, decode=True, backward=False)
+    monkeypatch.setitem(bench.PRESETS, "cpu", [SMALL, config, replace(config, length=400), step])
+    options = ["--preset", "cpu", "--device", "cpu", "--dtype", "float32"]
+    assert main(["bench", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "Forward and backward, Native Sparse Attention" in printed
+    assert "Decoding steps, Native Sparse Attention" in printed
+    assert printed.count("| flex_nsa ms |") == 3
+    assert "NSA, 4/2 heads, block 64, topk 4, forward: " in printed
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_wrong_results_of_native_sparse_attention_are_found(decode, monkeypatch, capsys):
+    config = Config(1, 4, 2, 500, 64, 4, head_dim=16, nsa=True, decode=decode)
+    monkeypatch.setitem(bench.PRESETS, "cpu", [config])
+    monkeypatch.setattr(native_sparse, "nsa_select", lambda q, *_, **o: nsa_select(-q, *_, **o))
+    assert main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"]) == 1
+    assert "WRONG: error" in capsys.readouterr().out
 
 
 def test_prints_json_alone(capsys):

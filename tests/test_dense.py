@@ -40,6 +40,18 @@ def test_is_exact_with_gradients_of_both_results(problem, scale):
     assert_as_exact_as_dense(attend, *inputs, mask, scale=scale, gradients=True)
 
 
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (0, 3, 1, 2), (3, 1, 0, 2), (2, 3, 0, 1)])
+def test_any_strides(order):
+    problem = Problem(batch=2, kv_heads=2, group=2)
+    attend = with_lse(flex_moba, 4, None)
+    inputs = problem.tensors(requires_grad=True)
+    back = torch.tensor(order).argsort().tolist()
+    strided = [x.detach().permute(order).contiguous().permute(back) for x in inputs]
+    results = train(attend, [x.requires_grad_() for x in strided])
+    for x, y in zip(results, train(attend, inputs), strict=True):
+        assert_bitwise_equal(x, y)
+
+
 def test_a_gradient_of_one_result_alone():
     problem = Problem(kv_heads=2, group=2, value_dim=5)
     inputs = problem.tensors(requires_grad=True)

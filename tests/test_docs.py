@@ -150,7 +150,6 @@ def test_first_words_say_what_is_lost(path):
     first = path.read_text().split("```")[0]
     assert "exact MoBA, not exact attention" in first
     example = (DOCS / "examples.md").read_text().split("\n## Find a needle\n")[1]
-    tables = re.split(r"^(full|moba|moba\+conv): ", example, flags=re.M)[1:]
-    right = [re.findall(r"(\d+)% \|$", table, re.M)[-1] for table in tables[1::2]]
-    means = dict(zip(tables[::2], right, strict=True))
-    assert f"MoBA answers {means['moba']} % right and full attention {means['full']} %" in first
+    means = dict(re.findall(r"^\| +([a-z+]+) \|.* (\d+)% \|$", example, re.M))
+    assert f"full attention answers {means['full']} % right, MoBA {means['moba']} %" in first
+    assert f"sub-blocks {means['moba+conv+sub']} %" in first

@@ -658,8 +658,11 @@ def test_full_attention_finds_every_needle(example):
 
 def moba_densely(q, k, v, block_size, topk, **options):
     """Computes flex_moba densely, which is faster in contexts shorter than a tile of 128."""
+    sub_blocks = options.pop("gate_block_size", None)
     assert not any(options.values())
-    selection = moba_select(q, k, block_size, topk).long()
+    if topk is None:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    selection = moba_select(q, k, block_size, topk, gate_block_size=sub_blocks).long()
     selection = selection.where(selection >= 0, selection[..., :1])  # replaces -1 by the own block
     blocks = torch.nn.functional.one_hot(selection, -(-k.shape[2] // block_size)).amax(-2) > 0
     mask = reference_mask(blocks, block_size, k.shape[2], is_causal=True)
@@ -667,15 +670,34 @@ def moba_densely(q, k, v, block_size, topk, **options):
 
 
 @pytest.mark.slow
-def test_a_key_convolution_helps_the_gate_find_needles(example, monkeypatch):
+def test_sub_blocks_and_a_key_convolution_let_the_gate_find_needles(example, monkeypatch):
     q, k, v = torch.randn(3, 1, 2, 60, 16)
-    torch.testing.assert_close(moba_densely(q, k, v, 8, 3), flex_moba(q, k, v, 8, 3))
+    for part in (None, 2):
+        out = flex_moba(q, k, v, 8, 3, gate_block_size=part)
+        torch.testing.assert_close(moba_densely(q, k, v, 8, 3, gate_block_size=part), out)
     monkeypatch.setattr("flexmoba.nn.flex_moba.flex_moba", moba_densely)
-    sparse = ["moba", "moba+conv"]
-    found = example("needle").main(["--variants", *sparse, "--lengths", "64", "--device", "cpu"])
-    moba, conv = (sum(found[name][64]) / 5 for name in sparse)
-    assert conv > 0.8
-    assert 2 / 8 < moba < conv  # above chance
+    main, options = example("needle").main, ["--lengths", "64", "--device", "cpu"]
+    sparse = ["moba", "moba+conv+sub"]
+    found = main(["--variants", *sparse, *options])
+    moba, both = (sum(found[name][64]) / 5 for name in sparse)
+    assert both > 0.95
+    (scratch,) = main(["--variants", "moba", "--full-share", "0", *options])["moba"].values()
+    assert 2 / 8 < sum(scratch) / 5 < moba < both  # above chance
+
+
+def test_moba_follows_full_attention_in_training(example, monkeypatch):
+    needle, topks = example("needle"), []
+    forward = needle.Model.forward
+
+    def recorded(model, tokens):
+        if model.training:
+            topks.append([x.moba.current_topk for x in model.attention])
+        return forward(model, tokens)
+
+    monkeypatch.setattr(needle.Model, "forward", recorded)
+    options = ["--steps", "5", "--batch", "1", "--tests", "1", "--lengths", "24", "--device", "cpu"]
+    needle.main(["--variants", "full", "moba", *options])
+    assert topks == [[None, None]] * (5 + 3) + [[3, 3]] * 2
 
 
 # ---- finetune_transformers.py -------------------------------------------------------------------

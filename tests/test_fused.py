@@ -41,18 +41,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from flexmoba.backends.fused.hopper_kernels import hopper_attend_kernel as hopper
+from flexmoba.backends.fused.hopper_block_kernels import hopper_block_kernel as one_tile
+from flexmoba.backends.fused.hopper_kernels import hopper_attend_kernel as tiles
 from flexmoba.gate.kernel import _select_kernel as gate
 
+HOPPER = dict(GROUP=4, COUNT=2, Q_STRIDE=1024, UNIT=16, STAGES=2, REGISTERS=216, COPY_REGISTERS=56)
 CONSTANTS = {
-    hopper: dict(GROUP=4, COUNT=2, ROWS=128, KEYS=128, Q_STRIDE=1024, UNIT=16, STAGES=2,
-                 REGISTERS=216, COPY_REGISTERS=56),
-    gate: dict(DIM=128, COUNT=7, HAS_FIRST=False, HAS_END=False, SINKS=0, LOCALS=0, STRIDE=1,
-               IS_CAUSAL=True, BY_PARTS=False, USE_LISTS=True, LISTS=4, TILE_Q=64, TILE_N=32,
-               TILE_D=128, SLOTS=8),
+    tiles: dict(HOPPER, ROWS=128, KEYS=128),
+    one_tile: dict(HOPPER, ROWS=64, Q_STAGES=4),
+    gate: dict(DIM=128, COUNT=7, HAS_FIRST=False, HAS_END=False, SINKS=0, LOCALS=0,
+               SUB_BLOCKS=1, STRIDE=1, IS_CAUSAL=True, BY_PARTS=False, USE_LISTS=True, DOUBLES=True,
+               LISTS=4, TILE_Q=64, TILE_N=32, TILE_D=128, SLOTS=8),
 }
-POINTERS = {"partial_lse_ptr": "*fp32", "pair_ptr": "*i32", "first_row_ptr": "*i32",
-            "first_item_ptr": "*i32", "block_of_item_ptr": "*i32", "selected_ptr": "*i32"}
+POINTERS = {"partial_lse_ptr": "*fp32"} | {
+    x: "*i32" for x in ("pair_ptr", "first_tile_ptr", "block_ptr", "begin_ptr", "end_ptr",
+                        "selected_ptr")}
 
 def type_of(parameter, constants):
     name, annotation = parameter.name, parameter.annotation
@@ -71,8 +74,8 @@ def resources(kernel, **more):
                  for p in inspect.signature(kernel.fn).parameters.values()}
     index = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     aligned = {index[x]: [["tt.divisibility", 16]] for x in index if signature[x][0] == "*"}
-    source = GluonASTSource if kernel is hopper else ASTSource
-    options = {"num_warps": 4} | ({"maxnreg": 168} if kernel is hopper else {})
+    source = ASTSource if kernel is gate else GluonASTSource
+    options = {"num_warps": 4} | ({} if kernel is gate else {"maxnreg": 168})
     source = source(kernel, signature, {index[x]: y for x, y in constants.items()}, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -83,10 +86,12 @@ def resources(kernel, **more):
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 block_size, dim = (int(x) for x in sys.argv[1:])
-if block_size:
-    print(resources(hopper, BLOCK_SIZE=block_size, DIM=dim, ORDERED=block_size > 1000))
-else:
+if block_size == 0:
     print(resources(gate))
+elif block_size == 128:
+    print(resources(one_tile, BLOCK_SIZE=128, DIM=dim))
+else:
+    print(resources(tiles, BLOCK_SIZE=block_size, DIM=dim, ORDERED=block_size > 1000))
 """
 
 
@@ -95,7 +100,9 @@ else:
     ("block_size", "dim"),
     [
         pytest.param(0, 0, id="gate"),
+        (128, 128),
         (512, 64),
+        pytest.param(128, 64, marks=pytest.mark.slow),
         pytest.param(512, 128, marks=pytest.mark.slow),
         pytest.param(4096, 128, marks=pytest.mark.slow),
     ],

@@ -202,6 +202,12 @@ def test_auto_prefers_fused_where_it_supports_the_inputs():
 
 
 HOPPER = {
+    "128": variant(q_len=3000, kv_len=3000, topk=8),
+    "128, rest of a prompt, 64": variant(
+        q_len=1700, kv_len=3000, group=1, head_dim=64, value_dim=64, dtype=torch.float16
+    ),
+    "128, one sequence": variant(batch=1, kv_heads=16, group=1, topk=8, q_len=4096, kv_len=4096),
+    "128, not causal": variant(is_causal=False, q_len=700, kv_len=2048),
     "256": variant(block_size=256, q_len=2500, kv_len=2500),
     "384, rest of a prompt": variant(block_size=384, q_len=1700, kv_len=3000, group=1),
     "512, 64": variant(block_size=512, topk=4, head_dim=64, value_dim=64, q_len=4096, kv_len=4096),
@@ -230,9 +236,10 @@ def test_warp_specialised(name, launches_on_hopper):
     assert launches_on_hopper
 
 
+@pytest.mark.parametrize("block_size", [128, 256])
 @pytest.mark.parametrize("layout", ["tokens first", "one projection", "expanded"])
-def test_warp_specialised_with_any_strides(layout, launches_on_hopper, monkeypatch):
-    problem = variant(block_size=256, q_len=2000, kv_len=2000)
+def test_warp_specialised_with_any_strides(layout, block_size, launches_on_hopper, monkeypatch):
+    problem = variant(block_size=block_size, q_len=2000, kv_len=2000)
     q, k, v = problem.tensors("cuda")
     if layout == "tokens first":
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
@@ -243,20 +250,25 @@ def test_warp_specialised_with_any_strides(layout, launches_on_hopper, monkeypat
         )
     else:
         k, v = k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)
-    out = flex_moba(q, k, v, 256, 4, impl="fused")
+    out = flex_moba(q, k, v, block_size, 4, impl="fused")
     assert launches_on_hopper
     plain = [x.contiguous() for x in (q, k, v)]
     for _ in range(3):
-        assert_bitwise_equal(out, flex_moba(*plain, 256, 4, impl="fused"))
+        assert_bitwise_equal(out, flex_moba(*plain, block_size, 4, impl="fused"))
     monkeypatch.setattr(hopper, "enabled", False)
-    torch.testing.assert_close(out, flex_moba(q, k, v, 256, 4, impl="fused"), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(
+        out, flex_moba(q, k, v, block_size, 4, impl="fused"), rtol=0.02, atol=0.02
+    )
 
 
-def test_warp_specialised_in_pieces_and_given_any_selection(launches_on_hopper, monkeypatch):
-    problem = variant(block_size=256, kv_heads=3, q_len=1800, kv_len=2200, topk=5)
+@pytest.mark.parametrize("block_size", [128, 256])
+def test_warp_specialised_in_pieces_and_given_any_selection(
+    block_size, launches_on_hopper, monkeypatch
+):
+    problem = variant(block_size=block_size, kv_heads=3, q_len=1800, kv_len=2200, topk=5)
     q, k, v = problem.tensors("cuda")
     selection = problem.selection("cuda")
-    attend = with_lse(selected_attention, selection, 256, impl="fused")
+    attend = with_lse(selected_attention, selection, block_size, impl="fused")
     assert_as_exact_as_dense(attend, q, k, v, problem.mask_of(selection))
     one_piece = attend(q, k, v)
     before = len(launches_on_hopper)

@@ -72,6 +72,21 @@ def test_half_precision(dtype, layout):
     assert_as_exact_as(lambda *x: problem.dense(masks, *x), lambda *x: attend(problem, *x), tensors)
 
 
+@given(ragged(torch.float64))
+@settings(max_examples=20)
+def test_a_step_reads_only_means_and_selected_pages(problem):
+    sequences = tuple((old + (new == 0), min(new, 1) or 1) for old, new in problem.sequences)
+    problem = replace(problem, sequences=sequences, shared=0)
+    table, n_pages = problem.table()
+    tensors, pages = problem.tensors(), problem.pages(n_pages)
+    problem.fill(pages, table, tensors)
+    batch, q = problem.batch(table), problem.queries(tensors)
+    expected = attend_paged(q, pages, batch, **problem.options)
+    problem.poison(pages, table, problem.masks(tensors))
+    for actual, x in zip(attend_paged(q, pages, batch, **problem.options), expected, strict=True):
+        assert_bitwise_equal(actual, x)
+
+
 def test_a_bound_of_the_new_tokens_changes_nothing():
     problem = Ragged(sequences=((40, 1), (3, 4), (22, 1)))
     tensors = problem.tensors()

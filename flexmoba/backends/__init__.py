@@ -11,7 +11,7 @@ from flexmoba.backends.attend import (
     window_attention,
 )
 from flexmoba.backends.choice import resolve, resolve_shared, why_not
-from flexmoba.backends.flex import full_mask, selection_mask
+from flexmoba.backends.flex import full_mask, run_compiled, selection_mask
 from flexmoba.backends.merge import merge_two
 from flexmoba.backends.options import IMPLS, AttentionOptions, ImplName
 from flexmoba.backends.score_mod import ScoreMod, apply_score_mod
@@ -29,6 +29,7 @@ __all__ = [
     "merge_two",
     "resolve",
     "resolve_shared",
+    "run_compiled",
     "selection_mask",
     "why_not",
     "window_attention",

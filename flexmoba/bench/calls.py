@@ -3,14 +3,14 @@
 import functools
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexmoba.attention import flex_moba
-from flexmoba.bench.baselines import Attention, baselines, edges_of, flash_of, try_to_time
+from flexmoba.bench.baselines import baselines, edges_of, flash_of, try_to_time
 from flexmoba.bench.configs import Config
 from flexmoba.bench.inputs import inputs_of
 from flexmoba.gate import GateOptions, GateSizes, moba_select, select_rows
@@ -78,24 +78,43 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
         result |= {"error": error, "allowed": allowed}
         if not error <= allowed:
             return result
-        result["forward_MiB"] = _peak(moba, device)
+        result |= time_forward(moba, (q, k, v), config, device)
         result["split_ms"] = _split(moba, gate, device)
-        result["forward_ms"] = {"flex_moba": call_ms(moba, device)}
-        for name, other in baselines(config, device).items():
-            result["forward_ms"] |= _time(name, functools.partial(other, q, k, v), device)
     if not config.backward:
         return result
-
     inputs = [x.requires_grad_() for x in (q, k, v)]
+    return result | time_both(moba, inputs, grad, config, device)
 
-    def both_ways(attention: Attention) -> Callable[[], Any]:
+
+def time_forward(
+    call: Callable[[], Tensor], qkv: Sequence[Tensor], config: Config, device: torch.device
+) -> dict[str, Any]:
+    """Returns the peak memory of a forward call, and its time and those of its baselines."""
+    result: dict[str, Any] = {"forward_MiB": _peak(call, device)}
+    result["forward_ms"] = {config.name: call_ms(call, device)}
+    for name, other in baselines(config, device).items():
+        result["forward_ms"] |= _time(name, functools.partial(other, *qkv), device)
+    return result
+
+
+def time_both(
+    call: Callable[[], Tensor],
+    inputs: Sequence[Tensor],
+    grad: Tensor,
+    config: Config,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Returns memory and times of forward and backward; the first inputs are q, k and v."""
+
+    def both_ways(attention: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(attention(), inputs, grad)
 
-    result["both_MiB"] = _peak(both_ways(moba), device)
-    result["both_ms"] = {"flex_moba": call_ms(both_ways(moba), device)}
+    ours = both_ways(call, inputs)
+    result: dict[str, Any] = {"both_MiB": _peak(ours, device)}
+    result["both_ms"] = {config.name: call_ms(ours, device)}
     for name, other in baselines(config, device).items():
-        call = both_ways(functools.partial(other, q, k, v))
-        result["both_ms"] |= _time(name, call, device)
+        both = both_ways(functools.partial(other, *inputs[:3]), inputs[:3])
+        result["both_ms"] |= _time(name, both, device)
     return result
 
 

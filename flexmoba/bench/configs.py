@@ -5,6 +5,10 @@ import random
 from dataclasses import dataclass
 
 from flexmoba.checks import GateName
+from flexmoba.nsa import seen_pairs
+
+# The default sizes of `flex_nsa`.
+CMP_BLOCK, CMP_STRIDE, WINDOW = 32, 16, 512
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Config:
         correlated: Whether neighbouring queries select similar blocks, as in a language model.
         layers: Layers of a language model whose training step to measure; 0 for a call of
             `flex_moba`.
+        nsa: Whether to measure `flex_nsa`, at its default sizes but for ``block_size`` and
+            ``topk``, instead of `flex_moba`.
     """
 
     batch: int
@@ -45,6 +51,7 @@ class Config:
     decode: bool = False
     correlated: bool = False
     layers: int = 0
+    nsa: bool = False
 
     def __str__(self) -> str:
         """Returns the first cell of its table row."""
@@ -59,6 +66,11 @@ class Config:
         return text + (", longest known" if self.longest_known else "")
 
     @property
+    def name(self) -> str:
+        """The name of the measured function, in results."""
+        return "flex_nsa" if self.nsa else "flex_moba"
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """The random lengths of the documents of a row, which add up to ``length``."""
         return _document_lengths(self.length, self.documents)
@@ -70,15 +82,28 @@ class Config:
 
     @property
     def pairs(self) -> int:
-        """The query-key pairs of one head in MoBA: own blocks up to the query, and past blocks."""
+        """The query-key pairs of one head: own blocks up to the query, and past blocks.
+
+        In Native Sparse Attention, those of compressed keys and of windows, too.
+        """
         return sum(map(self._pairs_of, self.lengths))
 
     def _pairs_of(self, length: int) -> int:
+        others = 0
+        if self.nsa:
+            others = seen_pairs(length, length, CMP_BLOCK, CMP_STRIDE)
+            short = min(WINDOW, length)
+            others += short * (short + 1) // 2 + (length - short) * WINDOW
         blocks, rest = divmod(length, self.block_size)
         sizes = [self.block_size] * blocks + [rest]
         own = sum(size * (size + 1) // 2 for size in sizes)
-        return own + sum(
-            size * min(self.topk - 1, block) * self.block_size for block, size in enumerate(sizes)
+        return (
+            others
+            + own
+            + sum(
+                size * min(self.topk - 1, block) * self.block_size
+                for block, size in enumerate(sizes)
+            )
         )
 
     def flop(self, *, backward: bool) -> int:
@@ -150,5 +175,12 @@ PRESETS = {
         Config(batch, 32, 8, length, 512, 8, backward=False, decode=True, gate=gate)
         for batch, length in ((1, 2**20), (8, 2**17), (1, 2**17), (1, 2**15))
         for gate in ("token", "group")
+    ],
+    "nsa": [
+        *(Config(1, 64, 4, n * 1024, 64, 16, dense="SDPA", nsa=True) for n in (8, 16, 32, 64)),
+        *(
+            Config(batch, 64, 4, 65536, 64, 16, backward=False, decode=True, nsa=True)
+            for batch in (1, 8)
+        ),
     ],
 }  # fmt: skip

@@ -16,21 +16,28 @@ def tables(report: dict[str, Any]) -> str:
     parts = []
     for title, backward in (("Forward", False), ("Forward and backward", True)):
         # Documents have other baselines; one table with all columns would be too wide.
-        for suffix, packed in (("", False), (", packed documents", True)):
+        for suffix in ("", ", packed documents", _NSA):
             rows = [
                 row
                 for config, result in results
-                if (config.documents > 1) == packed
+                if _suffix(config) == suffix
                 and (row := _times_row(config, result, report, backward))
             ]
             if rows:
                 dense = [name for name in _BASELINES if any(name in row for row in rows)]
-                headings = [_CONFIG, "sparsity", "flex_moba ms", "TFLOP/s", _SHARE, *dense, _MIB]
+                ours = _OURS[suffix == _NSA]
+                headings = [_CONFIG, "sparsity", ours, "TFLOP/s", _SHARE, *dense, _MIB]
                 parts.append(f"{title}{suffix}\n\n{_table(headings, rows)}")
-    steps = [row for config, result in results if (row := _step_row(config, result))]
-    if steps:
-        dense = [name for name in DENSE if any(name in row for row in steps)]
-        parts.append(f"Decoding steps\n\n{_table([_STEP, 'flex_moba ms', *dense], steps)}")
+    for nsa in (False, True):
+        steps = [
+            row
+            for config, result in results
+            if config.nsa == nsa and (row := _step_row(config, result))
+        ]
+        if steps:
+            dense = [name for name in DENSE if any(name in row for row in steps)]
+            table = _table([_STEP, _OURS[nsa], *dense], steps)
+            parts.append(f"Decoding steps{_NSA if nsa else ''}\n\n{table}")
     training = [row for config, result in results if (row := _training_row(config, result))]
     if training:
         headings = [_CONFIG, "flex_moba ms", "topk=None", "SDPA"]
@@ -56,6 +63,15 @@ _BASELINES = (*DENSE, "routed", "masked")  # with other backends of flex_moba
 _CONFIG = "batch x heads x length, block, topk"
 _SHARE, _MIB = "of matmul", "peak MiB"
 _STEP = "batch x heads x context, block, topk"
+_NSA = ", Native Sparse Attention"
+_OURS = {False: "flex_moba ms", True: "flex_nsa ms"}  # by `Config.nsa`
+
+
+def _suffix(config: Config) -> str:
+    """Returns the end of the title of a configuration's table."""
+    if config.nsa:
+        return _NSA
+    return "" if config.documents == 1 else ", packed documents"
 
 
 _TIMES = {
@@ -73,7 +89,7 @@ def line(result: dict[str, Any]) -> str:
     parts = []
     for key, name in _TIMES.items():
         if times := result.get(key):
-            ours = times["flex_moba"]
+            ours = times[_config(result).name]
             others = [
                 f", {x} {ms:.4g} ({ms / ours:.1f}x)" for x, ms in times.items() if x in _BASELINES
             ]
@@ -95,13 +111,13 @@ def _break_even_texts(results: list[dict[str, Any]]) -> list[str]:
     for key, name in (("forward_ms", "forward"), ("both_ms", "forward and backward")):
         for config, group in alike.items():
             times = [
-                (result["length"], result[key]["flex_moba"], min(dense))
+                (result["length"], result[key][config.name], min(dense))
                 for result in group
                 if (dense := [ms for x, ms in (result.get(key) or {}).items() if x in DENSE])
             ]
             if len(times) > 1:
                 start, longest = faster_from(times), max(times)[0]
-                heads = f"{config.heads}/{config.kv_heads} heads"
+                heads = f"{'NSA, ' if config.nsa else ''}{config.heads}/{config.kv_heads} heads"
                 texts.append(
                     f"{heads}, block {config.block_size}, topk {config.topk}, {name}: "
                     + ("faster than dense attention " if start else "not faster ")
@@ -133,9 +149,9 @@ def _step_row(config: Config, result: dict[str, Any]) -> dict[str, str] | None:
     if not config.decode:
         return None
     if "step_ms" not in result:
-        return {_STEP: str(config), "flex_moba ms": _wrong(result)}
-    ours = result["step_ms"]["flex_moba"]
-    row = {_STEP: str(config), "flex_moba ms": f"{ours:.3f}"}
+        return {_STEP: str(config), _OURS[config.nsa]: _wrong(result)}
+    ours = result["step_ms"][config.name]
+    row = {_STEP: str(config), _OURS[config.nsa]: f"{ours:.3f}"}
     return row | {
         name: f"{ms:.3f} ({ms / ours:.1f}x)"
         for name, ms in result["step_ms"].items()
@@ -153,16 +169,16 @@ def _times_row(
     if config.decode or config.layers:
         return None
     if "forward_ms" not in result:
-        return {_CONFIG: str(config), "flex_moba ms": _wrong(result)}
+        return {_CONFIG: str(config), _OURS[config.nsa]: _wrong(result)}
     times = result.get("both_ms") if backward else result["forward_ms"]
     if not times:
         return None
-    ours, memory = times["flex_moba"], result["both_MiB" if backward else "forward_MiB"]
+    ours, memory = times[config.name], result["both_MiB" if backward else "forward_MiB"]
     rate = config.flop(backward=backward) / ours / 1e9
     return {
         _CONFIG: str(config),
         "sparsity": f"{1 - config.pairs / config.dense_pairs:.1%}",
-        "flex_moba ms": f"{ours:.2f}",
+        _OURS[config.nsa]: f"{ours:.2f}",
         "TFLOP/s": f"{rate:.3g}",
         _SHARE: f"{rate / report['matrix_tflops']:.0%}",
         **{
@@ -215,7 +231,7 @@ def plot(report: dict[str, Any]) -> "Figure":
 
 def _draw_bars(axes: Any, rows: list[dict[str, float]]) -> None:
     """Draws a group of bars for each row, with one colour for each name."""
-    names = ("flex_moba", *_BASELINES)
+    names = ("flex_moba", *_BASELINES, "flex_nsa")
     for color, name in enumerate(names):
         positions, times = [], []
         for y, row in enumerate(rows):

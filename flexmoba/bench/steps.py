@@ -19,7 +19,7 @@ from flexmoba.bench.configs import Config
 from flexmoba.cache import MobaCache
 from flexmoba.gate import moba_select
 
-_STEPS = 256  # capacity of the cache for the timed steps, each of which appends a token
+STEPS = 256  # capacity of the cache for the timed steps, each of which appends a token
 
 
 def measure_step(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def measure_step(config: Config, device: torch.device, dtype: torch.dtype) -> di
     cache = MobaCache(
         *(batch, config.kv_heads, dim),
         block_size=config.block_size,
-        max_len=length + _STEPS,
+        max_len=length + STEPS,
         dtype=dtype,
         device=device,
     )
@@ -69,14 +69,14 @@ def measure_step(config: Config, device: torch.device, dtype: torch.dtype) -> di
         result: dict[str, Any] = {"error": error, "allowed": allowed}
         if not error <= allowed:
             return result
-        result["step_ms"] = {"flex_moba": _replayed_ms(step, device)}
+        result["step_ms"] = {"flex_moba": replayed_ms(step, device)}
         for name, dense in dense_attention(device, is_causal=False).items():
             call = functools.partial(dense, q, k, v)
-            result["step_ms"] |= try_to_time(name, functools.partial(_replayed_ms, call, device))
+            result["step_ms"] |= try_to_time(name, functools.partial(replayed_ms, call, device))
     return result
 
 
-def _replayed_ms(step: Callable[[], Tensor], device: torch.device) -> float:
+def replayed_ms(step: Callable[[], Tensor], device: torch.device) -> float:
     """Returns the median milliseconds of a step; on CUDA, of a replayed CUDA graph of it."""
     if device.type != "cuda":
         return call_ms(step, device)

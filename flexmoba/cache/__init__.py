@@ -1,7 +1,13 @@
 """Inference: a cache of keys, values and mean keys, prefill in chunks, and sparse decoding."""
 
+from flexmoba.cache.append import next_positions
 from flexmoba.cache.attention import CachedTensors, attend_rows
-from flexmoba.cache.checks import check_new_tokens, check_no_gradients
+from flexmoba.cache.checks import (
+    check_new_padding,
+    check_new_tokens,
+    check_no_gradients,
+    check_queries,
+)
 from flexmoba.cache.decode import (
     MAX_STEP_QUERIES,
     attend_to_gathered,
@@ -19,9 +25,12 @@ __all__ = [
     "MobaCache",
     "attend_rows",
     "attend_to_gathered",
+    "check_new_padding",
     "check_new_tokens",
     "check_no_gradients",
+    "check_queries",
     "has_kernels",
+    "next_positions",
     "select_for_step",
     "storage",
 ]

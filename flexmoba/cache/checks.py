@@ -33,11 +33,7 @@ def check_appended(
     check_new_tokens("k", k, k_cache)
     check_new_tokens("v", v, v_cache, k.shape[2])
     check_no_gradients(k, v)
-    if mask is not None and (mask.shape != k.shape[::2] or mask.dtype != torch.bool):
-        raise ValueError(
-            f"key_padding_mask must be bool of shape {tuple(k.shape[::2])}, got {mask.dtype} "
-            f"of shape {tuple(mask.shape)}; pass one value for every new token"
-        )
+    check_new_padding(mask, k)
 
 
 def check_kept(length: int | Tensor) -> None:
@@ -72,4 +68,37 @@ def check_no_gradients(*tensors: Tensor) -> None:
         raise NotImplementedError(
             "attention to a cache has no gradients; call it under torch.no_grad(), or train "
             "without a cache"
+        )
+
+
+def check_queries(q: Tensor, positions: Tensor, cached: Tensor) -> None:
+    """Raises unless queries and their positions fit the cache.
+
+    Args:
+        q: Queries, ``(B, Hq, n, D)``.
+        positions: Their positions, ``(B, n)``.
+        cached: Keys of the cache, ``(B, Hkv, capacity, D)``.
+    """
+    batch, heads, n, dim = q.shape
+    if (batch, dim) != cached.shape[::3] or (batch, n) != positions.shape:
+        raise ValueError(
+            f"q must be ({cached.shape[0]}, Hq, n, {cached.shape[3]}) and positions "
+            f"({cached.shape[0]}, n) for this cache, got {tuple(q.shape)} and "
+            f"{tuple(positions.shape)}; pass the queries and positions of the appended tokens"
+        )
+    if heads == 0 or heads % cached.shape[1] != 0:
+        raise ValueError(
+            f"the number of query heads must be a positive multiple of the cache's "
+            f"{cached.shape[1]} KV heads, got {heads}; make the cache with the kv_heads of the "
+            "model"
+        )
+    check_like_cache("q", q, cached)
+
+
+def check_new_padding(mask: Tensor | None, k: Tensor) -> None:
+    """Raises unless a padding mask is bool with one value for each new token."""
+    if mask is not None and (mask.shape != k.shape[::2] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"key_padding_mask must be bool of shape {tuple(k.shape[::2])}, got {mask.dtype} "
+            f"of shape {tuple(mask.shape)}; pass one value for every new token"
         )

@@ -16,8 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.cache.options import NO_ROOM, CachedCall
-from flexmoba.gate.kernel import NOTHING, keep_best, nothing_yet, only_candidates, score_keys
+from flexmoba.gate.kernel import (
+    NOTHING,
+    block_scores,
+    keep_best,
+    nothing_yet,
+    only_candidates,
+    sort_keys,
+)
 from flexmoba.runtime.triton_launch import kernel, launch, packed
 
 MAX_TOPK = 64
@@ -46,9 +54,9 @@ def attend_step_on_cuda(
     rows, group = batch * heads * q_len, heads // kv_heads
     n_gate_rows, gate_group = gate_rows.shape[:3].numel(), gate_rows.shape[1] // kv_heads
     scored = call.scored
-    split = max(_LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(n_blocks, _MOST_SPLITS)))
-    splits = triton.cdiv(n_blocks, split)
-    chunks = triton.cdiv(block_size, _CHUNK)
+    split = max(_LEAST_SPLIT, next_power_of_2(ceil_div(n_blocks, _MOST_SPLITS)))
+    splits = ceil_div(n_blocks, split)
+    chunks = ceil_div(block_size, _CHUNK)
     n_partials = topk * chunks
     constants = {
         "GROUP": group,
@@ -59,23 +67,23 @@ def attend_step_on_cuda(
         "LOCALS": gate.local_blocks,
         "SUB_BLOCKS": gate.sub_blocks,
         "COUNT": scored,
-        "SLOTS": triton.next_power_of_2(max(1, scored)),
+        "SLOTS": next_power_of_2(max(1, scored)),
         "SPLIT": split,
         "SPLITS": splits,
-        "ALL_SPLITS": triton.next_power_of_2(splits),
-        "TILE_Q": min(64, max(16, triton.next_power_of_2(gate_group * q_len))),
+        "ALL_SPLITS": next_power_of_2(splits),
+        "TILE_Q": min(64, max(16, next_power_of_2(gate_group * q_len))),
         "TILE_N": 32,
         "BLOCK_SIZE": block_size,
         "CHUNK": _CHUNK,
         "CHUNKS": chunks,
         "PARTS": n_partials,
-        "ALL_PARTS": triton.next_power_of_2(n_partials),
-        "SOME_PARTS": min(32, triton.next_power_of_2(n_partials)),
+        "ALL_PARTS": next_power_of_2(n_partials),
+        "SOME_PARTS": min(32, next_power_of_2(n_partials)),
         "KEYS": _KEYS,
         "DIM": dim,
-        "TILE_D": max(16, triton.next_power_of_2(dim)),
+        "TILE_D": max(16, next_power_of_2(dim)),
         "VALUE_DIM": value_dim,
-        "TILE_VALUE_D": max(16, triton.next_power_of_2(value_dim)),
+        "TILE_VALUE_D": max(16, next_power_of_2(value_dim)),
         "num_warps": 4,
     }
     dtypes = (q.dtype, gate_rows.dtype)
@@ -89,7 +97,7 @@ def attend_step_on_cuda(
     factor = scale / math.log(2)
     with torch.cuda.device_of(q):
         if scored > 0:
-            tiles = triton.cdiv(gate_group * q_len, constants["TILE_Q"])
+            tiles = ceil_div(gate_group * q_len, constants["TILE_Q"])
             launch(
                 _score_kernel,
                 batch * kv_heads * tiles * splits,
@@ -139,9 +147,9 @@ def append_on_cuda(
         "SUB_BLOCK_SIZE": k_cache.shape[2] // n_means,
         "KEYS": 64,
         "DIM": dim,
-        "TILE_D": max(16, triton.next_power_of_2(dim)),
+        "TILE_D": max(16, next_power_of_2(dim)),
         "VALUE_DIM": value_dim,
-        "TILE_VALUE_D": max(16, triton.next_power_of_2(value_dim)),
+        "TILE_VALUE_D": max(16, next_power_of_2(value_dim)),
         "num_warps": 4,
     }
     with torch.cuda.device_of(k):
@@ -218,8 +226,8 @@ def _score_kernel(
     end = tl.minimum(tl.max(candidates_end, 0), (split + 1) * SPLIT)
     for start in range(split * SPLIT, end, TILE_N):
         block = start + tl.arange(0, TILE_N)
-        keys = score_keys(q, means_ptr, block, n_blocks, DIM, TILE_D, SUB_BLOCKS, BY_PARTS)
-        keys = only_candidates(keys, block, first, candidates_end)
+        score = block_scores(q, means_ptr, block, n_blocks, DIM, TILE_D, SUB_BLOCKS, BY_PARTS)
+        keys = only_candidates(sort_keys(score, block), block, first, candidates_end)
         best = keep_best(best, keys)
     best = tl.where(slot < COUNT, best, NOTHING)
     offset = (row * SPLITS + split) * SLOTS

@@ -10,7 +10,12 @@ from flexmoba.backends import ScoreMod
 from flexmoba.blocks import TILE
 from flexmoba.cache.append import append, next_positions
 from flexmoba.cache.attention import CachedTensors, cached_attention
-from flexmoba.cache.checks import check_appended, check_kept, check_like_cache, check_no_gradients
+from flexmoba.cache.checks import (
+    check_appended,
+    check_kept,
+    check_no_gradients,
+    check_queries,
+)
 from flexmoba.cache.options import CachedCall
 from flexmoba.cache.storage import storage
 from flexmoba.checks import (
@@ -221,20 +226,7 @@ class MobaCache:
             NotImplementedError: q requires gradients, or a chunk of more than 16 tokens has a
                 ``score_mod`` inside ``torch.compile``.
         """
-        batch, heads, n, dim = q.shape
-        if (batch, dim) != self.k.shape[::3] or (batch, n) != positions.shape:
-            raise ValueError(
-                f"q must be ({self.k.shape[0]}, Hq, n, {self.k.shape[3]}) and positions "
-                f"({self.k.shape[0]}, n) for this cache, got {tuple(q.shape)} and "
-                f"{tuple(positions.shape)}; pass the queries and positions of the appended tokens"
-            )
-        if heads == 0 or heads % self.k.shape[1] != 0:
-            raise ValueError(
-                f"the number of query heads must be a positive multiple of the cache's "
-                f"{self.k.shape[1]} KV heads, got {heads}; make the cache with the kv_heads of the "
-                "model"
-            )
-        check_like_cache("q", q, self.k)
+        check_queries(q, positions, self.k)
         check_no_gradients(q)
         check_topk(topk, none_allowed=True)
         check_options(scale, score_mod, None, None)
@@ -242,7 +234,7 @@ class MobaCache:
         n_blocks = self.k.shape[2] // self.block_size
         topk = n_blocks if topk is None else min(topk, n_blocks)
         topk = max(topk, 1 + sink_blocks + local_blocks)
-        scale = dim**-0.5 if scale is None else float(scale)
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         tile_queries = self._keep_tile_queries(q, positions) if gate == "tile" else None
         options = GateOptions(gate, sink_blocks, local_blocks, self.sub_blocks)
         call = CachedCall(topk, scale, options, self.block_size)

@@ -1,4 +1,4 @@
-"""Check and time flex_moba and dense attention on this device.
+"""Check and time flex_moba, flex_nsa and dense attention on this device.
 
 The command first compares each configuration with float64 attention on sampled queries. It reports
 a configuration with too large an error as WRONG, and does not time it. A time is the median over
@@ -17,11 +17,13 @@ Presets:
   correlated   random queries beside queries whose neighbours select similar blocks
   training     training steps of a GPT of 12 layers, 32K and 64K tokens a step
   decode       decoding steps at contexts of 32K to 1M tokens
+  nsa          Native Sparse Attention at 8K to 64K tokens, and its decoding steps at 64K
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,12 @@ from flexmoba.bench import (
     FLASH_VERSIONS,
     PRESETS,
     ROUNDINGS,
+    Config,
     describe,
     line,
     matrix_rate,
     measure,
+    measure_nsa,
     measure_step,
     measure_training,
     plot,
@@ -141,10 +145,17 @@ def _measure_all(report: dict[str, Any], arguments: argparse.Namespace) -> None:
     configs = [config for name in arguments.preset for config in PRESETS[small.get(name, name)]]
     for i, config in enumerate(configs, 1):
         note(f"{i} of {len(configs)}: {config}")
-        measure_config = measure_step if config.decode else measure
-        measure_config = measure_training if config.layers else measure_config
-        measured = measure_config(config, device, dtype)
+        measured = _measurement(config)(config, device, dtype)
         report["results"].append(asdict(config) | measured)
         print_result(line(report["results"][-1]), arguments.json)
         if arguments.json not in (None, "-"):  # after every result, in case the process is killed
             write_json(report, arguments.json)
+
+
+def _measurement(config: Config) -> Callable[..., dict[str, Any]]:
+    """Returns the function that measures a configuration."""
+    if config.nsa:
+        return measure_nsa
+    if config.layers:
+        return measure_training
+    return measure_step if config.decode else measure

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flexmoba import __version__
-from flexmoba.commands import bench, demo, info, tune
+from flexmoba.commands import bench, demo, info, serve, tune
 from flexmoba.reporting import UsageError
 
 EXIT_CODES = """exit codes:
@@ -48,6 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "measure block sizes and topks on the queries and keys of a model",
         "flexmoba tune --example --sparsity 0.9 --plot frontier.png\n"
         "         flexmoba tune --model ./my-model --text book.txt --latency-ms 5 --json tune.json",
+    )
+    _add(
+        commands,
+        serve,
+        "serve",
+        "serve a converted model over HTTP by transformers",
+        "flexmoba serve ./my-model --port 8000",
     )
     _add(
         commands,

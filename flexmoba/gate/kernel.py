@@ -1,28 +1,32 @@
 """The gate on CUDA: one Triton kernel that scores a tile of queries and keeps their best blocks.
 
-Scores are not written to memory, and the kernel skips blocks after the queries. It maps each score
-to an integer of the same order, and keeps the highest integer of the sub-blocks of each block. It
-packs this integer and the block index into a 64-bit integer, the sort key, which it compares
+Scores are not written to memory, and the kernel skips blocks after the queries. The score of a
+block is the highest score of its sub-blocks. The kernel maps it to an integer of the same order,
+and packs this integer and the block index into a 64-bit integer, the sort key, which it compares
 instead of the score: the higher score wins, and of equal scores the later block.
 
 A matrix product leaves a quarter of the columns of a row in each of four threads. Each thread keeps
 a sorted list of the best keys of its columns: a sorting network sorts the keys of a tile, and
 another merges them into the list, so the cost does not depend on the scores. The four lists are
-merged after the last tile.
+merged after the last tile. On devices that compare doubles fast, the keys of lists are doubles.
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.gate.options import Candidates, GateOptions, GateSizes
 from flexmoba.runtime.triton_launch import kernel, launch, on_device_of, packed
 
-MAX_COUNT = 64  # blocks of a row, which the kernel keeps in registers
+MAX_COUNT = tl.constexpr(64)  # blocks of a row, which the kernel keeps in registers
 MAX_HEAD_DIM = 256
 _LISTS = 4  # of a row, one in each of the threads that hold the row of a matrix product
 _MAX_LIST = 16  # keys of a list that fits in registers
+_DOUBLES = True  # whether lists may hold doubles
 
 NOTHING = tl.constexpr(-(2**63))  # below the sort key of any score
 _EVERYTHING = tl.constexpr(2**63 - 1)
@@ -44,7 +48,7 @@ def select_on_cuda(
     first = q if first_block is None else packed(first_block)
     last = q if end_block is None else packed(end_block)
     selected = torch.empty(batch, heads, q_len, count, dtype=torch.int32, device=q.device)
-    tile_q, slots = 64, triton.next_power_of_2(count)
+    tile_q, slots = 64, next_power_of_2(count)
     is_half = q.element_size() == 2
     # Sums of groups are float32, and take more registers for their products by parts.
     use_lists = slots <= (_MAX_LIST if is_half else _MAX_LIST // 2 if by_parts else 0)
@@ -64,10 +68,11 @@ def select_on_cuda(
         "IS_CAUSAL": sizes.is_causal,
         "BY_PARTS": by_parts,
         "USE_LISTS": use_lists,
+        "DOUBLES": use_lists and _DOUBLES and _has_fast_doubles(q.device),
         "LISTS": _LISTS,
         "TILE_Q": tile_q,
         "TILE_N": max(32, _LISTS * slots) if use_lists else 32,
-        "TILE_D": max(16, triton.next_power_of_2(dim)),
+        "TILE_D": max(16, next_power_of_2(dim)),
         "SLOTS": slots,
         "num_warps": 2 if dim <= 128 and is_half and not use_lists else 4,
         # Copies of mean keys to shared memory, which float32 fills with one.
@@ -75,10 +80,18 @@ def select_on_cuda(
     }
     dtypes = (q.dtype, means.dtype)
     with on_device_of(q):
-        n_programs = triton.cdiv(q_len, tile_q) * batch * heads
+        n_programs = ceil_div(q_len, tile_q) * batch * heads
         tensors = q, means, first, last, selected
         launch(_select_kernel, n_programs, (*tensors, *numbers), constants, dtypes)
     return selected
+
+
+@functools.cache
+def _has_fast_doubles(device: torch.device) -> bool:
+    """Returns whether the device compares doubles at a useful rate, as an A100 and an H100 do."""
+    if device.type != "cuda":  # Triton's interpreter
+        return True
+    return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0))
 
 
 @triton.jit
@@ -98,7 +111,11 @@ def from_halves(x, y, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
 def exchange(x, y):
     """Returns the larger and the smaller elements."""
     larger = tl.where(x > y, x, y)
-    return larger, x ^ y ^ larger  # fewer instructions than a second comparison
+    if x.dtype == tl.float64:
+        smaller = tl.where(x > y, y, x)
+    else:
+        smaller = x ^ y ^ larger  # fewer instructions than a second comparison
+    return larger, smaller
 
 
 @triton.jit
@@ -196,7 +213,7 @@ def nothing_yet(ROWS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def score_keys(
+def block_scores(
     q,
     means_ptr,
     block,
@@ -206,26 +223,20 @@ def score_keys(
     SUB_BLOCKS: tl.constexpr,
     BY_PARTS: tl.constexpr,
 ):
-    """Returns the sort keys ``(rows, blocks)`` of a tile of blocks."""
+    """Returns the scores ``(rows, blocks)`` of a tile of blocks, NaN if a sub-block has NaN."""
     dim = tl.arange(0, TILE_D)
     mask = (block < n_blocks)[:, None] & (dim < DIM)[None, :]
     mean_ptr = means_ptr + block[:, None] * (SUB_BLOCKS * DIM) + dim[None, :]
-    bits = ordered_scores(q, tl.load(mean_ptr, mask=mask, other=0.0), BY_PARTS)
+    score = scores_of(q, tl.load(mean_ptr, mask=mask, other=0.0), BY_PARTS)
     for sub_block in range(1, SUB_BLOCKS):
         mean = tl.load(mean_ptr + sub_block * DIM, mask=mask, other=0.0)
-        bits = tl.maximum(bits, ordered_scores(q, mean, BY_PARTS))
-    return sort_keys(bits, block)
+        score = tl.maximum(score, scores_of(q, mean, BY_PARTS), tl.PropagateNan.ALL)
+    return score
 
 
 @triton.jit
-def sort_keys(bits, block):
-    """Returns the sort keys of scores, as int32 in the order of the scores, and their blocks."""
-    return (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
-
-
-@triton.jit
-def ordered_scores(q, mean, BY_PARTS: tl.constexpr):
-    """Returns the scores of mean keys as int32 in the order of the scores; NaN is the highest.
+def scores_of(q, mean, BY_PARTS: tl.constexpr):
+    """Returns the scores ``(rows, means)`` of mean keys.
 
     ``BY_PARTS`` is for float32 queries and mean keys rounded to half precision: three products on
     the matrix units then lose at most the last two bits of a float32 product.
@@ -235,16 +246,54 @@ def ordered_scores(q, mean, BY_PARTS: tl.constexpr):
         score = tl.dot(q, tl.trans(mean), input_precision="tf32x3")
     else:
         score = tl.dot(q, tl.trans(mean), input_precision="ieee")
-    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
+    return score + 0.0  # -0.0 equals 0.0
+
+
+@triton.jit
+def sort_keys(score, block):
+    """Returns the sort keys of the scores ``(rows, blocks)`` of blocks, as integers."""
+    bits = score.to(tl.int32, bitcast=True)
     bits ^= (bits >> 31) & 0x7FFFFFFF  # integers in the order of the scores
-    return tl.where(score != score, 0x7FFFFFFF, bits)
+    bits = tl.where(score != score, 0x7FFFFFFF, bits)
+    return (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
+
+
+@triton.jit
+def double_keys(score, block):
+    """Returns the sort keys of the scores ``(rows, blocks)`` of blocks, as doubles.
+
+    The bits of the score are the upper half of a double, and the block is the lower half, inverted
+    if the score is negative. Doubles compare in the same order as the integers of `sort_keys`, on
+    units that are idle otherwise. The exponent of a double has three bits more than that of a
+    score, so even an infinite score gives a finite double.
+    """
+    bits = tl.where(score != score, 0x7F800001, score.to(tl.int32, bitcast=True))  # above inf
+    low = (block[None, :] ^ (bits >> 31)).to(tl.int64) & 0xFFFFFFFF
+    return ((bits.to(tl.int64) << 32) | low).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def blocks_of_keys(key):
+    """Returns the blocks of sort keys, -1 for none."""
+    if key.dtype == tl.float64:
+        bits = key.to(tl.int64, bitcast=True)
+        block = tl.where(
+            key == float("-inf"), -1, ((bits ^ (bits >> 63)) & 0xFFFFFFFF).to(tl.int32)
+        )
+    else:
+        block = tl.where(key < NOTHING + MAX_COUNT, -1, (key & 0xFFFFFFFF).to(tl.int32))
+    return block
 
 
 @triton.jit
 def only_candidates(key, block, first, end):
-    """Replaces the sort keys of blocks before ``first`` or from ``end`` on by ``NOTHING``."""
+    """Replaces the sort keys of blocks before ``first`` or from ``end`` on by the lowest key."""
     candidate = (block[None, :] >= first[:, None]) & (block[None, :] < end[:, None])
-    return tl.where(candidate, key, NOTHING)
+    if key.dtype == tl.float64:
+        key = tl.where(candidate, key, float("-inf"))
+    else:
+        key = tl.where(candidate, key, NOTHING)
+    return key
 
 
 @triton.jit
@@ -286,6 +335,7 @@ def _select_kernel(
     IS_CAUSAL: tl.constexpr,
     BY_PARTS: tl.constexpr,
     USE_LISTS: tl.constexpr,
+    DOUBLES: tl.constexpr,
     LISTS: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -313,7 +363,10 @@ def _select_kernel(
         first += tl.load(first_ptr + head // heads * q_len + row, mask=valid, other=n_blocks)
 
     if USE_LISTS:
-        best = tl.full([TILE_Q, LISTS, SLOTS], NOTHING, tl.int64)
+        if DOUBLES:
+            best = tl.full([TILE_Q, LISTS, SLOTS], float("-inf"), tl.float64)
+        else:
+            best = tl.full([TILE_Q, LISTS, SLOTS], NOTHING, tl.int64)
     else:
         slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
     means_ptr += (head // group).to(tl.int64) * (n_blocks * SUB_BLOCKS) * DIM
@@ -321,7 +374,11 @@ def _select_kernel(
     full_start, full_end = tl.max(first, 0), tl.min(tl.where(valid, end, n_blocks), 0)
     for start in range(tl.min(first, 0) // TILE_N * TILE_N, tl.max(end, 0), TILE_N):
         block = start + tl.arange(0, TILE_N)
-        key = score_keys(q, means_ptr, block, n_blocks, DIM, TILE_D, SUB_BLOCKS, BY_PARTS)
+        score = block_scores(q, means_ptr, block, n_blocks, DIM, TILE_D, SUB_BLOCKS, BY_PARTS)
+        if DOUBLES:
+            key = double_keys(score, block)
+        else:
+            key = sort_keys(score, block)
         if (start < full_start) | (start + TILE_N > full_end):
             key = only_candidates(key, block, first, end)
         if USE_LISTS:
@@ -335,9 +392,8 @@ def _select_kernel(
     else:
         best = tl.sort(best, descending=True)  # unused slots come first
         column = slot - (SLOTS - COUNT)
-    selected = tl.where(best < NOTHING + SLOTS, -1, (best & 0xFFFFFFFF).to(tl.int32))
     tl.store(
         selected_ptr + q_row[:, None] * COUNT + column,
-        selected,
+        blocks_of_keys(best),
         mask=valid[:, None] & (column >= 0) & (column < COUNT),
     )

@@ -10,7 +10,7 @@ from flexmoba.checks import check_documents, check_positive
 from flexmoba.nn.block_compress import BlockCompress
 from flexmoba.nn.checks import check_heads, check_rotary
 from flexmoba.nn.rotary import rotate
-from flexmoba.nsa import NsaSizes, check_sizes, flex_nsa, nsa_layout
+from flexmoba.nsa import NsaCache, NsaSizes, check_sizes, flex_nsa, nsa_layout
 from flexmoba.sequence import positions_of
 
 
@@ -56,8 +56,13 @@ class NsaAttention(nn.Module):
         >>> from flexmoba.nn import NsaAttention
         >>> layer = NsaAttention(64, 8, 2, block_size=16, topk=4, window=32, rope_base=10000)
         >>> x = torch.randn(2, 100, 64)
-        >>> layer(x).shape
+        >>> out = layer(x)
+        >>> out.shape
         torch.Size([2, 100, 64])
+        >>> with torch.no_grad():
+        ...     cache = layer.make_cache(batch=2, max_len=100)
+        ...     outs = [layer(part, cache=cache) for part in x.split([98, 1, 1], dim=1)]
+        >>> torch.testing.assert_close(torch.cat(outs, dim=1), out)
     """
 
     def __init__(
@@ -112,10 +117,41 @@ class NsaAttention(nn.Module):
         self.compress_k = BlockCompress(head_dim, cmp_block, cmp_stride, **compressor)
         self.compress_v = BlockCompress(value_dim, cmp_block, cmp_stride, **compressor)
 
+    def make_cache(
+        self,
+        batch: int,
+        max_len: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> NsaCache:
+        """Returns an empty cache for `forward`.
+
+        Args:
+            batch: Rows ``B``.
+            max_len: Capacity of each row in tokens; None for a cache that grows.
+            dtype: Dtype of the keys and values that the projections return; by default, the dtype
+                of ``k_proj.weight``.
+            device: Device of the cache; by default, the device of ``k_proj.weight``.
+        """
+        weight = self.k_proj.weight
+        return NsaCache(
+            *(batch, self.kv_heads, self.head_dim),
+            value_dim=self.value_dim,
+            cmp_block=self.sizes.cmp_block,
+            cmp_stride=self.sizes.cmp_stride,
+            block_size=self.sizes.block_size,
+            compress=self._compress,
+            max_len=max_len,
+            dtype=weight.dtype if dtype is None else dtype,
+            device=weight.device if device is None else device,
+        )
+
     def forward(
         self,
         x: Tensor,
         *,
+        cache: NsaCache | None = None,
         cu_seqlens: Tensor | None = None,
         document_ids: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
@@ -124,6 +160,9 @@ class NsaAttention(nn.Module):
 
         Args:
             x: Tokens, ``(B, L, dim)`` in the dtype of the projections.
+            cache: A cache from `make_cache`, for prefill in chunks and for decoding. With a cache,
+                ``x`` holds only new tokens, which the call appends. A cache has no gradients, and
+                no packed documents.
             cu_seqlens: Boundaries of packed documents, ``(documents + 1,)`` int32 or int64, as in
                 `flex_nsa`.
             document_ids: Document of each token, ``(B, L)`` int32 or int64, as in `flex_nsa`.
@@ -150,6 +189,14 @@ class NsaAttention(nn.Module):
         if key_padding_mask is not None:
             x = x.masked_fill(~key_padding_mask[..., None], 0.0)
         q, keys, values, gates = self._project(x)
+        if cache is not None:
+            for name in ("cu_seqlens", "document_ids"):
+                if where[name] is not None:
+                    raise ValueError(
+                        f"{name} and cache cannot be combined; give every document its own row of "
+                        "the cache"
+                    )
+            return self._decode(q, keys, values, gates, cache, key_padding_mask)
         k_cmp, v_cmp = self.compress_k(keys[0], **where), self.compress_v(values[0], **where)
         k_slc, k_win = keys[1:]
         if self.rope_base is not None and x.numel() > 0:
@@ -167,6 +214,45 @@ class NsaAttention(nn.Module):
             **options,
         )
         return self._output(out)
+
+    def _decode(
+        self,
+        q: Tensor,
+        keys: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
+        gates: Tensor,
+        cache: NsaCache,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Appends new tokens to a cache and returns the output of the layer for them."""
+        k_slc, k_win = keys[1:]
+        if self.rope_base is not None:
+            positions = cache.next_positions(q.shape[2], mask)
+            q, k_slc, k_win = (rotate(y, positions, self.rope_base) for y in (q, k_slc, k_win))
+        positions = cache.append(
+            *(k_slc, values[1]),
+            k_cmp=keys[0],
+            v_cmp=values[0],
+            k_win=k_win,
+            v_win=values[2],
+            key_padding_mask=mask,
+        )
+        sizes = self.sizes
+        out, _ = cache.attend(
+            *(q, gates, positions),
+            topk=sizes.topk,
+            sink_blocks=sizes.sink_blocks,
+            local_blocks=sizes.local_blocks,
+            window=self.window,
+        )
+        return self._output(out)
+
+    def _compress(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Compresses blocks ``(N, Hkv, cmp_block, D)`` that begin at ``positions (N,)``."""
+        k, v = self.compress_k(k), self.compress_v(v)
+        if self.rope_base is not None:
+            k = rotate(k, positions[:, None], self.rope_base)
+        return k, v
 
     def _project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
         """Returns queries, the keys and the values of the branches, and gate values."""

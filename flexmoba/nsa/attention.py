@@ -1,12 +1,13 @@
 """`flex_nsa`: validates, selects, attends in three branches, and merges them by gate values."""
 
-from typing import overload
+from collections.abc import Mapping
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
-from flexmoba.backends import ImplName, resolve
+from flexmoba.backends import ImplName, resolve, run_compiled
 from flexmoba.checks import (
     check_documents,
     check_no_tangents,
@@ -244,15 +245,29 @@ def flex_nsa(
         window_branch(q, k_win, v_win, window, first_token, scale, impl),
     )
     outs, lses = zip(*branches, strict=True)
-    out, lse = layout.collect_results(_merge(outs, gates), torch.stack(lses, dim=-1))
-    return with_aux(out, lse, return_aux)
+    if q.is_cuda:  # compiled, the merge is one pass over memory, and so is its gradient
+        out, lse = run_compiled(_merge, *outs, *lses, gates, kernel_options=None)
+    else:
+        out, lse = _merge(*outs, *lses, gates)
+    return with_aux(*layout.collect_results(out, lse), return_aux)
 
 
-def _merge(outs: tuple[Tensor, ...], gates: Tensor) -> Tensor:
-    """Returns the sum of the outputs, each multiplied by its gate value; it rounds once."""
+def _merge(
+    compressed: Tensor,
+    selected: Tensor,
+    windowed: Tensor,
+    compressed_lse: Tensor,
+    selected_lse: Tensor,
+    windowed_lse: Tensor,
+    gates: Tensor,
+    *,
+    kernel_options: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns the sum of outputs times gate values, rounded once, and all log-sum-exps."""
     precise = torch.promote_types(gates.dtype, torch.float32)
     weighted = [
         out.to(precise) * gate.to(precise)[..., None]
-        for out, gate in zip(outs, gates.unbind(-1), strict=True)
+        for out, gate in zip((compressed, selected, windowed), gates.unbind(-1), strict=True)
     ]
-    return (weighted[0] + weighted[1] + weighted[2]).to(gates.dtype)
+    out = (weighted[0] + weighted[1] + weighted[2]).to(gates.dtype)
+    return out, torch.stack((compressed_lse, selected_lse, windowed_lse), dim=-1)

@@ -5,6 +5,7 @@ Every function returns the output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, 
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
@@ -39,12 +40,14 @@ def compressed_branch(
 
     The ``cmp_stride`` queries from the end of one compressed block to before the end of the next
     one see the same compressed keys. As query heads of one token, they turn the branch into causal
-    full attention over the compressed keys, which computes each pair once. With packed documents,
+    full attention over the compressed keys, which computes each pair once. The queries of each
+    place in a stride get their own copy of the compressed keys, as KV heads, because FlexAttention
+    computes the gradients of a tile of keys of one KV head in one program. With packed documents,
     ``first_block (B, Lq)`` is the first block of each query's document, and the branch is attention
     to windows that begin with the document.
     """
     stride, first_seeing = sizes.cmp_stride, sizes.cmp_block - 1
-    q_len, n_compressed = q.shape[2], k_cmp.shape[2]
+    q_len, (kv_heads, n_compressed) = q.shape[2], k_cmp.shape[1:3]
     offset = kv_len - q_len
     if n_compressed == 0:
         nothing = k_cmp.sum() + v_cmp.sum()  # 0, with gradients
@@ -62,7 +65,10 @@ def compressed_branch(
     tokens = n_compressed - first_token
     after = tokens * stride - before - (q_len - blind)
     seeing = F.pad(q[:, :, blind:], (0, 0, before, after))
-    heads = seeing.unflatten(2, (tokens, stride)).transpose(2, 3).flatten(1, 2)
+    heads = rearrange(seeing, "b (h g) (t s) d -> b (h s g) t d", h=kv_heads, s=stride)
+    k_cmp, v_cmp = (
+        x[:, :, None].expand(-1, -1, stride, -1, -1).flatten(1, 2) for x in (k_cmp, v_cmp)
+    )
     if first_block is None:
         out, aux = flex_moba(
             *(heads, k_cmp, v_cmp, TILE, None),
@@ -80,19 +86,17 @@ def compressed_branch(
         out, lse = window_attention(
             heads, k_cmp, v_cmp, torch.minimum(first_key, key), tokens, options
         )
-    out = F.pad(_tokens(out, stride, before, q_len - blind), (0, 0, blind, 0))
-    lse = _tokens(lse[..., None], stride, before, q_len - blind)[..., 0]
+    out, lse = (
+        rearrange(x, "b (h s g) t d -> b (h g) (t s) d", s=stride, h=kv_heads)
+        for x in (out, lse[..., None])
+    )
+    out, lse = (x[:, :, before : before + q_len - blind] for x in (out, lse[..., 0]))
+    out = F.pad(out, (0, 0, blind, 0))
     lse = F.pad(lse, (blind, 0), value=float("-inf"))
     if first_block is not None:
         out = out.masked_fill(sees_none[..., None], 0.0)
         lse = lse.masked_fill(sees_none, float("-inf"))
     return out, lse
-
-
-def _tokens(x: Tensor, stride: int, before: int, count: int) -> Tensor:
-    """Moves results ``(B, Hq * stride, tokens, D)`` back to queries ``(B, Hq, count, D)``."""
-    x = x.unflatten(1, (-1, stride)).transpose(2, 3).flatten(2, 3)
-    return x[:, :, before : before + count]
 
 
 def selected_branch(
@@ -134,7 +138,9 @@ def window_branch(
     # of zeros for each key before the first query.
     missing = min(kv_len - q_len, window - 1)
     first = kv_len - q_len - missing
-    q, k, v = F.pad(q, (0, 0, missing, 0)), k[:, :, first:], v[:, :, first:]
+    k, v = k[:, :, first:], v[:, :, first:]
+    if missing > 0:
+        q = F.pad(q, (0, 0, missing, 0))  # copies, even if nothing is missing
     position = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
     first_key = (position - (window - 1)).clamp(min=0).expand(q.shape[0], -1)
     if first_token is not None:

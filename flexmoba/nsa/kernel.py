@@ -2,8 +2,8 @@
 
 The first kernel computes the log-sum-exp of the scores of every query and head, unless the caller
 has it from the compressed branch. The second kernel computes the scores again, a tile of compressed
-blocks at a time, adds the softmax weights of the query heads of a KV head, multiplies the sums by
-the overlaps with the blocks of the tile, and keeps the best blocks in registers. So no weight and
+blocks at a time, adds the softmax weights of the query heads of a KV head, sums them by the
+overlaps with the blocks of the tile, and keeps the best blocks in registers. So no weight and
 no importance is written to memory.
 """
 
@@ -20,13 +20,21 @@ from flexmoba.runtime.triton_launch import kernel, launch, packed
 
 _LN_2 = tl.constexpr(math.log(2))
 _LOG2_E = tl.constexpr(1 / math.log(2))
-_MAX_TILE = 128  # compressed blocks of a tile
+_LEAST_TILE, _TILE = 64, 128  # compressed blocks of a tile
 
 
 def supports(q: Tensor, sizes: NsaSizes) -> bool:
     """Returns whether the kernels support these queries and sizes."""
-    r, s = sizes.block_size // sizes.cmp_stride, sizes.cmp_block // sizes.cmp_stride
-    return sizes.scored <= MAX_COUNT and q.shape[-1] <= MAX_HEAD_DIM and r + s - 1 <= _MAX_TILE
+    margin = -(-(sizes.cmp_block - sizes.cmp_stride) // sizes.block_size)
+    few_dims = q.shape[-1] <= MAX_HEAD_DIM
+    # A tile must hold more blocks than its margin.
+    return few_dims and sizes.scored <= MAX_COUNT and (margin + 1) * _room(sizes) <= _LEAST_TILE
+
+
+def _room(sizes: NsaSizes) -> int:
+    """Returns the places for the compressed blocks that begin in a block, a power of two."""
+    room: int = triton.next_power_of_2(sizes.block_size // sizes.cmp_stride)
+    return room
 
 
 def select_on_cuda(
@@ -55,7 +63,6 @@ def select_on_cuda(
     first = q if first_block is None else packed(first_block.expand(batch, -1).int())
     r, s = sizes.block_size // sizes.cmp_stride, sizes.cmp_block // sizes.cmp_stride
     is_large = dim > 128 or q.element_size() > 2
-    blocks = 64 if is_large and r + s - 1 <= 64 else _MAX_TILE
     constants = {
         "DIM": dim,
         "GROUP": heads // kv_heads,
@@ -64,11 +71,11 @@ def select_on_cuda(
         "IN_BLOCK": r,
         "IN_COMPRESSED": s,
         "TILE_Q": 64 if is_large else 128,
-        "TILE_N": blocks,
+        "TILE_N": _LEAST_TILE if is_large else _TILE,
         "TILE_D": max(16, triton.next_power_of_2(dim)),
         "COUNT": sizes.scored,
         "SLOTS": triton.next_power_of_2(sizes.scored),
-        "TILE_BLOCKS": max(16, triton.next_power_of_2((blocks - s + 1) // r)),
+        "ROOM": _room(sizes),
         "SINKS": sizes.sink_blocks,
         "LOCALS": sizes.local_blocks,
         "num_warps": 4 if is_large else 8,
@@ -174,14 +181,17 @@ def importance_kernel(
     DIM: tl.constexpr, GROUP: tl.constexpr, HAS_FIRST: tl.constexpr, STRIDE: tl.constexpr,
     IN_BLOCK: tl.constexpr, IN_COMPRESSED: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
-    COUNT: tl.constexpr, SLOTS: tl.constexpr, TILE_BLOCKS: tl.constexpr,
+    COUNT: tl.constexpr, SLOTS: tl.constexpr, ROOM: tl.constexpr,
     SINKS: tl.constexpr, LOCALS: tl.constexpr,
 ):  # fmt: skip
     """Selects the most important blocks of a tile of tokens of one KV head.
 
-    A tile of TILE_N compressed blocks covers all that overlap BLOCKS blocks.
+    A tile holds the compressed blocks that begin in TILE_BLOCKS blocks, ROOM places for each block.
+    Compressed blocks of the first MARGIN blocks overlap later blocks; these have the importance
+    from a tile before.
     """
-    BLOCKS: tl.constexpr = (TILE_N - IN_COMPRESSED + 1) // IN_BLOCK
+    MARGIN: tl.constexpr = (IN_COMPRESSED + IN_BLOCK - 2) // IN_BLOCK
+    TILE_BLOCKS: tl.constexpr = TILE_N // ROOM
     tiles = tl.cdiv(q_len, TILE_Q)
     kv_head = tl.program_id(0) // tiles
     row = (tiles - 1 - tl.program_id(0) % tiles) * TILE_Q + tl.arange(0, TILE_Q)
@@ -193,17 +203,14 @@ def importance_kernel(
     first_candidate = first + SINKS
     end_candidate = position // (STRIDE * IN_BLOCK) - LOCALS
     k_ptr += kv_head.to(tl.int64) * n_compressed * DIM
-    # Overlaps in strides, the same for every tile: the first compressed block of a tile begins
-    # IN_COMPRESSED - 1 strides before its first block.
-    in_tile = tl.arange(0, TILE_N)[:, None] - (IN_COMPRESSED - 1)
+    place = tl.arange(0, TILE_N)
+    in_block = tl.arange(0, ROOM)
     block_in_tile = tl.arange(0, TILE_BLOCKS)
-    stride_of_block = block_in_tile[None, :] * IN_BLOCK
-    overlap = tl.minimum(in_tile + IN_COMPRESSED, stride_of_block + IN_BLOCK)
-    overlap = tl.maximum(overlap - tl.maximum(in_tile, stride_of_block), 0).to(tl.float32)
     slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
-    first_tile = tl.min(first_candidate, 0) // BLOCKS * BLOCKS
-    for first_in_tile in range(first_tile, tl.max(end_candidate, 0), BLOCKS):
-        compressed = first_in_tile * IN_BLOCK - (IN_COMPRESSED - 1) + tl.arange(0, TILE_N)
+    for first_block in range(
+        tl.min(first_candidate, 0) - MARGIN, tl.max(end_candidate, 0), TILE_BLOCKS - MARGIN
+    ):
+        compressed = (first_block + place // ROOM) * IN_BLOCK + place % ROOM
         k = tl.trans(_load_keys(k_ptr, compressed, n_compressed, DIM, TILE_D))
         weights = tl.zeros([TILE_Q, TILE_N], tl.float32)
         for head_in_group in range(GROUP):
@@ -213,14 +220,28 @@ def importance_kernel(
             score = tl.dot(q, k, input_precision="tf32x3") * factor
             weights += tl.exp2(score - (lse * _LOG2_E)[:, None])
         seen = (compressed[None, :] >= begin[:, None]) & (compressed[None, :] < end[:, None])
-        weights = tl.where(seen, weights, 0.0)
-        importance = tl.dot(weights, overlap, input_precision="tf32x3")
-        block = first_in_tile + block_in_tile
+        if ROOM != IN_BLOCK:
+            seen = seen & (place % ROOM < IN_BLOCK)[None, :]
+        weights = tl.reshape(tl.where(seen, weights, 0.0), [TILE_Q, TILE_BLOCKS, ROOM])
+        importance = tl.zeros([TILE_Q, TILE_BLOCKS], tl.float32)
+        for later in tl.static_range(MARGIN + 1):
+            # The overlap, in strides, of a compressed block with the block that is `later` blocks
+            # after the block in which it begins.
+            overlap = tl.minimum(in_block + IN_COMPRESSED, (later + 1) * IN_BLOCK)
+            overlap = tl.maximum(overlap - tl.maximum(in_block, later * IN_BLOCK), 0)
+            part = tl.sum(weights * overlap.to(tl.float32)[None, None, :], 2)
+            if later > 0:
+                source = tl.maximum(block_in_tile - later, 0)[None, :]
+                part = tl.gather(part, tl.broadcast_to(source, [TILE_Q, TILE_BLOCKS]), 1)
+            importance += part
+        block = first_block + block_in_tile
         # Importances are not negative, so their bits are in the order of their values.
         bits = importance.to(tl.int32, bitcast=True)
         bits = tl.where(importance != importance, 0x7FFFFFFF, bits)
         key = (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
-        candidate = (block[None, :] >= first_candidate[:, None]) & (block_in_tile < BLOCKS)[None, :]
+        candidate = (block[None, :] >= first_candidate[:, None]) & (block_in_tile >= MARGIN)[
+            None, :
+        ]
         candidate = candidate & (block[None, :] < end_candidate[:, None])
         best = keep_best(best, tl.where(candidate, key, NOTHING))
     best = tl.sort(best, descending=True)  # unused slots come first

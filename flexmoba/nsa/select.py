@@ -249,11 +249,19 @@ def _importance(
     # The softmax of a query that sees no compressed block is NaN.
     weights = scores.masked_fill_(unseen, float("-inf")).softmax(-1).masked_fill_(unseen, 0.0)
     weight = weights.sum(2)
+    return block_importance(weight, n_blocks, sizes)
+
+
+def block_importance(weight: Tensor, n_blocks: int, sizes: NsaSizes) -> Tensor:
+    """Returns the importance of blocks, ``(B, Hkv, rows, n_blocks)`` (Eq. 9).
+
+    ``weight (B, Hkv, rows, compressed blocks)`` holds softmax weights, summed over query heads.
+    """
     # In strides, compressed blocks and blocks have the lengths s and r. Block j overlaps the
     # compressed blocks from r * j - s + 1 to r * j + r - 1. Every block sums its overlaps in the
     # same order, so that equal weights give equal importances.
     r, s = sizes.block_size // sizes.cmp_stride, sizes.cmp_block // sizes.cmp_stride
-    padded = F.pad(weight, (s - 1, r * n_blocks - n_compressed))
+    padded = F.pad(weight, (s - 1, r * n_blocks - weight.shape[-1]))
     importance = weight.new_zeros((*weight.shape[:3], n_blocks))
     for i in range(r + s - 1):
         overlap = min(i + 1, r, s, r + s - 1 - i)

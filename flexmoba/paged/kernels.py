@@ -27,7 +27,7 @@ from flexmoba.gate.kernel import (
     keep_best,
     nothing_yet,
     only_candidates,
-    ordered_scores,
+    scores_of,
     sort_keys,
 )
 from flexmoba.paged.batch import PagedBatch
@@ -272,7 +272,7 @@ def _score_kernel(
             mask=is_candidate[:, None] & in_dim,
             other=0.0,
         )
-        keys = sort_keys(ordered_scores(q, mean, BY_PARTS), block)
+        keys = sort_keys(scores_of(q, mean, BY_PARTS), block)
         keys = only_candidates(keys, block, first_of_row, end_of_row)
         best = keep_best(best, keys)
     best = tl.where(slot < COUNT, best, NOTHING)

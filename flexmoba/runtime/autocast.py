@@ -18,7 +18,8 @@ def without_autocast(
 
     @functools.wraps(function)
     def wrapped(x: Tensor, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        if not _has_autocast(x.device.type):
+        # Where autocast is off, its context would take longer than an operator of flexmoba.
+        if not _has_autocast(x.device.type) or not torch.is_autocast_enabled(x.device.type):
             return function(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)

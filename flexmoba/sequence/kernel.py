@@ -1,10 +1,10 @@
 """Copies rows by index in one Triton kernel that reads and writes each row once."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.runtime.triton_launch import kernel, launch
 
 _TILE = 4096  # elements that a program copies
@@ -27,7 +27,7 @@ def move_on_cuda(x: Tensor, source: Tensor) -> Tensor:
     unit = _UNIT if all(stride % _UNIT == 0 for stride in x.stride()[:3]) else 1
     length = source.shape[1]
     out = x.new_empty(batch, heads, length, dim)
-    tile_d = triton.next_power_of_2(dim)
+    tile_d = next_power_of_2(dim)
     constants = {
         "DIM": dim,
         "TILE_D": tile_d,
@@ -35,7 +35,7 @@ def move_on_cuda(x: Tensor, source: Tensor) -> Tensor:
         "UNIT": unit,
         "num_warps": 4,
     }
-    tiles = triton.cdiv(length, constants["ROWS"])
+    tiles = ceil_div(length, constants["ROWS"])
     strides = (stride // unit for stride in x.stride()[:3])
     with torch.cuda.device_of(x):
         launch(

@@ -101,7 +101,8 @@ def _differentiate(
         )
         return grads
 
-    d_q, d_k, d_v = differentiate(_padded(grad_out, q), _padded(out, q), v)
+    padded_grad, padded_out = (_pad(x.to(q.dtype), q.shape[-1]) for x in (grad_out, out))
+    d_q, d_k, d_v = differentiate(padded_grad, padded_out, v)
     if grad_lse is not None:
         column = torch.zeros_like(q)
         column[..., 0] = grad_lse
@@ -121,14 +122,15 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor) -> Inputs:
     precise = torch.promote_types(q.dtype, torch.float32)
     dim = ceil_div(max(q.shape[-1], v.shape[-1]), _VECTOR) * _VECTOR
     group = q.shape[1] // k.shape[1]
-    q, k, v = (F.pad(x.detach().to(precise), (0, dim - x.shape[-1])) for x in (q, k, v))
+    q, k, v = (_pad(x.detach().to(precise), dim) for x in (q, k, v))
     if group > 1:  # torch 2.11 documents no grouped heads
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     return q, k, v
 
 
-def _padded(x: Tensor, like: Tensor) -> Tensor:
-    return F.pad(x.to(like.dtype), (0, like.shape[-1] - x.shape[-1]))
+def _pad(x: Tensor, dim: int) -> Tensor:
+    """Returns ``x`` with zeros up to a head dim, which the kernel requires to be contiguous."""
+    return F.pad(x, (0, dim - x.shape[-1])).contiguous()
 
 
 def _gathered(grad: Tensor, like: Tensor) -> Tensor:

@@ -117,8 +117,11 @@ register_attention(_attend, _attend_backward, n_tensors=3, fake=_fake, fake_back
 
 
 def _out_like(q: Tensor, v: Tensor, device: torch.device | str) -> Tensor:
-    """Returns an empty output: in the layout of ``q``, which cuDNN's output has, if it can be."""
-    if q.shape[-1] == v.shape[-1]:
+    """Returns an empty output, in the layout of ``q`` if it has the head dim last.
+
+    The output of cuDNN has this layout.
+    """
+    if q.shape[-1] == v.shape[-1] and q.stride(-1) == 1:
         return torch.empty_like(q, device=device)
     return q.new_empty((*q.shape[:3], v.shape[-1]), device=device)
 

@@ -1,7 +1,7 @@
 """Launches the warp-specialised attention of routed blocks, where it supports the inputs.
 
-Gluon is an experimental part of Triton: this module and `hopper_kernels` alone use it, and in
-versions that were compiled with it.
+Gluon is an experimental part of Triton: this module and the kernels of Hopper alone use it, with
+versions of Triton that compiled them.
 """
 
 import functools
@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from flexmoba.backends.fused.routing import blocks_of_items, first_items_of_blocks
+from flexmoba.backends.fused.routing import tiles_of_blocks
 from flexmoba.backends.fused.schedule import Piece, Sizes, SortGroup
 from flexmoba.backends.fused.strides import head_strides, token_stride
 from flexmoba.runtime.triton_launch import launch
@@ -20,25 +20,20 @@ from flexmoba.runtime.triton_launch import launch
 # Private: set to True where a measurement has shown the kernel to be faster.
 enabled = False
 
-_ROWS, _KEYS = 128, 128
-_LEAST_BLOCK = 256
+_KEYS = 128  # in a tile
+_ROWS_OF_TILE, _ROWS_OF_SHORT_BLOCK = 128, 64
 _HEAD_DIMS = (64, 128)
 # From this block size on, an enforced order of softmax and product is faster.
 _LEAST_ORDERED_BLOCK = 1024
 
 
 class Tiles(NamedTuple):
-    """The tiles of rows of a sort group.
+    """The tiles of rows of a sort group, as `tiles_of_blocks` returns them."""
 
-    Attributes:
-        first_rows: ``(bins + 1,)`` int32, the first row of each bin.
-        first_tile: ``(blocks + 1,)`` int32, the first tile of each block.
-        block_of_tile: ``(tiles,)`` int32, the block of each tile.
-    """
-
-    first_rows: Tensor
-    first_tile: Tensor
-    block_of_tile: Tensor
+    first_of_block: Tensor
+    block: Tensor
+    begin: Tensor
+    end: Tensor
 
 
 class _Place(NamedTuple):
@@ -54,12 +49,11 @@ class _Place(NamedTuple):
 def supports(k: Tensor, v: Tensor, sizes: Sizes, *, is_causal: bool) -> bool:
     """Returns whether the kernel supports a call.
 
-    It attends to full blocks of several tiles of keys, whose rows the copy engine can address.
+    It attends to full blocks of full tiles of keys, whose rows the copy engine can address.
     """
     return (
         enabled
         and sizes.count > 0
-        and sizes.block_size >= _LEAST_BLOCK
         and sizes.block_size % _KEYS == 0
         and sizes.dim == sizes.value_dim
         and sizes.dim in _HEAD_DIMS
@@ -71,9 +65,12 @@ def supports(k: Tensor, v: Tensor, sizes: Sizes, *, is_causal: bool) -> bool:
 
 
 def tiles_of(first_rows: Tensor, group: SortGroup, sizes: Sizes) -> Tiles:
-    """Divides the rows of each block into tiles of 128."""
-    *_, first_tile = first_items_of_blocks(first_rows, _ROWS, _ROWS, group, sizes)
-    return Tiles(first_rows, first_tile, blocks_of_items(first_tile, _ROWS, group, sizes))
+    """Divides the rows of each block into tiles."""
+    return Tiles(*tiles_of_blocks(first_rows, _rows(sizes), group, sizes))
+
+
+def _rows(sizes: Sizes) -> int:
+    return _ROWS_OF_SHORT_BLOCK if sizes.block_size == _KEYS else _ROWS_OF_TILE
 
 
 def attend_on_hopper(
@@ -98,15 +95,14 @@ def attend_on_hopper(
         sizes: The sizes of the call.
         factor: The scale in base 2.
     """
-    from flexmoba.backends.fused.hopper_kernels import hopper_attend_kernel
-
     q, k, v = inputs
     (q_stride_b, q_stride_h), unit = head_strides(q)
     k_place, v_place = _place(k), _place(v)
     assert k_place is not None
     assert v_place is not None
+    hopper_kernel, constants = _kernel(sizes)
     launch(
-        hopper_attend_kernel,
+        hopper_kernel,
         torch.cuda.get_device_properties(q.device).multi_processor_count,
         (
             *(q, _descriptor(k, k_place), _descriptor(v, v_place), *partial, pairs, *tiles),
@@ -116,24 +112,35 @@ def attend_on_hopper(
             (piece.first_query - group.first_query) * sizes.count,
             *(sizes.kv_heads, sizes.q_len, sizes.n_blocks, factor),
         ),
-        {
-            "GROUP": sizes.group,
-            "COUNT": sizes.count,
-            "BLOCK_SIZE": sizes.block_size,
-            "ROWS": _ROWS,
-            "KEYS": _KEYS,
-            "DIM": sizes.dim,
-            "Q_STRIDE": token_stride(q),
-            "UNIT": unit,
-            "STAGES": 2,
-            "ORDERED": sizes.block_size >= _LEAST_ORDERED_BLOCK,
-            "REGISTERS": 216,
-            "COPY_REGISTERS": 56,
-            "num_warps": 4,
-            "maxnreg": 168,
-        },
+        constants | {"Q_STRIDE": token_stride(q), "UNIT": unit},
         (q.dtype,),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel(sizes: Sizes) -> tuple[Any, dict[str, int]]:
+    """Returns the kernel for a block size, and its constants but for strides."""
+    # A thread of the products needs about 200 registers, and one of the copies few.
+    constants = {
+        "GROUP": sizes.group,
+        "COUNT": sizes.count,
+        "BLOCK_SIZE": sizes.block_size,
+        "ROWS": _rows(sizes),
+        "DIM": sizes.dim,
+        "STAGES": 2,
+        "REGISTERS": 216,
+        "COPY_REGISTERS": 56,
+        "num_warps": 4,
+        "maxnreg": 168,
+    }
+    if sizes.block_size == _KEYS:
+        from flexmoba.backends.fused.hopper_block_kernels import hopper_block_kernel
+
+        return hopper_block_kernel, constants | {"Q_STAGES": 4}
+    from flexmoba.backends.fused.hopper_kernels import hopper_attend_kernel
+
+    is_ordered = sizes.block_size >= _LEAST_ORDERED_BLOCK
+    return hopper_attend_kernel, constants | {"KEYS": _KEYS, "ORDERED": is_ordered}
 
 
 @functools.cache

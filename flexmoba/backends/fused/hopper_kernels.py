@@ -35,47 +35,68 @@ def allocate_barriers(N: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def tile_of_rows(item, tables, first_block, n_blocks, ROWS: gl.constexpr):
+def load_tile(tile, table):
     """Returns the block of a tile, counted over all KV heads, and the range of its rows."""
-    first_row_ptr, first_item_ptr, block_of_item_ptr = tables
-    item += gl.load(first_item_ptr + first_block)
-    block = gl.load(block_of_item_ptr + item)
-    bin = block + block // n_blocks
-    begin = gl.load(first_row_ptr + bin) + (item - gl.load(first_item_ptr + block)) * ROWS
-    return block, begin, gl.minimum(begin + ROWS, gl.load(first_row_ptr + bin + 1))
+    block_ptr, begin_ptr, end_ptr = table
+    return gl.load(block_ptr + tile), gl.load(begin_ptr + tile), gl.load(end_ptr + tile)
+
+
+@gluon.jit
+def place_of_block(block, places, n_blocks, first_kv_head, kv_heads, BLOCK_SIZE: gl.constexpr):
+    """Returns the row and the column of the first key and value of a block in their matrices."""
+    k_row_b, k_row_h, k_column_h, v_row_b, v_row_h, v_column_h = places
+    kv_head = first_kv_head + block // n_blocks
+    batch = kv_head // kv_heads
+    head = kv_head - batch * kv_heads
+    key = block % n_blocks * BLOCK_SIZE
+    return (
+        batch * k_row_b + head * k_row_h + key, head * k_column_h,
+        batch * v_row_b + head * v_row_h + key, head * v_column_h,
+    )  # fmt: skip
+
+
+@gluon.jit
+def query_offsets(
+    block, index, pair_ptr, q_stride_b, q_stride_h, n_blocks, first_query, first_kv_head, kv_heads,
+    q_len,
+    GROUP: gl.constexpr, COUNT: gl.constexpr, Q_STRIDE: gl.constexpr, UNIT: gl.constexpr,
+):  # fmt: skip
+    """Returns the offsets of the queries of rows, given by their indices, of a block."""
+    kv_head = first_kv_head + block // n_blocks
+    batch = kv_head // kv_heads
+    head = (kv_head - batch * kv_heads) * GROUP * q_stride_h
+    query = first_query - kv_head * GROUP * q_len + gl.load(pair_ptr + index) // COUNT
+    head_in_group = query // q_len
+    offset = (batch * q_stride_b + head + head_in_group * q_stride_h) * UNIT
+    return offset + (query - head_in_group * q_len).to(gl.int64) * Q_STRIDE
 
 
 @gluon.jit
 def copy_keys(
-    k_desc, v_desc, k_buffer, v_buffer, k_full, k_free, v_full, v_free, tables, places, n_tiles,
-    first_block, n_blocks, first_kv_head, kv_heads,
-    BLOCK_SIZE: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexpr,
-    STAGES: gl.constexpr,
+    k_desc, v_desc, k_buffer, v_buffer, k_full, k_free, v_full, v_free, table, places, first_tile,
+    last_tile, n_blocks, first_kv_head, kv_heads,
+    BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copies the keys and values of each tile's block to shared memory."""
-    k_row_b, k_row_h, k_column_h, v_row_b, v_row_h, v_column_h = places
     n = 0
-    for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        block, _, _ = tile_of_rows(tile, tables, first_block, n_blocks, ROWS)
-        kv_head = first_kv_head + block // n_blocks
-        batch = kv_head // kv_heads
-        head = kv_head - batch * kv_heads
-        first_key = block % n_blocks * BLOCK_SIZE
-        k_row = batch * k_row_b + head * k_row_h + first_key
-        v_row = batch * v_row_b + head * v_row_h + first_key
+    for tile in range(first_tile + gl.program_id(0), last_tile, gl.num_programs(0)):
+        block, _, _ = load_tile(tile, table)
+        k_row, k_column, v_row, v_column = place_of_block(
+            block, places, n_blocks, first_kv_head, kv_heads, BLOCK_SIZE
+        )
         for start in range(0, BLOCK_SIZE, KEYS):
             stage = n % STAGES
             phase = n // STAGES & 1 ^ 1
             mbarrier.wait(k_free.index(stage), phase)
             mbarrier.expect(k_full.index(stage), KEYS * DIM * 2)
             tma.async_copy_global_to_shared(
-                k_desc, [k_row + start, head * k_column_h], k_full.index(stage),
+                k_desc, [k_row + start, k_column], k_full.index(stage),
                 k_buffer.index(stage),
             )  # fmt: skip
             mbarrier.wait(v_free.index(stage), phase)
             mbarrier.expect(v_full.index(stage), KEYS * DIM * 2)
             tma.async_copy_global_to_shared(
-                v_desc, [v_row + start, head * v_column_h], v_full.index(stage),
+                v_desc, [v_row + start, v_column], v_full.index(stage),
                 v_buffer.index(stage),
             )  # fmt: skip
             n += 1
@@ -83,8 +104,7 @@ def copy_keys(
 
 @gluon.jit
 def gather_queries(
-    q_ptr, pair_ptr, q_buffer, q_full, q_free, tables, n_tiles, q_stride_b, q_stride_h,
-    first_block, n_blocks, first_query, first_kv_head, kv_heads, q_len,
+    q_ptr, pair_ptr, q_buffer, q_full, q_free, table, first_tile, last_tile, sizes,
     GROUP: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr,
     Q_STRIDE: gl.constexpr, UNIT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -92,26 +112,22 @@ def gather_queries(
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [1, 1], [1, 0])
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
     dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
+    q_stride_b, q_stride_h, n_blocks, first_query, first_kv_head, kv_heads, q_len = sizes
     n = 0
-    for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        block, begin, end = tile_of_rows(tile, tables, first_block, n_blocks, ROWS)
-        kv_head = first_kv_head + block // n_blocks
-        batch = kv_head // kv_heads
-        q_head = (kv_head - batch * kv_heads) * GROUP * q_stride_h
-        head_ptr = q_ptr + (batch * q_stride_b + q_head) * UNIT
-        first = first_query - kv_head * GROUP * q_len
+    for tile in range(first_tile + gl.program_id(0), last_tile, gl.num_programs(0)):
+        block, begin, end = load_tile(tile, table)
         stage = n % STAGES
         mbarrier.wait(q_free.index(stage), n // STAGES & 1 ^ 1)
         for half in gl.static_range(2):
             for part in gl.static_range(ROWS // 32):
                 index = gl.minimum(begin + half * (ROWS // 2) + part * 16 + row, end - 1)
-                query = first + gl.load(pair_ptr + index) // COUNT
-                head_in_group = query // q_len
-                offset = head_in_group * q_stride_h * UNIT
-                offset += (query - head_in_group * q_len).to(gl.int64) * Q_STRIDE
+                offset = query_offsets(
+                    block, index, pair_ptr, q_stride_b, q_stride_h, n_blocks, first_query,
+                    first_kv_head, kv_heads, q_len, GROUP, COUNT, Q_STRIDE, UNIT,
+                )  # fmt: skip
                 async_copy.async_copy_global_to_shared(
                     q_buffer.index(stage * 2 + half).slice(part * 16, 16),
-                    head_ptr + offset[:, None] + dim[None, :],
+                    q_ptr + offset[:, None] + dim[None, :],
                 )
         async_copy.commit_group()
         async_copy.wait_group(0)
@@ -132,8 +148,7 @@ def add_scores(scores, highest, total, factor):
 @gluon.jit
 def attend_half(
     q_buffer, k_buffer, v_buffer, q_full, q_free, k_full, k_free, v_full, v_free,
-    partial_ptr, partial_lse_ptr, pair_ptr, tables, n_tiles, first_block, n_blocks, piece_pair,
-    factor,
+    partial_ptr, partial_lse_ptr, pair_ptr, table, first_tile, last_tile, piece_pair, factor,
     HALF: gl.constexpr, BLOCK_SIZE: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
     DIM: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
@@ -147,7 +162,7 @@ def attend_half(
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     n = 0
     n_queries = 0
-    for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
+    for tile in range(first_tile + gl.program_id(0), last_tile, gl.num_programs(0)):
         q_stage = n_queries % STAGES
         q = q_buffer.index(q_stage * 2 + HALF)
         zeros = gl.full([M, KEYS], 0.0, gl.float32, SCORES)
@@ -196,26 +211,50 @@ def attend_half(
         n += 1
 
         out = out * gl.convert_layout(1.0 / total, OUT_ROWS)[:, None]
-        _, begin, end = tile_of_rows(tile, tables, first_block, n_blocks, ROWS)
-        row = begin + HALF * M + gl.arange(0, M, layout=SCORE_ROWS)
-        partial = gl.load(pair_ptr + gl.minimum(row, end - 1)) - piece_pair
-        gl.store(partial_lse_ptr + partial, highest + gl.log2(total), mask=row < end)
-        q.store(out.to(q_buffer.dtype))  # through shared memory, so that rows are written whole
-        out_rows = q.load(STORED)
-        row = begin + HALF * M + gl.arange(0, M, layout=gl.SliceLayout(1, STORED))
-        partial = gl.load(pair_ptr + gl.minimum(row, end - 1)) - piece_pair
-        dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, STORED))
-        offset = partial.to(gl.int64)[:, None] * DIM + dim[None, :]
-        gl.store(partial_ptr + offset, out_rows, mask=(row < end)[:, None])
-        fence_async_shared()
+        _, begin, end = load_tile(tile, table)
+        begin += HALF * M
+        store_partial(
+            out, highest + gl.log2(total), q,
+            load_pairs(begin, end, pair_ptr, piece_pair, M, SCORE_ROWS),
+            load_pairs(begin, end, pair_ptr, piece_pair, M, gl.SliceLayout(1, STORED)),
+            partial_ptr, partial_lse_ptr, DIM, STORED,
+        )  # fmt: skip
         mbarrier.arrive(q_free.index(q_stage), count=1)
         n_queries += 1
 
 
+@gluon.jit
+def load_pairs(begin, end, pair_ptr, piece_pair, N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Loads the pairs of rows, counted from the first pair of the piece, and a mask of rows."""
+    row = begin + gl.arange(0, N, layout=LAYOUT)
+    return gl.load(pair_ptr + gl.minimum(row, end - 1)) - piece_pair, row < end
+
+
+@gluon.jit
+def store_partial(
+    out, lse, buffer, lse_pairs, out_pairs, partial_ptr, partial_lse_ptr,
+    DIM: gl.constexpr, STORED: gl.constexpr,
+):  # fmt: skip
+    """Writes partial outputs through shared memory, so that rows are written whole.
+
+    ``lse_pairs`` and ``out_pairs`` are from `load_pairs`, in the layout of ``lse`` and of the rows
+    of ``STORED``.
+    """
+    partial, valid = lse_pairs
+    gl.store(partial_lse_ptr + partial, lse, mask=valid)
+    buffer.store(out.to(buffer.dtype))
+    out_rows = buffer.load(STORED)
+    partial, valid = out_pairs
+    dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, STORED))
+    offset = partial.to(gl.int64)[:, None] * DIM + dim[None, :]
+    gl.store(partial_ptr + offset, out_rows, mask=valid[:, None])
+    fence_async_shared()
+
+
 @functools.partial(kernel, jit=gluon.jit)
 def hopper_attend_kernel(
-    q_ptr, k_desc, v_desc, partial_ptr, partial_lse_ptr, pair_ptr, first_row_ptr, first_item_ptr,
-    block_of_item_ptr,
+    q_ptr, k_desc, v_desc, partial_ptr, partial_lse_ptr, pair_ptr, first_tile_ptr, block_ptr,
+    begin_ptr, end_ptr,
     q_stride_b: gl.int64, q_stride_h: gl.int64,
     k_row_b: gl.int32, k_row_h: gl.int32, k_column_h: gl.int32,
     v_row_b: gl.int32, v_row_h: gl.int32, v_column_h: gl.int32,
@@ -240,22 +279,21 @@ def hopper_attend_kernel(
     q_full, q_free = allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 2)
     k_full, k_free = allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 2)
     v_full, v_free = allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 2)
-    tables = (first_row_ptr, first_item_ptr, block_of_item_ptr)
+    table = (block_ptr, begin_ptr, end_ptr)
     places = (k_row_b, k_row_h, k_column_h, v_row_b, v_row_h, v_column_h)
-    n_tiles = gl.load(first_item_ptr + last_block) - gl.load(first_item_ptr + first_block)
+    sizes = (q_stride_b, q_stride_h, n_blocks, first_query, first_kv_head, kv_heads, q_len)
+    first_tile = gl.load(first_tile_ptr + first_block)
+    last_tile = gl.load(first_tile_ptr + last_block)
     gl.warp_specialize([
         (attend_half, (q_buffer, k_buffer, v_buffer, q_full, q_free, k_full, k_free, v_full, v_free,
-                       partial_ptr, partial_lse_ptr, pair_ptr, tables, n_tiles, first_block,
-                       n_blocks, piece_pair, factor,
-                       0, BLOCK_SIZE, ROWS, KEYS, DIM, STAGES, ORDERED)),
+                       partial_ptr, partial_lse_ptr, pair_ptr, table, first_tile, last_tile,
+                       piece_pair, factor, 0, BLOCK_SIZE, ROWS, KEYS, DIM, STAGES, ORDERED)),
         (attend_half, (q_buffer, k_buffer, v_buffer, q_full, q_free, k_full, k_free, v_full, v_free,
-                       partial_ptr, partial_lse_ptr, pair_ptr, tables, n_tiles, first_block,
-                       n_blocks, piece_pair, factor,
-                       1, BLOCK_SIZE, ROWS, KEYS, DIM, STAGES, ORDERED)),
-        (copy_keys, (k_desc, v_desc, k_buffer, v_buffer, k_full, k_free, v_full, v_free, tables,
-                     places, n_tiles, first_block, n_blocks, first_kv_head, kv_heads,
-                     BLOCK_SIZE, ROWS, KEYS, DIM, STAGES)),
-        (gather_queries, (q_ptr, pair_ptr, q_buffer, q_full, q_free, tables, n_tiles, q_stride_b,
-                          q_stride_h, first_block, n_blocks, first_query, first_kv_head, kv_heads,
-                          q_len, GROUP, COUNT, ROWS, DIM, Q_STRIDE, UNIT, STAGES)),
+                       partial_ptr, partial_lse_ptr, pair_ptr, table, first_tile, last_tile,
+                       piece_pair, factor, 1, BLOCK_SIZE, ROWS, KEYS, DIM, STAGES, ORDERED)),
+        (copy_keys, (k_desc, v_desc, k_buffer, v_buffer, k_full, k_free, v_full, v_free, table,
+                     places, first_tile, last_tile, n_blocks, first_kv_head, kv_heads,
+                     BLOCK_SIZE, KEYS, DIM, STAGES)),
+        (gather_queries, (q_ptr, pair_ptr, q_buffer, q_full, q_free, table, first_tile, last_tile,
+                          sizes, GROUP, COUNT, ROWS, DIM, Q_STRIDE, UNIT, STAGES)),
     ], [4, 1, 1], [REGISTERS, COPY_REGISTERS, COPY_REGISTERS])  # fmt: skip

@@ -6,7 +6,9 @@ from torch import Tensor
 from flexmoba.backends.fused.routing_kernels import (
     bin_kernel,
     first_items_kernel,
+    first_rows_kernel,
     list_items_kernel,
+    list_tiles_kernel,
 )
 from flexmoba.backends.fused.schedule import Sizes, SortGroup
 from flexmoba.runtime.triton_launch import launch
@@ -48,8 +50,15 @@ def sort_pairs(routed: Tensor, group: SortGroup, sizes: Sizes) -> tuple[Tensor, 
 def first_rows_of_bins(bins: Tensor, group: SortGroup, sizes: Sizes) -> Tensor:
     """Returns the first row of each bin and the number of rows, ``(bins + 1,)`` int32."""
     n_bins = group.n_kv_heads * (sizes.n_blocks + 1)
-    index = torch.arange(n_bins + 1, dtype=bins.dtype, device=bins.device)
-    return torch.searchsorted(bins, index, out_int32=True)
+    first_rows = bins.new_empty(n_bins + 1, dtype=torch.int32)
+    launch(
+        first_rows_kernel,
+        -(-(n_bins + 1) // 128),
+        (bins, first_rows, n_bins, bins.shape[0]),
+        {"TILE": 128},
+        (bins.dtype,),
+    )
+    return first_rows
 
 
 def first_items_of_blocks(
@@ -84,3 +93,27 @@ def blocks_of_items(first_item: Tensor, item_rows: int, group: SortGroup, sizes:
     block_of_item = first_item.new_empty(max_items)
     launch(list_items_kernel, n_blocks, (first_item, block_of_item), {"TILE": 128}, ())
     return block_of_item
+
+
+def tiles_of_blocks(
+    first_rows: Tensor, rows: int, group: SortGroup, sizes: Sizes
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Divides the rows of each block into tiles.
+
+    Returns:
+        The first tile of each block ``(blocks + 1,)``, and of each tile its block, its first row
+        and the end of its rows, all int32. The last three are as long as the largest possible
+        number of tiles.
+    """
+    *_, first_tile = first_items_of_blocks(first_rows, rows, rows, group, sizes)
+    n_blocks = group.n_kv_heads * sizes.n_blocks
+    max_tiles = group.n_queries * sizes.count // rows + n_blocks
+    block, begin, end = (first_rows.new_empty(max_tiles) for _ in range(3))
+    launch(
+        list_tiles_kernel,
+        n_blocks,
+        (first_rows, first_tile, block, begin, end, sizes.n_blocks),
+        {"ROWS": rows, "TILE": 32},
+        (),
+    )
+    return first_tile, block, begin, end

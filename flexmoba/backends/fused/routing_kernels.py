@@ -26,6 +26,23 @@ def bin_kernel(
 
 
 @kernel
+def first_rows_kernel(
+    bin_ptr, first_row_ptr, n_bins: tl.int32, n_rows: tl.int32, TILE: tl.constexpr
+):
+    """Writes the first row of every bin, and the number of rows, by binary search."""
+    bin = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    low = tl.zeros([TILE], tl.int32)
+    high = low + n_rows
+    while tl.max(high - low, 0) > 0:
+        middle = low + (high - low) // 2
+        is_open = low < high
+        is_before = tl.load(bin_ptr + middle, mask=is_open, other=0).to(tl.int32) < bin
+        low = tl.where(is_open & is_before, middle + 1, low)
+        high = tl.where(is_open & (is_before == 0), middle, high)
+    tl.store(first_row_ptr + bin, low, mask=bin <= n_bins)
+
+
+@kernel
 def first_items_kernel(
     first_row_ptr, first_item_ptr, first_extra_ptr, first_query_item_ptr,
     all_blocks: tl.int32, n_blocks: tl.int32, item_rows: tl.int32,
@@ -66,3 +83,22 @@ def list_items_kernel(first_item_ptr, block_of_item_ptr, TILE: tl.constexpr):
     for start in range(tl.load(first_item_ptr + block), end, TILE):
         item = start + tl.arange(0, TILE)
         tl.store(block_of_item_ptr + item, tl.zeros([TILE], tl.int32) + block, mask=item < end)
+
+
+@kernel
+def list_tiles_kernel(
+    first_row_ptr, first_tile_ptr, block_ptr, begin_ptr, end_ptr,
+    n_blocks: tl.int32,
+    ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Writes the block and the range of rows of every tile of at most ROWS rows."""
+    block = tl.program_id(0)
+    bin = block + block // n_blocks
+    begin, end = tl.load(first_row_ptr + bin), tl.load(first_row_ptr + bin + 1)
+    first, last = tl.load(first_tile_ptr + block), tl.load(first_tile_ptr + block + 1)
+    for start in range(first, last, TILE):
+        tile = start + tl.arange(0, TILE)
+        row = begin + (tile - first) * ROWS
+        tl.store(block_ptr + tile, tl.zeros([TILE], tl.int32) + block, mask=tile < last)
+        tl.store(begin_ptr + tile, row, mask=tile < last)
+        tl.store(end_ptr + tile, tl.minimum(row + ROWS, end), mask=tile < last)

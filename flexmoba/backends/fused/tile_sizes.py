@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from flexmoba.backends.fused.schedule import QUERY_TILE, Sizes
+from flexmoba.blocks import next_power_of_2
 
 DELTA_ROWS = 64  # queries that one program of `delta_kernel` processes
 
@@ -44,9 +45,9 @@ def _constants(
         "COUNT": sizes.count,
         "BLOCK_SIZE": sizes.block_size,
         "DIM": sizes.dim,
-        "TILE_DIM": _next_power_of_2(sizes.dim),
+        "TILE_DIM": next_power_of_2(sizes.dim),
         "VALUE_DIM": sizes.value_dim,
-        "TILE_VALUE_DIM": _next_power_of_2(sizes.value_dim),
+        "TILE_VALUE_DIM": next_power_of_2(sizes.value_dim),
         **dict(zip(names, layout, strict=False)),  # the forward pass has no GRAD_STRIDE
     }
 
@@ -55,9 +56,9 @@ def _forward_tiles(
     sizes: Sizes, is_causal: bool, large_shared_memory: bool
 ) -> Iterator[dict[str, int]]:
     """Yields the tile sizes of `attend_kernel` and `finish_kernel`, tuned on one NVIDIA H200."""
-    finish_keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
+    finish_keys = min(64, max(16, next_power_of_2(sizes.block_size)))
     if sizes.block_size <= 128:
-        keys = max(16, _next_power_of_2(sizes.block_size))
+        keys = max(16, next_power_of_2(sizes.block_size))
         attend = {"SHARE": 1024, "ROWS": 64, "KEYS": keys, "num_warps": 4, "num_stages": 1}
     elif sizes.block_size <= 1024 or not large_shared_memory:
         stages = 3 if large_shared_memory else 2
@@ -73,9 +74,9 @@ def _backward_tiles(
     sizes: Sizes, is_causal: bool, large_shared_memory: bool
 ) -> Iterator[dict[str, int]]:
     """Yields the tile sizes of the first three kernels of `backward_constants`."""
-    finish_keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
+    finish_keys = min(64, max(16, next_power_of_2(sizes.block_size)))
     if sizes.block_size <= 128 and large_shared_memory:
-        keys = max(16, _next_power_of_2(sizes.block_size))
+        keys = max(16, next_power_of_2(sizes.block_size))
         key = {"ROWS": 64, "KEYS": keys, "num_warps": 8, "num_stages": 4}
     else:
         stages = 2 if large_shared_memory else 1
@@ -96,10 +97,6 @@ def _is_ragged(sizes: Sizes, keys: int, is_causal: bool) -> bool:
     If causal, no query routes to the last block, which may be shorter than the others.
     """
     return sizes.block_size % keys != 0 or (not is_causal and sizes.kv_len % sizes.block_size != 0)
-
-
-def _next_power_of_2(x: int) -> int:
-    return 1 << (x - 1).bit_length()
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from flexmoba.backends.fused.routing import (
 )
 from flexmoba.backends.fused.schedule import Sizes, SortGroup
 from flexmoba.backends.fused.strides import aligned, head_strides, token_stride
+from flexmoba.backends.fused.tile_sizes import has_large_shared_memory
 from flexmoba.backends.grouped.kernels import attend_kernel, key_grads_kernel, query_grads_kernel
 from flexmoba.blocks import ceil_div
 from flexmoba.runtime.triton_launch import launch, packed
@@ -111,7 +112,8 @@ def attend_backward_on_cuda(
         # A block with several items has less than twice as many items as its tokens fill.
         max_extra = 2 * pairs.shape[0] // item_rows
         extra = lse.new_empty(max_extra, block_size, sizes.dim + sizes.value_dim)
-        tile = constants | _key_tile(sizes)
+        large = has_large_shared_memory(q.device)
+        tile = constants | _key_tile(sizes, large_shared_memory=large)
         tiles_per_block = ceil_div(block_size, tile["KEYS"])
         launch(
             key_grads_kernel,
@@ -161,14 +163,15 @@ def _token_tile(sizes: Sizes) -> dict[str, int]:
     """Returns the tile sizes of the kernels that process one token."""
     rows = max(16, _next_power_of_2(sizes.group))
     keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
-    return {"ROWS": rows, "KEYS": keys, "num_warps": max(1, min(4, rows // 16)), "num_stages": 2}
+    return {"ROWS": rows, "KEYS": keys, "num_warps": 2 if rows == 16 else 4, "num_stages": 2}
 
 
-def _key_tile(sizes: Sizes) -> dict[str, int]:
-    """Returns the tile sizes of `key_grads_kernel`."""
+def _key_tile(sizes: Sizes, *, large_shared_memory: bool = True) -> dict[str, int]:
+    """Returns the tile sizes of `key_grads_kernel`, those of the fused backward pass."""
     keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
-    rows = 128 if max(sizes.dim, sizes.value_dim) <= 128 else 64
-    return {"ROWS": rows, "KEYS": keys, "num_warps": 8, "num_stages": 2}
+    stages = 4 if max(sizes.dim, sizes.value_dim) <= 128 else 2
+    stages = stages if large_shared_memory else 1
+    return {"ROWS": 64, "KEYS": keys, "num_warps": 8, "num_stages": stages}
 
 
 def _next_power_of_2(x: int) -> int:

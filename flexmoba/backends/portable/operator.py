@@ -25,6 +25,7 @@ from flexmoba.backends.portable.tile_math import (
     finite,
     is_within,
 )
+from flexmoba.backends.portable.workers import map_pieces
 from flexmoba.backends.routing import Tiles, first_visible_keys
 from flexmoba.blocks import TILE
 from flexmoba.runtime import without_autocast
@@ -127,7 +128,9 @@ def _attend(
         )
     out_rows = queries.new_empty((*query_of_row.shape, values.shape[-1]), dtype=precise)
     lse_rows = queries.new_empty(query_of_row.shape, dtype=precise)
-    for tiles, n_full, n_visible in _pieces(work, keys):
+
+    def attend_piece(piece: _Piece) -> None:
+        tiles, n_full, n_visible = piece
         block = block_of_tile[tiles].clamp(max=keys.shape[0] - 1)
         tile_q = _take(queries, query_of_row[tiles].clamp(min=0), precise)
         key, value = (
@@ -136,14 +139,18 @@ def _attend(
         )
         masked = _masked(work, tiles, slice(n_full, n_visible))
         out_rows[tiles], lse_rows[tiles] = attend(tile_q, key, value, masked, scale)
-    out_rows, lse_rows = out_rows.flatten(0, 1), lse_rows.flatten()
+
     out, lse = v.new_empty(queries.shape[0], v.shape[-1]), lse_rows.new_empty(queries.shape[0])
-    out_rows = out_rows[:, : v.shape[-1]]
-    for start in range(0, queries.shape[0], _QUERIES_AT_ONCE):
-        queries_at_once = slice(start, start + _QUERIES_AT_ONCE)
-        out[queries_at_once], lse[queries_at_once] = merge_forward(
-            out_rows, lse_rows, row_of_pair[queries_at_once]
-        )
+
+    def merge_piece(start: int) -> None:
+        piece = slice(start, start + _QUERIES_AT_ONCE)
+        rows = out_rows.flatten(0, 1)[:, : v.shape[-1]], lse_rows.flatten()
+        out[piece], lse[piece] = merge_forward(*rows, row_of_pair[piece])
+
+    for _ in map_pieces(attend_piece, _pieces(work, keys), q.device):
+        pass
+    for _ in map_pieces(merge_piece, range(0, queries.shape[0], _QUERIES_AT_ONCE), q.device):
+        pass
     return out.view(*q.shape[:3], -1), lse.view(q.shape[:3])
 
 
@@ -182,7 +189,9 @@ def _attend_backward(
     d_query_rows = queries.new_empty((*query_of_row.shape, queries.shape[-1]), dtype=precise)
     d_keys = torch.zeros_like(keys, dtype=precise)
     d_values = torch.zeros_like(values, dtype=precise)
-    for tiles, n_full, n_visible in _pieces(work, keys):
+
+    def differentiate_piece(piece: _Piece) -> tuple[Tensor, int, Tensor, Tensor]:
+        tiles, n_full, n_visible = piece
         block = block_of_tile[tiles].clamp(max=keys.shape[0] - 1)
         query = query_of_row[tiles].clamp(min=0)
         padding = (query_of_row[tiles] < 0)[..., None]
@@ -200,8 +209,13 @@ def _attend_backward(
         # The weights and the gradients of the scores hold every NaN that belongs to the result.
         # From here on, 0 * NaN would spread NaN to other rows.
         d_query_rows[tiles] = (d_scores @ finite(key)).mul_(scale)
-        _add_to_blocks(d_keys[:, :n_visible], block, d_scores.mT @ finite(tile_q))
-        _add_to_blocks(d_values[:, :n_visible], block, weights.mT @ finite(tile_grad))
+        return block, n_visible, d_scores.mT @ finite(tile_q), weights.mT @ finite(tile_grad)
+
+    for block, n_visible, d_key, d_value in map_pieces(
+        differentiate_piece, _pieces(work, keys), q.device
+    ):  # one piece after the other, because the order of sums is fixed
+        _add_to_blocks(d_keys[:, :n_visible], block, d_key)
+        _add_to_blocks(d_values[:, :n_visible], block, d_value)
     d_query_rows = d_query_rows.flatten(0, 1)
     d_q = torch.zeros_like(queries, dtype=precise)
     for rows in row_of_pair.unbind(1):
@@ -265,7 +279,10 @@ def _prepare(
     return queries, keys, values, work
 
 
-def _pieces(work: _Work, keys: Tensor) -> Iterator[tuple[slice, int, int]]:
+_Piece = tuple[slice, int, int]
+
+
+def _pieces(work: _Work, keys: Tensor) -> Iterator[_Piece]:
     """Yields pieces: the tiles, the number of keys that all rows see, and that any row sees."""
     n_blocks, n_keys, _ = keys.shape
     rows, n_own_tiles = work.query_of_row.shape[1], work.n_own_tiles

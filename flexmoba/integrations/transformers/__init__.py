@@ -13,5 +13,6 @@ if importlib.util.find_spec("transformers") is None:
 
 from flexmoba.integrations.transformers.cache import FlexMobaCache
 from flexmoba.integrations.transformers.convert import attach, convert, register
+from flexmoba.integrations.transformers.server import serve
 
-__all__ = ["FlexMobaCache", "attach", "convert", "register"]
+__all__ = ["FlexMobaCache", "attach", "convert", "register", "serve"]

@@ -11,11 +11,12 @@ from torch.nn.attention.flex_attention import AuxRequest
 from flexmoba.attention import flex_moba
 from flexmoba.backends import ScoreMod
 from flexmoba.cache import MobaCache
+from flexmoba.integrations.entry import CHILD
 from flexmoba.integrations.transformers.batching import is_paged, paged_attention
 from flexmoba.integrations.transformers.cache import MobaLayer, layer_of
 from flexmoba.integrations.transformers.packing import POSITIONS, documents_of
 from flexmoba.integrations.transformers.ranks import documents_over_ranks, shards_of
-from flexmoba.integrations.transformers.settings import CHILD, name_of, settings_of
+from flexmoba.integrations.transformers.settings import name_of, settings_of
 from flexmoba.runtime import autocast_dtype
 from flexmoba.sequence import without_padding
 

@@ -17,6 +17,7 @@ from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 
 from flexmoba.blocks import ceil_div
+from flexmoba.integrations.entry import check_served
 from flexmoba.integrations.transformers.settings import (
     NAME,
     local_layers,
@@ -96,6 +97,11 @@ class MobaAllocator(FullAttentionCacheAllocator):
         """Returns the new keys and values, which the attention writes."""
         return key_states, value_states
 
+    def get_read_indices(self, request_id: str, past_length: int, query_length: int) -> list[int]:
+        """Returns the first row of each block of a request, in place of a row for each token."""
+        blocks = ceil_div(past_length + query_length, self.tokens_per_page)
+        return [x * self.block_physical_stride for x in self.block_table[request_id][:blocks]]
+
     def get_cache_for_block_table(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Returns keys and values of a layer, by block. The attention does not use the result."""
         return self.pages[layer_idx].k, self.pages[layer_idx].v
@@ -144,6 +150,13 @@ class MobaBatchingManager(_Manager):  # type: ignore[misc, valid-type]
         if not _is_moba(model):
             super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
 
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """Stops the manager. Unless it is kept, the model may have another one."""
+        super().stop(*args, **kwargs)
+        if self.batch_processor is None and _is_moba(self.model):
+            for module in _modules(self.model):
+                _allocators.pop(module, None)
+
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
         if _is_moba(self.model):
@@ -185,18 +198,6 @@ def check_batching(model: Any, page_size: int) -> None:
             raise ValueError(
                 f"a page must hold one block of {block_size} tokens, got page_size={page_size}; "
                 f"pass ContinuousBatchingConfig(page_size={block_size})"
-            )
-
-
-def check_served(options: Mapping[str, Any]) -> None:
-    """Raises unless pages support these options of a converted model."""
-    supported = {"gate": ("token", "group"), "impl": ("auto",), "kernel_options": (None,)}
-    for name, values in supported.items():
-        value = options.get(name, values[0])
-        if value not in values:
-            raise NotImplementedError(
-                f"pages do not support {name}={value!r}; convert the model with {name}="
-                f"{' or '.join(map(repr, values))}"
             )
 
 
@@ -246,7 +247,8 @@ def paged_attention(
     query, key, value = (x[0].transpose(0, 1).to(pages.k.dtype) for x in (query, key, value))
     batch, slots = _batch_of(query.shape[0], allocator, kwargs)
     append_paged(key, value, pages, slots)
-    options = {x: y for x, y in options.items() if x not in ("impl", "kernel_options")}
+    unused = ("gate_block_size", "impl", "kernel_options")  # defaults, which check_served requires
+    options = {x: y for x, y in options.items() if x not in unused}
     out, lse = attend_paged(query, pages, batch, topk, scale=scaling, **options)
     return out.transpose(0, 1)[None], lse.T[None]
 
@@ -262,12 +264,7 @@ def _batch_of(tokens: int, allocator: Any, kwargs: dict[str, Any]) -> tuple[Page
     size, ends = allocator.tokens_per_page, kwargs["cu_seq_lens_k"]
     table = kwargs.get("block_table")
     if table is None:
-        read, write = (kwargs[x][allocator.index] for x in ("read_index", "write_index"))
-        rows = read if read.numel() else write  # nothing was cached before
-        width = max(1, ceil_div(int(kwargs["max_length_k"]), size))
-        first = ends[:-1, None] + torch.arange(width, device=ends.device) * size
-        table = rows[first.clamp(max=rows.shape[0] - 1)] // allocator.block_physical_stride
-        table = table.masked_fill(first >= ends[1:, None], 0).int()
+        table = _table_of(ends, allocator, kwargs)
     table = table.clamp(min=0)  # unused entries are -1
     batch = paged_batch(
         bounds, ends.diff(), table, tokens=tokens, max_query_len=kwargs["max_length_q"]
@@ -277,6 +274,26 @@ def _batch_of(tokens: int, allocator: Any, kwargs: dict[str, Any]) -> tuple[Page
     slots = slots.masked_fill(batch.positions < 0, -1)
     bounds.flexmoba_batch = {key: (batch, slots)}
     return batch, slots
+
+
+def _table_of(ends: Tensor, allocator: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Returns the block table of a batch, ``(B, N)`` int32, from the rows that transformers lists.
+
+    These are the first rows of all blocks or, in a batch without cached tokens, the rows of all new
+    tokens.
+    """
+    size = allocator.tokens_per_page
+    read, write = (kwargs[x][allocator.index] for x in ("read_index", "write_index"))
+    width = max(1, ceil_div(int(kwargs["max_length_k"]), size))
+    block = torch.arange(width, device=ends.device)
+    lengths = ends.diff()[:, None]
+    if read.numel():
+        blocks = ceil_div(lengths, size)
+        rows, index = read, blocks.cumsum(0) - blocks + block
+    else:
+        rows, index = write, ends[:-1, None] + block * size
+    table: Tensor = rows[index.clamp(max=rows.shape[0] - 1)] // allocator.block_physical_stride
+    return table.masked_fill(block * size >= lengths, 0).int()
 
 
 def _is_moba(model: Any) -> bool:

@@ -6,12 +6,11 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from flexmoba.integrations.entry import CHILD, LOCAL
 from flexmoba.integrations.transformers.batching import register_batching
 from flexmoba.integrations.transformers.local import layer_attention, layer_mask
 from flexmoba.integrations.transformers.packing import pass_positions
 from flexmoba.integrations.transformers.settings import (
-    CHILD,
-    LOCAL,
     LOCAL_ATTENTIONS,
     NAME,
     arguments_for,

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flexmoba.integrations.entry import CHILD
 from flexmoba.integrations.transformers.packing import POSITIONS, documents_of, may_read
-from flexmoba.integrations.transformers.settings import CHILD, name_of
+from flexmoba.integrations.transformers.settings import name_of
 
 if TYPE_CHECKING:
     from flexmoba.distributed import SequenceShards

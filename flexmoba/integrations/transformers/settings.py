@@ -6,13 +6,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from flexmoba.checks import check_block_size, check_topk
+from flexmoba.integrations.entry import CHILD, LOCAL, layer_arguments
 from flexmoba.nn import FlexMoba
 
 NAME = "flexmoba"  # the value of attn_implementation
-CHILD = "flexmoba"  # the name of the `FlexMoba` of an attention module, and of the config entry
 OPTIONS = ("gate", "gate_block_size", "sink_blocks", "local_blocks", "impl", "kernel_options")
-# The key in the entry for the model's own attention, which the layers that are not converted use.
-LOCAL = "local_attention"
 # Attentions that do not read their name from the config, where the name is "flexmoba".
 LOCAL_ATTENTIONS = ("sdpa", "eager", "flex_attention")
 LOCAL_TYPES = ("sliding_attention", "chunked_attention")  # local layers in config.layer_types
@@ -53,11 +51,7 @@ def arguments_for(module: nn.Module, entry: Mapping[str, Any] | None) -> dict[st
             'config that has flexmoba = {"block_size": ..., "topk": ...}'
         )
     layer: Any = module.layer_idx
-    return {"eval_topk": "same"} | {
-        name: value[layer] if isinstance(value, list) else value
-        for name, value in entry.items()
-        if name != LOCAL
-    }
+    return layer_arguments(entry, layer)
 
 
 def local_layers(config: Any) -> list[int]:

@@ -1,0 +1,45 @@
+"""The entry of a converted model in its config, ``config.flexmoba``, without any other library."""
+
+from collections.abc import Mapping
+from typing import Any
+
+CHILD = "flexmoba"  # the name of the entry, and of the `FlexMoba` of an attention module
+LOCAL = "local_attention"  # the model's own attention, of the layers that are not converted
+
+
+def layer_arguments(entry: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """Returns the arguments of `flexmoba.nn.FlexMoba` for a layer.
+
+    Args:
+        entry: ``config.flexmoba``, in which a list has one value for each layer.
+        layer: Index of the layer.
+    """
+    return {"eval_topk": "same"} | {
+        name: value[layer] if isinstance(value, list) else value
+        for name, value in entry.items()
+        if name != LOCAL
+    }
+
+
+def check_served(options: Mapping[str, Any]) -> None:
+    """Raises unless pages support these options of a converted model.
+
+    Args:
+        options: Options of `flex_moba`, such as ``gate``.
+
+    Raises:
+        NotImplementedError: Pages do not support an option.
+    """
+    supported: dict[str, tuple[Any, ...]] = {
+        "gate": ("token", "group"),
+        "gate_block_size": (None,),
+        "impl": ("auto",),
+        "kernel_options": (None,),
+    }
+    for name, values in supported.items():
+        value = options.get(name, values[0])
+        if value not in values:
+            raise NotImplementedError(
+                f"pages do not support {name}={value!r}; convert the model with {name}="
+                f"{' or '.join(map(repr, values))}"
+            )

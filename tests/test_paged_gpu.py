@@ -1,0 +1,160 @@
+"""Tests of paged attention on CUDA: kernels, chunks, CUDA graphs, and continuous batching."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexmoba import MobaCache
+from flexmoba.paged import Pages, append_paged, attend_paged, paged_batch
+from tests.conftest import assert_as_exact_as, assert_bitwise_equal
+from tests.ragged import LAYOUTS, Ragged
+
+pytestmark = pytest.mark.gpu
+
+STEPS = Ragged(
+    sequences=((2000, 1), (63, 1), (0, 1), (700, 4), (1500, 1)), shared=3, kv_heads=2, group=4,
+    head_dim=128, value_dim=128, block_size=64, topk=4,
+)  # fmt: skip
+MIXED = replace(STEPS, sequences=((2000, 1), (0, 900), (700, 300), (63, 1)))
+
+
+def masks(problem: Ragged, tensors: list[Tensor], pages: Pages, table: Tensor) -> list[Tensor]:
+    """Returns the oracle's masks, given the mean keys that the pages hold."""
+    gated = []
+    for i, (old, new) in enumerate(problem.sequences):
+        q, k, v = (x.cpu() for x in tensors[3 * i : 3 * i + 3])
+        full = (old + new) // problem.block_size
+        means = pages.means[table[i, :full].long()].cpu().transpose(0, 1)
+        k = k.clone()
+        k[:, : full * problem.block_size] = means.repeat_interleave(problem.block_size, 1)
+        gated += [q, k, v]
+    return problem.masks(gated)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gate": "group", "sink_blocks": 1, "local_blocks": 1, "block_size": 48},
+        {"topk": None},
+        {"sequences": MIXED.sequences},
+        {"sequences": MIXED.sequences, "topk": None},
+    ],
+)
+def test_attention_to_pages(changes, dtype, layout):
+    problem = replace(STEPS, dtype=dtype, layout=layout, **changes)
+    table, n_pages = problem.table("cuda")
+    tensors, pages = [x.cuda() for x in problem.tensors()], problem.pages(n_pages, "cuda")
+    problem.fill(pages, table, tensors)
+    for i, k in enumerate(tensors[1::3]):
+        full = k.shape[1] // problem.block_size
+        blocks = k[:, : full * problem.block_size].unflatten(1, (full, problem.block_size))
+        means = blocks.mean(2, dtype=torch.float32).to(dtype).transpose(0, 1)
+        torch.testing.assert_close(pages.means[table[i, :full].long()], means)
+    batch = problem.batch(table)
+
+    def attend(*tensors: Tensor):
+        return attend_paged(problem.queries(tensors), pages, batch, **problem.options)
+
+    expected = masks(problem, tensors, pages, table)
+    assert_as_exact_as(lambda *x: problem.dense(expected, *x), attend, tensors)
+
+
+@pytest.mark.parametrize("topk", [4, None])
+def test_steps_do_not_synchronize_and_their_graphs_replay_with_other_values(topk):
+    problem = replace(STEPS, dtype=torch.bfloat16, topk=topk)
+    tables, n_pages = problem.table("cuda")
+    tensors, pages = [x.cuda() for x in problem.tensors()], problem.pages(n_pages, "cuda")
+    problem.fill(pages, tables, tensors)
+    pool, generator = torch.cuda.graph_pool_handle(), torch.Generator().manual_seed(0)
+    spare = n_pages - 5  # pages that no sequence uses are taken for the new tokens
+    for size in (1, 2, 3, 8, 64, 255, 256):
+        q = torch.randn(size, 8, 128, generator=generator).cuda().bfloat16()
+        k = torch.randn(size, 2, 128, generator=generator).cuda().bfloat16()
+        table = tables[torch.zeros(size, dtype=torch.long)].clone()
+        lengths = torch.full((size,), 1, dtype=torch.int32, device="cuda")
+        bounds = torch.arange(size + 1, dtype=torch.int32, device="cuda")
+        slots = torch.full((size,), spare * problem.block_size, device="cuda")
+
+        def step():
+            append_paged(k, k, pages, slots)  # noqa: B023
+            batch = paged_batch(bounds, lengths, table, tokens=size, max_query_len=1)  # noqa: B023
+            return attend_paged(q, pages, batch, topk)  # noqa: B023
+
+        step()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                out, lse = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        rows = torch.randint(0, 5, (size,), generator=generator).cuda()
+        ends = torch.tensor([2000, 63, 1, 704, 1500], device="cuda").int()
+        table.copy_(tables[rows])
+        lengths.copy_(ends[rows])
+        slots.fill_(-1)
+        bounds.copy_(bounds.clamp(max=max(1, size - 2)))  # the last tokens are padding
+        graph.replay()
+        expected, expected_lse = step()
+        assert_bitwise_equal(out, expected)
+        assert_bitwise_equal(lse, expected_lse)
+
+
+def test_pages_that_are_not_selected_are_not_read():
+    problem = replace(STEPS, dtype=torch.bfloat16, sequences=((2000, 1), (1500, 1)), shared=0)
+    table, n_pages = problem.table("cuda")
+    tensors, pages = [x.cuda() for x in problem.tensors()], problem.pages(n_pages, "cuda")
+    problem.fill(pages, table, tensors)
+    batch = problem.batch(table, max_query_len=1)
+    q = problem.queries(tensors)
+    expected = attend_paged(q, pages, batch, problem.topk)
+    problem.poison(pages, table, masks(problem, tensors, pages, table))
+    assert pages.k[table[0, :20].long()].isnan().any()
+    for actual, x in zip(attend_paged(q, pages, batch, problem.topk), expected, strict=True):
+        assert_bitwise_equal(actual, x)
+
+
+def test_a_step_equals_one_of_a_cache():
+    torch.manual_seed(0)
+    cache = MobaCache(4, 2, 128, block_size=64, max_len=1024, dtype=torch.bfloat16, device="cuda")
+    k, v = torch.randn(2, 4, 2, 1000, 128, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(4, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+    positions = cache.append(k, v)
+    expected, _ = cache.attend(q, positions[:, -1:], 4)
+    pages = Pages(
+        *(x.unflatten(2, (-1, 64)).transpose(1, 2).flatten(0, 1) for x in (cache.k, cache.v)),
+        cache.means.transpose(1, 2).flatten(0, 1),
+    )
+    table = torch.arange(4 * 17, device="cuda", dtype=torch.int32).view(4, 17)
+    lengths = torch.full((4,), 1000, device="cuda", dtype=torch.int32)
+    bounds = torch.arange(5, device="cuda", dtype=torch.int32)
+    batch = paged_batch(bounds, lengths, table, tokens=4, max_query_len=1)
+    out, _ = attend_paged(q[:, :, 0], pages, batch, 4)
+    torch.testing.assert_close(out, expected[:, :, 0])
+
+
+@pytest.mark.parametrize("use_cuda_graph", [True, False])
+def test_continuous_batching(use_cuda_graph):
+    pytest.importorskip("transformers", minversion="5.22")
+    from transformers import ContinuousBatchingConfig
+
+    from flexmoba.integrations.transformers import convert
+    from tests.test_batching import GREEDY, assert_greedy, prompts
+    from tests.tiny_models import model_of
+
+    model = convert(model_of("llama", dtype=torch.float32).cuda(), 16, [3, None], sink_blocks=0)
+    inputs = prompts(2, 8, 90, 45)
+    config = ContinuousBatchingConfig(
+        page_size=16, num_blocks=80, max_batch_tokens=48, use_cuda_graph=use_cuda_graph
+    )
+    outputs = model.generate_batch(
+        inputs, generation_config=GREEDY, continuous_batching_config=config
+    )
+    assert not [x.error for x in outputs.values() if x.error]
+    with torch.device("cuda"):
+        assert_greedy(model, inputs, [x.generated_tokens for x in outputs.values()])
