@@ -603,7 +603,9 @@ def several(mesh: DeviceMesh, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tu
 
 @pytest.mark.parametrize("exchange", ["gather", "heads"])
 @pytest.mark.parametrize(
-    "options", [{}, {"score_mod": by_head_and_position}], ids=["", "score_mod"]
+    "options",
+    [{}, {"score_mod": by_head_and_position}, {"gate_block_size": 2}],
+    ids=["", "score_mod", "gate_block_size"],
 )
 def test_ways_to_make_the_same_call(ranks, exchange, options):
     problem, lengths = problem_of(ranks)
