@@ -55,7 +55,7 @@ def batched(model, inputs: list[list[int]], **options) -> list[list[int]]:
 
 
 def moba_model(family: str = "llama", topk=(3, None), **options):
-    return convert(model_of(family), BLOCK, list(topk), **options)
+    return convert(model_of(family), BLOCK, list(topk), **{"sink_blocks": 0} | options)
 
 
 @pytest.mark.parametrize(
