@@ -15,8 +15,8 @@ from flexmoba.cache.kernels import append_on_cuda, attend_step_on_cuda
 from flexmoba.cache.options import CachedCall
 from flexmoba.gate.kernel import select_on_cuda
 from flexmoba.paged.append import append_scattered as append_to_pages
+from flexmoba.paged.append_kernels import append_on_cuda as append_to_pages_on_cuda
 from flexmoba.paged.attention import attend_steps_gathered
-from flexmoba.paged.kernels import append_on_cuda as append_to_pages_on_cuda
 from flexmoba.paged.kernels import attend_steps_on_cuda
 from flexmoba.selection import BlockSelection
 from flexmoba.sequence.kernel import move_on_cuda

@@ -16,6 +16,7 @@ from transformers import (
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
+from flexmoba.integrations.entry import check_served
 from flexmoba.integrations.transformers import convert
 from tests.tiny_models import VOCABULARY, model_of
 
@@ -154,6 +155,12 @@ def test_other_models_keep_the_cache_of_transformers(monkeypatch):
 def test_models_that_pages_do_not_support(make, options, error, text):
     with pytest.raises(error, match=text):
         batched(make(), prompts(4), **options)
+
+
+def test_options_that_pages_do_not_know():
+    check_served({"block_size": 8, "topk": None, "gate": "group", "sink_blocks": 2, "other": None})
+    with pytest.raises(NotImplementedError, match=r"support other=3; convert .* with other=None"):
+        check_served({"gate": "token", "other": 3})
 
 
 def test_errors_of_the_attention():
