@@ -23,8 +23,8 @@ from flexmoba.nsa.kernel import select_on_cuda as select_on_cuda_of_nsa
 from flexmoba.nsa.select import select_in_slots
 from flexmoba.nsa.sizes import NsaSizes
 from flexmoba.paged.append import append_scattered as append_to_pages
+from flexmoba.paged.append_kernels import append_on_cuda as append_to_pages_on_cuda
 from flexmoba.paged.attention import attend_steps_gathered
-from flexmoba.paged.kernels import append_on_cuda as append_to_pages_on_cuda
 from flexmoba.paged.kernels import attend_steps_on_cuda
 from flexmoba.selection import BlockSelection
 from flexmoba.sequence.kernel import move_on_cuda

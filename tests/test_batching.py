@@ -16,6 +16,7 @@ from transformers import (
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
+from flexmoba.integrations.entry import check_served
 from flexmoba.integrations.transformers import convert
 from tests.tiny_models import VOCABULARY, model_of
 
@@ -55,7 +56,7 @@ def batched(model, inputs: list[list[int]], **options) -> list[list[int]]:
 
 
 def moba_model(family: str = "llama", topk=(3, None), **options):
-    return convert(model_of(family), BLOCK, list(topk), **options)
+    return convert(model_of(family), BLOCK, list(topk), **{"sink_blocks": 0} | options)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,12 @@ def test_other_models_keep_the_cache_of_transformers(monkeypatch):
 def test_models_that_pages_do_not_support(make, options, error, text):
     with pytest.raises(error, match=text):
         batched(make(), prompts(4), **options)
+
+
+def test_options_that_pages_do_not_know():
+    check_served({"block_size": 8, "topk": None, "gate": "group", "sink_blocks": 2, "other": None})
+    with pytest.raises(NotImplementedError, match=r"support other=3; convert .* with other=None"):
+        check_served({"gate": "token", "other": 3})
 
 
 def test_errors_of_the_attention():

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 CHILD = "flexmoba"  # the name of the entry, and of the `FlexMoba` of an attention module
+SERVED = ("gate", "sink_blocks", "local_blocks")  # options of `flexmoba.paged.attend_paged`
 LOCAL = "local_attention"  # the model's own attention, of the layers that are not converted
 
 
@@ -32,12 +33,13 @@ def check_served(options: Mapping[str, Any]) -> None:
     """
     supported: dict[str, tuple[Any, ...]] = {
         "gate": ("token", "group"),
-        "gate_block_size": (None,),
         "impl": ("auto",),
         "kernel_options": (None,),
     }
-    for name, values in supported.items():
-        value = options.get(name, values[0])
+    for name, value in options.items():
+        if name in ("block_size", "topk", "eval_topk", *SERVED) and name not in supported:
+            continue  # any value
+        values = supported.get(name, (None,))
         if value not in values:
             raise NotImplementedError(
                 f"pages do not support {name}={value!r}; convert the model with {name}="

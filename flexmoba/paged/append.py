@@ -51,7 +51,7 @@ def append_paged(k: Tensor, v: Tensor, pages: Pages, slots: Tensor) -> None:
 @without_autocast
 def _append(k: Tensor, v: Tensor, pages: Pages, slots: Tensor) -> None:
     if has_kernels(k, v):
-        from flexmoba.paged.kernels import append_on_cuda
+        from flexmoba.paged.append_kernels import append_on_cuda
 
         append_on_cuda(k, v, pages, slots)
     else:

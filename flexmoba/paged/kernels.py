@@ -1,6 +1,5 @@
-"""Triton kernels for pages: append, and a step by score, attend and merge, as for `MobaCache`.
+"""Triton kernels for a step over pages: score, attend and merge, as for `MobaCache`.
 
-`_append_kernel` writes the new tokens and the mean keys of the pages that they fill.
 `_score_kernel` divides the blocks of a sequence into ``SPLITS`` splits of ``SPLIT`` blocks, and
 keeps the best blocks of each split. Each program of `_attend_kernel` finds one selected block, and
 attends to ``CHUNK`` of its keys, which makes one partial output. Under full attention,
@@ -22,14 +21,7 @@ from flexmoba.cache import CachedCall
 from flexmoba.cache.kernels import MAX_TOPK as MAX_TOPK
 from flexmoba.cache.kernels import attend_to_keys, merge_kernel, selected_block
 from flexmoba.gate import gate_rows
-from flexmoba.gate.kernel import (
-    NOTHING,
-    keep_best,
-    nothing_yet,
-    only_candidates,
-    scores_of,
-    sort_keys,
-)
+from flexmoba.gate.kernel import NOTHING, keep_best, nothing_yet, scores_of, sort_keys
 from flexmoba.paged.batch import PagedBatch
 from flexmoba.paged.pages import Pages
 from flexmoba.runtime.triton_launch import kernel, launch, packed
@@ -39,28 +31,11 @@ _KEYS, _CHUNK = 64, 256  # as for `MobaCache`
 _PARTS_OF_ALL = 32  # of full attention; for one sequence and 8 KV heads, 256 programs
 
 
-def append_on_cuda(k: Tensor, v: Tensor, pages: Pages, slots: Tensor) -> None:
-    """Computes `append_paged` by one Triton kernel."""
-    k, v = _by_token(k), _by_token(v)
-    constants = {
-        "HEADS": pages.k.shape[1],
-        "BLOCK_SIZE": pages.block_size,
-        "NEW_K": k.stride(0),
-        "NEW_V": v.stride(0),
-        "KEYS": _KEYS,
-        "num_warps": 4,
-    }
-    constants |= _constants_of(pages)
-    tensors = (k, v, *_aligned(pages), packed(slots))
-    with torch.cuda.device_of(k):
-        launch(_append_kernel, k.shape[0] * pages.k.shape[1], tensors, constants, (k.dtype,))
-
-
 def attend_steps_on_cuda(
     q: Tensor, pages: Pages, batch: PagedBatch, call: CachedCall
 ) -> tuple[Tensor, Tensor]:
     """Computes `attend_steps` by Triton kernels."""
-    pages, q = _aligned(pages), _by_token(q)
+    pages, q = aligned(pages), by_token(q)
     tokens, heads, _ = q.shape
     kv_heads, value_dim, n_blocks = pages.k.shape[1], pages.v.shape[3], batch.block_table.shape[1]
     table, rows, positions = (packed(x) for x in batch[:3])
@@ -84,7 +59,7 @@ def attend_steps_on_cuda(
         "KEYS": _KEYS,
         "num_warps": 4,
     }
-    constants |= _constants_of(pages)
+    constants |= constants_of(pages)
     n_rows = tokens * heads
     partial_out = torch.empty(n_rows, parts, value_dim, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(n_rows, parts, dtype=torch.float32, device=q.device)
@@ -112,7 +87,7 @@ def _best_blocks(
     """Launches `_score_kernel`; returns the best blocks of each split, and constants of them."""
     kv_heads, n_blocks = pages.means.shape[1], where[0].shape[1]
     rows = q if call.gate.per == "token" else gate_rows(q[:, :, None], kv_heads, call.gate)[:, :, 0]
-    rows = _by_token(rows)
+    rows = by_token(rows)
     tokens, heads, _ = rows.shape
     gate_group, scored = heads // kv_heads, call.scored
     split = max(_LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(n_blocks, _MOST_SPLITS)))
@@ -134,7 +109,7 @@ def _best_blocks(
         "BLOCK_SIZE": pages.block_size,
         "num_warps": 4,
     }
-    constants |= _constants_of(pages)
+    constants |= constants_of(pages)
     best = torch.empty(
         tokens * heads * splits * constants["SLOTS"], dtype=torch.int64, device=q.device
     )
@@ -147,7 +122,7 @@ def _best_blocks(
     return best, {name: constants[name] for name in names}
 
 
-def _by_token(x: Tensor) -> Tensor:
+def by_token(x: Tensor) -> Tensor:
     """Returns ``x (T, heads, D)`` or a copy with adjacent heads, from a multiple of 16 bytes on."""
     is_dense = x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.data_ptr() % 16 == 0
     if x.shape[0] < 2 or not is_dense:  # the stride of a single token may be any number
@@ -155,7 +130,7 @@ def _by_token(x: Tensor) -> Tensor:
     return x
 
 
-def _aligned(pages: Pages) -> Pages:
+def aligned(pages: Pages) -> Pages:
     """Returns the pages, if kernels can read them in place."""
     for name, x in zip(pages._fields, pages, strict=True):
         if x.data_ptr() % 16 != 0:
@@ -166,7 +141,8 @@ def _aligned(pages: Pages) -> Pages:
     return pages
 
 
-def _constants_of(pages: Pages) -> dict[str, int]:
+def constants_of(pages: Pages) -> dict[str, int]:
+    """Returns the strides and sizes of pages, as constants of kernels."""
     k, v, means = pages
     return {
         "K_PAGE": k.stride(0),
@@ -182,55 +158,6 @@ def _constants_of(pages: Pages) -> dict[str, int]:
         "VALUE_DIM": v.shape[3],
         "TILE_VALUE_D": max(16, triton.next_power_of_2(v.shape[3])),
     }
-
-
-@kernel
-def _append_kernel(
-    k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, means_ptr, slots_ptr,
-    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NEW_K: tl.constexpr, NEW_V: tl.constexpr,
-    KEYS: tl.constexpr, K_PAGE: tl.constexpr, K_HEAD: tl.constexpr, K_TOKEN: tl.constexpr,
-    V_PAGE: tl.constexpr, V_HEAD: tl.constexpr, V_TOKEN: tl.constexpr,
-    MEAN_PAGE: tl.constexpr, MEAN_HEAD: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
-    VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
-):  # fmt: skip
-    """Writes one KV head of one token, and the mean key if the token fills its page."""
-    token = (tl.program_id(0) // HEADS).to(tl.int64)
-    head = tl.program_id(0) % HEADS
-    slot = tl.load(slots_ptr + token)
-    if slot < 0:
-        return
-    page, offset = slot // BLOCK_SIZE, (slot % BLOCK_SIZE).to(tl.int32)
-    dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
-    k_ptr += head * DIM
-    k_pages_ptr += page * K_PAGE + head * K_HEAD
-    k = tl.load(k_ptr + token * NEW_K + dim, mask=dim < DIM)
-    v = tl.load(v_ptr + token * NEW_V + head * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM)
-    tl.store(k_pages_ptr + offset * K_TOKEN + dim, k, mask=dim < DIM)
-    v_pages_ptr += page * V_PAGE + head * V_HEAD
-    tl.store(v_pages_ptr + offset * V_TOKEN + value_dim, v, mask=value_dim < VALUE_DIM)
-    if offset == BLOCK_SIZE - 1:
-        # Other programs may not have written the other new keys of the page yet, so these come
-        # from the batch, where they precede this token.
-        total = tl.zeros([TILE_D], tl.float32)
-        for start in range(0, BLOCK_SIZE, KEYS):
-            key = start + tl.arange(0, KEYS)
-            source = token - (BLOCK_SIZE - 1 - key)
-            in_page = key < BLOCK_SIZE
-            source_slot = tl.load(slots_ptr + source, mask=in_page & (source >= 0), other=-1)
-            is_new = in_page & (source_slot == slot - (BLOCK_SIZE - 1 - key))
-            in_dim = (dim < DIM)[None, :]
-            new = tl.load(
-                k_ptr + source[:, None] * NEW_K + dim[None, :],
-                mask=is_new[:, None] & in_dim, other=0.0,
-            )  # fmt: skip
-            old = tl.load(
-                k_pages_ptr + key[:, None] * K_TOKEN + dim[None, :],
-                mask=(in_page & ~is_new)[:, None] & in_dim, other=0.0,
-            )  # fmt: skip
-            total += tl.sum(new.to(tl.float32) + old.to(tl.float32), 0)
-        mean = (total / BLOCK_SIZE).to(means_ptr.dtype.element_ty)
-        means_ptr += page * MEAN_PAGE + head * MEAN_HEAD
-        tl.store(means_ptr + dim, mean, mask=dim < DIM)
 
 
 @kernel
@@ -254,8 +181,6 @@ def _score_kernel(
     is_query = query < GATE_GROUP
     query = tl.minimum(query, GATE_GROUP - 1)
     candidates_end = tl.minimum(tl.maximum(position, 0) // BLOCK_SIZE, n_blocks) - LOCALS
-    first_of_row = tl.full([TILE_Q], SINKS, tl.int32)
-    end_of_row = tl.full([TILE_Q], 0, tl.int32) + candidates_end
     dim = tl.arange(0, TILE_D)
     in_dim = (dim < DIM)[None, :]
     q_ptr += token * NEW_Q + head * (GATE_GROUP * DIM)
@@ -273,8 +198,8 @@ def _score_kernel(
             other=0.0,
         )
         keys = sort_keys(scores_of(q, mean, BY_PARTS), block)
-        keys = only_candidates(keys, block, first_of_row, end_of_row)
-        best = keep_best(best, keys)
+        is_scored = (block >= SINKS) & is_candidate
+        best = keep_best(best, tl.where(is_scored[None, :], keys, NOTHING))
     best = tl.where(slot < COUNT, best, NOTHING)
     row = (token * HEADS + head) * GATE_GROUP + query
     offset = (row * SPLITS + split) * SLOTS

@@ -17,7 +17,7 @@ from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 
 from flexmoba.blocks import ceil_div
-from flexmoba.integrations.entry import check_served
+from flexmoba.integrations.entry import SERVED, check_served
 from flexmoba.integrations.transformers.settings import (
     NAME,
     local_layers,
@@ -247,8 +247,7 @@ def paged_attention(
     query, key, value = (x[0].transpose(0, 1).to(pages.k.dtype) for x in (query, key, value))
     batch, slots = _batch_of(query.shape[0], allocator, kwargs)
     append_paged(key, value, pages, slots)
-    unused = ("gate_block_size", "impl", "kernel_options")  # defaults, which check_served requires
-    options = {x: y for x, y in options.items() if x not in unused}
+    options = {name: options[name] for name in SERVED if name in options}
     out, lse = attend_paged(query, pages, batch, topk, scale=scaling, **options)
     return out.transpose(0, 1)[None], lse.T[None]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from vllm.config import get_current_vllm_config
 
-from flexmoba.integrations.entry import CHILD, check_served, layer_arguments
+from flexmoba.integrations.entry import CHILD, SERVED, check_served, layer_arguments
 
 
 class LayerSettings(NamedTuple):
@@ -34,8 +34,7 @@ def settings_of(entry: Mapping[str, Any], layer: int) -> LayerSettings:
     """Returns the settings of a layer in evaluation mode."""
     given = layer_arguments(entry, layer)
     topk = given["topk"] if given["eval_topk"] == "same" else given["eval_topk"]
-    names = ("gate", "sink_blocks", "local_blocks")
-    return LayerSettings(topk, {name: given[name] for name in names if name in given})
+    return LayerSettings(topk, {name: given[name] for name in SERVED if name in given})
 
 
 def check_selected(name: str, is_ours: bool, selected: Any) -> None:
