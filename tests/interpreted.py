@@ -165,7 +165,10 @@ def test_a_block_that_all_queries_select_is_divided_into_items(monkeypatch):
     [
         ({}, 0.3),
         ({"group": 1, "block_size": 20, "head_dim": 24, "value_dim": 33}, -0.3),
-        ({"group": 17, "kv_heads": 1, "block_size": 70}, 0.3),  # blocks of two tiles of keys
+        (
+            {"group": 17, "kv_heads": 1, "block_size": 70, "kv_len": 90},
+            0.3,
+        ),  # blocks of two tiles of keys
         ({"is_causal": False, "block_size": 40, "batch": 2, "kv_heads": 1, "q_len": 20}, 0.3),
         ({"q_len": 1, "topk": 5}, 0.0),
     ],
@@ -174,7 +177,7 @@ def test_a_shared_selection(monkeypatch, changes, scale):
     """Tests any selection, its blocks divided into items, and lists that are sorted by block."""
     monkeypatch.setattr("flexmoba.backends.grouped.launches._LEAST_ITEM", 16)
     monkeypatch.setattr("flexmoba.backends.grouped.launches._ITEM_FACTOR", 1)
-    problem = variant(**({"q_len": 35, "kv_len": 90, "block_size": 16} | changes))
+    problem = variant(**({"q_len": 16, "kv_len": 50, "block_size": 16} | changes))
     q, k, v = problem.tensors()
     selection = problem.selection()[:, :: problem.group].contiguous()
     selection[selection == 1] = -1
@@ -195,14 +198,14 @@ def test_the_kernels_for_shared_selections_are_called(monkeypatch):
         module = importlib.import_module(f"flexmoba.backends.{name}")
         monkeypatch.setattr(module, "supports_grouped", lambda *_, **__: True)
         monkeypatch.setattr(module, "grouped_attention", counted, raising=False)
-    problem = variant(q_len=60, kv_len=60, head_dim=144, group=8, kv_heads=1, block_size=16)
+    problem = variant(q_len=40, kv_len=40, head_dim=144, group=8, kv_heads=1, block_size=16)
     q, k, v = problem.tensors()
-    bounds = torch.tensor([0, 25, 60])
-    selection = torch.tensor([0, 2, 3]).expand(1, 1, 60, 3)
+    bounds = torch.tensor([0, 25, 40])
+    selection = torch.tensor([0, 1, 2]).expand(1, 1, 40, 3)
     options = {"block_size": 16, "cu_seqlens": bounds}
     out = selected_attention(q, k, v, selection, **options)
     assert counted.calls == 1
-    repeated = selection.expand(1, 8, 60, 3)
+    repeated = selection.expand(1, 8, 40, 3)
     expected = selected_attention(q, k, v, repeated, **options, impl="portable")
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-3)
 

@@ -16,7 +16,7 @@ from tests.test_nsa import NAMES, Problem, nsa_of, problems
 
 pytestmark = pytest.mark.usefixtures("small_pieces", "uncompiled_flex")
 
-few = settings(max_examples=12)
+few = settings(max_examples=8)
 self_attention = problems().map(lambda p: replace(p, q_len=p.kv_len))
 # Lengths of documents: empty, below a compressed block or a block, and longer.
 lengths = st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any)
@@ -92,7 +92,7 @@ def test_each_document_is_computed_alone(problem, lengths):
     assert_each_alone(problem, [documents], cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
 
 
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(problems(), st.lists(st.integers(1, 40), min_size=2, max_size=4))
 def test_every_row_has_documents_of_its_own(problem, lengths):
     total = sum(lengths)

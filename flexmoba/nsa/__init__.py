@@ -1,6 +1,7 @@
-"""Native Sparse Attention (NSA, arXiv 2502.11089), composed of the functions of other rooms.
+"""Native Sparse Attention (NSA, arXiv 2502.11089).
 
-`flex_nsa` computes the attention, `nsa_select` its selection, and `nsa_reference` is the oracle.
+`flex_nsa` computes the attention, `nsa_select` its selection, `NsaCache` decodes, and
+`nsa_reference` is the oracle.
 """
 
 from flexmoba.nsa.attention import flex_nsa

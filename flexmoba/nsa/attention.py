@@ -129,9 +129,10 @@ def flex_nsa(
     branch, a log-sum-exp of -inf and zero gradients.
 
     The output and the log-sum-exps are differentiable by reverse mode in all tensors but the
-    selection. The compressed branch alone trains the scores that select blocks. The call has no
-    kernels of its own: it composes `nsa_select`, `flex_moba`, `selected_attention` and windows. Its
-    speed is not measured. It has no tensor of the size ``Lq * Lk`` in memory.
+    selection. The compressed branch alone trains the scores that select blocks. Forward
+    and backward are deterministic, and no tensor in memory has the size ``Lq * Lk``. On CUDA, the
+    compressed and the window branch call FlexAttention, and the selection and, for 8 to 128 query
+    heads of each KV head, the selected branch have their own kernels.
 
     Args:
         q: Queries, ``(B, Hq, Lq, D)``, float16, bfloat16, float32 or float64. Query ``i`` has the
