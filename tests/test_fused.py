@@ -41,14 +41,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from flexmoba.backends.fused.hopper_block_kernels import hopper_block_kernel as one_tile
 from flexmoba.backends.fused.hopper_kernels import hopper_attend_kernel as tiles
 from flexmoba.gate.kernel import _select_kernel as gate
 
 HOPPER = dict(GROUP=4, COUNT=2, Q_STRIDE=1024, UNIT=16, STAGES=2, REGISTERS=216, COPY_REGISTERS=56)
 CONSTANTS = {
     tiles: dict(HOPPER, ROWS=128, KEYS=128),
-    one_tile: dict(HOPPER, ROWS=64, Q_STAGES=4),
     gate: dict(DIM=128, COUNT=7, HAS_FIRST=False, HAS_END=False, SINKS=0, LOCALS=0,
                SUB_BLOCKS=1, STRIDE=1, IS_CAUSAL=True, BY_PARTS=False, USE_LISTS=True, DOUBLES=True,
                LISTS=4, TILE_Q=64, TILE_N=32, TILE_D=128, SLOTS=8),
@@ -88,8 +86,6 @@ def resources(kernel, **more):
 block_size, dim = (int(x) for x in sys.argv[1:])
 if block_size == 0:
     print(resources(gate))
-elif block_size == 128:
-    print(resources(one_tile, BLOCK_SIZE=128, DIM=dim))
 else:
     print(resources(tiles, BLOCK_SIZE=block_size, DIM=dim, ORDERED=block_size > 1000))
 """
@@ -100,11 +96,8 @@ else:
     ("block_size", "dim"),
     [
         pytest.param(0, 0, id="gate"),
-        (128, 128),
-        pytest.param(128, 64, marks=pytest.mark.slow),
-        pytest.param(512, 64, marks=pytest.mark.slow),
-        pytest.param(512, 128, marks=pytest.mark.slow),
-        pytest.param(4096, 128, marks=pytest.mark.slow),
+        pytest.param(4096, 64, marks=pytest.mark.slow),
+        (4096, 128),
     ],
 )
 def test_kernels_for_hopper_fit_in_registers(block_size, dim, tmp_path):

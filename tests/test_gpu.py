@@ -202,12 +202,6 @@ def test_auto_prefers_fused_where_it_supports_the_inputs():
 
 
 HOPPER = {
-    "128": variant(q_len=3000, kv_len=3000, topk=8),
-    "128, rest of a prompt, 64": variant(
-        q_len=1700, kv_len=3000, group=1, head_dim=64, value_dim=64, dtype=torch.float16
-    ),
-    "128, one sequence": variant(batch=1, kv_heads=16, group=1, topk=8, q_len=4096, kv_len=4096),
-    "128, not causal": variant(is_causal=False, q_len=700, kv_len=2048),
     "256": variant(block_size=256, q_len=2500, kv_len=2500),
     "384, rest of a prompt": variant(block_size=384, q_len=1700, kv_len=3000, group=1),
     "512, 64": variant(block_size=512, topk=4, head_dim=64, value_dim=64, q_len=4096, kv_len=4096),
@@ -223,7 +217,7 @@ def launches_on_hopper(monkeypatch):
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
     launches, attend = [], hopper.attend_on_hopper
-    monkeypatch.setattr(hopper, "enabled", True)
+    monkeypatch.setattr(hopper, "least_block", 256)
     monkeypatch.setattr(
         forward.hopper, "attend_on_hopper", lambda *x: launches.append(1) or attend(*x)
     )
@@ -236,9 +230,9 @@ def test_warp_specialised(name, launches_on_hopper):
     assert launches_on_hopper
 
 
-@pytest.mark.parametrize("block_size", [128, 256])
 @pytest.mark.parametrize("layout", ["tokens first", "one projection", "expanded"])
-def test_warp_specialised_with_any_strides(layout, block_size, launches_on_hopper, monkeypatch):
+def test_warp_specialised_with_any_strides(layout, launches_on_hopper, monkeypatch):
+    block_size = 256
     problem = variant(block_size=block_size, q_len=2000, kv_len=2000)
     q, k, v = problem.tensors("cuda")
     if layout == "tokens first":
@@ -255,16 +249,14 @@ def test_warp_specialised_with_any_strides(layout, block_size, launches_on_hoppe
     plain = [x.contiguous() for x in (q, k, v)]
     for _ in range(3):
         assert_bitwise_equal(out, flex_moba(*plain, block_size, 4, impl="fused"))
-    monkeypatch.setattr(hopper, "enabled", False)
+    monkeypatch.setattr(hopper, "least_block", 512)
     torch.testing.assert_close(
         out, flex_moba(q, k, v, block_size, 4, impl="fused"), rtol=0.02, atol=0.02
     )
 
 
-@pytest.mark.parametrize("block_size", [128, 256])
-def test_warp_specialised_in_pieces_and_given_any_selection(
-    block_size, launches_on_hopper, monkeypatch
-):
+def test_warp_specialised_in_pieces_and_given_any_selection(launches_on_hopper, monkeypatch):
+    block_size = 256
     problem = variant(block_size=block_size, kv_heads=3, q_len=1800, kv_len=2200, topk=5)
     q, k, v = problem.tensors("cuda")
     selection = problem.selection("cuda")

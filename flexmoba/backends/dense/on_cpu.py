@@ -46,7 +46,12 @@ def attend_backward_on_cpu(
     scale: float,
     is_causal: bool,
 ) -> Inputs:
-    """Computes the gradients of q, k and v; `attend_backward_on_cuda` explains ``grad_lse``."""
+    """Computes the gradients of q, k and v.
+
+    The gradient ``g`` of the log-sum-exp contributes ``g P`` to the gradient of the scores, where
+    ``P`` are the weights. This is the gradient of attention to values of one for the gradient ``g``
+    of an output of zero, so it takes a second call.
+    """
     q, k, v = inputs
     limit = _limit(q, scale)
     prepared = _prepare(q, k, v)

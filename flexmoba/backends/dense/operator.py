@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexmoba.backends.dense.on_cpu import attend_backward_on_cpu, attend_on_cpu
-from flexmoba.backends.dense.on_cuda import attend_backward_on_cuda, attend_on_cuda
+from flexmoba.backends.dense.on_cuda import attend_on_cuda
 from flexmoba.backends.operators import register_attention
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.runtime import without_autocast
@@ -20,7 +20,8 @@ def supports_dense(
 ) -> bool:
     """Returns whether torch's dense kernels support a full attention call.
 
-    ``impl="masked"`` never uses them: it names a FlexAttention call.
+    ``impl="masked"`` never uses them: it names a FlexAttention call. On CUDA, neither does a call
+    with gradients.
 
     Args:
         q: Queries, ``(B, Hq, Lq, D)``.
@@ -37,8 +38,10 @@ def supports_dense(
     if q.device.type == "cpu":
         return options.impl == "portable"
     dim, value_dim = q.shape[-1], v.shape[-1]
+    has_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     return (
         q.is_cuda
+        and not has_gradients
         and options.impl in ("fused", "routed")
         and not options.kernel_options
         and q.dtype in _DTYPES_ON_CUDA
@@ -94,8 +97,8 @@ def _attend_backward(
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    differentiate = attend_backward_on_cuda if q.is_cuda else attend_backward_on_cpu
-    grads = differentiate(grad_out, grad_lse, out, lse, (q, k, v), scale, is_causal)
+    assert q.device.type == "cpu", "calls with gradients on CUDA have another backend"
+    grads = attend_backward_on_cpu(grad_out, grad_lse, out, lse, (q, k, v), scale, is_causal)
     empty = (torch.empty_like(x, device="meta") for x in (q, k, v))
     d_q, d_k, d_v = (_laid_out(x, like) for x, like in zip(grads, empty, strict=True))
     return d_q, d_k, d_v

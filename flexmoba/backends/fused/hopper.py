@@ -17,11 +17,10 @@ from flexmoba.backends.fused.schedule import Piece, Sizes, SortGroup
 from flexmoba.backends.fused.strides import head_strides, token_stride
 from flexmoba.runtime.triton_launch import launch
 
-# Private: set to True where a measurement has shown the kernel to be faster.
-enabled = False
+# Measured at 512, where the kernel is slower than `attend_kernel`, and at 4096, where it is faster.
+least_block = 4096
 
-_KEYS = 128  # in a tile
-_ROWS_OF_TILE, _ROWS_OF_SHORT_BLOCK = 128, 64
+_KEYS, _ROWS = 128, 128  # in a tile
 _HEAD_DIMS = (64, 128)
 # From this block size on, an enforced order of softmax and product is faster.
 _LEAST_ORDERED_BLOCK = 1024
@@ -52,7 +51,7 @@ def supports(k: Tensor, v: Tensor, sizes: Sizes, *, is_causal: bool) -> bool:
     It attends to full blocks of full tiles of keys, whose rows the copy engine can address.
     """
     return (
-        enabled
+        sizes.block_size >= least_block
         and sizes.count > 0
         and sizes.block_size % _KEYS == 0
         and sizes.dim == sizes.value_dim
@@ -66,11 +65,7 @@ def supports(k: Tensor, v: Tensor, sizes: Sizes, *, is_causal: bool) -> bool:
 
 def tiles_of(first_rows: Tensor, group: SortGroup, sizes: Sizes) -> Tiles:
     """Divides the rows of each block into tiles."""
-    return Tiles(*tiles_of_blocks(first_rows, _rows(sizes), group, sizes))
-
-
-def _rows(sizes: Sizes) -> int:
-    return _ROWS_OF_SHORT_BLOCK if sizes.block_size == _KEYS else _ROWS_OF_TILE
+    return Tiles(*tiles_of_blocks(first_rows, _ROWS, group, sizes))
 
 
 def attend_on_hopper(
@@ -100,9 +95,10 @@ def attend_on_hopper(
     k_place, v_place = _place(k), _place(v)
     assert k_place is not None
     assert v_place is not None
-    hopper_kernel, constants = _kernel(sizes)
+    from flexmoba.backends.fused.hopper_kernels import hopper_attend_kernel
+
     launch(
-        hopper_kernel,
+        hopper_attend_kernel,
         torch.cuda.get_device_properties(q.device).multi_processor_count,
         (
             *(q, _descriptor(k, k_place), _descriptor(v, v_place), *partial, pairs, *tiles),
@@ -112,20 +108,22 @@ def attend_on_hopper(
             (piece.first_query - group.first_query) * sizes.count,
             *(sizes.kv_heads, sizes.q_len, sizes.n_blocks, factor),
         ),
-        constants | {"Q_STRIDE": token_stride(q), "UNIT": unit},
+        _constants(sizes) | {"Q_STRIDE": token_stride(q), "UNIT": unit},
         (q.dtype,),
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _kernel(sizes: Sizes) -> tuple[Any, dict[str, int]]:
-    """Returns the kernel for a block size, and its constants but for strides."""
+def _constants(sizes: Sizes) -> dict[str, int]:
+    """Returns the constants of the kernel but for strides."""
     # A thread of the products needs about 200 registers, and one of the copies few.
-    constants = {
+    return {
         "GROUP": sizes.group,
         "COUNT": sizes.count,
         "BLOCK_SIZE": sizes.block_size,
-        "ROWS": _rows(sizes),
+        "ROWS": _ROWS,
+        "KEYS": _KEYS,
+        "ORDERED": sizes.block_size >= _LEAST_ORDERED_BLOCK,
         "DIM": sizes.dim,
         "STAGES": 2,
         "REGISTERS": 216,
@@ -133,14 +131,6 @@ def _kernel(sizes: Sizes) -> tuple[Any, dict[str, int]]:
         "num_warps": 4,
         "maxnreg": 168,
     }
-    if sizes.block_size == _KEYS:
-        from flexmoba.backends.fused.hopper_block_kernels import hopper_block_kernel
-
-        return hopper_block_kernel, constants | {"Q_STAGES": 4}
-    from flexmoba.backends.fused.hopper_kernels import hopper_attend_kernel
-
-    is_ordered = sizes.block_size >= _LEAST_ORDERED_BLOCK
-    return hopper_attend_kernel, constants | {"KEYS": _KEYS, "ORDERED": is_ordered}
 
 
 @functools.cache
