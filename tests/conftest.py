@@ -78,6 +78,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs CUDA")
 
 
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # for other processes that test on the same GPU
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_compilations() -> None:
     """Resets dynamo, so that its counts of compilations do not depend on files that ran before."""
