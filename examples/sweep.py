@@ -10,7 +10,8 @@ stops no other. --results is written anew every few seconds:
   status      "done", "stopped" by the clock, "failed", or "running"
   final       validation loss: in all, of the first, middle and last eighth of the context, by
               position, by context; and of a span that the context holds once before, by depth
-  history     the loss of every step, times, and validation losses on the way
+  history     means of the loss of ten steps, seconds since the first step after each ten,
+              seconds of the tens that compiled, and validation losses on the way
 
 With --smoke every configuration makes a few steps first, on random tokens, while corpus.py makes
 the corpus. The kernel of full attention is then the fastest that ran, or --dense.
@@ -29,8 +30,10 @@ continued training of a pretrained model, in a folder of yours, on two GPUs:
 """
 
 import argparse
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -196,7 +199,7 @@ class Sweep:
             found = read_json(self.o.work / "results" / f"{file_of(name)}.json")
             status = self.status.get(name, "done" if "final" in found else "stopped")
             if found or name in self.status:
-                runs[name] = {"status": status} | found
+                runs[name] = {"status": status} | compact(found)
                 if name in self.errors:
                     runs[name]["error"] = self.errors[name]
         text = json.dumps(about | {"runs": runs})
@@ -335,6 +338,36 @@ class Sweep:
         options += [] if "--steps" in options else ["--steps", str(o.steps)]
         options += ["--tokens", str(o.tokens), "--out", str(checkpoint)]
         return [*arguments, *options]
+
+
+def compact(run: dict[str, Any]) -> dict[str, Any]:
+    """The results of train.py without paths, in fewer digits, and with means of ten steps."""
+    if not run:
+        return run
+    history, options = run["history"], dict(run["options"])
+    for name in ("results", "out", "resume", "minutes", "until", "tokens", "text"):
+        options.pop(name, None)
+    seconds = list(itertools.accumulate(x[2] for x in history["times"]))
+    kept = {
+        "loss_of_10_steps": [statistics.fmean(x) for x in batched(history["loss"], 10)],
+        "seconds": seconds,
+        "compile_seconds": sum(x[2] for x in history["times"] if x[3]),
+        "checks": history["checks"],
+    }
+    found: dict[str, Any] = rounded(run | {"options": options, "history": kept})
+    return found
+
+
+def batched(values: list[float], n: int) -> list[list[float]]:
+    return [values[i : i + n] for i in range(0, len(values), n)]
+
+
+def rounded(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {name: rounded(y) for name, y in x.items()}
+    if isinstance(x, list):
+        return [rounded(y) for y in x]
+    return round(x, 5) if isinstance(x, float) else x
 
 
 def gpus() -> list[str | None]:

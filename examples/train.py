@@ -43,7 +43,6 @@ parameters and the optimizer over all processes, and --recompute keeps only the 
 """
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
@@ -61,11 +60,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from flexmoba import __version__
 from flexmoba.commands.demo import standard_library
 from flexmoba.hybrid import HybridSchedule, set_attention
 from flexmoba.nn import FlexMoba, MobaAttention
-from flexmoba.reporting import UsageError, add_device, check_writable, positive, progress, table
+from flexmoba.reporting import (
+    UsageError,
+    add_device,
+    check_writable,
+    positive,
+    progress,
+    table,
+    versions,
+)
 
 if TYPE_CHECKING:
     from pretrained import Pretrained
@@ -510,11 +516,7 @@ class Results:
             "options": {name: x for name, x in vars(o).items() if name != "deadline"},
             "parameters": sum(x.numel() for x in model.parameters()),
             "device": torch.cuda.get_device_name() if cuda else "cpu",
-            "versions": {
-                "flexmoba": __version__,
-                "torch": torch.__version__,
-                "triton": version_of("triton"),
-            },
+            "versions": versions(),
         }
 
     def speed(self) -> dict[str, float]:
@@ -537,13 +539,6 @@ class Results:
             text = json.dumps(self.about | done | self.speed() | more | {"history": self.history})
             Path(f"{self.o.results}.new").write_text(text + "\n")
             Path(f"{self.o.results}.new").replace(self.o.results)
-
-
-def version_of(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def train(o: argparse.Namespace, state: dict[str, Any] | None = None) -> "GPT | Pretrained":

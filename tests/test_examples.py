@@ -441,9 +441,13 @@ def test_a_sweep_stops_goes_on_and_outlives_a_failure(
     second = sweep.main([*options, *more])["runs"]
     assert (tmp_path / "said").read_text() == "done\n"
     assert [x["status"] for x in second.values()] == ["failed", "done"]
-    losses = [x["8x3"]["history"]["loss"] for x in (first, second)]
+    losses = [x["8x3"]["history"]["loss_of_10_steps"] for x in (first, second)]
     assert losses[1][: len(losses[0])] == losses[0]
-    assert len(losses[1]) == 40
+    assert len(losses[1]) == 4
+    seconds = second["8x3"]["history"]["seconds"]
+    assert seconds == sorted(seconds)
+    assert second["8x3"]["options"].keys() >= {"block_size", "seed", "sink_blocks"}
+    assert str(tmp_path) not in results.read_text()
     printed = capsys.readouterr().out
     assert re.search(r"\| +8x3 \| +\d\.\d{4} \|", printed)
     # With those results at hand, nothing runs again.
