@@ -78,10 +78,11 @@ class ShardedMobaCache:
         >>> mesh = init_device_mesh("cpu", (1,))
         >>> q, k, v = torch.randn(3, 1, 2, 101, 16)
         >>> cache = ShardedMobaCache(mesh, 1, 2, 16, block_size=8, max_len=200)
-        >>> prompt = [x[:, :, :100] for x in (q, k, v)]
-        >>> out = context_parallel_moba(*prompt, block_size=8, topk=3, mesh=mesh)
-        >>> cache.append_shard(*prompt[1:])
-        >>> last, lse = cache.attend(*(x[:, :, 100:] for x in (q, k, v)), topk=3)
+        >>> prompt_q, prompt_k, prompt_v = (x[:, :, :100] for x in (q, k, v))
+        >>> out = context_parallel_moba(prompt_q, prompt_k, prompt_v, 8, 3, mesh=mesh)
+        >>> cache.append_shard(prompt_k, prompt_v)
+        >>> new_q, new_k, new_v = (x[:, :, 100:] for x in (q, k, v))
+        >>> last, lse = cache.attend(new_q, new_k, new_v, topk=3)
         >>> torch.testing.assert_close(last, flex_moba(q, k, v, 8, 3)[:, :, 100:])
         >>> dist.destroy_process_group()
     """

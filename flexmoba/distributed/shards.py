@@ -49,8 +49,8 @@ class ContextParallel(ParallelStyle):
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("context",))
         >>> layer = MobaAttention(64, 4, 2, block_size=16, topk=3, rope_base=10000.0)
-        >>> layer = parallelize_module(layer, mesh["context"], ContextParallel())
-        >>> layer(torch.randn(2, 100, 64)).shape
+        >>> spread = parallelize_module(layer, mesh["context"], ContextParallel())
+        >>> spread(torch.randn(2, 100, 64)).shape
         torch.Size([2, 100, 64])
         >>> dist.destroy_process_group()
     """
