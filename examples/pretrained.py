@@ -6,10 +6,10 @@ replaces its attention. Nothing is downloaded.
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -43,25 +43,13 @@ def tokenizer_of(folder: str, gguf: str | None = None) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-class Loss(nn.Module):
-    """Logits of the next token; with targets ``(B, L)``, the loss of each, in nats."""
-
-    def __init__(self, logits: nn.Module) -> None:
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
-        logits: Tensor = self.logits(x)
-        if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        return loss.view_as(targets)
-
-
 class Pretrained(nn.Module):
     """Of the next token, from tokens ``(B, L)``: logits, or losses; full attention at first."""
 
-    def __init__(self, o: argparse.Namespace) -> None:
+    def __init__(
+        self, o: argparse.Namespace, head: Callable[[nn.Module, nn.Module], nn.Module]
+    ) -> None:
+        """Loads the model; ``head`` makes the module of logits and losses, as that of the GPT."""
         super().__init__()
         self.context = None  # no processes share a context
         file = {"gguf_file": o.gguf} if o.gguf else {}
@@ -72,19 +60,20 @@ class Pretrained(nn.Module):
         self.model = load(o.model, o.gguf, dtype=torch.float32, config=config)
         always = {"sink_blocks": o.sink_blocks, "local_blocks": o.local_blocks}
         convert(self.model, o.block_size, None, **always)
-        self.loss = Loss(self.model.get_output_embeddings())
+        # The decoder ends with the norm.
+        self.head = head(nn.Identity(), self.model.get_output_embeddings())
         self.layers = config.num_hidden_layers
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         decoder = self.model.get_decoder()
         hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state
-        out: Tensor = self.loss(hidden, targets)
+        out: Tensor = self.head(hidden, targets)
         return out
 
     def compile_parts(self) -> None:
         """Compiles block by block: layers of equal settings are compiled once."""
         torch._dynamo.config.recompile_limit = 32  # by length, attention, and with no gradient
-        for part in (*self.model.get_decoder().layers, self.loss):
+        for part in (*self.model.get_decoder().layers, self.head):
             part.compile(dynamic=False)
 
     def save(self, o: argparse.Namespace) -> None:

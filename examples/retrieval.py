@@ -154,8 +154,9 @@ def apply(model: PreTrainedModel, attention: str) -> None:
     if attention == "full":
         convert(model, 128, None)
         return
-    size, topk, sink = re.fullmatch(NAME, attention).groups()  # type: ignore[union-attr]
-    convert(model, int(size), int(topk), sink_blocks=int(sink is not None))
+    name = re.fullmatch(NAME, attention)
+    assert name is not None
+    convert(model, int(name[1]), int(name[2]), sink_blocks=int(name[3] is not None))
 
 
 NAME = r"(\d+)x(\d+)(\+sink)?"

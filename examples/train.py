@@ -152,10 +152,9 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Logits of the next token; with targets ``(B, L)``, the loss of each, in nats."""
 
-    def __init__(self, o: argparse.Namespace) -> None:
+    def __init__(self, norm: nn.Module, logits: nn.Module) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(o.dim)
-        self.logits = nn.Linear(o.dim, o.vocabulary, bias=False)
+        self.norm, self.logits = norm, logits
 
     def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
         logits: Tensor = self.logits(self.norm(x))
@@ -174,7 +173,7 @@ class GPT(nn.Module):
         self.recompute = False  # layers in the backward pass
         self.embed = nn.Embedding(o.vocabulary, o.dim)
         self.blocks = nn.ModuleList(Block(o) for _ in range(o.layers))
-        self.head = Head(o)
+        self.head = Head(nn.RMSNorm(o.dim), nn.Linear(o.dim, o.vocabulary, bias=False))
         std = 0.5 * o.dim**-0.5
         for module in self.modules():
             if isinstance(module, (nn.Embedding, nn.Linear)):
@@ -462,7 +461,7 @@ def model_of(o: argparse.Namespace) -> "GPT | Pretrained":
         return GPT(o)
     from pretrained import Pretrained  # needs transformers
 
-    model = Pretrained(o)
+    model = Pretrained(o, Head)
     o.layers = model.layers
     if o.full_layers > o.layers:
         sys.exit(f"--full-layers {o.full_layers}: the model has {o.layers} layers")

@@ -7,7 +7,7 @@ selection has columns, if that many exist. The formulas read no values: a row of
 fewer blocks counts as if every column held a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,29 @@ def _attention(q: Shape, v: Shape, n_pairs: int, *, backward: bool) -> int:
     return 2 * batch * heads * n_pairs * products
 
 
-@register_flop_formula(torch.ops.flexmoba.attend_portable)
+def register_flop_formulas(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Registers a formula for an operator of attention and for its backward pass."""
+
+    def register(formula: Callable[..., int]) -> Callable[..., int]:
+        def backward(
+            grad_out: Shape,
+            grad_lse: Shape | None,
+            out: Shape,
+            lse: Shape,
+            *inputs: Any,
+            out_shape: Any = None,
+        ) -> int:
+            return formula(*inputs, backward=True)
+
+        operators = torch.ops.flexmoba
+        register_flop_formula(getattr(operators, f"attend_{name}"))(formula)
+        register_flop_formula(getattr(operators, f"attend_{name}_backward"))(backward)
+        return formula
+
+    return register
+
+
+@register_flop_formulas("portable")
 def _portable(
     q: Shape, k: Shape, v: Shape, *tables: Any, out_shape: Any = None, backward: bool = False
 ) -> int:
@@ -48,19 +70,7 @@ def _portable(
     return _attention(q, v, count, backward=backward)
 
 
-@register_flop_formula(torch.ops.flexmoba.attend_portable_backward)
-def _portable_backward(
-    grad_out: Shape,
-    grad_lse: Shape | None,
-    out: Shape,
-    lse: Shape,
-    *inputs: Any,
-    out_shape: Any = None,
-) -> int:
-    return _portable(*inputs, backward=True)
-
-
-@register_flop_formula(torch.ops.flexmoba.attend_fused)
+@register_flop_formulas("fused")
 def _fused(
     q: Shape,
     k: Shape,
@@ -78,19 +88,7 @@ def _fused(
     return _attention(q, v, count, backward=backward)
 
 
-@register_flop_formula(torch.ops.flexmoba.attend_fused_backward)
-def _fused_backward(
-    grad_out: Shape,
-    grad_lse: Shape | None,
-    out: Shape,
-    lse: Shape,
-    *inputs: Any,
-    out_shape: Any = None,
-) -> int:
-    return _fused(*inputs, backward=True)
-
-
-@register_flop_formula(torch.ops.flexmoba.attend_dense)
+@register_flop_formulas("dense")
 def _dense(
     q: Shape,
     k: Shape,
@@ -105,19 +103,7 @@ def _dense(
     return _attention(q, v, count, backward=backward)
 
 
-@register_flop_formula(torch.ops.flexmoba.attend_dense_backward)
-def _dense_backward(
-    grad_out: Shape,
-    grad_lse: Shape | None,
-    out: Shape,
-    lse: Shape,
-    *inputs: Any,
-    out_shape: Any = None,
-) -> int:
-    return _dense(*inputs, backward=True)
-
-
-@register_flop_formula(torch.ops.flexmoba.attend_grouped)
+@register_flop_formulas("grouped")
 def _grouped(
     q: Shape,
     k: Shape,
@@ -134,13 +120,6 @@ def _grouped(
     routed = selected[3] - int(is_causal)
     count = pairs(q[2], k[2], block_size, routed, is_causal=is_causal)
     return _attention(q, v, count, backward=backward)
-
-
-@register_flop_formula(torch.ops.flexmoba.attend_grouped_backward)
-def _grouped_backward(
-    grad_out: Shape, grad_lse: Shape, out: Shape, lse: Shape, *inputs: Any, out_shape: Any = None
-) -> int:
-    return _grouped(*inputs, backward=True)
 
 
 @register_flop_formula(torch.ops.flexmoba.select)

@@ -89,6 +89,30 @@ def test_large_elements_reach_only_rows_that_see_them(large, dtype):
     assert (results(200)[0] != results(None)[0])[:, :2, 200:].any(-1).all()
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_gradients_of_rows_that_see_a_large_element(is_causal):
+    """Compares all gradients with autograd, also of keys before the large element."""
+    problem = Problem(kv_heads=2, group=2, q_len=50, kv_len=50, dtype=torch.float64)
+    inputs = problem.tensors()
+    inputs[2][:, 0, 20, 0] = 1e200  # in float64, so that all results are finite
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        if is_causal:
+            scores = scores.masked_fill(torch.ones(50, 50).triu(1).bool(), float("-inf"))
+        return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+    upstream = torch.randn_like(inputs[0]), torch.randn(inputs[0].shape[:3], dtype=torch.float64)
+    attend = with_lse(flex_moba, 16, None, is_causal=is_causal)
+    grads = torch.autograd.grad(attend(*inputs), inputs, upstream)
+    expected = torch.autograd.grad(dense(*inputs), inputs, upstream)
+    for x, y in zip(grads, expected, strict=True):
+        assert x.isfinite().all()
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("changes", "options"),
     [

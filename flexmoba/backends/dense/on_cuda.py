@@ -1,8 +1,8 @@
 """Full attention without gradients by cuDNN and FlashAttention.
 
 cuDNN is the fastest forward pass on Hopper. Its gradients differ between two runs, and
-FlashAttention's deterministic backward pass takes twice the time of FlexAttention's, which
-therefore computes calls with gradients.
+FlashAttention's deterministic backward pass takes longer than FlexAttention's, which therefore
+computes calls with gradients.
 """
 
 from typing import Any
