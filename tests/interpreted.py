@@ -28,6 +28,7 @@ from flexmoba.paged.attention import attend_steps_gathered
 from flexmoba.paged.kernels import attend_steps_on_cuda
 from flexmoba.selection import BlockSelection
 from flexmoba.sequence.kernel import move_on_cuda
+from tests import bounds
 from tests.conftest import (
     assert_as_exact_as,
     assert_as_exact_as_dense,
@@ -40,6 +41,13 @@ SMALL = Problem(
     kv_heads=2, group=2, q_len=200, kv_len=290, head_dim=16, value_dim=16, block_size=64, topk=3,
     dtype=torch.float16,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def checked_bounds():
+    """Tests that no kernel accesses memory outside of its arguments."""
+    with bounds.checked():
+        yield
 
 
 def variant(**changes) -> Problem:

@@ -77,8 +77,8 @@ def test_output_and_gradients(problem):
 @pytest.mark.parametrize("block_size", [64, 100])
 def test_a_shared_selection(block_size, is_causal, group):
     problem = BlockProblem(
-        batch=2, kv_heads=2, group=group, q_len=700, kv_len=900, head_dim=64, value_dim=128,
-        block_size=block_size, topk=5, is_causal=is_causal, dtype=torch.bfloat16,
+        batch=16 // group, kv_heads=2, group=group, q_len=700, kv_len=900, head_dim=64,
+        value_dim=128, block_size=block_size, topk=5, is_causal=is_causal, dtype=torch.bfloat16,
     )  # fmt: skip
     q, k, v = problem.tensors(DEVICE)
     shared = problem.selection(DEVICE)[:, ::group]

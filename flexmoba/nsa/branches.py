@@ -66,9 +66,8 @@ def compressed_branch(
     after = tokens * stride - before - (q_len - blind)
     seeing = F.pad(q[:, :, blind:], (0, 0, before, after))
     heads = rearrange(seeing, "b (h g) (t s) d -> b (h s g) t d", h=kv_heads, s=stride)
-    k_cmp, v_cmp = (
-        x[:, :, None].expand(-1, -1, stride, -1, -1).flatten(1, 2) for x in (k_cmp, v_cmp)
-    )
+    # Copies: the heads of an expanded tensor have a stride of 0, which kernels may not support.
+    k_cmp, v_cmp = (x.repeat_interleave(stride, dim=1) for x in (k_cmp, v_cmp))
     if first_block is None:
         out, aux = flex_moba(
             *(heads, k_cmp, v_cmp, TILE, None),
