@@ -3,6 +3,8 @@
 Every function returns the output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -13,6 +15,26 @@ from flexmoba.attention import flex_moba, selected_attention
 from flexmoba.backends import AttentionOptions, ImplName, resolve, window_attention
 from flexmoba.blocks import TILE
 from flexmoba.nsa.sizes import NsaSizes
+
+
+class BranchTensors(NamedTuple):
+    """The keys and values of the branches.
+
+    Attributes:
+        k: Keys of the selected branch, ``(B, Hkv, Lk, D)``.
+        v: Values of the selected branch, ``(B, Hkv, Lk, Dv)``.
+        k_cmp: Compressed keys, ``(B, Hkv, blocks, D)``.
+        v_cmp: Compressed values, ``(B, Hkv, blocks, Dv)``.
+        k_win: Keys of the window branch, ``(B, Hkv, tokens, D)``, of the last tokens at least.
+        v_win: Values of the window branch, ``(B, Hkv, tokens, Dv)``.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_cmp: Tensor
+    v_cmp: Tensor
+    k_win: Tensor
+    v_win: Tensor
 
 
 def block_means_of(x: Tensor, sizes: NsaSizes) -> Tensor:
@@ -66,8 +88,9 @@ def compressed_branch(
     after = tokens * stride - before - (q_len - blind)
     seeing = F.pad(q[:, :, blind:], (0, 0, before, after))
     heads = rearrange(seeing, "b (h g) (t s) d -> b (h s g) t d", h=kv_heads, s=stride)
-    # Copies: the heads of an expanded tensor have a stride of 0, which kernels may not support.
-    k_cmp, v_cmp = (x.repeat_interleave(stride, dim=1) for x in (k_cmp, v_cmp))
+    k_cmp, v_cmp = (
+        x[:, :, None].expand(-1, -1, stride, -1, -1).flatten(1, 2) for x in (k_cmp, v_cmp)
+    )
     if first_block is None:
         out, aux = flex_moba(
             *(heads, k_cmp, v_cmp, TILE, None),
@@ -129,8 +152,9 @@ def window_branch(
 ) -> tuple[Tensor, Tensor]:
     """Computes attention to the last ``window`` tokens up to each query, its own included.
 
-    With packed documents, ``first_token (B, Lq)`` is the first token of each query's document, and
-    there are as many queries as keys.
+    The last query is at the last key, and keys before the first window may be missing. With packed
+    documents, ``first_token (B, Lq)`` is the first token of each query's document, and there are as
+    many queries as keys.
     """
     q_len, kv_len = q.shape[2], k.shape[2]
     # Windows need as many queries as keys: drop the keys before the first window, and add a query
