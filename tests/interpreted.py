@@ -201,6 +201,18 @@ def test_a_shared_selection(monkeypatch, changes, scale):
     assert_as_exact_as_dense(attend, q, k, v, mask, scale=scale, gradients=True)
 
 
+def test_gradients_of_the_output_alone():
+    """Tests a loss that does not use the log-sum-exp, which then has no gradient."""
+    problem = variant(q_len=16, kv_len=50, block_size=16)
+    inputs = problem.tensors(requires_grad=True)
+    selection = problem.selection()[:, :: problem.group].contiguous()
+    out, lse = grouped_attention(*inputs, selection, 16, 0.3, True)
+    alone = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+    with_zeros = torch.autograd.grad(out.sum() + 0 * lse.sum(), inputs)
+    for first, second in zip(alone, with_zeros, strict=True):
+        assert_bitwise_equal(first, second)
+
+
 def test_the_kernels_for_shared_selections_are_called(monkeypatch):
     """Tests documents in a layout, and head dims above 128."""
     counted = Counted()
