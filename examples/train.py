@@ -1,19 +1,21 @@
-"""Train a small GPT on local text with full attention, MoBA, or a hybrid of both.
+"""Train a small GPT on local text with full attention, MoBA, a hybrid of both, or NSA.
 
 A language model of bytes, or of the tokens of corpus.py, whose attention is
-flexmoba.nn.MobaAttention:
+flexmoba.nn.MobaAttention, or flexmoba.nn.NsaAttention:
 
   --attention full     every token attends to all before it
   --attention moba     every token attends to topk blocks, from the first step to the last
   --attention hybrid   MoBA, and full attention for the last tenth of the steps
                        (arXiv 2502.13189, Sec. 3.2)
-  --full-layers N      in any of them, the last N layers keep full attention (Sec. 3.3)
+  --attention nsa      Native Sparse Attention: compressed keys, topk blocks and a window
+                       (arXiv 2502.11089)
+  --full-layers N      in any but the last, the last N layers keep full attention (Sec. 3.3)
 
 It ends with the validation loss by position in the context, as the paper reports it: what a sparse
 model loses, it loses in the trailing tokens, which have most to attend to. Each loss is measured
-with the blocks selected and with full attention, as the parameters serve both. --results writes
-that, the loss of every step and the times into a JSON file, together with the loss of a span that
-the context holds once before, by how deep it lies there.
+with the blocks selected and with full attention, as the parameters serve both; a model with NSA has
+one loss. --results writes that, the loss of every step and the times into a JSON file, together
+with the loss of a span that the context holds once before, by how deep it lies there.
 
 toy size, four minutes on a CPU:
   python examples/train.py --attention hybrid --out gpt.pt
@@ -49,6 +51,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +65,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from flexmoba.commands.demo import standard_library
 from flexmoba.hybrid import HybridSchedule, set_attention
-from flexmoba.nn import FlexMoba, MobaAttention
+from flexmoba.nn import FlexMoba, MobaAttention, NsaAttention
 from flexmoba.reporting import (
     UsageError,
     add_device,
@@ -117,27 +120,40 @@ class HeadNorm(nn.Module):
 
 
 class Block(nn.Module):
+    attention: MobaAttention | NsaAttention
+
     def __init__(self, o: argparse.Namespace) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.RMSNorm(o.dim) for _ in range(2))
         always = {"sink_blocks": o.sink_blocks, "local_blocks": o.local_blocks}
         options: dict[str, Any] = {name: blocks for name, blocks in always.items() if blocks}
-        self.attention = MobaAttention(
-            o.dim,
-            o.heads,
-            o.kv_heads,
-            block_size=o.block_size,
-            topk=None,
-            rope_base=o.rope_base or 10000.0,
-            key_conv=o.key_conv,
-            **options,
-        )
+        sizes, rope_base = (o.dim, o.heads, o.kv_heads), o.rope_base or 10000.0
+        if o.attention == "nsa":
+            self.attention = NsaAttention(
+                *sizes,
+                rope_base=rope_base,
+                block_size=o.block_size,
+                cmp_block=o.block_size // 2,  # the proportions of the paper
+                cmp_stride=o.block_size // 4,
+                topk=o.topk,
+                window=o.window,
+                **always,
+            )
+        else:
+            self.attention = MobaAttention(
+                *sizes,
+                block_size=o.block_size,
+                topk=None,
+                rope_base=rope_base,
+                key_conv=o.key_conv,
+                **options,
+            )
         if o.qk_norm:  # after the projections, before the convolution and the rotary embedding
             for name in ("q_proj", "k_proj"):
                 projection = self.attention.get_submodule(name)
                 normalised = nn.Sequential(projection, HeadNorm(o.dim // o.heads))
                 self.attention.add_module(name, normalised)
-        if o.dense != "flex":
+        if o.dense != "flex" and isinstance(self.attention, MobaAttention):
             self.attention.moba = Dense(o.block_size, None, **options)
             self.attention.moba.grouped = o.dense == "flash"
         self.mlp = nn.Sequential(
@@ -175,8 +191,9 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(o) for _ in range(o.layers))
         self.head = Head(nn.RMSNorm(o.dim), nn.Linear(o.dim, o.vocabulary, bias=False))
         std = 0.5 * o.dim**-0.5
-        for module in self.modules():
-            if isinstance(module, (nn.Embedding, nn.Linear)):
+        for name, module in self.named_modules():
+            # The compression of NSA begins as a mean.
+            if isinstance(module, (nn.Embedding, nn.Linear)) and ".compress_" not in name:
                 nn.init.normal_(module.weight, std=std)
         for block in self.blocks:  # what adds to the stream, as in GPT-2
             for last in (block.get_submodule("attention.o_proj"), block.get_submodule("mlp.2")):
@@ -377,14 +394,19 @@ def summary(losses: Tensor) -> dict[str, Any]:
 
 
 def evaluate(
-    model: nn.Module, schedule: HybridSchedule, data: Tensor, o: argparse.Namespace
+    model: nn.Module, schedule: "HybridSchedule | Steps", data: Tensor, o: argparse.Namespace
 ) -> dict[str, Any]:
-    """Validation losses with the blocks selected ("moba") and with full attention ("full")."""
+    """Validation losses with the blocks selected ("moba") and with full attention ("full").
+
+    A model with NSA has one loss ("nsa").
+    """
     inputs, targets = unseen_windows(data, o.windows, o)
     found = {}
-    for name, topk in (("moba", o.topk), ("full", None)):
-        set_attention(model, topk=None)
-        set_attention(model, topk=topk, layers=slice(0, o.layers - o.full_layers))
+    for name in ("nsa",) if o.attention == "nsa" else ("moba", "full"):
+        if name != "nsa":
+            set_attention(model, topk=None)
+        if name == "moba":
+            set_attention(model, topk=o.topk, layers=slice(0, o.layers - o.full_layers))
         found[name] = summary(losses_of(model, inputs, targets, o))
         found[name]["copied"] = loss_of_copies(model, data, o)
     schedule.load_state_dict(schedule.state_dict())  # back to the attention of this phase
@@ -392,19 +414,39 @@ def evaluate(
 
 
 def report(found: dict[str, Any], o: argparse.Namespace) -> str:
-    """The validation loss by position, with the blocks selected and with full attention."""
-    moba, full = (torch.tensor(found[name]["by_position"]) for name in ("moba", "full"))
+    """The validation loss by position, with each attention."""
+    columns = [torch.tensor(x["by_position"]).chunk(BUCKETS) for x in found.values()]
     rows = []
-    for i, (a, b) in enumerate(zip(moba.chunk(BUCKETS), full.chunk(BUCKETS), strict=True)):
+    for i, losses in enumerate(zip(*columns, strict=True)):
         name = f"{i * o.length // BUCKETS:,} to {(i + 1) * o.length // BUCKETS:,}"
         name += " (trailing)" * (i == BUCKETS - 1)
-        rows.append([name, f"{a.mean():.4f}", f"{b.mean():.4f}"])
-    rows.append(["all", *(f"{found[name]['loss']:.4f}" for name in ("moba", "full"))])
-    return table(["position", f"blocks of {o.block_size}, topk {o.topk}", "full attention"], rows)
+        rows.append([name, *(f"{x.mean():.4f}" for x in losses)])
+    rows.append(["all", *(f"{x['loss']:.4f}" for x in found.values())])
+    blocks = f"blocks of {o.block_size}, topk {o.topk}"
+    heads = {"moba": blocks, "full": "full attention", "nsa": f"NSA, {blocks}, window {o.window}"}
+    return table(["position", *(heads[name] for name in found)], rows)
 
 
-def schedule_of(model: nn.Module, o: argparse.Namespace) -> HybridSchedule:
+class Steps:
+    """Counts the steps of a model whose attention does not change, as a HybridSchedule does."""
+
+    count = 0
+
+    def step(self) -> bool:
+        self.count += 1
+        return False
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.count = state["count"]
+
+
+def schedule_of(model: nn.Module, o: argparse.Namespace) -> "HybridSchedule | Steps":
     """What each step attends to. The model has full attention where this says nothing."""
+    if o.attention == "nsa":
+        return Steps()
     moba = {"topk": o.topk, "layers": slice(0, o.layers - o.full_layers)}
     phases = {
         "full": [(0.0, {"topk": None})],
@@ -434,13 +476,14 @@ def optimizers_of(model: nn.Module, o: argparse.Namespace) -> list[torch.optim.O
     The gains of --qk-norm and all that Muon leaves to AdamW do not decay.
     """
     blocks = {name: x for name, x in model.named_parameters() if name.startswith("blocks.")}
-    muon = {name for name, x in blocks.items() if x.ndim == 2 and "key_conv" not in name}
+    others = "key_conv", "positions"  # convolutions, and the embeddings of NSA's compression
+    muon = {x for x in blocks if blocks[x].ndim == 2 and not any(name in x for name in others)}
     muon = muon if o.optimizer == "muon" else set()
-    others = {name: x for name, x in model.named_parameters() if name not in muon}
-    kept = {name for name in others if muon or "_proj.1.norm" in name}
+    rest = {name: x for name, x in model.named_parameters() if name not in muon}
+    kept = {name for name in rest if muon or "_proj.1.norm" in name}
     groups: list[dict[str, Any]] = [
-        {"params": [x for name, x in others.items() if name not in kept]},
-        {"params": [x for name, x in others.items() if name in kept], "weight_decay": 0.0},
+        {"params": [x for name, x in rest.items() if name not in kept]},
+        {"params": [x for name, x in rest.items() if name in kept], "weight_decay": 0.0},
     ]
     adam: torch.optim.Optimizer = torch.optim.AdamW(
         [x for x in groups if x["params"]],
@@ -654,7 +697,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--attention", choices=["full", "moba", "hybrid"], default="hybrid")
+    add("--attention", choices=["full", "moba", "hybrid", "nsa"], default="hybrid")
     add("--text", nargs="+", default=[], metavar="PATH", help="files or folders, read whole; one "
         "file alone is mapped (default: the sources of Python's standard library)")  # fmt: skip
     add("--tokens", metavar="FOLDER", help="a corpus of corpus.py, in place of --text")
@@ -666,6 +709,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sink-blocks", type=int, default=0, help="first blocks, always seen (%(default)s)")
     add("--local-blocks", type=int, default=0, help="blocks before the own one, always seen "
         "(%(default)s)")  # fmt: skip
+    add("--window", type=positive, default=64, help="tokens in the window of NSA (%(default)s)")
     add("--dense", choices=["flex", "flash", "cudnn"], default="flex", help="kernel of full "
         "attention: flexmoba's FlexAttention, or one of torch's (%(default)s)")  # fmt: skip
     add("--qk-norm", action="store_true", help="normalise the queries and keys of each head")
@@ -719,6 +763,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if o.model and (o.context_parallel > 1 or any(getattr(o, name) for name in of_gpt)):
         names = ", ".join(f"--{x.replace('_', '-')}" for x in (*of_gpt, "context_parallel"))
         parser.error(f"{names} are of a new GPT; leave them out with --model")
+    of_moba = ("model", "key_conv", "full_layers")
+    if o.attention == "nsa" and (o.context_parallel > 1 or any(getattr(o, x) for x in of_moba)):
+        names = ", ".join(f"--{x.replace('_', '-')}" for x in (*of_moba, "context_parallel"))
+        parser.error(f"{names} are of MoBA; leave them out with --attention nsa")
+    if o.attention == "nsa" and o.block_size % 4:
+        parser.error(f"--block-size {o.block_size} must be a multiple of 4 with --attention nsa")
     layers = math.inf if o.model else o.layers  # of a model that is not loaded yet
     if not 0 < o.full_share < 1 or not 0 <= o.full_layers <= layers:
         parser.error("--full-share must lie between 0 and 1, --full-layers from 0 to --layers")

@@ -1,5 +1,6 @@
 """Tests that run the examples at toy size and check the results that they are to show."""
 
+import argparse
 import itertools
 import json
 import re
@@ -228,6 +229,8 @@ def test_moba_learns_from_its_context(example, text, capsys):
         (["--context-parallel", "2", "--dense", "flash"], "needs --dense flex, not flash"),
         (["--fsdp", "--optimizer", "muon"], "--fsdp needs --optimizer adamw, not muon"),
         (["--fsdp"], "--fsdp needs several processes"),
+        (["--attention", "nsa", "--full-layers", "1"], "--context-parallel are of MoBA"),
+        (["--attention", "nsa", "--block-size", "6"], "--block-size 6 must be a multiple of 4"),
         (["--short-share", "2"], "--short-share 2.0 must lie between 0 and 1"),
         (["--text", __file__, "--length", "10000"], "--length 10000 needs 100,020"),
     ],
@@ -388,6 +391,30 @@ def test_the_recipe_of_the_sweep_resumes_bitwise(example, text, tmp_path, monkey
     for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
         assert_bitwise_equal(a, b)
     assert train.learning_rate(10, train.parse(["--to-zero", "--steps", "10"])) == 0
+
+
+NSA = ["--attention", "nsa", "--window", "12", "--sink-blocks", "1", "--local-blocks", "1"]
+
+
+def test_nsa_trains_and_resumes_bitwise(example, text, tmp_path, capsys):
+    train, parts, results = example("train"), tmp_path / "parts.pt", tmp_path / "results.json"
+    recipe = [*RECIPE[:4], "--short-length", "16"]
+    common = ["--text", text, "--steps", "6", *TINY, *NSA, *recipe, "--results", str(results)]
+    expected = train.main(common)
+    assert "| NSA, blocks of 8, topk 3, window 12 |" in capsys.readouterr().out
+    final = json.loads(results.read_text())["final"]
+    assert final.keys() == {"nsa"}
+    train.main([*common, "--out", str(parts), "--until", "3"])
+    resumed = train.main(["--resume", str(parts), "--device", "cpu"])
+    for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
+        assert_bitwise_equal(a, b)
+    compress = expected.blocks[0].attention.compress_k
+    adam, muon = train.optimizers_of(expected, train.parse([*TINY, *NSA, *recipe]))
+    assert any(x is compress.positions for group in adam.param_groups for x in group["params"])
+    assert any(x is compress.mlp[0].weight for x in muon.param_groups[0]["params"])
+    assert compress.mlp[2].weight.abs().max() > 0
+    fresh = train.GPT(argparse.Namespace(**vars(train.parse([*TINY, *NSA])), vocabulary=256))
+    assert not fresh.blocks[0].attention.compress_k.mlp[2].weight.any()  # begins as a mean
 
 
 def test_only_gains_of_queries_and_keys_do_not_decay(example):
