@@ -6,6 +6,7 @@ from flexmoba.block_mask import moba_block_mask
 from flexmoba.cache import MobaCache
 from flexmoba.gate import moba_select
 from flexmoba.reference import moba_reference
+from flexmoba.window import window_attention
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "moba_reference",
     "moba_select",
     "selected_attention",
+    "window_attention",
 ]

@@ -40,6 +40,10 @@ SIGNATURES = {
         "impl='auto', kernel_options=None, return_aux=None, cu_seqlens=None, document_ids=None, "
         "key_padding_mask=None)"
     ),
+    "window_attention": (
+        "(q, k, v, window, *, scale=None, impl='auto', return_aux=None, cu_seqlens=None, "
+        "document_ids=None, key_padding_mask=None)"
+    ),
     "moba_block_mask": "(q, k, block_size, topk, *, is_causal=True)",
     "moba_reference": (
         "(q, k, v, block_size, topk, *, is_causal=True, scale=None, score_mod=None, gate='token', "
@@ -104,7 +108,8 @@ def test_docstring_has_shapes_an_example_and_the_paper(name):
     assert "``(B, Hkv, Lk, D)``" in text or name == "MobaCache"  # the cache holds them
     assert ">>> " in text
     assert f"import {name}" in text
-    assert "2502.13189" in text
+    paper = "2502.11089" if name == "window_attention" else "2502.13189"
+    assert paper in text
 
 
 def test_types_are_shipped():

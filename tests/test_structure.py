@@ -145,6 +145,7 @@ MANY_PARAMETERS = {
     "flexmoba.reference.moba_reference": "public",
     "flexmoba.reference.reference_attention": "the oracle shares no types with the rest",
     "flexmoba.reference.reference_selection": "the oracle shares no types with the rest",
+    "flexmoba.window.window_attention": "public",
     "flexmoba.tune.measure.reports": "those of tune",
     "flexmoba.tune.measure.tune": "public",
     "flexmoba.tune.calls._Recorder.flex": "the signature of flex_attention",

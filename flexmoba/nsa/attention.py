@@ -22,7 +22,6 @@ from flexmoba.nsa.branches import (
     block_means_of,
     compressed_branch,
     selected_branch,
-    window_branch,
 )
 from flexmoba.nsa.checks import (
     check_branches,
@@ -33,6 +32,7 @@ from flexmoba.nsa.checks import (
 from flexmoba.nsa.layout import nsa_layout
 from flexmoba.nsa.select import select_in_slots
 from flexmoba.nsa.sizes import NsaSizes
+from flexmoba.window import attend_to_window
 
 
 @overload
@@ -291,7 +291,7 @@ def attend_in_branches(
     branches = (
         compressed,
         selected_branch(q, k, v, selection, sizes.block_size, scale, impl),
-        window_branch(q, k_win, v_win, window, first_token, scale, impl),
+        attend_to_window(q, k_win, v_win, window, first_token, scale, impl),
     )
     outs, lses = zip(*branches, strict=True)
     if q.is_cuda:  # compiled, the merge is one pass over memory, and so is its gradient

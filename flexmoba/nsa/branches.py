@@ -1,6 +1,7 @@
-"""The branches of Native Sparse Attention, each by attention of another room.
+"""The compressed and the selected branch of NSA, each by attention of another room.
 
-Every function returns the output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``.
+`flexmoba.window` has the window branch. Every function returns the output ``(B, Hq, Lq, Dv)`` and
+the log-sum-exp ``(B, Hq, Lq)``.
 """
 
 from typing import NamedTuple
@@ -104,7 +105,8 @@ def compressed_branch(
         # The queries of one token are of one document, but for those that see nothing.
         first_key = first_block[:, first_seeing::stride] * (sizes.block_size // stride)
         key = torch.arange(tokens, dtype=torch.int32, device=q.device)
-        options = _options(heads, k_cmp, v_cmp, scale, impl)
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        options = AttentionOptions(resolve(impl, heads, k_cmp, v_cmp), scale)
         out, lse = window_attention(
             heads, k_cmp, v_cmp, torch.minimum(first_key, key), tokens, options
         )
@@ -139,42 +141,3 @@ def selected_branch(
     )
     assert aux.lse is not None
     return out, aux.lse
-
-
-def window_branch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int,
-    first_token: Tensor | None,
-    scale: float | None,
-    impl: ImplName,
-) -> tuple[Tensor, Tensor]:
-    """Computes attention to the last ``window`` tokens up to each query, its own included.
-
-    The last query is at the last key, and keys before the first window may be missing. With packed
-    documents, ``first_token (B, Lq)`` is the first token of each query's document, and there are as
-    many queries as keys.
-    """
-    q_len, kv_len = q.shape[2], k.shape[2]
-    # Windows need as many queries as keys: drop the keys before the first window, and add a query
-    # of zeros for each key before the first query.
-    missing = min(kv_len - q_len, window - 1)
-    first = kv_len - q_len - missing
-    k, v = k[:, :, first:], v[:, :, first:]
-    if missing > 0:
-        q = F.pad(q, (0, 0, missing, 0))  # copies, even if nothing is missing
-    position = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
-    first_key = (position - (window - 1)).clamp(min=0).expand(q.shape[0], -1)
-    if first_token is not None:
-        first_key = torch.maximum(first_key, first_token)
-    options = _options(q, k, v, scale, impl)
-    out, lse = window_attention(q, k, v, first_key, window, options)
-    return out[:, :, missing:], lse[:, :, missing:]
-
-
-def _options(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, impl: ImplName
-) -> AttentionOptions:
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return AttentionOptions(resolve(impl, q, k, v), scale)
