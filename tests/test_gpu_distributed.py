@@ -61,7 +61,7 @@ def with_gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
 
 
-def bit_for_bit(mesh: DeviceMesh, exchange: str) -> None:
+def bit_for_bit(mesh: DeviceMesh, exchange: str, lengths: tuple[int, ...]) -> None:
     """Compares two calls with what one GPU computes for the same calls of `flex_moba`.
 
     The gradients of keys are summed in float32, in the order of ranks.
@@ -73,7 +73,7 @@ def bit_for_bit(mesh: DeviceMesh, exchange: str) -> None:
     else:
         sums = [torch.zeros_like(x, dtype=torch.float32) for x in whole[1:]]
         parts = []
-        for q, end in zip(whole[0].split(LENGTHS, 2), accumulate(LENGTHS), strict=True):
+        for q, end in zip(whole[0].split(lengths, 2), accumulate(lengths), strict=True):
             inputs = [x.clone().requires_grad_() for x in (q, *(y[:, :, :end] for y in whole[1:]))]
             out, d_q, *grads = with_gradients(flex_moba(*inputs, 64, 3), inputs)
             parts.append((out, d_q))
@@ -83,15 +83,16 @@ def bit_for_bit(mesh: DeviceMesh, exchange: str) -> None:
         expected += [x.to(whole[0].dtype) for x in sums]
     rank = mesh.get_local_rank()
     for _ in range(2):
-        mine = [x.detach().split(LENGTHS, 2)[rank].clone().requires_grad_() for x in whole]
+        mine = [x.detach().split(lengths, 2)[rank].clone().requires_grad_() for x in whole]
         out = context_parallel_moba(*mine, 64, 3, mesh=mesh, exchange=exchange)
         for x, y in zip(with_gradients(out, mine), expected, strict=True):
-            assert_bitwise_equal(x, y.split(LENGTHS, 2)[rank])
+            assert_bitwise_equal(x, y.split(lengths, 2)[rank])
 
 
 @pytest.mark.parametrize("exchange", ["gather", "heads"])
-def test_bit_for_bit(gpus, exchange):
-    run(gpus, bit_for_bit, exchange)
+@pytest.mark.parametrize("lengths", [LENGTHS, (0, 768), (768, 0)], ids=str)
+def test_bit_for_bit(gpus, exchange, lengths):
+    run(gpus, bit_for_bit, exchange, lengths)
 
 
 def with_documents(mesh: DeviceMesh, exchange: str) -> None:
