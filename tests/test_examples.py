@@ -878,7 +878,7 @@ def test_scaling_measures_both_exchanges(tmp_path):
         assert x["both_weak"] == results[1]["both_ms"] / x["both_ms"]
         assert x["compute_both_ms"] > 0
         assert 0 < x["modeled_forward_ms"] < x["modeled_both_ms"]
-        assert 0 <= x["both_imbalance"] < 1
+        assert 0 <= x["both_imbalance"] <= 1  # of two ranks
     modeled = [(x["ranks"], x["exchange"]) for x in json.loads(file.read_text())["modeled"]]
     assert modeled == [(2, "gather"), (2, "heads"), (4, "gather"), (4, "heads"), (8, "gather")]
     rows = re.findall(r"^\| +(\d) \| +(\d+) \| +(\w+) ", done.stdout, re.M)

@@ -150,6 +150,7 @@ PRESETS = {
         Config(1, 4, 1, 2**20, 16384, 3, backward=False, dense="SDPA"),
         Config(1, 1, 1, 10 * 2**20, 163840, 3, backward=False, dense="nothing"),
     ],
+    "million": [Config(1, 32, 8, 2**20, size, 12, dense="nothing") for size in (4096, 128)],
     "gates": [
         Config(1, heads, kv_heads, 65536, block_size, topk, dense="SDPA", gate=gate)
         for heads, kv_heads, block_size, topk in ((16, 16, 128, 8), (32, 8, 512, 3))

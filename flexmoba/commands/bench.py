@@ -12,6 +12,7 @@ Presets:
   flashmoba    8K to 128K tokens
   paper        128K and 1M tokens, block 4096, topk 12
   longest      1M and 10M tokens, forward
+  million      1M tokens of 32 query heads, 256 and 8,192 blocks, on one card of 80 GB
   gates        gate="token", "group" and "tile" at 64K tokens
   documents    64K tokens in 1 to 1024 packed documents
   correlated   random queries beside queries whose neighbours select similar blocks
