@@ -108,6 +108,34 @@ def test_evicted_requests_return_with_the_same_tokens(monkeypatch):
     assert any(evictions)
 
 
+@torch.no_grad()
+def test_requests_wait_no_longer_if_all_active_ones_are_cancelled():
+    model, (first, second, *_) = moba_model(), prompts(60, 40)
+    config = ContinuousBatchingConfig(page_size=BLOCK, num_blocks=40, max_batch_tokens=64)
+    manager = model.init_continuous_batching(
+        generation_config=GREEDY, continuous_batching_config=config
+    )
+    manager.batch_processor = engine = manager._create_batch_processor()
+
+    def step() -> None:
+        assert engine.prepare_next_batch()
+        manager._generation_step()
+        engine.update_batch()
+
+    manager.add_request(first, request_id="first")
+    step()
+    engine.scheduler.block_new_requests = True  # as after an eviction
+    manager.add_request(second, request_id="second")
+    step()
+    assert list(engine.scheduler.active_requests) == ["first"]
+    manager.cancel_request("first")
+    for _ in range(STEPS):
+        step()
+    output = manager.get_result(timeout=1)
+    assert output.request_id == "second"
+    assert_greedy(model, [second], [output.generated_tokens])
+
+
 def test_samples_of_one_prompt_share_its_pages():
     model = moba_model()
     sampled = GenerationConfig(

@@ -179,6 +179,7 @@ class MobaBatchingManager(_Manager):  # type: ignore[misc, valid-type]
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
         if _is_moba(self.model):
+            _admit_after_cancellations(processor.scheduler)
             for module in _modules(self.model):
                 allocator = processor.cache.layer_to_allocator[module.layer_idx]
                 other = _allocators.get(module, lambda: None)()
@@ -189,6 +190,23 @@ class MobaBatchingManager(_Manager):  # type: ignore[misc, valid-type]
                     )
                 _allocators[module] = weakref.ref(allocator)
         return processor
+
+
+def _admit_after_cancellations(scheduler: Any) -> None:
+    """Makes a scheduler admit waiting requests if cancellations leave no active one.
+
+    After an eviction, transformers admits no request until an active one finishes. If all active
+    ones are cancelled instead, the engine would wait forever.
+    """
+    clear = scheduler.clear_cancelled_requests
+
+    def clear_cancelled_requests() -> Any:
+        cancelled = clear()
+        if not scheduler.active_requests:
+            scheduler.block_new_requests = False
+        return cancelled
+
+    scheduler.clear_cancelled_requests = clear_cancelled_requests
 
 
 def check_batching(model: Any, page_size: int) -> None:
