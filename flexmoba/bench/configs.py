@@ -34,6 +34,8 @@ class Config:
             `flex_moba`.
         nsa: Whether to measure `flex_nsa`, at its default sizes but for ``block_size`` and
             ``topk``, instead of `flex_moba`.
+        paged: Whether to measure a batch of decoding steps over the pages of a server.
+        chunk: New tokens of another sequence in that batch.
     """
 
     batch: int
@@ -52,6 +54,8 @@ class Config:
     correlated: bool = False
     layers: int = 0
     nsa: bool = False
+    paged: bool = False
+    chunk: int = 0
 
     def __str__(self) -> str:
         """Returns the first cell of its table row."""
@@ -61,6 +65,7 @@ class Config:
         )
         text += ", correlated" if self.correlated else ""
         text += f", {self.layers} layers" if self.layers else ""
+        text += f", chunk of {size(self.chunk)}" if self.chunk else ""
         text += "" if self.gate == "token" else f", by {self.gate}"
         text += "" if self.documents == 1 else f", {self.documents} documents"
         return text + (", longest known" if self.longest_known else "")
@@ -176,6 +181,17 @@ PRESETS = {
         Config(batch, 32, 8, length, 512, 8, backward=False, decode=True, gate=gate)
         for batch, length in ((1, 2**20), (8, 2**17), (1, 2**17), (1, 2**15))
         for gate in ("token", "group")
+    ],
+    "paged": [
+        Config(
+            *(batch, 32, 8, n * 1024, block_size, 8),
+            backward=False, decode=True, paged=True, chunk=chunk,
+        )
+        for block_size in (128, 512)
+        for batch, n, chunk in (
+            (1, 128, 0), (8, 128, 0), (32, 128, 0), (64, 32, 0), (256, 16, 0), (256, 4, 0),
+            (32, 32, 2048), (32, 32, 8192), (32, 128, 8192),
+        )
     ],
     "nsa": [
         *(Config(1, 64, 4, n * 1024, 64, 16, dense="SDPA", nsa=True) for n in (8, 16, 32, 64)),

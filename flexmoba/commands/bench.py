@@ -18,6 +18,7 @@ Presets:
   correlated   random queries beside queries whose neighbours select similar blocks
   training     training steps of a GPT of 12 layers, 32K and 64K tokens a step
   decode       decoding steps at contexts of 32K to 1M tokens
+  paged        batches of a server over pages: 1 to 256 sequences of 4K to 128K tokens, with chunks
   nsa          Native Sparse Attention at 8K to 64K tokens, and its decoding steps at 64K
 """
 
@@ -41,6 +42,7 @@ from flexmoba.bench import (
     matrix_rate,
     measure,
     measure_nsa,
+    measure_paged,
     measure_step,
     measure_training,
     plot,
@@ -159,4 +161,6 @@ def _measurement(config: Config) -> Callable[..., dict[str, Any]]:
         return measure_nsa
     if config.layers:
         return measure_training
+    if config.paged:
+        return measure_paged
     return measure_step if config.decode else measure
