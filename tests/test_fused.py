@@ -244,8 +244,8 @@ def test_names_unsupported_inputs():
     ):
         flex_moba(q, q, q, 2, 1, impl="fused")
     assert "float32" in (why_not_fused(q, q, None) or "")
-    wide = torch.zeros(1, 1, 4, 256, dtype=torch.bfloat16)
-    assert "at most 128, got 256" in (why_not_fused(wide, wide, None) or "")
+    wide = torch.zeros(1, 1, 4, 257, dtype=torch.bfloat16)
+    assert "at most 256, got 257" in (why_not_fused(wide, wide, None) or "")
     half = q.bfloat16()
     assert "kernel_options={'num_warps': 4}" in (why_not_fused(half, half, {"num_warps": 4}) or "")
     assert why_not_fused(half, half, None) is None

@@ -66,6 +66,12 @@ ROUTED = {
     "own block only": variant(topk=1, block_size=256, value_dim=64),
     "not causal": variant(is_causal=False, q_len=700, kv_len=1111, head_dim=80),
     "wide heads": variant(head_dim=256, value_dim=256, kv_heads=1),
+    "wide heads, long blocks": variant(
+        head_dim=192, value_dim=128, block_size=512, kv_heads=1, q_len=1500, kv_len=1600
+    ),
+    "wide heads, short blocks": variant(
+        head_dim=256, value_dim=160, block_size=64, kv_heads=1, dtype=torch.float16
+    ),
     "float32": variant(dtype=torch.float32, head_dim=64, value_dim=64, kv_heads=1),
     "float32, long blocks": variant(
         dtype=torch.float32, head_dim=80, value_dim=80, block_size=512, batch=1, q_len=2048,
