@@ -1,7 +1,7 @@
 """The benchmark: checks each configuration against float64, then times it and its baselines."""
 
 from flexmoba.bench.baselines import FLASH_VERSIONS, why_not_flash
-from flexmoba.bench.calls import ROUNDINGS, describe, matrix_rate, measure
+from flexmoba.bench.calls import ROUNDINGS, describe, failure, matrix_rate, measure
 from flexmoba.bench.configs import PRESETS, Config
 from flexmoba.bench.native_sparse import measure_nsa
 from flexmoba.bench.paged import measure_paged
@@ -15,6 +15,7 @@ __all__ = [
     "ROUNDINGS",
     "Config",
     "describe",
+    "failure",
     "line",
     "matrix_rate",
     "measure",

@@ -129,6 +129,7 @@ def _error(
     Returns:
         The largest error, and the largest exact value.
     """
+    assert config.topk is not None
     errors, largest, begin, alone = [], 0.0, 0, replace(config, batch=1)
     for i, n in enumerate(new):
         tokens, begin = slice(begin, begin + n), begin + n

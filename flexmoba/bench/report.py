@@ -3,7 +3,8 @@
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from flexmoba.bench.configs import Config, size
+from flexmoba.bench.configs import DENSE, Config, size
+from flexmoba.bench.targets import target_rows
 from flexmoba.reporting import faster_from, log_scale, new_figure
 
 if TYPE_CHECKING:
@@ -51,14 +52,12 @@ def tables(report: dict[str, Any]) -> str:
     if splits:
         stages = list(dict.fromkeys(stage for row in splits for stage in row))
         parts.append(f"Forward time by stage, in ms\n\n{_table(stages, splits)}")
+    if targets := target_rows(results, report["dtype"]):
+        parts.append(f"Targets\n\n{_table(list(targets[0]), targets)}")
     parts += _break_even_texts(report["results"])
     return "\n\n".join(parts)
 
 
-DENSE = (
-    *("SDPA", "SDPA flash", "SDPA cuDNN", "SDPA FA3", "SDPA FA4", "FlexAttention", "topk=None"),
-    *("varlen flash", "one sequence"),
-)
 # With a cache in place of pages, and with other backends of flex_moba.
 _BASELINES = ("MobaCache", *DENSE, "routed", "masked")
 _CONFIG = "batch x heads x length, block, topk"
@@ -66,6 +65,17 @@ _SHARE, _MIB = "of matmul", "peak MiB"
 _STEP = "batch x heads x context, block, topk"
 _NSA, _PAGES = ", Native Sparse Attention", ", pages"
 _OURS = {False: "flex_moba ms", True: "flex_nsa ms"}  # by `Config.nsa`
+
+
+# Fields in which configurations of the same kind may differ.
+_ALIKE: dict[str, Any] = {
+    "length": 0,
+    "backward": True,
+    "dense": "all",
+    "target": "",
+    "forward_target": 0,
+    "both_target": 0,
+}
 
 
 def _suffix(config: Config) -> str:
@@ -85,9 +95,7 @@ _TIMES = {
 
 def line(result: dict[str, Any]) -> str:
     """Formats the result of one configuration as a line."""
-    if result["error"] > result["allowed"]:
-        return f"{_config(result)}: {_wrong(result)}"
-    parts = []
+    parts = [bad] if (bad := _wrong(result)) else []
     for key, name in _TIMES.items():
         if times := result.get(key):
             ours = times[_config(result).name]
@@ -105,7 +113,7 @@ def _break_even_texts(results: list[dict[str, Any]]) -> list[str]:
     """
     alike: dict[Config, list[dict[str, Any]]] = {}
     for result in results:
-        config = replace(_config(result), length=0, backward=True, dense="all")
+        config = replace(_config(result), **_ALIKE)
         if not config.decode and not config.layers and config.documents == 1:
             alike.setdefault(config, []).append(result)
     texts = []
@@ -135,7 +143,7 @@ def _config(result: dict[str, Any]) -> Config:
 def _training_row(config: Config, result: dict[str, Any]) -> dict[str, str] | None:
     if not config.layers:
         return None
-    if "training_ms" not in result:
+    if not result.get("training_ms"):
         return {_CONFIG: str(config), "flex_moba ms": _wrong(result)}
     ours = result["training_ms"]["flex_moba"]
     row = {_CONFIG: str(config), "flex_moba ms": f"{ours:.1f}"}
@@ -161,7 +169,12 @@ def _step_row(config: Config, result: dict[str, Any]) -> dict[str, str] | None:
 
 
 def _wrong(result: dict[str, Any]) -> str:
-    return f"WRONG: error {result['error']:.3g} > {result['allowed']:.3g}"
+    """Returns the reason why times are missing, empty if none are."""
+    if "failed" in result:
+        return f"FAILED: {result['failed']}"
+    if result["error"] > result["allowed"]:
+        return f"WRONG: error {result['error']:.3g} > {result['allowed']:.3g}"
+    return ""
 
 
 def _times_row(
@@ -169,11 +182,10 @@ def _times_row(
 ) -> dict[str, str] | None:
     if config.decode or config.layers:
         return None
-    if "forward_ms" not in result:
-        return {_CONFIG: str(config), _OURS[config.nsa]: _wrong(result)}
-    times = result.get("both_ms") if backward else result["forward_ms"]
+    times = result.get("both_ms" if backward else "forward_ms")
     if not times:
-        return None
+        wrong = _wrong(result)
+        return {_CONFIG: str(config), _OURS[config.nsa]: wrong} if wrong else None
     ours, memory = times[config.name], result["both_MiB" if backward else "forward_MiB"]
     rate = config.flop(backward=backward) / ours / 1e9
     return {
