@@ -154,7 +154,7 @@ def flex_moba(
         impl: The backend. ``"routed"`` sorts queries by block into tiles, computes them in one
             FlexAttention call and merges the partial outputs by their log-sum-exps; it needs CUDA.
             ``"fused"`` does the same in Triton kernels of flexmoba, in less time and memory; it
-            needs CUDA, half precision and head dims from 16 to 128. ``"masked"`` makes one
+            needs CUDA, half precision and head dims from 16 to 256. ``"masked"`` makes one
             FlexAttention call with `moba_block_mask`; it needs CUDA, or CPU without gradients.
             ``"portable"`` computes the same tiles by plain tensor operations, on any device and in
             any dtype. ``"auto"`` is the first of fused, routed and portable that supports the

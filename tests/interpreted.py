@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flexmoba import MobaCache, gate, moba_select, selected_attention
+from flexmoba.backends.fused import backward as backward_pass
 from flexmoba.backends.fused import fused_attention, routing, schedule
 from flexmoba.backends.grouped import grouped_attention
 from flexmoba.backends.options import AttentionOptions
@@ -88,6 +89,8 @@ def gated(problem: Problem) -> torch.Tensor:
     [
         {},
         {"block_size": 50, "head_dim": 24, "value_dim": 33},
+        {"block_size": 100, "head_dim": 192, "value_dim": 128, "q_len": 130, "kv_len": 220},
+        {"block_size": 32, "head_dim": 144, "value_dim": 256, "q_len": 130, "kv_len": 220},
         {"block_size": 150, "topk": 2, "batch": 2, "kv_heads": 1},  # blocks of several tiles
         {"block_size": 7, "topk": 5, "group": 1},
         {"topk": 1},
@@ -117,25 +120,47 @@ def test_some_queries_do_not_attend_to_their_own_block():
 
 
 @pytest.mark.parametrize(
-    ("sorting", "total", "forward", "backward"),
+    ("block_size", "sorting", "total", "forward", "backward"),
     [
-        (0.01, 0.5, [1, 1, 1, 1], [1, 1, 1, 1]),  # groups of one KV head
-        (0.01, 0.01, [1] * 32, [1, 1, 1, 1]),  # groups of 64 queries
-        (1.0, 0.7, [4], [4]),  # one group, in pieces of one KV head
+        # The pieces of each sort group; in the backward pass, of those for keys, then for queries.
+        (64, 0.01, 0.6, [1] * 4, [1] * 4),  # groups of one KV head
+        (64, 0.01, 0.01, [1] * 12, [1] * 16),  # groups of 64 queries, and of one KV head for keys
+        (150, 0.01, 0.01, [1] * 12, [1] * 16),
+        (150, 4.0, 0.9, [4], [2]),  # one group, in pieces of KV heads
     ],
 )
-def test_in_pieces(monkeypatch, sorting, total, forward, backward):
+def test_in_pieces(monkeypatch, block_size, sorting, total, forward, backward):
+    problem = variant(batch=2, group=1, q_len=130, kv_len=220, block_size=block_size)
+    inputs = [*problem.tensors(), gated(problem)[..., 1:]]
+    sizes = schedule.Sizes.of(*inputs, block_size)
+    whole = results_of(*inputs, block_size)
+    monkeypatch.setattr(schedule, "_SMALL", 0)
     monkeypatch.setattr(schedule, "_SORTING_SHARE", sorting)
     monkeypatch.setattr(schedule, "_TOTAL_SHARE", total)
-    sort_groups = schedule.sort_groups.__wrapped__  # without its cache
-    for name in ("forward", "backward"):
-        monkeypatch.setattr(f"flexmoba.backends.fused.{name}.sort_groups", sort_groups)
-    sizes = schedule.Sizes(2, 4, 2, 200, 290, 64, 2, 16, 16)
-    for whole_kv_heads, expected in ((False, forward), (True, backward)):
-        groups = sort_groups(sizes, whole_kv_heads=whole_kv_heads)
-        assert [len(group.pieces) for group in groups] == expected
-    problem = variant(batch=2)
-    check(problem, gated(problem))
+    schedule.sort_groups.cache_clear()
+    groups = schedule.sort_groups(sizes, (2 * sizes.value_dim + 4) * sizes.count)
+    assert [len(group.pieces) for group in groups] == forward
+    passes = list(backward_pass._passes(sizes))
+    assert [len(step.group.pieces) for step in passes] == backward
+    separate = {(step.for_keys, step.for_queries) for step in passes} != {(True, True)}
+    pieces = results_of(*inputs, block_size)
+    schedule.sort_groups.cache_clear()
+    for name, x in pieces.items():
+        if name == "d_q" and separate and block_size <= 64:  # another kernel
+            check(problem, gated(problem))
+        else:
+            assert_bitwise_equal(x, whole[name])
+
+
+def results_of(q, k, v, routed, block_size) -> dict[str, torch.Tensor]:
+    """Returns the output, the log-sum-exp and the gradients of a causal call, by name."""
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    selection = BlockSelection(routed, block_size)
+    results = fused_attention(*inputs, selection, AttentionOptions("fused", 0.3, True))
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in results]
+    names = ("out", "lse", "d_q", "d_k", "d_v")
+    return dict(zip(names, (*results, *torch.autograd.grad(results, inputs, grads)), strict=True))
 
 
 @pytest.mark.parametrize("rows", [3, 16, 64])
@@ -143,7 +168,7 @@ def test_the_tiles_of_blocks_hold_all_rows_once(rows):
     problem = variant(block_size=20)
     routed = gated(problem)[..., 1:].contiguous()
     sizes = schedule.Sizes.of(*problem.tensors(), routed, 20)
-    (group,) = schedule.sort_groups(sizes, whole_kv_heads=True)
+    (group,) = schedule.sort_groups(sizes, 0)
     bins, _ = routing.sort_pairs(routed, group, sizes)
     first_rows = routing.first_rows_of_bins(bins, group, sizes)
     every_bin = torch.arange(group.n_kv_heads * (sizes.n_blocks + 1) + 1)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from flexmoba import moba_select
-from flexmoba.bench import Config, baselines, calls, inputs, native_sparse, steps, training
-from flexmoba.bench.configs import size
+from flexmoba.bench import Config, baselines, calls, inputs, native_sparse, paged, steps, training
+from flexmoba.bench.configs import PRESETS, size
+from flexmoba.bench.targets import target_rows
 from flexmoba.commands import bench
 from flexmoba.commands.cli import main
 from flexmoba.nsa import nsa_select
@@ -68,6 +69,31 @@ def test_wrong_results_of_native_sparse_attention_are_found(decode, monkeypatch,
     config = Config(1, 4, 2, 500, 64, 4, head_dim=16, nsa=True, decode=decode)
     monkeypatch.setitem(bench.PRESETS, "cpu", [config])
     monkeypatch.setattr(native_sparse, "nsa_select", lambda q, *_, **o: nsa_select(-q, *_, **o))
+    assert main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"]) == 1
+    assert "WRONG: error" in capsys.readouterr().out
+
+
+def test_measures_batches_over_pages(monkeypatch, tmp_path, capsys):
+    step = Config(3, 4, 2, 300, 32, 3, head_dim=16, decode=True, paged=True)
+    monkeypatch.setitem(bench.PRESETS, "cpu", [step, replace(step, gate="group", chunk=40)])
+    picture = tmp_path / "results.png"
+    options = ["--device", "cpu", "--dtype", "float32", "--plot", str(picture)]
+    assert main(["bench", "--preset", "cpu", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "Decoding steps, pages" in printed
+    assert "| flex_moba ms | MobaCache | SDPA | topk=None |" in printed
+    times = r"\S+ \(\S+x\)"
+    assert re.search(rf"\| 3 x 4/2 x 300, 32, 3 \| \S+( \| {times}){{3}} \|\n", printed)
+    chunk = "3 x 4/2 x 300, 32, 3, chunk of 40, by group"
+    assert re.search(rf"\| {chunk} \| \S+ \|  \|  \| {times} \|\n", printed)
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("chunk", [0, 40])
+def test_wrong_results_over_pages_are_found(chunk, monkeypatch, capsys):
+    config = Config(1, 4, 2, 300, 32, 3, head_dim=16, decode=True, paged=True, chunk=chunk)
+    monkeypatch.setitem(bench.PRESETS, "cpu", [config])
+    monkeypatch.setattr(paged, "moba_select", lambda q, *_, **o: moba_select(-q, *_, **o))
     assert main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"]) == 1
     assert "WRONG: error" in capsys.readouterr().out
 
@@ -229,19 +255,106 @@ def test_what_is_wrong_is_not_timed(wrong, monkeypatch, tmp_path, capsys):
     assert "forward_ms" not in json.loads(file.read_text())["results"][0]
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (torch.OutOfMemoryError, 0)])
-def test_what_ends_a_run_costs_no_result_before_it(error, code, monkeypatch, capsys):
-    def ends(config, *_):
+def test_an_interruption_costs_no_result_before_it(monkeypatch, capsys):
+    def interrupted(config, *_):
         if config.topk == 2:
-            raise error
+            raise KeyboardInterrupt
         return calls.measure(config, *_)
 
     monkeypatch.setitem(bench.PRESETS, "cpu", [SMALL, replace(SMALL, topk=2)])
-    monkeypatch.setattr(bench, "measure", ends)
-    with pytest.raises(SystemExit if code else error) as raised:
+    monkeypatch.setattr(bench, "measure", interrupted)
+    with pytest.raises(SystemExit) as raised:
         main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"])
     assert "| 1 x 2/1 x 300, 64, 3 |" in capsys.readouterr().out
-    assert not code or raised.value.code == code
+    assert raised.value.code == 130
+
+
+@pytest.mark.parametrize("ways", ["forward", "backward"])
+def test_a_failure_costs_no_other_result(ways, monkeypatch, tmp_path, capsys):
+    measure, time_both = calls.measure, calls.time_both
+
+    def failing(config, *_):
+        if config.topk == 2:
+            raise torch.OutOfMemoryError("too large\nand more")
+        return measure(config, *_)
+
+    def failing_backward(call, inputs, grad, config, *_):
+        if config.topk == 2:
+            raise torch.OutOfMemoryError("too large\nand more")
+        return time_both(call, inputs, grad, config, *_)
+
+    configs = [SMALL, replace(SMALL, topk=2), replace(SMALL, topk=4)]
+    monkeypatch.setitem(bench.PRESETS, "cpu", configs)
+    if ways == "forward":
+        monkeypatch.setattr(bench, "measure", failing)
+    else:
+        monkeypatch.setattr(calls, "time_both", failing_backward)
+    file = tmp_path / "results.json"
+    options = ["--device", "cpu", "--dtype", "float32", "--json", str(file)]
+    assert main(["bench", "--preset", "cpu", *options]) == 1
+    printed = capsys.readouterr().out
+    failed = "FAILED: OutOfMemoryError: too large"
+    assert f"1 x 2/1 x 300, 64, 2: {failed}" in printed
+    assert f"| 1 x 2/1 x 300, 64, 2 |  | {failed} |" in printed
+    assert printed.count("| 1 x 2/1 x 300, 64, 4 |") == 2
+    assert ("forward_ms" in json.loads(file.read_text())["results"][1]) == (ways == "backward")
+
+
+def test_the_targets_are_measured(monkeypatch, tmp_path, capsys):
+    shapes = {config: replace(config, length=300, block_size=64) for config in PRESETS["targets"]}
+    small = [
+        replace(x, heads=x.heads // x.kv_heads, kv_heads=1, head_dim=x.head_dim // 8,
+                value_dim=None if x.value_dim is None else x.value_dim // 8)
+        for x in shapes.values()
+    ]  # fmt: skip
+    monkeypatch.setitem(bench.PRESETS, "targets", small)
+    file = tmp_path / "results.json"
+    options = ["--device", "cpu", "--dtype", "float32", "--json", str(file)]
+    assert main(["bench", "--preset", "targets", *options]) == 0
+    results = json.loads(file.read_text())["results"]
+    assert [bool(x.get("both_ms")) for x in results] == [x.backward for x in small]
+    table = capsys.readouterr().out.split("Targets\n\n")[1]
+    assert table.count("\n| 1 x ") == len(small)
+
+
+def test_compares_results_with_targets():
+    usual = replace(SMALL, head_dim=128, target="times cuDNN", forward_target=2, both_target=3)
+    wide = replace(usual, head_dim=192, value_dim=128, target="time of head dim 128")
+    full = replace(SMALL, topk=None, target="times the fastest", forward_target=1, both_target=1)
+    gate = replace(SMALL, target="share of the gate", forward_target=0.5, both_target=0)
+    longest = replace(SMALL, target="milliseconds", forward_target=3700)
+
+    def times(ours, **dense):
+        return {"flex_moba": ours} | {f"SDPA {name}": ms for name, ms in dense.items()}
+
+    results = [
+        (SMALL, {"forward_ms": times(1.0)}),
+        (usual, {"forward_ms": times(2.0, cuDNN=4.0, flash=3.0), "both_ms": times(2.0, cuDNN=5.0),
+                 "forward_MiB": 1.0, "both_MiB": 20.4}),
+        (wide, {"forward_ms": times(4.2), "both_ms": times(5.0)}),
+        (full, {"forward_ms": times(2.0, cuDNN=4.0, flash=3.0)}),
+        (gate, {"forward_ms": times(2.0), "split_ms": {"gate": 0.5}}),
+        (longest, {"forward_ms": times(4000.0)}),
+        (longest, {"failed": "OutOfMemoryError"}),
+    ]  # fmt: skip
+    rows = [list(row.values())[2:] for row in target_rows(results, "float32")]
+    # q and the output of 2 heads of 300 tokens take 0.586 MiB, the output half of it.
+    assert rows == [
+        ["2", "2 (reached)", "2.5", "3 (missed)", "1.21x", "20"],
+        ["2.1", "2 (missed)", "2.5", "3 (reached)", "", ""],
+        ["1.5", "1 (reached)", "", "1", "", ""],
+        ["0.25", "0.5 (reached)", "", "", "", ""],
+        ["4000", "3700 (missed)", "", "", "", ""],
+        ["", "3700", "", "", "", ""],
+    ]
+
+
+def test_counts_the_products_of_full_attention_and_of_two_head_dims():
+    full = Config(1, 1, 1, 300, 64, None)
+    assert full.pairs == full.dense_pairs
+    dims = replace(SMALL, head_dim=24, value_dim=8)
+    assert dims.flop(backward=False) == 2 * 2 * dims.pairs * (24 + 8)
+    assert dims.flop(backward=True) == 2 * 2 * dims.pairs * (4 * 24 + 3 * 8)
 
 
 def test_prints_each_result_before_the_next_is_measured(monkeypatch, capsys):
@@ -276,7 +389,9 @@ def test_says_where_it_begins_to_pay():
     results = [result_of(1024, 3, 4, 2), result_of(4096, 3, 5, 4, dense="SDPA")]
     results += [result_of(1024, 3, 4, topk=2), result_of(2048, 3, 2, topk=2)]
     results += [result_of(1024, 3, 4, topk=5), result_of(2048, 3, topk=5)]
-    lines = bench.tables({"results": results, "matrix_tflops": 1.0}).splitlines()
+    lines = bench.tables(
+        {"results": results, "matrix_tflops": 1.0, "dtype": "bfloat16"}
+    ).splitlines()
     assert lines[-2:] == [
         "2/1 heads, block 64, topk 3, forward: faster than dense attention from 4K tokens",
         "2/1 heads, block 64, topk 2, forward: not faster at 2K tokens",

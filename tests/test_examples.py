@@ -24,6 +24,7 @@ HUGGING_FACE = (
     "loss_by_position",
     "pretrained",
     "retrieval",
+    "serving_load",
 )
 NO_DEVICE = {"corpus", "sweep"}
 
@@ -905,7 +906,7 @@ def test_scaling_measures_both_exchanges(tmp_path):
         assert x["both_weak"] == results[1]["both_ms"] / x["both_ms"]
         assert x["compute_both_ms"] > 0
         assert 0 < x["modeled_forward_ms"] < x["modeled_both_ms"]
-        assert 0 <= x["both_imbalance"] < 1
+        assert 0 <= x["both_imbalance"] <= 1  # of two ranks
     modeled = [(x["ranks"], x["exchange"]) for x in json.loads(file.read_text())["modeled"]]
     assert modeled == [(2, "gather"), (2, "heads"), (4, "gather"), (4, "heads"), (8, "gather")]
     rows = re.findall(r"^\| +(\d) \| +(\d+) \| +(\w+) ", done.stdout, re.M)
@@ -937,3 +938,35 @@ def test_compiled_generation_chooses_the_same_tokens(example):
     same = tokens["MoBA"] == tokens["MoBA, sparse"]
     # In bfloat16, two logits may be equal; then all later tokens may differ.
     assert same.float().mean() > 0.5
+
+
+# ---- serving_load.py ----------------------------------------------------------------------------
+
+LOAD = ["--device", "cpu", "--requests", "3", "--longest", "600", "--new-tokens", "5"]
+LOAD += ["--attention", "moba", "sdpa"]
+
+
+def test_a_load_is_served_with_each_attention(example, tmp_path, capsys):
+    main, file = example("serving_load").main, tmp_path / "load.json"
+    report = main([*LOAD, "--json", str(file)])
+    printed = capsys.readouterr().out
+    assert list(report["results"]) == ["moba", "sdpa"]
+    for result in report["results"].values():
+        assert result["mean_gap"] == 0
+        first = result["first_token"]
+        assert 0 < first["median"] <= first["90 %"] <= first["last"] < result["seconds"]
+        assert result["decoding_tokens_per_second"] > 0
+    assert report["results"]["sdpa"]["attention"] == "sdpa"
+    main(["--show", str(file)])
+    assert capsys.readouterr().out.strip() == printed.strip()
+
+
+def test_wrong_tokens_under_load_are_found(example, monkeypatch):
+    from flexmoba.integrations.transformers import batching
+
+    attend = batching.attend_paged
+    monkeypatch.setattr(
+        batching, "attend_paged", lambda q, p, b, _, **o: attend(q, p, b, None, **o)
+    )
+    with pytest.raises(RuntimeError, match="new tokens of moba are wrong by"):
+        example("serving_load").main(LOAD)

@@ -66,6 +66,12 @@ ROUTED = {
     "own block only": variant(topk=1, block_size=256, value_dim=64),
     "not causal": variant(is_causal=False, q_len=700, kv_len=1111, head_dim=80),
     "wide heads": variant(head_dim=256, value_dim=256, kv_heads=1),
+    "wide heads, long blocks": variant(
+        head_dim=192, value_dim=128, block_size=512, kv_heads=1, q_len=1500, kv_len=1600
+    ),
+    "wide heads, short blocks": variant(
+        head_dim=256, value_dim=160, block_size=64, kv_heads=1, dtype=torch.float16
+    ),
     "float32": variant(dtype=torch.float32, head_dim=64, value_dim=64, kv_heads=1),
     "float32, long blocks": variant(
         dtype=torch.float32, head_dim=80, value_dim=80, block_size=512, batch=1, q_len=2048,
@@ -128,19 +134,54 @@ def test_a_block_index_that_is_too_large_selects_no_block(is_causal):
     assert_bitwise_equal(attend(beyond), attend(-1))
 
 
-@pytest.mark.parametrize(("sorting", "total"), [(0.01, 0.5), (0.01, 0.01)])
-def test_fused_in_pieces(monkeypatch, sorting, total):
-    problem = variant(kv_heads=3, q_len=900, kv_len=1111)
-    one_piece = run(problem, *problem.tensors("cuda"), impl="fused")
+def divide_into_pieces(monkeypatch, sorting: float, total: float) -> None:
+    monkeypatch.setattr(schedule, "_SMALL", 0)
     monkeypatch.setattr(schedule, "_SORTING_SHARE", sorting)
     monkeypatch.setattr(schedule, "_TOTAL_SHARE", total)
     for name in ("forward", "backward"):  # without its cache
         monkeypatch.setattr(
             f"flexmoba.backends.fused.{name}.sort_groups", schedule.sort_groups.__wrapped__
         )
+
+
+# If queries and keys are in separate passes, queries of small blocks are in another kernel.
+@pytest.mark.parametrize(("total", "block_size"), [(0.5, 128), (0.01, 256)])
+def test_fused_in_pieces(monkeypatch, total, block_size):
+    problem = variant(kv_heads=3, q_len=900, kv_len=1111, block_size=block_size)
+    one_piece = run(problem, *problem.tensors("cuda"), impl="fused")
+    divide_into_pieces(monkeypatch, 0.01, total)
     pieces = run(problem, *problem.tensors("cuda"), impl="fused")
     for x, y in zip(pieces, one_piece, strict=True):
         assert_bitwise_equal(x, y)
+
+
+def test_fused_computes_gradients_of_keys_before_those_of_queries(monkeypatch):
+    divide_into_pieces(monkeypatch, 0.01, 0.01)
+    check(variant(kv_heads=3, q_len=900, kv_len=1111), "fused")
+
+
+@pytest.mark.parametrize(("block_size", "topk"), [(128, 8), (512, 3)])
+def test_fused_needs_little_memory(block_size, topk):
+    q, k, v = (torch.randn(1, 16, 65536, 128, device="cuda", dtype=torch.half) for _ in range(3))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def peak(call) -> int:
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
+    def forward():
+        with torch.no_grad():
+            return flex_moba(q, k, v, block_size, topk)
+
+    def both():
+        return torch.autograd.grad(flex_moba(q, k, v, block_size, topk), inputs, torch.ones_like(q))
+
+    assert peak(forward) - q.nbytes <= 2 * q.nbytes  # the output, then q and the output
+    assert peak(both) - q.nbytes <= 1.5 * 2**30  # the gradient of the output is not counted
 
 
 @pytest.mark.parametrize("block_size", [128, 512])
@@ -264,11 +305,7 @@ def test_warp_specialised_in_pieces_and_given_any_selection(launches_on_hopper, 
     assert_as_exact_as_dense(attend, q, k, v, problem.mask_of(selection))
     one_piece = attend(q, k, v)
     before = len(launches_on_hopper)
-    monkeypatch.setattr(schedule, "_SORTING_SHARE", 0.01)
-    monkeypatch.setattr(schedule, "_TOTAL_SHARE", 0.5)
-    monkeypatch.setattr(
-        "flexmoba.backends.fused.forward.sort_groups", schedule.sort_groups.__wrapped__
-    )
+    divide_into_pieces(monkeypatch, 0.01, 0.5)
     for x, y in zip(attend(q, k, v), one_piece, strict=True):
         assert_bitwise_equal(x, y)
     assert len(launches_on_hopper) > before + 1

@@ -36,6 +36,8 @@ def baselines(config: Config, device: torch.device) -> dict[str, Attention]:
     if config.documents > 1:
         return _document_baselines(config, device)
     found = dense_attention(device, is_causal=True)
+    if config.dense == "SDPA cuDNN":
+        return {name: call for name, call in found.items() if name in ("SDPA", config.dense)}
     if device.type == "cuda":
         found |= {
             f"SDPA {version}": found["SDPA flash"]
@@ -44,8 +46,9 @@ def baselines(config: Config, device: torch.device) -> dict[str, Attention]:
         }
     if config.dense == "all" and device.type == "cuda":
         found["FlexAttention"] = _dense_flex_attention
+    if config.dense in ("all", "routed") and device.type == "cuda":
         impls = ("routed", "masked") if config.correlated else ("routed",)
-        for impl in impls if config.gate == "token" else ():
+        for impl in impls if config.gate == "token" and config.topk is not None else ():
             found[impl] = functools.partial(_moba, config=config, impl=impl)
     return found
 

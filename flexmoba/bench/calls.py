@@ -50,7 +50,8 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
 
     Returns:
         ``error`` and ``allowed``; if the error is allowed, also median milliseconds by name and
-        peak memory in MiB.
+        peak memory in MiB, and ``failed``, an error message, if the memory does not suffice for the
+        backward pass.
     """
     q, k, v, grad = inputs_of(config, device, dtype)
 
@@ -68,8 +69,8 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
 
     def gate() -> Tensor:
         if config.documents > 1:
-            return moba_select(q, k, config.block_size, config.topk, **options)
-        sizes = GateSizes(config.block_size, config.topk - 1, offset=0, is_causal=True)
+            return moba_select(q, k, config.block_size, config.count, **options)
+        sizes = GateSizes(config.block_size, config.count - 1, offset=0, is_causal=True)
         return select_rows(q, k, sizes, GateOptions(config.gate))
 
     result: dict[str, Any] = {}
@@ -79,11 +80,21 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
         if not error <= allowed:
             return result
         result |= time_forward(moba, (q, k, v), config, device)
-        result["split_ms"] = _split(moba, gate, device)
-    if not config.backward:
-        return result
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    return result | time_both(moba, inputs, grad, config, device)
+        if config.topk is not None:
+            calls = 1 if result["forward_ms"][config.name] > 1000 else 3
+            result["split_ms"] = _split(moba, gate, device, calls)
+    if config.backward:
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        try:
+            result |= time_both(moba, inputs, grad, config, device)
+        except torch.OutOfMemoryError as error:
+            result["failed"] = failure(error)
+    return result
+
+
+def failure(error: Exception) -> str:
+    """Returns the type and the first line of an error, for a report."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def time_forward(
@@ -110,6 +121,7 @@ def time_both(
         return lambda: torch.autograd.grad(attention(), inputs, grad)
 
     ours = both_ways(call, inputs)
+    ours()  # compiles
     result: dict[str, Any] = {"both_MiB": _peak(ours, device)}
     result["both_ms"] = {config.name: call_ms(ours, device)}
     for name, other in baselines(config, device).items():
@@ -124,7 +136,7 @@ def _time(name: str, call: Callable[[], Any], device: torch.device) -> dict[str,
 
 
 def _split(
-    moba: Callable[[], Any], gate: Callable[[], Any], device: torch.device
+    moba: Callable[[], Any], gate: Callable[[], Any], device: torch.device, calls: int
 ) -> dict[str, float] | None:
     """Returns the GPU milliseconds of each stage of a forward call; None on CPU.
 
@@ -132,7 +144,8 @@ def _split(
     """
     if device.type != "cuda":
         return None
-    kernels, gate_ms = _kernel_ms(moba), sum(_kernel_ms(gate).values())
+    gate()  # compiles
+    kernels, gate_ms = _kernel_ms(moba, calls), sum(_kernel_ms(gate, calls).values())
     attention = sum(ms for name, ms in kernels.items() if name == "attend_kernel")
     merge = sum(ms for name, ms in kernels.items() if name == "finish_kernel")
     if not merge:  # a backend other than fused
@@ -141,9 +154,8 @@ def _split(
     return {"gate": gate_ms, "routing": routing, "attention": attention, "own and merge": merge}
 
 
-def _kernel_ms(function: Callable[[], Any], calls: int = 3) -> dict[str, float]:
-    """Returns the milliseconds of each CUDA kernel in a call, by name."""
-    function()
+def _kernel_ms(function: Callable[[], Any], calls: int) -> dict[str, float]:
+    """Returns the milliseconds of each CUDA kernel in a compiled call, by name."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(calls):
@@ -162,7 +174,9 @@ def _error(
     """Returns the largest error of sampled queries, and the allowed error."""
     generator = torch.Generator().manual_seed(1)
     sample = torch.randint(config.length, (SAMPLED_QUERIES,), generator=generator).to(q.device)
-    selection = moba_select(q, k, config.block_size, config.topk, **options)[:, :, sample]
+    selection = None
+    if config.topk is not None:
+        selection = moba_select(q, k, config.block_size, config.count, **options)[:, :, sample]
     exact = exact_rows(q[:, :, sample], k, v, selection, sample, config)
     largest = float(exact.abs().max())
     error = largest_error(out[:, :, sample], exact)
@@ -178,20 +192,20 @@ def largest_error(out: Tensor, exact: Tensor) -> float:
 
 
 def exact_rows(
-    q: Tensor, k: Tensor, v: Tensor, selection: Tensor, position: Tensor, config: Config
+    q: Tensor, k: Tensor, v: Tensor, selection: Tensor | None, position: Tensor, config: Config
 ) -> Tensor:
     """Computes the attention of some queries in float64, one head at a time.
 
     Args:
         q: Queries, ``(B, Hq, n, D)``.
         k: Keys, ``(B, Hkv, L, D)``, in the dtype of ``q``.
-        v: Values, ``(B, Hkv, L, D)``, in the dtype of ``q``.
-        selection: The selected blocks of each query, ``(B, Hq, n, topk)`` int32.
+        v: Values, ``(B, Hkv, L, Dv)``, in the dtype of ``q``.
+        selection: The selected blocks of each query, ``(B, Hq, n, topk)`` int32; None for all.
         position: The position of each query, ``(n,)`` int64.
         config: The configuration.
 
     Returns:
-        The attention, ``(B, Hq, n, D)`` float64.
+        The attention, ``(B, Hq, n, Dv)`` float64.
     """
     key = torch.arange(k.shape[2], device=q.device)
     first, blocks_before = torch.zeros_like(key), torch.zeros_like(key)
@@ -202,13 +216,15 @@ def exact_rows(
         blocks_before = (blocks.cumsum(0) - blocks).repeat_interleave(lengths)
     block_of_key = blocks_before + (key - first) // config.block_size
     visible = (key <= position[:, None]) & (first == first[position][:, None])
-    exact = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    exact = torch.empty((*q.shape[:3], v.shape[3]), dtype=torch.float64, device=q.device)
     for b in range(config.batch):
         for h in range(config.heads):
             kv = h // (config.heads // config.kv_heads)
-            selected = torch.zeros_like(visible)
-            for block in selection[b, h].unbind(-1):
-                selected |= block_of_key == block[:, None]
+            selected = visible
+            if selection is not None:
+                selected = torch.zeros_like(visible)
+                for block in selection[b, h].unbind(-1):
+                    selected |= block_of_key == block[:, None]
             scores = q[b, h].double() @ k[b, kv].double().T * config.head_dim**-0.5
             weights = scores.masked_fill(~(selected & visible), float("-inf")).softmax(-1)
             exact[b, h] = weights @ v[b, kv].double()
@@ -216,10 +232,9 @@ def exact_rows(
 
 
 def _peak(function: Callable[[], Any], device: torch.device) -> float | None:
-    """Returns the peak MiB that a call allocates, including its results; None on CPU."""
+    """Returns the peak MiB that a compiled call allocates, with its results; None on CPU."""
     if device.type != "cuda":
         return None
-    function()  # compiles
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -25,15 +25,17 @@ def inputs_of(
         dtype: Dtype of the inputs.
 
     Returns:
-        ``q (B, Hq, L, D)``, ``k (B, Hkv, L, D)``, ``v (B, Hkv, L, D)`` and ``grad`` like ``q``.
+        ``q (B, Hq, L, D)``, ``k (B, Hkv, L, D)``, ``v (B, Hkv, L, Dv)`` and
+        ``grad (B, Hq, L, Dv)``.
     """
     generator = torch.Generator(device).manual_seed(0)
 
-    def normal(heads: int, length: int) -> Tensor:
-        shape = config.batch, heads, length, config.head_dim
+    def normal(heads: int, length: int, dim: int = config.head_dim) -> Tensor:
+        shape = config.batch, heads, length, dim
         return torch.randn(shape, device=device, dtype=dtype, generator=generator)
 
-    q, k, v = (normal(heads, config.length) for heads in (config.heads, *2 * (config.kv_heads,)))
+    q, k = (normal(heads, config.length) for heads in (config.heads, config.kv_heads))
+    v = normal(config.kv_heads, config.length, config.values_dim)
     if config.correlated:
         anchors = normal(config.heads, config.length // _SPAN + 2)
         position = torch.arange(config.length, device=device)
@@ -42,4 +44,4 @@ def inputs_of(
         direction = torch.lerp(anchors[:, :, before], anchors[:, :, before + 1], weight)
         direction /= ((1 - weight) ** 2 + weight**2).sqrt()  # the variance of each element is 1
         q = _SHARE**0.5 * direction + (1 - _SHARE) ** 0.5 * q
-    return q, k, v, normal(config.heads, config.length)
+    return q, k, v, normal(config.heads, config.length, config.values_dim)

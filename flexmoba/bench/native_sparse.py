@@ -44,7 +44,7 @@ def measure_nsa(config: Config, device: torch.device, dtype: torch.dtype) -> dic
     k, v, k_win, v_win, to_compress, values_to_compress = (
         normal(config.kv_heads, config.length) for _ in range(6)
     )
-    sizes = NsaSizes(CMP_BLOCK, CMP_STRIDE, config.block_size, config.topk, 1, 1)
+    sizes = NsaSizes(CMP_BLOCK, CMP_STRIDE, config.block_size, config.count, 1, 1)
     k_cmp, v_cmp = (block_means_of(x, sizes) for x in (to_compress, values_to_compress))
     inputs = [q, k, v, gates, k_cmp, v_cmp, k_win, v_win]
     with torch.no_grad():
@@ -76,7 +76,7 @@ def _attend(inputs: list[Tensor], config: Config) -> Tensor:
         k_win=k_win,
         v_win=v_win,
         block_size=config.block_size,
-        topk=config.topk,
+        topk=config.count,
     )
 
 
@@ -94,7 +94,7 @@ def _measure_step(config: Config, inputs: list[Tensor], new: dict[str, Tensor]) 
 
     def step() -> Tensor:
         positions = cache.append(k[:, :, -1:], v[:, :, -1:], **last)
-        return cache.attend(q, gates, positions, topk=config.topk)[0]
+        return cache.attend(q, gates, positions, topk=config.count)[0]
 
     cache.append(k[:, :, :-1], v[:, :, :-1], **before)
     result = _errors(step(), inputs, config)
@@ -123,7 +123,7 @@ def _errors(out: Tensor, inputs: list[Tensor], config: Config) -> dict[str, Any]
     first = k.shape[2] - q.shape[2]
     generator = torch.Generator().manual_seed(1)
     sample = torch.randint(q.shape[2], (SAMPLED_QUERIES,), generator=generator).to(q.device)
-    selection = nsa_select(q, k_cmp, k.shape[2], block_size=config.block_size, topk=config.topk)[
+    selection = nsa_select(q, k_cmp, k.shape[2], block_size=config.block_size, topk=config.count)[
         :, :, sample
     ]
     exact = _exact_rows(inputs, selection, sample, sample + first, config)

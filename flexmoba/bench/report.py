@@ -3,7 +3,8 @@
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from flexmoba.bench.configs import Config, size
+from flexmoba.bench.configs import DENSE, Config, size
+from flexmoba.bench.targets import target_rows
 from flexmoba.reporting import faster_from, log_scale, new_figure
 
 if TYPE_CHECKING:
@@ -28,16 +29,16 @@ def tables(report: dict[str, Any]) -> str:
                 ours = _OURS[suffix == _NSA]
                 headings = [_CONFIG, "sparsity", ours, "TFLOP/s", _SHARE, *dense, _MIB]
                 parts.append(f"{title}{suffix}\n\n{_table(headings, rows)}")
-    for nsa in (False, True):
+    for suffix in ("", _NSA, _PAGES):
         steps = [
             row
             for config, result in results
-            if config.nsa == nsa and (row := _step_row(config, result))
+            if _suffix(config) == suffix and (row := _step_row(config, result))
         ]
         if steps:
-            dense = [name for name in DENSE if any(name in row for row in steps)]
-            table = _table([_STEP, _OURS[nsa], *dense], steps)
-            parts.append(f"Decoding steps{_NSA if nsa else ''}\n\n{table}")
+            others = [name for name in _BASELINES if any(name in row for row in steps)]
+            table = _table([_STEP, _OURS[suffix == _NSA], *others], steps)
+            parts.append(f"Decoding steps{suffix}\n\n{table}")
     training = [row for config, result in results if (row := _training_row(config, result))]
     if training:
         headings = [_CONFIG, "flex_moba ms", "topk=None", "SDPA"]
@@ -51,26 +52,36 @@ def tables(report: dict[str, Any]) -> str:
     if splits:
         stages = list(dict.fromkeys(stage for row in splits for stage in row))
         parts.append(f"Forward time by stage, in ms\n\n{_table(stages, splits)}")
+    if targets := target_rows(results, report["dtype"]):
+        parts.append(f"Targets\n\n{_table(list(targets[0]), targets)}")
     parts += _break_even_texts(report["results"])
     return "\n\n".join(parts)
 
 
-DENSE = (
-    *("SDPA", "SDPA flash", "SDPA cuDNN", "SDPA FA3", "SDPA FA4", "FlexAttention", "topk=None"),
-    *("varlen flash", "one sequence"),
-)
-_BASELINES = (*DENSE, "routed", "masked")  # with other backends of flex_moba
+# With a cache in place of pages, and with other backends of flex_moba.
+_BASELINES = ("MobaCache", *DENSE, "routed", "masked")
 _CONFIG = "batch x heads x length, block, topk"
 _SHARE, _MIB = "of matmul", "peak MiB"
 _STEP = "batch x heads x context, block, topk"
-_NSA = ", Native Sparse Attention"
+_NSA, _PAGES = ", Native Sparse Attention", ", pages"
 _OURS = {False: "flex_moba ms", True: "flex_nsa ms"}  # by `Config.nsa`
+
+
+# Fields in which configurations of the same kind may differ.
+_ALIKE: dict[str, Any] = {
+    "length": 0,
+    "backward": True,
+    "dense": "all",
+    "target": "",
+    "forward_target": 0,
+    "both_target": 0,
+}
 
 
 def _suffix(config: Config) -> str:
     """Returns the end of the title of a configuration's table."""
-    if config.nsa:
-        return _NSA
+    if config.nsa or config.paged:
+        return _NSA if config.nsa else _PAGES
     return "" if config.documents == 1 else ", packed documents"
 
 
@@ -84,9 +95,7 @@ _TIMES = {
 
 def line(result: dict[str, Any]) -> str:
     """Formats the result of one configuration as a line."""
-    if result["error"] > result["allowed"]:
-        return f"{_config(result)}: {_wrong(result)}"
-    parts = []
+    parts = [bad] if (bad := _wrong(result)) else []
     for key, name in _TIMES.items():
         if times := result.get(key):
             ours = times[_config(result).name]
@@ -104,7 +113,7 @@ def _break_even_texts(results: list[dict[str, Any]]) -> list[str]:
     """
     alike: dict[Config, list[dict[str, Any]]] = {}
     for result in results:
-        config = replace(_config(result), length=0, backward=True, dense="all")
+        config = replace(_config(result), **_ALIKE)
         if not config.decode and not config.layers and config.documents == 1:
             alike.setdefault(config, []).append(result)
     texts = []
@@ -134,7 +143,7 @@ def _config(result: dict[str, Any]) -> Config:
 def _training_row(config: Config, result: dict[str, Any]) -> dict[str, str] | None:
     if not config.layers:
         return None
-    if "training_ms" not in result:
+    if not result.get("training_ms"):
         return {_CONFIG: str(config), "flex_moba ms": _wrong(result)}
     ours = result["training_ms"]["flex_moba"]
     row = {_CONFIG: str(config), "flex_moba ms": f"{ours:.1f}"}
@@ -155,12 +164,17 @@ def _step_row(config: Config, result: dict[str, Any]) -> dict[str, str] | None:
     return row | {
         name: f"{ms:.3f} ({ms / ours:.1f}x)"
         for name, ms in result["step_ms"].items()
-        if name in DENSE
+        if name in _BASELINES
     }
 
 
 def _wrong(result: dict[str, Any]) -> str:
-    return f"WRONG: error {result['error']:.3g} > {result['allowed']:.3g}"
+    """Returns the reason why times are missing, empty if none are."""
+    if "failed" in result:
+        return f"FAILED: {result['failed']}"
+    if result["error"] > result["allowed"]:
+        return f"WRONG: error {result['error']:.3g} > {result['allowed']:.3g}"
+    return ""
 
 
 def _times_row(
@@ -168,11 +182,10 @@ def _times_row(
 ) -> dict[str, str] | None:
     if config.decode or config.layers:
         return None
-    if "forward_ms" not in result:
-        return {_CONFIG: str(config), _OURS[config.nsa]: _wrong(result)}
-    times = result.get("both_ms") if backward else result["forward_ms"]
+    times = result.get("both_ms" if backward else "forward_ms")
     if not times:
-        return None
+        wrong = _wrong(result)
+        return {_CONFIG: str(config), _OURS[config.nsa]: wrong} if wrong else None
     ours, memory = times[config.name], result["both_MiB" if backward else "forward_MiB"]
     rate = config.flop(backward=backward) / ours / 1e9
     return {

@@ -62,7 +62,7 @@ def measure_step(config: Config, device: torch.device, dtype: torch.dtype) -> di
     with torch.no_grad():
         cache.append(k[:, :, :-1], v[:, :, :-1])
         out, last = step(), torch.tensor([length - 1], device=device)
-        selection = moba_select(q, k, config.block_size, config.topk, gate=config.gate)
+        selection = moba_select(q, k, config.block_size, config.count, gate=config.gate)
         exact = exact_rows(q, k, v, selection, last, config)
         error, largest = largest_error(out, exact), float(exact.abs().max())
         allowed = ROUNDINGS[dtype] * torch.finfo(dtype).eps * largest

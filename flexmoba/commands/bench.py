@@ -3,26 +3,31 @@
 The command first compares each configuration with float64 attention on sampled queries. It reports
 a configuration with too large an error as WRONG, and does not time it. A time is the median over
 repeated whole calls, including the gate, measured by CUDA events on a GPU. All times are from one
-run on one device. The command prints each result at once, and tables of all results at the end. If
-several results differ only in length, it also prints the length from which MoBA is faster.
+run on one device. The command prints each result at once, and tables of all results at the end. It
+reports a configuration that fails, for example for lack of memory, as FAILED. If several results
+differ only in length, it also prints the length from which MoBA is faster.
 
 Presets:
   cpu          4K to 16K tokens, for a CPU
   quick        8K and 32K tokens; on a CPU, the same as cpu
   flashmoba    8K to 128K tokens
+  targets      8K to 10M tokens, each with the target of this project
   paper        128K and 1M tokens, block 4096, topk 12
   longest      1M and 10M tokens, forward
+  million      1M tokens of 32 query heads, 256 and 8,192 blocks, on one card of 80 GB
   gates        gate="token", "group" and "tile" at 64K tokens
   documents    64K tokens in 1 to 1024 packed documents
   correlated   random queries beside queries whose neighbours select similar blocks
   training     training steps of a GPT of 12 layers, 32K and 64K tokens a step
   decode       decoding steps at contexts of 32K to 1M tokens
+  paged        batches of a server over pages: 1 to 256 sequences of 4K to 128K tokens, with chunks
   nsa          Native Sparse Attention at 8K to 64K tokens, and its decoding steps at 64K
 """
 
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -36,10 +41,12 @@ from flexmoba.bench import (
     ROUNDINGS,
     Config,
     describe,
+    failure,
     line,
     matrix_rate,
     measure,
     measure_nsa,
+    measure_paged,
     measure_step,
     measure_training,
     plot,
@@ -90,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures and prints or writes the results; returns 1 if a result is wrong."""
+    """Measures and prints or writes the results; returns 1 if one is wrong or has failed."""
     check_writable(json=arguments.json, plot=arguments.plot)
     report = _earlier(arguments.show) if arguments.show else _heading(arguments)
     try:
@@ -104,7 +111,12 @@ def run(arguments: argparse.Namespace) -> int:
             save_picture(plot(report), "plot", arguments.plot)
         except ValueError as error:  # every result is wrong; the exit code reports it
             print(f"--plot: {error}", file=sys.stderr)
-    return int(any(result["error"] > result["allowed"] for result in report["results"]))
+    return int(
+        any(
+            "failed" in result or result["error"] > result["allowed"]
+            for result in report["results"]
+        )
+    )
 
 
 def _earlier(file: Path) -> dict[str, Any]:
@@ -145,7 +157,13 @@ def _measure_all(report: dict[str, Any], arguments: argparse.Namespace) -> None:
     configs = [config for name in arguments.preset for config in PRESETS[small.get(name, name)]]
     for i, config in enumerate(configs, 1):
         note(f"{i} of {len(configs)}: {config}")
-        measured = _measurement(config)(config, device, dtype)
+        try:
+            measured = _measurement(config)(config, device, dtype)
+        except Exception as error:  # such as too little memory; the others can be measured
+            traceback.print_exc()
+            measured = {"failed": failure(error)}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # for peaks that do not depend on earlier configurations
         report["results"].append(asdict(config) | measured)
         print_result(line(report["results"][-1]), arguments.json)
         if arguments.json not in (None, "-"):  # after every result, in case the process is killed
@@ -158,4 +176,6 @@ def _measurement(config: Config) -> Callable[..., dict[str, Any]]:
         return measure_nsa
     if config.layers:
         return measure_training
+    if config.paged:
+        return measure_paged
     return measure_step if config.decode else measure

@@ -1,6 +1,10 @@
-"""The backward pass: launches its kernels, one piece after another."""
+"""The backward pass: launches its kernels, one piece after another.
+
+A pass over a sort group computes the gradients of keys, those of queries, or both.
+"""
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -42,22 +46,18 @@ class _Items(NamedTuple):
     Attributes:
         pairs: ``(rows,)`` int32, the pair of each row.
         first_rows: ``(bins + 1,)`` int32, the first row of each bin.
-        rows: The number of rows of an item, for the gradients of keys.
         of_keys: The first item of each block and the block of each item, both int32.
         first_extra: ``(blocks + 1,)`` int32, the first extra buffer of each block with several
             items.
-        of_queries: As ``of_keys``, for the gradients of queries; None if a tile of keys holds a
-            block.
-        max_extra: An upper bound of the number of extra buffers.
+        of_queries: As ``of_keys``, for the gradients of queries; None if `key_grads_kernel`
+            computes them.
     """
 
     pairs: Tensor
     first_rows: Tensor
-    rows: int
     of_keys: tuple[Tensor, Tensor]
     first_extra: Tensor
     of_queries: tuple[Tensor, Tensor] | None
-    max_extra: int
 
 
 def _items_of(
@@ -65,19 +65,60 @@ def _items_of(
 ) -> _Items:
     bins, pairs = sort_pairs(routed, group, sizes)
     first_rows = first_rows_of_bins(bins, group, sizes)
-    per_block = pairs.shape[0] // (group.n_kv_heads * sizes.n_blocks)
-    rows = max(_LEAST_ITEM, _ITEM_FACTOR * per_block)
+    rows = _item_rows(sizes)
     first_item, first_extra, first_query_item = first_items_of_blocks(
         first_rows, rows, query_rows, group, sizes
     )
     of_keys = first_item, blocks_of_items(first_item, rows, group, sizes)
-    # A block with several items has less than twice as many items as its rows fill.
-    max_extra = 2 * group.max_queries * sizes.count // rows
     of_queries = None
     if for_queries:
         block_of_item = blocks_of_items(first_query_item, query_rows, group, sizes)
         of_queries = first_query_item, block_of_item
-    return _Items(pairs, first_rows, rows, of_keys, first_extra, of_queries, max_extra)
+    return _Items(pairs, first_rows, of_keys, first_extra, of_queries)
+
+
+def _item_rows(sizes: Sizes) -> int:
+    """Returns the number of rows of an item, for the gradients of keys."""
+    per_block = sizes.group * sizes.q_len * sizes.count // sizes.n_blocks
+    return max(_LEAST_ITEM, _ITEM_FACTOR * per_block)
+
+
+def _max_extra(n_queries: int, sizes: Sizes) -> int:
+    """Returns an upper bound of the number of extra buffers for the pairs of some queries.
+
+    A block with several items has less than twice as many items as its rows fill.
+    """
+    return 2 * n_queries * sizes.count // _item_rows(sizes)
+
+
+class _Pass(NamedTuple):
+    """A sort group, and the gradients to compute from its pairs."""
+
+    group: SortGroup
+    for_keys: bool
+    for_queries: bool
+
+
+def _passes(sizes: Sizes) -> Iterator[_Pass]:
+    """Yields passes over all queries that compute the gradients of keys and of queries.
+
+    The gradient of a key needs all queries of its KV head. If the gradients that the pairs of one
+    KV head contribute to their queries do not fit, they are computed after those of keys, in
+    smaller sort groups.
+    """
+    pair_bytes = 2 * sizes.dim * sizes.count
+    extra_size = 4 * sizes.block_size * (sizes.dim + sizes.value_dim)
+    per_kv_head = sizes.group * sizes.q_len
+    extra_bytes = _max_extra(per_kv_head, sizes) * extra_size // per_kv_head
+    groups = sort_groups(sizes, pair_bytes + extra_bytes)
+    if all(group.n_queries % per_kv_head == 0 for group in groups):
+        for group in groups:
+            yield _Pass(group, True, True)
+        return
+    for group in sort_groups(sizes, extra_bytes, whole_kv_heads=True):
+        yield _Pass(group, True, False)
+    for group in sort_groups(sizes, pair_bytes):
+        yield _Pass(group, False, True)
 
 
 def attend_backward_on_cuda(
@@ -127,12 +168,16 @@ def attend_backward_on_cuda(
             dtypes,
         )
         tensors: tuple[Any, ...] = (q, k, v, grad_out, lse, delta)
-        for group in sort_groups(sizes, whole_kv_heads=True):
+        for group, for_keys, for_queries in _passes(sizes):
+            in_one_kernel = for_keys and for_queries and tiles_per_block == 1
             items = _items_of(
-                *(routed, group, sizes, query_tile["ROWS"]), for_queries=tiles_per_block > 1
+                *(routed, group, sizes, query_tile["ROWS"]),
+                for_queries=for_queries and not in_one_kernel,
             )
-            extra = lse.new_empty(items.max_extra, sizes.block_size, sizes.dim + sizes.value_dim)
-            partial_grads = q.new_empty(group.max_queries * sizes.count, sizes.dim)
+            max_extra = _max_extra(group.max_queries, sizes) if for_keys else 0
+            extra = lse.new_empty(max_extra, sizes.block_size, sizes.dim + sizes.value_dim)
+            n_partial = group.max_queries * sizes.count if for_queries else 0
+            partial_grads = q.new_empty(n_partial, sizes.dim)
             for piece in group.pieces:
                 n_pairs = piece.n_queries * sizes.count
                 numbers = (
@@ -141,26 +186,19 @@ def attend_backward_on_cuda(
                     (piece.first_query - group.first_query) * sizes.count,
                     *(sizes.kv_heads, sizes.q_len, sizes.kv_len, sizes.n_blocks, factor, scale),
                 )
-                launch(
-                    key_grads_kernel,
-                    (n_pairs // items.rows + piece.n_blocks) * tiles_per_block,
-                    (
-                        *(
-                            *tensors,
-                            own,
-                            d_k,
-                            d_v,
-                            extra,
-                            partial_grads,
-                            items.pairs,
-                            items.first_rows,
+                if for_keys:
+                    launch(
+                        key_grads_kernel,
+                        (n_pairs // _item_rows(sizes) + piece.n_blocks) * tiles_per_block,
+                        (
+                            *(*tensors, own, d_k, d_v, extra, partial_grads),
+                            *(items.pairs, items.first_rows, *items.of_keys, items.first_extra),
+                            *(*numbers, _item_rows(sizes)),
                         ),
-                        *(*items.of_keys, items.first_extra, *numbers, items.rows),
-                    ),
-                    key_tile,
-                    dtypes,
-                )
-                if items.max_extra:
+                        key_tile | {"WRITES_QUERY_GRADS": in_one_kernel},
+                        dtypes,
+                    )
+                if max_extra:
                     launch(
                         sum_extra_kernel,
                         piece.n_blocks * tiles_per_block,
@@ -183,16 +221,17 @@ def attend_backward_on_cuda(
                         query_tile,
                         dtypes,
                     )
-                launch(
-                    finish_query_grads_kernel,
-                    piece.n_tiles,
-                    (
-                        *(*tensors, partial_grads, routed, own, d_q, *strides),
-                        *(piece.first_tile, piece.first_query, sizes.heads, sizes.kv_heads),
-                        *(sizes.q_len, sizes.kv_len, factor, scale),
-                    ),
-                    finish,
-                    dtypes,
-                )
+                if for_queries:
+                    launch(
+                        finish_query_grads_kernel,
+                        piece.n_tiles,
+                        (
+                            *(*tensors, partial_grads, routed, own, d_q, *strides),
+                            *(piece.first_tile, piece.first_query, sizes.heads, sizes.kv_heads),
+                            *(sizes.q_len, sizes.kv_len, factor, scale),
+                        ),
+                        finish,
+                        dtypes,
+                    )
             del partial_grads, extra  # before the next sort group allocates its buffers
     return d_q, d_k, d_v

@@ -62,13 +62,13 @@ def key_grads_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, TILE_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, TILE_VALUE_DIM: tl.constexpr,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
-    GRAD_STRIDE: tl.constexpr, UNIT: tl.constexpr,
+    GRAD_STRIDE: tl.constexpr, UNIT: tl.constexpr, WRITES_QUERY_GRADS: tl.constexpr,
 ):  # fmt: skip
     """Computes the gradients of a tile of keys from the rows of an item.
 
     The first item of a block adds the queries whose own block it is. If a block has several items,
-    each writes its sum to ``extra``, in float32. If one tile holds a block, the kernel also writes
-    the gradient that each pair contributes to its query.
+    each writes its sum to ``extra``, in float32. If one tile holds a block, the kernel can also
+    write the gradient that each pair contributes to its query.
     """
     tiles_per_block: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
     item = tl.load(first_item_ptr + first_block) + tl.program_id(0) // tiles_per_block
@@ -104,7 +104,7 @@ def key_grads_kernel(
         d_k, d_v, d_scores = add_key_grads(
             q, k, v, grad, lse, delta, real[:, None], d_k, d_v, factor, RAGGED
         )
-        if tiles_per_block == 1:
+        if WRITES_QUERY_GRADS:
             d_q = tl.dot(tl.trans(d_scores), k) * scale
             partial = (pair - piece_pair).to(tl.int64) * DIM
             store_rows(partial_ptr, partial, valid, d_q, DIM, TILE_DIM)
@@ -192,7 +192,7 @@ def item_query_grads_kernel(
 ):  # fmt: skip
     """Computes the gradients that ROWS pairs of a block contribute to their queries.
 
-    The kernel serves blocks of several tiles of keys.
+    The kernel serves blocks for which `key_grads_kernel` does not.
     """
     item = tl.load(first_item_ptr + first_block) + tl.program_id(0)
     if item >= tl.load(first_item_ptr + last_block):

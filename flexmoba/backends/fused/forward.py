@@ -45,7 +45,8 @@ def attend_on_cuda(
     factor = scale / math.log(2)
     use_hopper = hopper.supports(k, v, sizes, is_causal=is_causal)
     with on_device_of(q):
-        for group in sort_groups(sizes):
+        # A partial output in half precision and a float32 log-sum-exp for each pair.
+        for group in sort_groups(sizes, (2 * sizes.value_dim + 4) * sizes.count):
             if sizes.count:
                 bins, pairs = sort_pairs(routed, group, sizes)
                 first_rows = first_rows_of_bins(bins, group, sizes)

@@ -12,7 +12,7 @@ from flexmoba.backends.score_mod import ScoreMod
 from flexmoba.selection import BlockSelection
 
 _DTYPES = (torch.float16, torch.bfloat16)
-_MAX_HEAD_DIM = 128
+_MAX_HEAD_DIM = 256
 
 
 def why_not_fused(

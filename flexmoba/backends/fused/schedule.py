@@ -17,7 +17,10 @@ QUERY_TILE = 64
 
 # Limits of the memory for sorting, and for all buffers and the selection together, as multiples of
 # the size of q and the output.
-_SORTING_SHARE, _TOTAL_SHARE = 0.4, 1.98
+_SORTING_SHARE, _TOTAL_SHARE = 0.4, 1.0
+# Bytes below which neither limit applies: the host limits the speed of such calls, so they need few
+# launches.
+_SMALL = 2**28
 # Bytes for each pair while it is sorted (its bin before and after, its index, and buffers of the
 # sort), after it is sorted, and in the selection.
 _SORTING_BYTES = 24
@@ -85,7 +88,7 @@ class SortGroup(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def sort_groups(sizes: Sizes, *, whole_kv_heads: bool = False) -> list[SortGroup]:
+def sort_groups(sizes: Sizes, query_bytes: int, *, whole_kv_heads: bool = False) -> list[SortGroup]:
     """Returns the sort groups of a call, each with its pieces.
 
     Sort groups and pieces hold as many KV heads as the limits of memory allow, at least one. If not
@@ -93,21 +96,23 @@ def sort_groups(sizes: Sizes, *, whole_kv_heads: bool = False) -> list[SortGroup
 
     Args:
         sizes: The sizes of the call.
+        query_bytes: The bytes of the buffers of a piece for each of its queries.
         whole_kv_heads: Whether a piece must not divide a KV head, even if it does not fit.
     """
     tiles_per_head = -(-sizes.q_len // QUERY_TILE)
     per_kv_head, n_kv_heads = sizes.group * tiles_per_head, sizes.batch * sizes.kv_heads
     n_tiles = n_kv_heads * per_kv_head
-    # Bytes of each query in half precision: q and the output; partial outputs and log-sum-exps.
-    size, partial_size = 2 * (sizes.dim + sizes.value_dim), (2 * sizes.value_dim + 4) * sizes.count
-    max_tiles_in_group = int(_SORTING_SHARE * size * n_tiles / max(_SORTING_BYTES * sizes.count, 1))
+    # Bytes of one query of every tile: q and the output in half precision, and the limits.
+    size = 2 * (sizes.dim + sizes.value_dim) * n_tiles
+    for_sorting, in_total = (
+        max(share * size, _SMALL / QUERY_TILE) for share in (_SORTING_SHARE, _TOTAL_SHARE)
+    )
+    max_tiles_in_group = int(for_sorting / max(_SORTING_BYTES * sizes.count, 1))
     sorted_size = sizes.count * (
         _SELECTION_BYTES * n_tiles
         + _SORTED_BYTES * min(n_tiles, max(max_tiles_in_group, per_kv_head))
     )
-    max_tiles_in_piece = max(
-        1, int((_TOTAL_SHARE * size * n_tiles - sorted_size) / max(partial_size, 1))
-    )
+    max_tiles_in_piece = max(1, int((in_total - sorted_size) / max(query_bytes, 1)))
     if max_tiles_in_piece < per_kv_head and not whole_kv_heads:
         return [
             _sort_group(sizes, [tiles])

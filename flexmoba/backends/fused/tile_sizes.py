@@ -57,17 +57,21 @@ def _forward_tiles(
 ) -> Iterator[dict[str, int]]:
     """Yields the tile sizes of `attend_kernel` and `finish_kernel`, tuned on one NVIDIA H200."""
     finish_keys = min(64, max(16, next_power_of_2(sizes.block_size)))
-    if sizes.block_size <= 128:
-        keys = max(16, next_power_of_2(sizes.block_size))
-        attend = {"SHARE": 1024, "ROWS": 64, "KEYS": keys, "num_warps": 4, "num_stages": 1}
-    elif sizes.block_size <= 1024 or not large_shared_memory:
-        stages = 3 if large_shared_memory else 2
-        attend = {"SHARE": 128, "ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": stages}
+    if _is_wide(sizes):
+        attend, finish = _wide_forward_tiles(sizes, finish_keys, large_shared_memory)
     else:
-        attend = {"SHARE": 256, "ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}
+        if sizes.block_size <= 128:
+            keys = max(16, next_power_of_2(sizes.block_size))
+            attend = {"SHARE": 1024, "ROWS": 64, "KEYS": keys, "num_warps": 4, "num_stages": 1}
+        elif sizes.block_size <= 1024 or not large_shared_memory:
+            stages = 3 if large_shared_memory else 2
+            attend = {"SHARE": 128, "ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": stages}
+        else:
+            attend = {"SHARE": 256, "ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}
+        stages = (2 if sizes.block_size <= 128 else 3) if large_shared_memory else 1
+        finish = {"ROWS": QUERY_TILE, "KEYS": finish_keys, "num_warps": 4, "num_stages": stages}
     yield attend | {"RAGGED": _is_ragged(sizes, attend["KEYS"], is_causal)}
-    stages = (2 if sizes.block_size <= 128 else 3) if large_shared_memory else 1
-    yield {"ROWS": QUERY_TILE, "KEYS": finish_keys, "num_warps": 4, "num_stages": stages}
+    yield finish
 
 
 def _backward_tiles(
@@ -75,20 +79,57 @@ def _backward_tiles(
 ) -> Iterator[dict[str, int]]:
     """Yields the tile sizes of the first three kernels of `backward_constants`."""
     finish_keys = min(64, max(16, next_power_of_2(sizes.block_size)))
-    if sizes.block_size <= 128 and large_shared_memory:
-        keys = max(16, next_power_of_2(sizes.block_size))
-        key = {"ROWS": 64, "KEYS": keys, "num_warps": 8, "num_stages": 4}
+    if _is_wide(sizes):
+        key, query, finish = _wide_backward_tiles(sizes, finish_keys, large_shared_memory)
     else:
+        if sizes.block_size <= 128 and large_shared_memory:
+            keys = max(16, next_power_of_2(sizes.block_size))
+            key = {"ROWS": 64, "KEYS": keys, "num_warps": 8, "num_stages": 4}
+        else:
+            stages = 2 if large_shared_memory else 1
+            key = {"ROWS": 64, "KEYS": finish_keys, "num_warps": 4, "num_stages": stages}
+        if large_shared_memory:
+            query = {"ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}
+        else:
+            query = {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 1}
         stages = 2 if large_shared_memory else 1
-        key = {"ROWS": 64, "KEYS": finish_keys, "num_warps": 4, "num_stages": stages}
+        finish = {"ROWS": QUERY_TILE, "KEYS": finish_keys, "num_warps": 4, "num_stages": stages}
     yield key | {"RAGGED": _is_ragged(sizes, key["KEYS"], is_causal)}
-    if large_shared_memory:
-        query = {"ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}
-    else:
-        query = {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 1}
     yield query | {"RAGGED": _is_ragged(sizes, query["KEYS"], is_causal)}
-    stages = 2 if large_shared_memory else 1
-    yield {"ROWS": QUERY_TILE, "KEYS": finish_keys, "num_warps": 4, "num_stages": stages}
+    yield finish
+
+
+def _is_wide(sizes: Sizes) -> bool:
+    """Returns whether head dims need smaller tiles, to fit in shared memory and in registers."""
+    return max(sizes.dim, sizes.value_dim) > 128
+
+
+def _wide_forward_tiles(sizes: Sizes, keys: int, large_shared_memory: bool) -> list[dict[str, int]]:
+    """Returns the tile sizes of `_forward_tiles` for large head dims, with at most ``keys`` keys.
+
+    Compiled for an H100, the largest use 192 of 227 KiB of shared memory, and few registers spill.
+    """
+    if large_shared_memory:
+        tile = {"KEYS": keys, "num_warps": 8, "num_stages": 2}
+    else:  # 99 KiB
+        tile = {"KEYS": min(32, keys), "num_warps": 8, "num_stages": 1}
+    if sizes.block_size <= tile["KEYS"]:
+        attend = {"SHARE": 1024, "ROWS": 64}
+    else:
+        attend = {"SHARE": 256, "ROWS": 128 if large_shared_memory else 64}
+    return [attend | tile, {"ROWS": QUERY_TILE} | tile]
+
+
+def _wide_backward_tiles(
+    sizes: Sizes, keys: int, large_shared_memory: bool
+) -> list[dict[str, int]]:
+    """Returns the tile sizes of `_backward_tiles` for large head dims; arguments as above."""
+    if large_shared_memory:
+        tile = {"KEYS": keys, "num_warps": 8, "num_stages": 2}
+        key = {"ROWS": 32 if sizes.block_size <= keys else 64}
+        return [key | tile, {"ROWS": 64} | tile, {"ROWS": QUERY_TILE} | tile]
+    tile = {"KEYS": min(32, keys), "num_warps": 8, "num_stages": 1}
+    return [{"ROWS": 32} | tile, {"ROWS": 32} | tile, tile | {"ROWS": QUERY_TILE, "KEYS": 16}]
 
 
 def _is_ragged(sizes: Sizes, keys: int, is_causal: bool) -> bool:
