@@ -19,12 +19,15 @@ from flexmoba.cache.decode import attend_gathered
 from flexmoba.cache.kernels import append_on_cuda, attend_step_on_cuda
 from flexmoba.cache.options import CachedCall
 from flexmoba.gate.kernel import select_on_cuda
-from flexmoba.nsa import decode_on_cuda
-from flexmoba.nsa.branches import BranchTensors, compressed_branch
+from flexmoba.nsa import NsaCache, decode_on_cuda
+from flexmoba.nsa.append import append_scattered as append_to_nsa_scattered
+from flexmoba.nsa.append_kernels import append_on_cuda as append_to_nsa_on_cuda
+from flexmoba.nsa.branches import compressed_branch
 from flexmoba.nsa.decode import attend_gathered as attend_nsa_gathered
 from flexmoba.nsa.kernel import select_on_cuda as select_on_cuda_of_nsa
 from flexmoba.nsa.select import select_in_slots
 from flexmoba.nsa.sizes import NsaSizes
+from flexmoba.nsa.tensors import BranchTensors, CacheState
 from flexmoba.paged.append import append_scattered as append_to_pages
 from flexmoba.paged.append_kernels import append_on_cuda as append_to_pages_on_cuda
 from flexmoba.paged.attention import attend_steps_gathered
@@ -426,6 +429,52 @@ def test_the_decoding_kernels_of_nsa(monkeypatch, changes, sizes, window):
     assert n == 1 or expected[0][2, :, -1].isnan().all()
     for actual, x in zip(decode_on_cuda.attend_step_on_cuda(*call), expected, strict=True):
         torch.testing.assert_close(actual, x, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n", "lengths"),
+    [
+        ((32, 16, 32), 1, (0, 31, 63)),  # no token, a first compressed block, the last token
+        ((48, 4, 8), 13, (2, 40, 60)),  # several blocks; beyond the capacity
+        ((1, 1, 3), 2, (0, 5, 16)),  # no tail
+        ((36, 12, 12), 16, (35, 20, 7)),  # a tail of two tiles
+    ],
+)
+def test_the_append_kernels_of_nsa_are_plain_operations(sizes, n, lengths):
+    """Tests bitwise, with a compression that depends on the order of tokens and on positions."""
+
+    def compress(k, v, positions):
+        weight = torch.arange(1.0, sizes[0] + 1)[:, None]
+        k, v = ((x * weight).sum(2, keepdim=True) for x in (k, v))
+        return k + positions.view(-1, 1, 1, 1), v
+
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    names = ("cmp_block", "cmp_stride", "block_size")
+    options = dict(zip(names, sizes, strict=True)) | {"window": 5, "value_dim": 12}
+    plain, kernels = (NsaCache(3, 2, 24, max_len=60, **options) for _ in range(2))
+    results = []
+    new = BranchTensors(*(normal(3, 2, n, dim) for dim in (24, 12) * 3))
+    old = [normal(*x.shape) for x in (*plain._branches, *plain._tail)]
+    for cache, append in ((plain, append_to_nsa_scattered), (kernels, append_to_nsa_on_cuda)):
+        for x, y in zip((*cache._branches, *cache._tail), old, strict=True):
+            x.copy_(y)
+        cache.lengths.copy_(torch.tensor(lengths))
+        state = CacheState(cache._branches, cache._tail, cache.lengths)
+        if append is append_to_nsa_scattered:
+            positions, _ = append(state, new, None, cache.sizes, 5, compress)
+        else:
+            positions = append(state, new, cache.sizes, compress)
+        results.append([positions, cache.lengths, *cache._tail, *cache._branches])
+    # Nothing reads the last block, the last compressed block, and the last place of the ring.
+    ends = [None] * 4 + [-sizes[2]] * 2 + [-1] * 4
+    for actual, expected, end in zip(*results, ends, strict=True):
+        if end is not None:
+            actual, expected = actual[:, :, :end], expected[:, :, :end]
+        assert_bitwise_equal(actual, expected)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from torch import Tensor
 from flexmoba import selected_attention
 from flexmoba.nn import NsaAttention
 from flexmoba.nsa import NsaSizes, flex_nsa, nsa_select
-from flexmoba.nsa.branches import BranchTensors
 from flexmoba.nsa.decode import attend_gathered, attend_step
+from flexmoba.nsa.tensors import BranchTensors
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal, with_lse
 from tests.problems import Problem as BlockProblem
 from tests.test_nsa import NAMES, Problem, assert_exact, assert_rules, nsa_of

@@ -18,7 +18,6 @@ from flexmoba.checks import (
 )
 from flexmoba.local import with_aux
 from flexmoba.nsa.branches import (
-    BranchTensors,
     block_means_of,
     compressed_branch,
     selected_branch,
@@ -32,6 +31,7 @@ from flexmoba.nsa.checks import (
 from flexmoba.nsa.layout import nsa_layout
 from flexmoba.nsa.select import select_in_slots
 from flexmoba.nsa.sizes import NsaSizes
+from flexmoba.nsa.tensors import BranchTensors
 from flexmoba.window import attend_to_window
 
 

@@ -4,8 +4,6 @@
 the log-sum-exp ``(B, Hq, Lq)``.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -16,26 +14,6 @@ from flexmoba.attention import flex_moba, selected_attention
 from flexmoba.backends import AttentionOptions, ImplName, resolve, window_attention
 from flexmoba.blocks import TILE
 from flexmoba.nsa.sizes import NsaSizes
-
-
-class BranchTensors(NamedTuple):
-    """The keys and values of the branches.
-
-    Attributes:
-        k: Keys of the selected branch, ``(B, Hkv, Lk, D)``.
-        v: Values of the selected branch, ``(B, Hkv, Lk, Dv)``.
-        k_cmp: Compressed keys, ``(B, Hkv, blocks, D)``.
-        v_cmp: Compressed values, ``(B, Hkv, blocks, Dv)``.
-        k_win: Keys of the window branch, ``(B, Hkv, tokens, D)``, of the last tokens at least.
-        v_win: Values of the window branch, ``(B, Hkv, tokens, Dv)``.
-    """
-
-    k: Tensor
-    v: Tensor
-    k_cmp: Tensor
-    v_cmp: Tensor
-    k_win: Tensor
-    v_win: Tensor
 
 
 def block_means_of(x: Tensor, sizes: NsaSizes) -> Tensor:

@@ -1,6 +1,6 @@
 """`NsaCache`: the keys and values of the branches of one layer of Native Sparse Attention."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,13 +15,13 @@ from flexmoba.cache import (
     storage,
 )
 from flexmoba.checks import check_options, check_positive, check_tensor
+from flexmoba.nsa.append import append
 from flexmoba.nsa.attention import NsaCall, attend_in_branches
-from flexmoba.nsa.branches import BranchTensors, block_means_of
+from flexmoba.nsa.branches import block_means_of
 from flexmoba.nsa.checks import check_gates, check_sizes
 from flexmoba.nsa.decode import attend_step
 from flexmoba.nsa.sizes import NsaSizes
-
-Compress = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+from flexmoba.nsa.tensors import BranchTensors, CacheState, Compress
 
 
 class NsaCache:
@@ -34,7 +34,7 @@ class NsaCache:
     its last token arrives.
 
     A step of at most 16 tokens reads all compressed keys, and the keys and values of selected
-    blocks and windows alone, on CUDA by four Triton kernels. It does not synchronize a GPU with the
+    blocks and windows alone, on CUDA by Triton kernels. It does not synchronize a GPU with the
     host. A longer chunk copies the positions of its tokens to the host and computes `flex_nsa`
     once, or for each row if rows have different lengths or padding. The keys and values of the
     window branch of a chunk stay in memory until the next call of `append`.
@@ -113,13 +113,16 @@ class NsaCache:
         )
         tail = (batch, kv_heads, cmp_block - 1)
         # The last inputs of the compression, the last token last.
-        self._tail = tuple(storage((*tail, dim), dtype, device) for dim in (head_dim, value_dim))
+        self._tail = (
+            storage((*tail, head_dim), dtype, device),
+            storage((*tail, value_dim), dtype, device),
+        )
         self.lengths = storage((batch,), torch.int32, device)
         # An upper bound of the length of the longest row, known without reading from the device.
         self._longest_row = 0
         self._appended = 0  # tokens of the last call of `append`
         # The keys and values of the windows of the last call, if it was a chunk.
-        self._chunk: tuple[Tensor, ...] | None = None
+        self._chunk: tuple[Tensor, Tensor] | None = None
 
     @property
     def capacity(self) -> int:
@@ -166,22 +169,11 @@ class NsaCache:
         check_new_padding(key_padding_mask, k)
         self._make_room(n)
         self._longest_row += n
-        positions = self.next_positions(n, key_padding_mask)
-        row_lengths = (positions.amax(1) + 1).clamp(min=0) if n else self.lengths
-        count = torch.maximum(row_lengths, self.lengths) - self.lengths
-        # The tokens of padding go to the last block, which nothing reads.
-        fits = (positions >= 0) & (positions < self.capacity)
-        index = torch.where(fits, positions, self.capacity).long()[:, None, :, None]
-        for name in ("k", "v"):
-            getattr(self._branches, name).scatter_(2, index.expand_as(new[name]), new[name])
-        inputs, in_windows = (
-            tuple(_real_first(new[name], key_padding_mask) for name in names)
-            for names in (("k_cmp", "v_cmp"), ("k_win", "v_win"))
-        )
-        self._append_to_ring((new["k_win"], new["v_win"]), in_windows, positions, count)
-        self._append_compressed(inputs, count)
         self._appended = n
-        self.lengths += count
+        state = CacheState(self._branches, self._tail, self.lengths)
+        tokens = BranchTensors(**new)
+        options = self.sizes, self.window, self._compress
+        positions, self._chunk = append(state, tokens, key_padding_mask, *options)
         return positions
 
     def attend(
@@ -261,62 +253,6 @@ class NsaCache:
         for x in (*self._branches, *self._tail, self.lengths):
             x.copy_(x.index_select(0, rows))
 
-    def _append_to_ring(
-        self,
-        new: tuple[Tensor, Tensor],
-        real_first: tuple[Tensor, ...],
-        positions: Tensor,
-        count: Tensor,
-    ) -> None:
-        """Replaces the oldest keys and values of the window branch, and keeps those of a chunk."""
-        cached = self._branches.k_win, self._branches.v_win
-        places = cached[0].shape[2] - 1  # the last one takes the writes that nothing reads
-        lengths = self.lengths[:, None]
-        self._chunk = None
-        if positions.shape[1] > MAX_STEP_QUERIES:
-            # Later tokens of the chunk take the places of keys that earlier queries see.
-            before = lengths + torch.arange(1 - self.window, 0, device=count.device)
-            index = (before.clamp(min=0) % places).long()[:, None, :, None]
-            self._chunk = tuple(
-                torch.cat([x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])), y], 2)
-                for x, y in zip(cached, real_first, strict=True)
-            )
-        is_last = (positions >= 0) & (positions >= lengths + count[:, None] - places)
-        index = torch.where(is_last, positions % places, places).long()[:, None, :, None]
-        for x, y in zip(cached, new, strict=True):
-            x.scatter_(2, index.expand_as(y), y)
-
-    def _append_compressed(self, new: tuple[Tensor, ...], count: Tensor) -> None:
-        """Compresses the blocks that ``count (B,)`` new tokens of each row fill."""
-        cmp_block, stride = self.sizes.cmp_block, self.sizes.cmp_stride
-        n, device = new[0].shape[2], count.device
-        inputs = [torch.cat(pair, 2) for pair in zip(self._tail, new, strict=True)]
-        lengths = self.lengths[:, None]
-        first = ((lengths - cmp_block + stride) // stride).clamp(min=0)
-        block = first + torch.arange(n // stride + 1, device=device)
-        # The first token of each block among the inputs, of which the tail comes first.
-        start = block * stride - lengths + cmp_block - 1
-        index = start[..., None] + torch.arange(cmp_block, device=device)
-        index = index.clamp(max=inputs[0].shape[2] - 1).flatten(1)[:, None, :, None]
-        k_blocks, v_blocks = (
-            x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
-            .unflatten(2, (-1, cmp_block))
-            .transpose(1, 2)
-            .flatten(0, 1)
-            for x in inputs
-        )
-        compressed = self._compress(k_blocks, v_blocks, (block * stride).flatten())
-        # Nothing reads a block that is not full. It is written again with its last token.
-        target = block.clamp(max=self._branches.k_cmp.shape[2] - 1).long()[:, None, :, None]
-        for name, x in zip(("k_cmp", "v_cmp"), compressed, strict=True):
-            x = x.unflatten(0, block.shape)[:, :, :, 0].transpose(1, 2)
-            cached = getattr(self._branches, name)
-            cached.scatter_(2, target.expand_as(x), x.to(cached.dtype))
-        last = count[:, None] + torch.arange(cmp_block - 1, device=device)
-        last = last[:, None, :, None]
-        for tail, x in zip(self._tail, inputs, strict=True):
-            tail.copy_(x.gather(2, last.expand_as(tail)))
-
     def _means(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return block_means_of(k, self.sizes), block_means_of(v, self.sizes)
 
@@ -390,11 +326,3 @@ class NsaCache:
                 for i, length in enumerate(lengths)
             )
         )
-
-
-def _real_first(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Returns new tokens ``(B, Hkv, n, D)`` with the padding of each row at its end."""
-    if mask is None:
-        return x
-    order = (~mask).int().argsort(dim=1, stable=True)[:, None, :, None]
-    return x.gather(2, order.expand_as(x))

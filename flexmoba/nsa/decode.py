@@ -13,9 +13,9 @@ from torch import Tensor
 
 from flexmoba.cache import has_kernels
 from flexmoba.gate import forced_blocks, top_blocks
-from flexmoba.nsa.branches import BranchTensors
 from flexmoba.nsa.select import block_importance
 from flexmoba.nsa.sizes import NsaSizes
+from flexmoba.nsa.tensors import BranchTensors
 from flexmoba.runtime import without_autocast
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.gate.kernel import MAX_COUNT, MAX_HEAD_DIM
-from flexmoba.nsa.branches import BranchTensors
 from flexmoba.nsa.decode_kernels import (
     attend_kernel,
     compressed_kernel,
@@ -16,6 +15,7 @@ from flexmoba.nsa.decode_kernels import (
     select_kernel,
 )
 from flexmoba.nsa.sizes import NsaSizes
+from flexmoba.nsa.tensors import BranchTensors
 from flexmoba.runtime.triton_launch import launch, packed
 
 _MAX_GROUP = 64
