@@ -151,6 +151,17 @@ def test_a_step_beyond_the_capacity_is_nan():
     torch.testing.assert_close(out[0], whole(problem, tokens)[0][0, :, 40:], rtol=0, atol=1e-10)
 
 
+def test_no_tokens():
+    problem = Problem(q_len=40, kv_len=40, block_size=16, topk=5, window=20)
+    tokens, cache = tokens_of(problem), cache_of(problem)
+    call(cache, problem, part(tokens, 0, 39))
+    out, lse = call(cache, problem, part(tokens, 39, 39))
+    assert out.shape == (1, 2, 0, 8)
+    assert lse.shape == (1, 2, 0, 3)
+    out = call(cache, problem, part(tokens, 39, 40))[0]
+    torch.testing.assert_close(out, whole(problem, tokens)[0][:, :, 39:], rtol=0, atol=1e-10)
+
+
 def test_the_window_branch_keeps_the_tokens_of_windows_alone():
     cache = cache_of(Problem(window=20), max_len=10000)
     assert cache._branches.k_win.shape == (1, 1, 20 + 16, 8)

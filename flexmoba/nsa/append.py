@@ -36,7 +36,7 @@ def append(
         and values of its windows, of which the ring keeps the last ones alone: those of ``window -
         1`` tokens before the chunk and of the real tokens of the chunk, in order.
     """
-    is_step = new.k.shape[2] <= MAX_STEP_QUERIES
+    is_step = 0 < new.k.shape[2] <= MAX_STEP_QUERIES
     if is_step and mask is None and has_kernels(new.k, new.v) and has_values(new.k):
         from flexmoba.nsa.append_kernels import append_on_cuda
 

@@ -75,7 +75,7 @@ def _attend_step(
     cache = BranchTensors(k, v, k_cmp, v_cmp, k_win, v_win)
     sizes = NsaSizes(cmp_block, cmp_stride, block_size, topk, sink_blocks, local_blocks)
     call = (q, gates, positions, cache, sizes, window, scale)
-    if has_kernels(q, v):
+    if has_kernels(q, v) and q.numel() > 0:
         from flexmoba.nsa.decode_on_cuda import attend_step_on_cuda, supports
 
         if supports(q, v, q.shape[1] // k.shape[1], sizes):
