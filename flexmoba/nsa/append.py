@@ -117,14 +117,14 @@ def _append_compressed(
     lengths = state.lengths[:, None]
     first = ((lengths - cmp_block + stride) // stride).clamp(min=0)
     block = first + torch.arange(n // stride + 1, device=device)
-    # The first token of each block among the inputs, of which the tail comes first.
-    start = block * stride - lengths + cmp_block - 1
-    index = start[..., None] + torch.arange(cmp_block, device=device)
-    index = index.clamp(max=inputs[0].shape[2] - 1).flatten(1)[:, None, :, None]
+    # The first token of the first block among the inputs, of which the tail comes first.
+    start = first * stride - lengths + cmp_block - 1
+    index = start + torch.arange(n // stride * stride + cmp_block, device=device)
+    index = index.clamp(max=inputs[0].shape[2] - 1)[:, None, :, None]
     k_blocks, v_blocks = (
         x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
-        .unflatten(2, (-1, cmp_block))
-        .transpose(1, 2)
+        .unfold(2, cmp_block, stride)
+        .permute(0, 2, 1, 4, 3)
         .flatten(0, 1)
         for x in inputs
     )
