@@ -30,14 +30,14 @@ def checked() -> Iterator[None]:
         return copies
 
     def check(pointers, mask) -> None:
-        size = pointers.get_element_ty().primitive_bitwidth // 8
-        address = pointers.data.astype(np.uint64)
-        inside = ~mask.data
-        for start, end in extents:
-            inside = inside | ((address >= start) & (address + size <= end))
-        if not inside.all():
-            first = int(np.broadcast_to(address, inside.shape)[~inside].flat[0])
-            raise IndexError(f"access to address {first}, outside of the arguments {extents}")
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        if addresses.size == 0:
+            return
+        first, last = int(addresses.min()), int(addresses.max())
+        end = last + pointers.get_element_ty().primitive_bitwidth // 8
+        # All addresses of an access belong to one tensor.
+        if not any(start <= first and end <= stop for start, stop in extents):
+            raise IndexError(f"access from {first} to {end}, outside of the arguments {extents}")
 
     def checked_load(self, pointers, mask, *more):
         check(pointers, mask)
