@@ -7,6 +7,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.testing import CompileCounter
 
 from flexmoba.nn import NsaAttention
 from flexmoba.nsa import NsaCache
@@ -184,6 +186,21 @@ def test_the_layer_with_a_cache(options):
         ]
         expected = layer(x, key_padding_mask=real)
         torch.testing.assert_close(torch.cat(padded, 1), expected, rtol=0, atol=1e-9)
+
+
+def test_compiled_steps_are_one_graph():
+    layer = layer_of()
+    x = torch.randn(2, 60, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected, cache = layer(x), layer.make_cache(2, 60)
+        outs, counter = [layer(x[:, :50], cache=cache)], CompileCounter()
+        step = torch.compile(lambda y: layer(y, cache=cache), fullgraph=True, backend=counter)
+        outs += [step(x[:, i : i + 1]) for i in range(50, 60)]
+        torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=0, atol=1e-9)
+        assert counter.frame_count == 1
+        cache = layer.make_cache(2)
+        with pytest.raises((Unsupported, ValueError), match="cache that grows cannot be compiled"):
+            step(x[:, :1])
 
 
 def test_errors():

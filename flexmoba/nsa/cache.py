@@ -168,7 +168,8 @@ class NsaCache:
         check_no_gradients(*new.values())
         check_new_padding(key_padding_mask, k)
         self._make_room(n)
-        self._longest_row += n
+        if not torch.compiler.is_compiling():
+            self._longest_row += n
         self._appended = n
         state = CacheState(self._branches, self._tail, self.lengths)
         tokens = BranchTensors(**new)
@@ -287,6 +288,11 @@ class NsaCache:
         return out, lse
 
     def _make_room(self, n: int) -> None:
+        # A compiled graph does not know the lengths, so its cache must have a fixed capacity.
+        if torch.compiler.is_compiling():
+            if self.grows:
+                raise ValueError("a cache that grows cannot be compiled; make it with max_len")
+            return
         if self._longest_row + n > self.capacity:
             self._longest_row = int(self.lengths.max())  # less after padding
         if self._longest_row + n <= self.capacity:
