@@ -469,7 +469,7 @@ def test_the_append_kernels_of_nsa_are_plain_operations(sizes, n, lengths):
         else:
             positions = append(state, new, cache.sizes, compress)
         results.append([positions, cache.lengths, *cache._tail, *cache._branches])
-    # Nothing reads the last block, the last compressed block, and the last place of the ring.
+    # Nothing reads the last block, the last compressed block, and the last entry of the ring.
     ends = [None] * 4 + [-sizes[2]] * 2 + [-1] * 4
     for actual, expected, end in zip(*results, ends, strict=True):
         if end is not None:

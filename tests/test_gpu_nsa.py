@@ -180,7 +180,7 @@ def test_decoding_in_a_cuda_graph():
 )
 @pytest.mark.parametrize("n", [1, 5])
 def test_a_decoding_step(changes, gate_heads, n):
-    """Tests rows of different lengths, whose places beyond the length hold NaN, and padding."""
+    """Tests rows of different lengths, NaN beyond the lengths, and padding."""
     problem = variant(batch=3, q_len=n, kv_len=5000, **changes)
     sizes = NsaSizes(*problem.blocks.values())
     q, k, v, *_ = problem.tensors(DEVICE)

@@ -66,7 +66,7 @@ def append_scattered(
         cached.scatter_(2, index.expand_as(x), x)
     chunk = None
     if n > MAX_STEP_QUERIES:
-        # Later tokens of the chunk take the places of keys that earlier queries see.
+        # Later tokens of the chunk replace keys that earlier queries see.
         ring, tokens = (branches.k_win, branches.v_win), (new.k_win, new.v_win)
         chunk = _windows_of_chunk(ring, _real_first(tokens, mask), lengths, window)
     _append_to_ring(branches, new, positions, lengths + count)
@@ -100,9 +100,9 @@ def _append_to_ring(
     branches: BranchTensors, new: BranchTensors, positions: Tensor, lengths: Tensor
 ) -> None:
     """Replaces the oldest keys and values of the window branch, given the new lengths."""
-    places = branches.k_win.shape[2] - 1
-    is_last = (positions >= 0) & (positions >= lengths[:, None] - places)
-    index = torch.where(is_last, positions % places, places).long()[:, None, :, None]
+    entries = branches.k_win.shape[2] - 1
+    is_last = (positions >= 0) & (positions >= lengths[:, None] - entries)
+    index = torch.where(is_last, positions % entries, entries).long()[:, None, :, None]
     for cached, x in ((branches.k_win, new.k_win), (branches.v_win, new.v_win)):
         cached.scatter_(2, index.expand_as(x), x)
 

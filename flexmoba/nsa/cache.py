@@ -323,7 +323,7 @@ class NsaCache:
         # One more block, and compressed block, takes the writes of padding. Nothing reads it.
         length = tokens + self.sizes.block_size
         n_compressed = self.sizes.compressed_blocks(tokens) + 1
-        # Keys in the windows of the queries of a step, and a place that nothing reads.
+        # Keys in the windows of the queries of a step, and an entry that nothing reads.
         ring = self.window + MAX_STEP_QUERIES
         lengths = (length, length, n_compressed, n_compressed, ring, ring)
         return BranchTensors(

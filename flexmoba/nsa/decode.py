@@ -35,8 +35,8 @@ def attend_step(
         gates: Gate values, ``(B, Hq or 1, n, 3)``.
         positions: Position of each query, ``(B, n)`` int32; -1 for padding.
         cache: Keys and values of a cache. The last block, the last compressed block and the last
-            place of the ring of the window branch are never read. Token ``i`` has the place
-            ``i % (places - 1)`` in the ring.
+            entry of the ring of the window branch are never read. Token ``i`` has the index
+            ``i % (entries - 1)`` in the ring.
         sizes: Sizes of the blocks and of the selection.
         window: Tokens in a window.
         scale: Factor on the scores.

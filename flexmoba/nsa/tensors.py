@@ -33,7 +33,7 @@ class CacheState(NamedTuple):
     """The tensors of a cache, which `append` changes in place.
 
     Attributes:
-        branches: Keys and values. The last block, the last compressed block and the last place of
+        branches: Keys and values. The last block, the last compressed block and the last entry of
             the ring of the window branch take the writes that nothing reads.
         tail: The last inputs of the compression, the last token last, ``(B, Hkv, cmp_block - 1,
             D)`` and ``(B, Hkv, cmp_block - 1, Dv)``.
