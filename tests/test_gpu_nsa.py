@@ -61,6 +61,8 @@ PROBLEMS = {
     "few tokens": variant(q_len=31, kv_len=31),
     "scale": variant(scale=-0.2, gate_heads=False),
 }
+# Without gradients, which compile for the longest time, and with torch's dense kernels.
+FORWARD_ALONE = [PROBLEMS[x] for x in ("blocks of 32", "one size", "one query", "few tokens")]
 every_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 
 
@@ -71,7 +73,9 @@ def test_the_selection(problem):
 
 @every_problem
 def test_output_and_gradients(problem):
-    assert_exact(problem, DEVICE)
+    gradients = problem not in FORWARD_ALONE
+    with torch.set_grad_enabled(gradients):
+        assert_exact(problem, DEVICE, gradients=gradients)
 
 
 @pytest.mark.parametrize("group", [8, 16])
@@ -137,9 +141,12 @@ def test_compiled():
     layer = NsaAttention(256, 16, 1, head_dim=64, topk=6, window=100, rope_base=1e4)
     layer = layer.to(DEVICE, torch.bfloat16)
     compiled = torch.compile(layer, fullgraph=True)
-    for length in (700, 900, 1100):
+    for length in (700, 1100):
         x = torch.randn(1, length, 256, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        out, expected = compiled(x), layer(x)
+        torch._dynamo.maybe_mark_dynamic(x, 1)  # one compilation for both lengths
+        out = compiled(x)
+        with torch.no_grad():
+            expected = layer(x)
         torch.testing.assert_close(out, expected, rtol=0, atol=3e-2)
         (grad,) = torch.autograd.grad(out.float().square().sum(), x)
         assert grad.isfinite().all()
