@@ -348,6 +348,34 @@ def test_a_pretrained_model_goes_on_and_is_saved(example, corpus, tmp_path):
         train.main([*options, "--full-layers", "4"])
 
 
+def test_a_model_from_a_gguf_file_can_be_saved(example, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    dim, vocabulary = 32, 256
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    for name, size in {"embedding_length": dim, "feed_forward_length": dim, "head_count": 2,
+                       "head_count_kv": 2, "block_count": 1, "context_length": 64,
+                       "layer_norm_rms_eps": 1e-5, "rope_dimension_count": dim // 2,
+                       "vocab_size": vocabulary}.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(size)
+    matrices = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    shapes = {f"blk.0.{name}": (dim, dim) for name in matrices}
+    shapes |= {"token_embd": (vocabulary, dim), "output": (vocabulary, dim)}
+    shapes |= {"blk.0.attn_norm": (dim,), "blk.0.ffn_norm": (dim,), "output_norm": (dim,)}
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.randn(shape, generator=generator).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    pretrained = example("pretrained")
+    model = pretrained.load(str(tmp_path), "tiny.gguf")
+    model.save_pretrained(tmp_path / "saved")
+    tokens = torch.arange(vocabulary)[None, :64]
+    again = pretrained.load(str(tmp_path / "saved"))
+    assert_bitwise_equal(again(tokens).logits, model(tokens).logits)
+
+
 def test_tokens_beyond_32767_are_read_as_they_were_written(example):
     tokens = torch.tensor([1, 32767, 32768, 65535]).to(torch.int16)  # as on the disk
     inputs, targets = example("train").windows(tokens, torch.tensor([0]), 3, "cpu")

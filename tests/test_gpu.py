@@ -234,7 +234,7 @@ def test_auto_prefers_fused_where_it_supports_the_inputs():
     q, k, v = BF16.tensors("cuda")
     out = flex_moba(q, k, v, 128, 3)
     assert_bitwise_equal(out, flex_moba(q, k, v, 128, 3, impl="fused"))
-    wide = torch.nn.functional.pad(q, (0, 128)), torch.nn.functional.pad(k, (0, 128))
+    wide = [torch.nn.functional.pad(x, (0, 256)) for x in (q, k)]
     for bad in ((q.float(), k.float(), v.float()), (*wide, v)):
         with pytest.raises(NotImplementedError, match='impl="fused" needs'):
             flex_moba(*bad, 128, 3, impl="fused")
