@@ -507,15 +507,53 @@ def test_second_derivatives_are_refused(ranks, exchange):
     run(ranks, second_derivative, Call(lengths, exchange=exchange), *problem.tensors())
 
 
-def whole_graph(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> None:
-    model = torch.compile(lambda *x: call(mesh, *x), backend="eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="does not trace context_parallel_moba"):
+def whole_graph(mesh: DeviceMesh, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    inputs, upstream = [x.requires_grad_() for x in tensors[:3]], tensors[3:]
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, aux = call(mesh, q * 1, k, v, return_aux=LSE, lengths=call.lengths)
+        return out + 0, aux.lse
+
+    results = torch.compile(model, backend="aot_eager", fullgraph=True)(*inputs)
+    return *results, *torch.autograd.grad(results, inputs, upstream)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "options"),
+    [("gather", {}), ("heads", {"cu_seqlens": torch.tensor([0, 20, 50])})],
+    ids=["gather", "heads, documents"],
+)
+def test_a_whole_graph_has_the_same_results(ranks, exchange, options):
+    if ranks.size > 2:
+        pytest.skip("as with two ranks, and compilation takes seconds")
+    problem, lengths = problem_of(ranks, dtype=torch.float32)
+    call = Call(lengths, 4, 3, exchange, options)
+    tensors = problem.tensors()
+    expected = joined(ranks, forward, call, *tensors)
+    tensors = (*tensors, *upstream_of(problem))
+    expected += joined(ranks, backward, call, *tensors)
+    for x, y in zip(joined(ranks, whole_graph, call, *tensors), expected, strict=True):
+        assert_bitwise_equal(x, y)
+
+
+def no_whole_graph(mesh: DeviceMesh, call: Call, options: dict[str, Any], *inputs: Tensor) -> None:
+    model = torch.compile(lambda *x: call(mesh, *x, **options), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="traces context_parallel_moba with le"):
         model(*inputs)
 
 
-def test_a_whole_graph_is_refused(ranks):
+def test_whole_graphs_that_are_refused(ranks):
     problem, lengths = problem_of(ranks)
-    run(ranks, whole_graph, Call(lengths), *problem.tensors())
+    for options in (
+        {},
+        {"lengths": lengths, "score_mod": by_head_and_position},
+        {"lengths": lengths, "cu_seqlens": torch.tensor([0, 50])},
+    ):
+        shards = [
+            (Call(lengths), options, *(Call(lengths).shard(x, r) for x in problem.tensors()))
+            for r in range(ranks.size)
+        ]
+        assert ranks.run(no_whole_graph, shards) == [None] * ranks.size
 
 
 def length_of_saved(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> int:
@@ -568,8 +606,8 @@ def largest_memory(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> tuple[int, 
         return tracked
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "_start_gathering", track(gather._start_gathering))
-        patch.setattr(gather, "_arranged", track(gather._arranged))
+        patch.setattr(gather, "start_gathering", track(gather.start_gathering))
+        patch.setattr(gather, "arranged", track(gather.arranged))
         patch.setattr(gather, "BYTES_AT_ONCE", 1)
         out = call(mesh, *(x.requires_grad_() for x in inputs))
         out.sum().backward()

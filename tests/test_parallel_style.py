@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from flexmoba.distributed import ContextParallel
 from flexmoba.hybrid import set_attention
 from flexmoba.nn import FlexMoba, MobaAttention
+from tests.conftest import assert_bitwise_equal
 from tests.processes import Processes
 from tests.test_context_parallel import lengths_of
 
@@ -167,25 +168,52 @@ def with_full_attention(mesh: DeviceMesh, x: Tensor, upstream: Tensor) -> list[T
     return results_of(model, x, upstream)
 
 
-def compiled(mesh: DeviceMesh, x: Tensor, upstream: Tensor) -> list[Tensor]:
-    layer = parallelize_module(Model().layers[0], mesh, ContextParallel())
-    layer.compile(backend="eager")
-    return results_of(layer, x, upstream)
+def compiled(
+    mesh: DeviceMesh, x: Tensor, upstream: Tensor, style: dict[str, Any], options: dict[str, Any]
+) -> list[Tensor]:
+    """Results of a compiled layer, equal to those of the layer itself."""
+    layer = parallelize_module(Model().layers[0], mesh, ContextParallel(**style))
+    expected = results_of(layer, x.clone(), upstream)
+    layer.compile(**options)
+    results = results_of(layer, x, upstream)
+    for actual, value in zip(results, expected, strict=True):
+        assert_bitwise_equal(actual, value)
+    return results
 
 
-def test_compiled_layers(ranks):
+@pytest.mark.parametrize(
+    ("lengths", "style", "options"),
+    [
+        ((30, 20), {}, {"backend": "eager"}),
+        ((25, 25), {"equal_lengths": True}, {"backend": "aot_eager", "fullgraph": True}),
+    ],
+    ids=["broken graph", "whole graph"],
+)
+def test_compiled_layers(ranks, lengths, style, options):
     if ranks.size > 2:
         pytest.skip("as with two ranks, and compilation takes seconds")
-    lengths = (30, 20)
     x, upstream = inputs_of(sum(lengths))
     expected = results_of(Model().layers[0], x.clone(), upstream)
     shards = zip(x.split(lengths, 1), upstream.split(lengths, 1), strict=True)
-    results = ranks.run(compiled, [tuple(map(Tensor.clone, shard)) for shard in shards])
+    arguments = [(*map(Tensor.clone, shard), style, options) for shard in shards]
+    results = ranks.run(compiled, arguments)
     for result in results:
         if isinstance(result, Exception):
             raise result
     for i in (0, 1):
         torch.testing.assert_close(torch.cat([result[i] for result in results], 1), expected[i])
+
+
+def whole_graph(mesh: DeviceMesh, x: Tensor) -> None:
+    layer = parallelize_module(Model().layers[0], mesh, ContextParallel())
+    layer.compile(backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="with equal_lengths=True"):
+        layer(x)
+
+
+def test_a_whole_graph_needs_equal_lengths(ranks):
+    for result in ranks.run(whole_graph, [(inputs_of(20)[0],)] * ranks.size):
+        assert result is None, result
 
 
 def test_different_batches_are_an_error_of_all_ranks(ranks):

@@ -33,7 +33,8 @@ from flexmoba.distributed.choice import (
 from flexmoba.distributed.gather import attend_by_gathering
 from flexmoba.distributed.heads import attend_by_heads
 from flexmoba.distributed.plan import first_keys, plan_of
-from flexmoba.distributed.ranks import Ranks, check_mesh
+from flexmoba.distributed.ranks import Ranks, check_mesh, ranks_of
+from flexmoba.distributed.traced import attend_in_a_graph, graph_must_be_whole
 from flexmoba.local import with_aux
 
 
@@ -89,8 +90,6 @@ def context_parallel_moba(
 ) -> tuple[Tensor, AuxOutput]: ...
 
 
-# The overloads above give its type.
-@torch.compiler.disable(reason="torch.compile does not trace context_parallel_moba")  # type: ignore[untyped-decorator]
 def context_parallel_moba(
     q: Tensor,
     k: Tensor,
@@ -122,8 +121,9 @@ def context_parallel_moba(
     0. The result is the result of `flex_moba` for the complete sequence.
 
     All ranks of the mesh must make the call, and all or none of them the backward pass. The output
-    and the log-sum-exp are differentiable in q, k and v, and two runs give the same bits. The
-    call runs outside the graph of ``torch.compile``, which breaks there.
+    and the log-sum-exp are differentiable in q, k and v, and two runs give the same bits.
+    The graph of ``torch.compile`` breaks at the call. With ``fullgraph=True``, the graph contains
+    the call, which then needs ``lengths``, no ``score_mod``, and for ``cu_seqlens`` ``"heads"``.
 
     Args:
         q: This rank's queries, ``(B, Hq, L_r, D)``, float16, bfloat16, float32 or float64.
@@ -202,31 +202,64 @@ def context_parallel_moba(
         "kernel_options": kernel_options,
     }
     documents: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
-    attention = Attention(block_size, topk, score_mod, options)
+    attention = Attention(block_size, topk, score_mod, is_causal, options)
+    can_be_traced = lengths is not None and score_mod is None
+    can_be_traced &= cu_seqlens is None or exchange == "heads"
+    # Outside the graph, communication is hidden, and few gathered keys exist at a time.
+    is_traced = torch.compiler.is_compiling() and can_be_traced and graph_must_be_whole()
+    call = _call if is_traced else _call_eagerly
+    result: Tensor | tuple[Tensor, AuxOutput] = call(
+        (q, k, v), attention, documents, return_aux, mesh=mesh, exchange=exchange, lengths=lengths
+    )
+    return result
+
+
+def _call(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    attention: Attention,
+    documents: dict[str, Any],
+    return_aux: AuxRequest | None,
+    *,
+    mesh: DeviceMesh,
+    exchange: ExchangeName,
+    lengths: Sequence[int] | None,
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    """Checks the arguments on all ranks, and computes `context_parallel_moba`."""
+    q, k, v = tensors
     check_mesh(mesh)
-    mine: dict[str, Any] | Exception = {}
-    try:
+    needs_lse = return_aux is not None and return_aux.lse
+
+    def check() -> None:
         check_exchange_name(exchange)
-        _check_causal(is_causal)
+        _check_causal(attention.is_causal)
         _check_shard(q, k, v, mesh, return_aux, attention)
-        if lengths is not None:
-            _check_lengths(lengths, q.shape[2], mesh)
-        needs_lse = return_aux is not None and return_aux.lse
-        others = {"block_size": block_size, "topk": topk, "exchange": exchange, "lse": needs_lse}
-        mine = describe(q, k, v, others | {"score_mod": score_mod} | options | documents)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        if lengths is not None:
-            raise
-        mine = error
-    if lengths is None:
+
+    if lengths is not None:
+        check()
+        _check_lengths(lengths, q.shape[2], mesh)
+    else:
+        mine: dict[str, Any] | Exception
+        try:
+            check()
+            others = {"exchange": exchange, "lse": needs_lse}
+            mine = describe(q, k, v, attention.described | others | documents)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            mine = error
         lengths = agree(mine, mesh)
-    ranks = Ranks(mesh.get_group(), mesh.get_local_rank(), tuple(lengths))
+    ranks = ranks_of(mesh, lengths)
     if any(x is not None for x in documents.values()):
         _check_documents(q, k, ranks, documents)
     if ranks.size == 1 or ranks.total == 0 or q.shape[0] == 0:  # nothing is sent
         return with_aux(*attention(q, k, v, **documents), return_aux)
     out, lse = _attend(q, k, v, attention, ranks, exchange, needs_lse, documents)
     return with_aux(out, lse, return_aux)
+
+
+_call_eagerly = torch.compiler.disable(
+    _call,
+    reason="torch.compile traces context_parallel_moba with lengths=, without score_mod, and with "
+    'cu_seqlens only by exchange="heads"',
+)
 
 
 def _attend(
@@ -248,6 +281,8 @@ def _attend(
     if resolve_exchange(exchange, shape) == "heads":
         return attend_by_heads(q, k, v, attention, ranks, with_lse=needs_lse, **documents)
     plan = plan_of(ranks, needed, boundaries, cu_seqlens)
+    if torch.compiler.is_compiling() and not plan.sends_nothing:
+        return attend_in_a_graph(q, k, v, attention, plan)
     longest = documents["max_seqlen"]
     return attend_by_gathering(q, k, v, attention, plan, with_lse=needs_lse, max_seqlen=longest)
 

@@ -51,12 +51,17 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, to_heads: bool, *tensors: Tensor) -> Any:
         ctx.ranks, ctx.to_heads = ranks, to_heads
-        return split_by_heads(ranks, *tensors) if to_heads else split_by_tokens(ranks, *tensors)
+        return _split(ranks, to_heads, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        split = _Exchange.apply(ctx.ranks, not ctx.to_heads, *grads)  # type: ignore[no-untyped-call]
-        return None, None, *split
+        # A graph of torch.compile has no second derivatives.
+        split = _split if torch.compiler.is_compiling() else _Exchange.apply
+        return None, None, *split(ctx.ranks, not ctx.to_heads, *grads)
+
+
+def _split(ranks: Ranks, to_heads: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return split_by_heads(ranks, *tensors) if to_heads else split_by_tokens(ranks, *tensors)
 
 
 def split_by_heads(ranks: Ranks, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -10,7 +10,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from flexmoba.distributed.agreement import agree_on_lengths
 from flexmoba.distributed.choice import ExchangeName, check_exchange_name
 from flexmoba.distributed.context_parallel import context_parallel_moba
-from flexmoba.distributed.ranks import Ranks, all_to_all, check_mesh
+from flexmoba.distributed.ranks import Ranks, all_to_all, check_mesh, ranks_of
+from flexmoba.distributed.traced import graph_must_be_whole
 
 _UNSUPPORTED = ("cache", "document_ids", "key_padding_mask")
 
@@ -31,6 +32,7 @@ class ContextParallel(ParallelStyle):
         exchange: The exchange of `context_parallel_moba`.
         equal_lengths: Whether all ranks always have as many tokens as this one. The ranks then
             compare neither lengths nor arguments, and the host does not wait for the device.
+            ``torch.compile`` with ``fullgraph=True`` needs it.
 
     Raises:
         TypeError: The mesh is not a ``DeviceMesh``.
@@ -99,14 +101,13 @@ class SequenceShards:
                     "by cu_seqlens, and decode with a module without it"
                 )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def ranks(self, k: Tensor) -> Ranks:
         """Returns the ranks, of which this one has the keys ``(B, Hkv, L_r, D)``."""
         if self.equal_lengths:
             lengths = (k.shape[2],) * self.mesh.size()
         else:
-            lengths = agree_on_lengths(k, self.mesh)
-        return Ranks(self.mesh.get_group(), self.mesh.get_local_rank(), lengths)
+            lengths = _compared_lengths(k, self.mesh)
+        return ranks_of(self.mesh, lengths)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, block_size: int, topk: int | None, **options: Any
@@ -123,7 +124,6 @@ class SequenceShards:
             **options,
         )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before(self, x: Tensor, n: int, ranks: Ranks) -> Tensor:
         """Returns the ``n`` tokens before this rank's first one, differentiable.
 
@@ -135,8 +135,23 @@ class SequenceShards:
         Returns:
             ``(B, H, n, D)`` in the dtype of ``x``, with zeros before the sequence.
         """
-        found: Tensor = _Before.apply(x, n, ranks)  # type: ignore[no-untyped-call]
+        is_traced = torch.compiler.is_compiling() and graph_must_be_whole()
+        function = _before if is_traced else _before_eagerly
+        found: Tensor = function(x, n, ranks)
         return found
+
+
+_compared_lengths = torch.compiler.disable(
+    agree_on_lengths, reason="torch.compile traces ContextParallel with equal_lengths=True"
+)
+
+
+def _before(x: Tensor, n: int, ranks: Ranks) -> Tensor:
+    found: Tensor = _Before.apply(x, n, ranks)  # type: ignore[no-untyped-call]
+    return found
+
+
+_before_eagerly = torch.compiler.disable(_before)
 
 
 class _Before(torch.autograd.Function):
@@ -144,18 +159,19 @@ class _Before(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, n: int, ranks: Ranks) -> Tensor:
-        ctx.n, ctx.ranks, ctx.shape = n, ranks, x.shape
+        batch, heads, length, dim = x.shape
+        ctx.n, ctx.ranks, ctx.shape = n, ranks, (batch, heads, length, dim)
         counts = [_counts(rank, n, ranks) for rank in range(ranks.size)]
-        size = x.shape[0] * x.shape[1] * x.shape[3]
+        size = batch * heads * dim
         sent = [count[ranks.rank] for count in counts]
         received = counts[ranks.rank]
-        parts = torch.cat([x[:, :, x.shape[2] - count :].flatten() for count in sent])
+        parts = torch.cat([x[:, :, length - count :].flatten() for count in sent])
         sizes = [size * count for count in sent], [size * count for count in received]
         found = all_to_all(parts, *sizes, ranks.group).wait()
-        result = x.new_zeros((*x.shape[:2], n, x.shape[3]))
+        result = x.new_zeros((batch, heads, n, dim))
         end = n - sum(received)
         for part, count in zip(found.split(sizes[1]), received, strict=True):
-            result[:, :, end : end + count] = part.view(*x.shape[:2], count, x.shape[3])
+            result[:, :, end : end + count] = part.view(batch, heads, count, dim)
             end += count
         return result
 
