@@ -26,7 +26,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 from torch.utils.checkpoint import checkpoint
 
 from flexmoba import flex_moba
-from flexmoba.distributed import context_parallel_moba, gather, heads
+from flexmoba.distributed import blocks, context_parallel_moba, gather, heads
 from flexmoba.distributed.choice import Shape, resolve_exchange
 from flexmoba.distributed.plan import first_keys
 from flexmoba.distributed.ranks import Ranks
@@ -391,6 +391,7 @@ def without_sending(mesh: DeviceMesh, task: Callable, *arguments: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather, "all_to_all", sends)
         patch.setattr(heads, "all_to_all", sends)
+        patch.setattr(blocks, "all_to_all", sends)
         return task(mesh, *arguments)
 
 
@@ -406,11 +407,101 @@ def test_nothing_is_sent_without_tokens(ranks, exchange, sizes):
         assert lse.shape == out.shape[:3]
 
 
-# ---- score_mod ----------------------------------------------------------------------------------
-
-
 def by_head_and_position(score, b, h, q_idx, kv_idx):
     return score + 0.1 * h + 0.01 * (q_idx - kv_idx) * (h + 1) + b + 0.3 * (kv_idx % 7)
+
+
+# ---- Only the selected blocks -------------------------------------------------------------------
+
+
+@few
+@given(drawn, st.data())
+def test_blocks_equals_gather(ranks, problem, data):
+    """Bit for bit if no rank selects all blocks before its own, which is full attention."""
+    forced = data.draw(st.sampled_from(((0, 0), (1, 0), (0, 1), (1, 1))), label="forced")
+    gate = data.draw(st.sampled_from(("token", "group")), label="gate")
+    size = problem.block_size
+    counts = data.draw(st.tuples(*[st.integers(0, 60 // size) for _ in range(ranks.size)]))
+    last = data.draw(st.integers(0, size), label="tokens of a block that is not full")
+    lengths = [n * size for n in counts]
+    lengths[-1] += last
+    total = sum(lengths)
+    problem = replace(problem, q_len=total, kv_len=total)
+    options = {"gate": gate, "sink_blocks": forced[0], "local_blocks": forced[1]}
+    options["gate_block_size"] = data.draw(sub_blocks(size), label="sub-blocks")
+    topk = max(problem.topk, 1 + sum(forced))
+    tensors = (*problem.tensors(), *upstream_of(problem))
+    results = [
+        joined(ranks, task, Call(tuple(lengths), size, topk, exchange, options), *inputs)
+        for exchange in ("gather", "blocks")
+        for task, inputs in ((forward, tensors[:3]), (backward, tensors))
+    ]
+    is_full = any(0 < end <= topk * size for end in accumulate(lengths))
+    compare = torch.testing.assert_close if is_full else assert_bitwise_equal
+    for x, y in zip([*results[0], *results[1]], [*results[2], *results[3]], strict=True):
+        compare(y, x)
+
+
+def blocks_sent(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> list[list[int]]:
+    sent, function = [], blocks.all_to_all
+
+    def record(x: Tensor, sizes: list[int], *others: Any) -> Any:
+        sent.append(sizes)
+        return function(x, sizes, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "all_to_all", record)
+        patch.setattr(gather, "BYTES_AT_ONCE", 2**40)
+        call(mesh, *(x.requires_grad_() for x in inputs)).sum().backward()
+    return sent
+
+
+def test_only_selected_blocks_are_sent(ranks):
+    problem, _ = problem_of(ranks, kv_heads=1, group=1, q_len=96, kv_len=96)
+    lengths = (48,) * 2 if ranks.size == 2 else (48, 0, 48)
+    q, k, v = problem.tensors()
+    q[:, :, 48:] = k[:, :, 8:12].mean(2, keepdim=True) * 9  # block 2
+    selected = reference_selection(q, k, 4, 2, is_causal=True)[0, 0, 48:, :12].any(0)
+    assert 0 < selected.sum() < 4
+    features = problem.head_dim + problem.value_dim
+    size = 4 * features * int(selected.sum())
+    sent = run(ranks, blocks_sent, Call(lengths, 4, 2, "blocks"), q, k, v)
+    nothing, last = [0] * ranks.size, ranks.size - 1
+    to_last, to_first = [*nothing], [*nothing]
+    to_last[last], to_first[0] = size, size
+    # The wanted blocks, one byte for each, then keys and values, then their gradients.
+    assert sent[0] == [nothing, to_last, nothing]
+    assert sent[last] == [[12, *nothing[1:]], nothing, to_first]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "changes", "message"),
+    [
+        ((22, 28), {}, r"needs shards that begin at multiples of block_size=4, got lengths \[22"),
+        ((24, 26), {"cu_seqlens": torch.tensor([0, 50])}, "does not support cu_seqlens"),
+        ((24, 26), {"gate": "tile"}, 'does not support gate="tile"'),
+        ((24, 26), {"score_mod": by_head_and_position}, "does not support score_mod"),
+        ((24, 26), {"best": None}, "needs a topk, got None"),
+    ],
+    ids=["lengths", "documents", "tiles", "score_mod", "topk"],
+)
+def test_blocks_is_refused(ranks, lengths, changes, message):
+    lengths = (*lengths, *[0] * (ranks.size - 2))
+    topk = changes.get("best", 2)
+    options = {name: x for name, x in changes.items() if name != "best"}
+    block_size = 128 if "gate" in changes else 4
+    lengths = lengths if block_size == 4 else (128, *[0] * (ranks.size - 1))
+    problem = Problem(q_len=sum(lengths), kv_len=sum(lengths))
+    call = Call(lengths, block_size, topk, "blocks", options)
+    shards = [(call, *(call.shard(x, r) for x in problem.tensors())) for r in range(ranks.size)]
+    for error in ranks.run(without_sending, [(forward, *shard) for shard in shards]):
+        with pytest.raises(
+            NotImplementedError, match=f'"blocks" {message}.*; use exchange="gather"'
+        ):
+            raise error
+
+
+# ---- score_mod ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("exchange", ["gather", "heads"])

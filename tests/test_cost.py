@@ -65,6 +65,20 @@ def test_a_pipeline_hides_communication_until_it_is_the_limit():
     assert estimate(CALL, 2, slow, "gather").communication > 9 * found.communication
 
 
+def test_blocks_moves_a_share_of_the_bytes():
+    slow = Machine(4e14, 4e14, link=1e10, network=1e9, ranks_per_node=8)
+    gather, everything, half = (
+        estimate(CALL, 16, slow, exchange, fetched=fetched)
+        for exchange, fetched in (("gather", 1.0), ("blocks", 1.0), ("blocks", 0.5))
+    )
+    assert everything == gather
+    assert half.communication == pytest.approx(gather.communication / 2)
+    assert half.compute == gather.compute
+    backward = estimate(CALL, 16, slow, "blocks", fetched=0.5, backward=True)
+    assert backward.communication == pytest.approx(gather.communication)
+    assert backward.exposed == pytest.approx(1 - backward.compute / backward.total)
+
+
 def test_heads_wins_among_many_ranks():
     machine = Machine(4e14, 4e14, link=1e11, network=1e10, ranks_per_node=8)
     totals = {

@@ -109,6 +109,22 @@ def test_whole_graph_bit_for_bit(gpus, exchange):
     run(gpus, bit_for_bit, exchange, LENGTHS, True)
 
 
+def with_blocks(mesh: DeviceMesh) -> None:
+    whole, rank, lengths = tensors_of(mesh), mesh.get_local_rank(), (320, 448)
+    results = []
+    for exchange in ("blocks", "blocks", "gather"):
+        mine = [x.split(lengths, 2)[rank].clone().requires_grad_() for x in whole]
+        out = context_parallel_moba(*mine, 64, 3, mesh=mesh, exchange=exchange)
+        results.append(with_gradients(out, mine))
+    for x, y in zip(*results[:2], strict=True):
+        assert_bitwise_equal(x, y)
+    check(results[0], results[2], None, 2)
+
+
+def test_blocks(gpus):
+    run(gpus, with_blocks)
+
+
 def with_documents(mesh: DeviceMesh, exchange: str) -> None:
     boundaries = torch.tensor([0, 100, 420, 768], device=mesh.device_type, dtype=torch.int32)
     whole = [x.requires_grad_() for x in tensors_of(mesh)]

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, get_args
 
 from flexmoba.blocks import TILE
 
-ExchangeName = Literal["auto", "gather", "heads"]
+ExchangeName = Literal["auto", "gather", "heads", "blocks"]
 EXCHANGES: tuple[ExchangeName, ...] = get_args(ExchangeName)
 
 
@@ -35,7 +35,9 @@ def check_exchange_name(exchange: str) -> None:
         )
 
 
-def resolve_exchange(exchange: ExchangeName, shape: Shape) -> Literal["gather", "heads"]:
+def resolve_exchange(
+    exchange: Literal["auto", "gather", "heads"], shape: Shape
+) -> Literal["gather", "heads"]:
     """Returns the named exchange, or for ``"auto"`` the one that moves fewer bytes.
 
     Raises:

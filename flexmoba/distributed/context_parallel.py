@@ -24,6 +24,7 @@ from flexmoba.checks import (
 )
 from flexmoba.distributed.agreement import agree, describe
 from flexmoba.distributed.attend import Attention
+from flexmoba.distributed.blocks import attend_by_blocks, why_not_blocks
 from flexmoba.distributed.choice import (
     ExchangeName,
     Shape,
@@ -140,7 +141,10 @@ def context_parallel_moba(
             of the heads. The number of ranks must divide ``Hkv``, or it must divide ``Hq`` and be a
             multiple of ``Hkv``. ``"auto"``: ``"heads"`` if only it supports the call or a rank
             receives fewer bytes in the forward by it; for one sequence and equal lengths, this is
-            ``(Hq + max(Hkv, ranks)) / ranks < Hkv``. Otherwise ``"gather"``.
+            ``(Hq + max(Hkv, ranks)) / ranks < Hkv``. Otherwise ``"gather"``. ``"blocks"``: the
+            blocks that the rank's queries select. It needs shards that begin at multiples of the
+            block size, a topk, and neither ``cu_seqlens`` nor ``score_mod`` nor ``gate="tile"``.
+            The host waits for the device. ``"auto"`` is never ``"blocks"``.
         lengths: The lengths ``L_0, L_1, ...``, the same on all ranks. With them, the ranks do not
             compare their arguments before they send tensors. The host then does not wait for the
             device, but arguments that differ between ranks have undefined results, or the ranks
@@ -203,7 +207,7 @@ def context_parallel_moba(
     }
     documents: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
     attention = Attention(block_size, topk, score_mod, is_causal, options)
-    can_be_traced = lengths is not None and score_mod is None
+    can_be_traced = lengths is not None and score_mod is None and exchange != "blocks"
     can_be_traced &= cu_seqlens is None or exchange == "heads"
     # Outside the graph, communication is hidden, and few gathered keys exist at a time.
     is_traced = torch.compiler.is_compiling() and can_be_traced and graph_must_be_whole()
@@ -273,6 +277,12 @@ def _attend(
     documents: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """Chooses the exchange, and returns output and log-sum-exp."""
+    if exchange == "blocks":
+        has_documents = documents["cu_seqlens"] is not None
+        reason = why_not_blocks(attention, ranks.lengths, has_documents=has_documents)
+        if reason is not None:
+            raise NotImplementedError(f'exchange="blocks" {reason}; use exchange="gather"')
+        return attend_by_blocks(q, k, v, attention, ranks)
     cu_seqlens, boundaries = documents["cu_seqlens"], None
     if cu_seqlens is not None and exchange != "heads":
         boundaries = cu_seqlens.tolist()  # waits for the device

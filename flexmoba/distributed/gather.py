@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from flexmoba.distributed.attend import Attention
 from flexmoba.distributed.plan import Plan
-from flexmoba.distributed.ranks import Pending, all_to_all
+from flexmoba.distributed.ranks import Pending, Ranks, all_to_all
 from flexmoba.distributed.saved import Input, SavedTensors
 from flexmoba.runtime import no_second_derivatives
 
@@ -46,7 +46,7 @@ def attend_by_gathering(
     Returns:
         The output ``(B, Hq, L, Dv)`` and the log-sum-exp ``(B, Hq, L)`` or None.
     """
-    chunks = chunks_of(k, v, plan)
+    chunks = chunks_of(k, v, plan.ranks)
     call = _Call(attention, plan, chunks, q.shape[1] // k.shape[1], with_lse, max_seqlen)
     if plan.sends_nothing:  # then there is one part
         out, lse = call.attend(0, q, k, v, first_head=0)
@@ -93,11 +93,11 @@ class _Call(NamedTuple):
         return self.attention(q, k, v, first_head=first_head, first_key=first_key, **documents)
 
 
-def chunks_of(k: Tensor, v: Tensor, plan: Plan) -> list[tuple[int, int]]:
+def chunks_of(k: Tensor, v: Tensor, ranks: Ranks) -> list[tuple[int, int]]:
     """Divides the KV heads, in the same way on all ranks."""
     batch, heads, _, dim = k.shape
     features = batch * (dim + v.shape[-1])
-    per_head = max(1, plan.ranks.total * features * k.element_size())
+    per_head = max(1, ranks.total * features * k.element_size())
     at_once = max(1, BYTES_AT_ONCE // per_head)
     return [(first, min(first + at_once, heads)) for first in range(0, heads, at_once)]
 

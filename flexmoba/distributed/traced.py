@@ -47,7 +47,10 @@ def attend_in_a_graph(
     Returns:
         The output ``(B, Hq, L, Dv)`` and the log-sum-exp ``(B, Hq, L)``.
     """
-    sizes, group = [end - first for first, end in chunks_of(k, v, plan)], q.shape[1] // k.shape[1]
+    sizes, group = (
+        [end - first for first, end in chunks_of(k, v, plan.ranks)],
+        q.shape[1] // k.shape[1],
+    )
     heads = [n * group for n in sizes]
     chunks = list(zip(q.split(heads, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True))
     results, first_head = [], 0
