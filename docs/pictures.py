@@ -352,7 +352,7 @@ def shards() -> None:
     earlier = range(rank * of_rank)
     panels: tuple[tuple[str, set[tuple[int, int]], set[tuple[int, int]]], ...] = (
         ("the shard of rank 2", own, set()),
-        ("heads: all tokens, one head", {(rank, x) for x in range(ranks * of_rank)}, set()),
+        ("heads: a head, all tokens", {(rank, x) for x in range(ranks * of_rank)}, set()),
         (
             "gather: a head, and the next",
             own | {(1, x) for x in earlier},

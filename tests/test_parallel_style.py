@@ -24,6 +24,8 @@ from tests.test_context_parallel import lengths_of
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
+LENGTHS = (30, 20)
+
 
 @pytest.fixture(scope="module", params=[2, 3], ids="{} ranks".format)
 def ranks(request, tmp_path_factory) -> Iterator[Processes]:
@@ -150,6 +152,38 @@ def test_sharded_parameters(ranks):
         for actual, expected in zip(result[1:], grads, strict=True):
             # FSDP averages over the ranks.
             torch.testing.assert_close(actual * ranks.size, expected)
+
+
+def with_hybrid_sharding(_: DeviceMesh, x: Tensor, upstream: Tensor) -> list[Tensor]:
+    """Each data rank has a row, whose tokens two ranks share; FSDP shards over data ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "data"))
+    row, part = mesh.get_local_rank("data"), mesh.get_local_rank("context")
+    x, upstream = (y[row : row + 1].split(LENGTHS, 1)[part].contiguous() for y in (x, upstream))
+    model = parallelize_module(Model(), mesh["context"], ContextParallel())
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    out = model(x)
+    out.backward(upstream)
+    return [out.detach(), *(p.grad.full_tensor() for p in model.parameters())]
+
+
+def test_parameters_sharded_over_another_dimension_of_the_mesh(tmp_path):
+    x, upstream = (torch.cat(y) for y in zip(inputs_of(50), inputs_of(50)[::-1], strict=True))
+    out, _, *grads = results_of(Model(), x.clone(), upstream)
+    processes = Processes(4, tmp_path)
+    try:
+        results = processes.run(with_hybrid_sharding, [(x.detach(), upstream)] * 4)
+    finally:
+        processes.stop()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        for actual, expected in zip(result[1:], grads, strict=True):
+            torch.testing.assert_close(actual * 4, expected)  # FSDP averages
+    # Ranks 0 and 1 have the first tokens of the rows, ranks 2 and 3 the others.
+    rows = [torch.cat([results[row][0], results[row + 2][0]], 1) for row in range(2)]
+    torch.testing.assert_close(torch.cat(rows), out)
 
 
 def test_a_module_with_another_topk(ranks):
