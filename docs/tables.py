@@ -8,6 +8,7 @@ files in docs/scaling/, which `examples/scaling.py --json` writes. Modeled table
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,35 +116,64 @@ def blocks() -> str:
 
 def scaling() -> str:
     """Returns the measured results, or a sentence that says that there are none."""
-    if not MEASURED.is_file():
-        return "These results are not measured yet."
-    report = json.loads(MEASURED.read_text())
+    files = [MEASURED.with_name(f"{MEASURED.stem}{suffix}.json") for suffix in ("", "-4m")]
+    found = [measured(json.loads(file.read_text())) for file in files if file.is_file()]
+    return "\n\n".join(found) or "These results are not measured yet."
+
+
+def measured(report: dict[str, Any]) -> str:
+    """Returns the results of one run of `examples/scaling.py`."""
     rows = []
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "GPUs": lambda x: str(x["ranks"]),
+        "tokens": lambda x: size(x["length"]),
+        "exchange": lambda x: x["error"] if "error" in x else x["exchange"] * (x["ranks"] > 1),
+        "forward ms": lambda x: f"{x['forward_ms']:,.0f}",
+        "with backward ms": lambda x: f"{x['both_ms']:,.0f}",
+        "speed-up": lambda x: f"{x['both_speedup']:.2f}",
+        "weak": lambda x: f"{x['both_weak']:.2f}",
+        "exposed": lambda x: f"{x['both_exposed']:.1%}",
+        "imbalance": lambda x: f"{x['both_imbalance']:.1%}",
+        "peak GiB": lambda x: f"{(x.get('both_MiB') or x['forward_MiB']) / 1024:.1f}",
+        "modeled ms": lambda x: f"{x.get('modeled_both_ms') or x['modeled_forward_ms']:,.0f}",
+    }
     for x in report["results"]:
-        if "error" in x:
-            rows.append([str(x["ranks"]), size(x["length"]), x["error"], *[""] * 8])
-            continue
-        rows.append(
-            [str(x["ranks"]), size(x["length"]), "" if x["ranks"] == 1 else x["exchange"]]
-            + [f"{x[name]:,.0f}" for name in ("forward_ms", "both_ms")]
-            + [f"{x[name]:.2f}" if name in x else "" for name in ("both_speedup", "both_weak")]
-            + [f"{x[name]:.1%}" if name in x else "" for name in ("both_exposed", "both_imbalance")]
-            + [f"{x['both_MiB'] / 1024:.1f}"]
-            + [f"{x['modeled_both_ms']:,.0f}" if "modeled_both_ms" in x else ""]
-        )
-    names = ["GPUs", "tokens", "exchange", "forward ms", "with backward ms", "speed-up", "weak"]
-    names += ["exposed", "imbalance", "peak GiB", "modeled ms"]
-    o, links = (
-        report["options"],
-        [x["link_GB_per_s"] for x in report["results"] if "link_GB_per_s" in x],
-    )
+        row = []
+        for column in columns.values():
+            try:
+                row.append(column(x))
+            except KeyError:  # not measured
+                row.append("")
+        rows.append(row)
+    o = report["options"]
+    links = [x["link_GB_per_s"] for x in report["results"] if "link_GB_per_s" in x]
     about = (
         f"{report['processes']} {report['device']}, torch {report['torch']}, Triton "
         f"{report['triton']}, {report['date']}; {o['heads']} query heads, {o['kv_heads']} KV "
         f"heads, head dim {o['head_dim']}, block {o['block_size']}, topk {o['topk']}, "
         f"bfloat16; a rank receives {min(links):.0f} to {max(links):.0f} GB/s."
     )
-    return f"{about}\n\n{table(names, rows)}"
+    used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    names = [list(columns)[i] for i in used]
+    return f"{about}\n\n{table(names, [[row[i] for i in used] for row in rows])}"
+
+
+def training() -> str:
+    """Returns the measured training steps, or a sentence that says that there are none."""
+    file = MEASURED.with_name(f"{MEASURED.stem}-training.json")
+    if not file.is_file():
+        return "A step at full size is not measured yet."
+    x = json.loads(file.read_text())
+    o = x["options"]
+    row = [f"{x['parameters'] / 1e9:.2f}B", str(o["context_parallel"]), size(o["length"])]
+    row += [f"{o['block_size']}, {o['topk']}", f"{x['step_ms'] / 1e3:.1f}"]
+    row += [f"{x['tokens_per_second']:,.0f}", f"{x['peak_MiB'] / 1024:.1f}"]
+    names = ["parameters", "GPUs", "tokens", "block, topk", "seconds of a step", "tokens/s"]
+    about = (
+        f"One context of random bytes on {x['device']}, torch {x['versions']['torch']}, bfloat16 "
+        f"autocast, {o['layers']} layers of width {o['dim']}, with `--fsdp --recompute`:"
+    )
+    return f"{about}\n\n{table([*names, 'peak GiB of a GPU'], [row])}"
 
 
 def ms(seconds: float) -> str:
@@ -152,7 +182,13 @@ def ms(seconds: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
-TABLES = {"exchanges": exchanges, "selected": selected, "blocks": blocks, "scaling": scaling}
+TABLES: dict[str, Callable[[], str]] = {
+    "exchanges": exchanges,
+    "selected": selected,
+    "blocks": blocks,
+    "scaling": scaling,
+    "training": training,
+}
 
 
 def filled(page: str) -> str:

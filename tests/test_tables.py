@@ -43,3 +43,23 @@ def test_measured_results_fill_a_table(tmp_path, monkeypatch):
     assert lines[6] == "| 1 | 4M | out of memory |  |  |  |  |  |  |  |  |"
     assert machine().link == 1.5e11
     assert machine().network == 5e10
+    forward = {"forward_ms": 3714.0, "forward_MiB": 56320.0, "modeled_forward_ms": 3700.0}
+    four = {"ranks": 2, "length": 2**22, "exchange": "gather", **forward, "link_GB_per_s": 150.0}
+    (tmp_path / "h100-x2-4m.json").write_text(json.dumps(report | {"results": [four]}))
+    last = scaling().splitlines()[-3:]
+    assert last[0] == "| GPUs | tokens | exchange | forward ms | peak GiB | modeled ms |"
+    assert last[2] == "| 2 | 4M | gather | 3,714 | 55.0 | 3,700 |"
+
+
+def test_a_measured_training_step_fills_a_table(tmp_path, monkeypatch):
+    training = runpy.run_path(str(DOCS / "tables.py"))["training"]
+    options = {"context_parallel": 2, "length": 2**19, "block_size": 4096, "topk": 12}
+    options |= {"layers": 10, "dim": 3072}
+    times = {"step_ms": 25500.0, "tokens_per_second": 20560.3, "peak_MiB": 71680}
+    about = {"parameters": 1006632960, "device": "NVIDIA H100", "versions": {"torch": "2.11.0"}}
+    monkeypatch.setitem(training.__globals__, "MEASURED", tmp_path / "h100-x2.json")
+    assert training() == "A step at full size is not measured yet."
+    file = tmp_path / "h100-x2-training.json"
+    file.write_text(json.dumps(about | times | {"options": options}))
+    row = "| 1.01B | 2 | 512K | 4096, 12 | 25.5 | 20,560 | 70.0 |"
+    assert training().splitlines()[-1] == row
