@@ -442,6 +442,23 @@ def test_blocks_equals_gather(ranks, problem, data):
         compare(y, x)
 
 
+def under_autocast(mesh: DeviceMesh, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    with torch.autocast("cpu", torch.bfloat16):
+        return backward(mesh, call, *tensors)
+
+
+def test_blocks_under_autocast_selects_as_gather(ranks):
+    problem, _ = problem_of(ranks, dtype=torch.float32, q_len=400, kv_len=400)
+    lengths = (200, *[0] * (ranks.size - 2), 200)
+    tensors = (*problem.tensors(), *upstream_of(problem))
+    by_gather, by_blocks = (
+        joined(ranks, under_autocast, Call(lengths, 4, 3, exchange), *tensors)
+        for exchange in ("gather", "blocks")
+    )
+    for x, y in zip(by_blocks, by_gather, strict=True):
+        assert_bitwise_equal(x, y)
+
+
 def blocks_sent(mesh: DeviceMesh, call: Call, *inputs: Tensor) -> list[list[int]]:
     sent, function = [], blocks.all_to_all
 

@@ -25,6 +25,7 @@ from flexmoba.gate import (
     select_by_means,
 )
 from flexmoba.local import empty
+from flexmoba.runtime import without_autocast
 from flexmoba.selection import BlockSelection
 from flexmoba.sequence import Layout
 
@@ -131,7 +132,8 @@ def _selected(q: Tensor, k: Tensor, attention: Attention, ranks: Ranks) -> tuple
     assert attention.topk is not None
     topk = max(1, min(attention.topk, n_blocks))
     sizes = GateSizes(size, topk - 1, ranks.first, is_causal=True)
-    selected = select_by_means(gate_rows(q, k.shape[1], gate), before, sizes, gate)
+    rows = gate_rows(q, k.shape[1], gate)
+    selected = without_autocast(select_by_means)(rows, before, sizes, gate)
     return expand_rows(selected, q.shape[1], q.shape[2], gate), ranks.total // size
 
 
@@ -149,12 +151,11 @@ def _agreed(wanted: Tensor, block_size: int, ranks: Ranks) -> list[_Fetch]:
     asked = [x if rank < ranks.rank else x[:, :0] for rank, x in enumerate(wanted.split(blocks, 1))]
     mine = blocks[ranks.rank]
     received = [0] * (ranks.rank + 1) + [chunks * mine] * (ranks.size - ranks.rank - 1)
+    sizes = [x.numel() for x in asked]
     parts = torch.cat([x.flatten() for x in asked]).to(torch.uint8)
-    found = all_to_all(parts, [x.numel() for x in asked], received, ranks.group).wait()
-    # One wait for the device.
-    on_host = torch.cat([parts, found]).cpu().bool()
-    asked_sizes = [x.numel() for x in asked]
-    of_ranks = on_host.split([*asked_sizes, *received])
+    found = all_to_all(parts, sizes, received, ranks.group).wait()
+    on_host = torch.cat([parts, found]).cpu().bool()  # the only wait for the device
+    of_ranks = on_host.split([*sizes, *received])
     own, others = of_ranks[: ranks.size], of_ranks[ranks.size :]
     counts = [x.view(chunks, -1).sum(1).tolist() if x.numel() else [0] * chunks for x in own]
     sent = [x.view(chunks, mine) if x.numel() else x.view(1, 0).expand(chunks, 0) for x in others]
