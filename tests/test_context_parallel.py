@@ -414,7 +414,7 @@ def by_head_and_position(score, b, h, q_idx, kv_idx):
 # ---- Only the selected blocks -------------------------------------------------------------------
 
 
-@few
+@settings(max_examples=12)
 @given(drawn, st.data())
 def test_blocks_equals_gather(ranks, problem, data):
     """Bit for bit if no rank selects all blocks before its own, which is full attention."""
@@ -651,6 +651,8 @@ def no_whole_graph(mesh: DeviceMesh, call: Call, options: dict[str, Any], *input
 
 
 def test_whole_graphs_that_are_refused(ranks):
+    if ranks.size > 2:
+        pytest.skip("as with two ranks, and dynamo takes seconds")
     problem, lengths = problem_of(ranks)
     for options in (
         {},

@@ -246,6 +246,8 @@ def whole_graph(mesh: DeviceMesh, x: Tensor) -> None:
 
 
 def test_a_whole_graph_needs_equal_lengths(ranks):
+    if ranks.size > 2:
+        pytest.skip("as with two ranks, and dynamo takes seconds")
     for result in ranks.run(whole_graph, [(inputs_of(20)[0],)] * ranks.size):
         assert result is None, result
 
