@@ -64,7 +64,10 @@ def exchanges() -> str:
     rates, rows = machine(), []
     for ranks in (2**i for i in range(3, 11)):
         row = [f"{ranks:,}", f"{ms(estimate(CALL, ranks, rates, 'gather', backward=True).compute)}"]
-        for per_node, names in ((1024, ("gather", "heads")), (8, ("gather", "heads", "blocks"))):
+        for per_node, names in (
+            (1024, ("gather", "heads")),
+            (8, ("gather", "heads", "blocks", ("gather", "heads"))),
+        ):
             network = rates._replace(ranks_per_node=per_node)
             share = fetched(CALL, ranks)
             costs = [
@@ -79,7 +82,7 @@ def exchanges() -> str:
                 row.append(f"**{cell}**" if cost is not None and cost.total == least else cell)
         rows.append(row)
     names = ["GPUs", "compute", "NVLink: gather", "heads"]
-    return table([*names, "InfiniBand: gather", "heads", "blocks"], rows)
+    return table([*names, "InfiniBand: gather", "heads", "blocks", "gather and heads"], rows)
 
 
 def selected() -> str:

@@ -553,6 +553,93 @@ def test_captured_tensors(ranks):
         run(ranks, with_bias, replace(call, exchange="gather"), q, k, v)
 
 
+# ---- Two exchanges in one call ------------------------------------------------------------------
+
+
+NODES: list[DeviceMesh] = []  # of a process; making one is a collective
+
+
+def in_nodes(mesh: DeviceMesh, task: Callable, call: Call, *inputs: Tensor) -> Any:
+    """Runs a task on two nodes of two ranks."""
+    if not NODES:
+        NODES.append(init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "gpu")))
+    return task(NODES[0], call, *inputs)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory) -> Iterator[Processes]:
+    processes = Processes(4, tmp_path_factory.mktemp("nodes"))
+    processes.run(small_pieces, [()] * processes.size)
+    yield processes
+    processes.stop()
+
+
+NESTED = {
+    "gather": {},
+    "uneven": {"lengths": (5, 0, 31, 14)},
+    "no tokens on a node": {"lengths": (0, 0, 20, 30)},
+    "full": {"topk": None},
+    "documents": {"cu_seqlens": torch.tensor([0, 3, 33, 50])},
+    "score_mod": {"score_mod": by_head_and_position},
+    "group": {"gate": "group", "sink_blocks": 1},
+    "blocks": {"exchange": ("blocks", "heads")},
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_two_exchanges(nodes, name):
+    options = dict(NESTED[name])
+    lengths = options.pop("lengths", (10, 14, 13, 13))
+    topk, exchange = options.pop("topk", 3), options.pop("exchange", ("gather", "heads"))
+    problem = Problem(kv_heads=2, group=2, q_len=50, kv_len=50, value_dim=6)
+    tensors, upstream = problem.tensors(requires_grad=True), upstream_of(problem)
+    expected = with_lse(flex_moba, 4, topk, **options)(*tensors)
+    expected = (*expected, *torch.autograd.grad(expected, tensors, upstream))
+    call = Call(lengths, 4, topk, exchange, options)
+    actual = []
+    for task, inputs in ((forward, tensors), (backward, (*tensors, *upstream))):
+        shards = [
+            (task, call, *(call.shard(x, rank) for x in inputs)) for rank in range(nodes.size)
+        ]
+        results = nodes.run(in_nodes, shards)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        actual += [torch.cat(x, 2) for x in zip(*results, strict=True)]
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lengths", "exchange", "message"),
+    [
+        ({"kv_heads": 3, "group": 1}, (10,) * 4, ("gather", "heads"), "needs a number of ranks"),
+        ({"kv_heads": 2}, (10,) * 4, ("blocks", "heads"), r"needs shards .* lengths \[20, 20\]"),
+        ({"kv_heads": 2}, (10,) * 4, ("heads", "heads"), "exchange must be one of"),
+        ({"kv_heads": 2}, (10,) * 4, "gather", "mesh must have one dimension"),
+    ],
+    ids=["heads", "lengths", "names", "mesh"],
+)
+def test_two_exchanges_are_refused(nodes, sizes, lengths, exchange, message):
+    problem = Problem(**sizes, q_len=40, kv_len=40)
+    call = Call(lengths, 8, 2, exchange)
+    shards = [
+        (forward, call, *(call.shard(x, rank) for x in problem.tensors())) for rank in range(4)
+    ]
+    for error in nodes.run(in_nodes, shards):
+        with pytest.raises((NotImplementedError, ValueError), match=message):
+            raise error
+
+
+def test_two_exchanges_need_two_dimensions(ranks):
+    problem, lengths = problem_of(ranks)
+    call = Call(lengths, exchange=("gather", "heads"))
+    shards = [(call, *(call.shard(x, r) for x in problem.tensors())) for r in range(ranks.size)]
+    for error in ranks.run(without_sending, [(forward, *shard) for shard in shards]):
+        with pytest.raises(ValueError, match="mesh must have two dimensions with names"):
+            raise error
+
+
 # ---- Training and inference ---------------------------------------------------------------------
 
 

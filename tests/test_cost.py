@@ -87,6 +87,18 @@ def test_blocks_moves_a_share_of_the_bytes():
     assert backward.exposed == pytest.approx(1 - backward.compute / backward.total)
 
 
+def test_a_pair_receives_a_share_of_the_heads_from_other_nodes():
+    slow = Machine(4e14, 4e14, link=math.inf, network=1e9, ranks_per_node=8)
+    alone = estimate(CALL, 64, slow, "gather", backward=True)
+    pair = estimate(CALL, 64, slow, ("gather", "heads"), backward=True)
+    # A rank has one of 8 KV heads, of 7 nodes instead of 56 ranks.
+    assert pair.communication == pytest.approx(alone.communication / 8)
+    assert pair.compute == pytest.approx(alone.compute, rel=0.03)
+    within = estimate(CALL, 8, slow._replace(link=1e10), ("gather", "heads"), backward=True)
+    heads = estimate(CALL, 8, slow._replace(link=1e10), "heads", backward=True)
+    assert within == pytest.approx(heads)
+
+
 def test_heads_wins_among_many_ranks():
     machine = Machine(4e14, 4e14, link=1e11, network=1e10, ranks_per_node=8)
     totals = {

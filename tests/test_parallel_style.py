@@ -154,6 +154,33 @@ def test_sharded_parameters(ranks):
             torch.testing.assert_close(actual * ranks.size, expected)
 
 
+def in_nodes(_: DeviceMesh, x: Tensor, upstream: Tensor, documents: dict[str, Any]) -> list[Tensor]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "gpu"))
+    style = ContextParallel(exchange=("gather", "heads"))
+    return results_of(parallelize_module(Model(), mesh, style), x, upstream, **documents)
+
+
+def test_two_exchanges(tmp_path):
+    lengths, documents = (10, 12, 0, 28), {"cu_seqlens": torch.tensor([0, 7, 50])}
+    x, upstream = inputs_of(50)
+    out, d_x, *grads = results_of(Model(), x.clone(), upstream, **documents)
+    processes = Processes(4, tmp_path)
+    shards = zip(x.split(lengths, 1), upstream.split(lengths, 1), strict=True)
+    try:
+        arguments = [(*map(Tensor.clone, shard), documents) for shard in shards]
+        results = processes.run(in_nodes, arguments)
+    finally:
+        processes.stop()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    for i, expected in enumerate((out, d_x)):
+        actual = torch.cat([result[i] for result in results], 1)
+        torch.testing.assert_close(actual, expected)
+    for expected, *parts in zip(grads, *(result[2:] for result in results), strict=True):
+        torch.testing.assert_close(sum(parts), expected)
+
+
 def with_hybrid_sharding(_: DeviceMesh, x: Tensor, upstream: Tensor) -> list[Tensor]:
     """Each data rank has a row, whose tokens two ranks share; FSDP shards over data ranks."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "data"))

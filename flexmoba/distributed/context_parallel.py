@@ -27,14 +27,16 @@ from flexmoba.distributed.attend import Attention
 from flexmoba.distributed.blocks import attend_by_blocks, why_not_blocks
 from flexmoba.distributed.choice import (
     ExchangeName,
+    NestedExchange,
     Shape,
     check_exchange_name,
     resolve_exchange,
 )
 from flexmoba.distributed.gather import attend_by_gathering
 from flexmoba.distributed.heads import attend_by_heads
+from flexmoba.distributed.nested import attend_in_nodes
 from flexmoba.distributed.plan import first_keys, plan_of
-from flexmoba.distributed.ranks import Ranks, check_mesh, ranks_of
+from flexmoba.distributed.ranks import Ranks, all_ranks, check_mesh, ranks_of
 from flexmoba.distributed.traced import attend_in_a_graph, graph_must_be_whole
 from flexmoba.local import with_aux
 
@@ -48,7 +50,7 @@ def context_parallel_moba(
     topk: int | None,
     *,
     mesh: DeviceMesh,
-    exchange: ExchangeName = "auto",
+    exchange: ExchangeName | NestedExchange = "auto",
     lengths: Sequence[int] | None = None,
     is_causal: bool = True,
     scale: float | None = None,
@@ -74,7 +76,7 @@ def context_parallel_moba(
     topk: int | None,
     *,
     mesh: DeviceMesh,
-    exchange: ExchangeName = "auto",
+    exchange: ExchangeName | NestedExchange = "auto",
     lengths: Sequence[int] | None = None,
     is_causal: bool = True,
     scale: float | None = None,
@@ -99,7 +101,7 @@ def context_parallel_moba(
     topk: int | None,
     *,
     mesh: DeviceMesh,
-    exchange: ExchangeName = "auto",
+    exchange: ExchangeName | NestedExchange = "auto",
     lengths: Sequence[int] | None = None,
     is_causal: bool = True,
     scale: float | None = None,
@@ -134,7 +136,8 @@ def context_parallel_moba(
         topk: Number of blocks that each query attends to, as in `flex_moba`. None computes full
             attention.
         mesh: A mesh of one dimension, or one dimension of a larger mesh, such as
-            ``mesh["context"]``. Its ranks hold the tokens in their order.
+            ``mesh["context"]``. Its ranks hold the tokens in their order. For a pair of exchanges,
+            a mesh of two dimensions.
         exchange: The tensors that the ranks send to each other. ``"gather"``: keys and values. Each
             rank gets those before its first token, some KV heads at a time; the backward gathers
             them again. ``"heads"``: q, k, v and the output. Each rank gets all tokens for its share
@@ -144,7 +147,9 @@ def context_parallel_moba(
             ``(Hq + max(Hkv, ranks)) / ranks < Hkv``. Otherwise ``"gather"``. ``"blocks"``: the
             blocks that the rank's queries select. It needs shards that begin at multiples of the
             block size, a topk, and neither ``cu_seqlens`` nor ``score_mod`` nor ``gate="tile"``.
-            The host waits for the device. ``"auto"`` is never ``"blocks"``.
+            The host waits for the device. ``"auto"`` is never ``"blocks"``. ``("gather", "heads")``
+            or ``("blocks", "heads")``: the first exchange over the first dimension of the mesh, the
+            nodes, and ``"heads"`` over the second one, the ranks of a node.
         lengths: The lengths ``L_0, L_1, ...``, the same on all ranks. With them, the ranks do not
             compare their arguments before they send tensors. The host then does not wait for the
             device, but arguments that differ between ranks have undefined results, or the ranks
@@ -207,7 +212,8 @@ def context_parallel_moba(
     }
     documents: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
     attention = Attention(block_size, topk, score_mod, is_causal, options)
-    can_be_traced = lengths is not None and score_mod is None and exchange != "blocks"
+    can_be_traced = lengths is not None and score_mod is None
+    can_be_traced &= exchange in ("auto", "gather", "heads")
     can_be_traced &= cu_seqlens is None or exchange == "heads"
     # Outside the graph, communication is hidden, and few gathered keys exist at a time.
     is_traced = torch.compiler.is_compiling() and can_be_traced and graph_must_be_whole()
@@ -225,12 +231,13 @@ def _call(
     return_aux: AuxRequest | None,
     *,
     mesh: DeviceMesh,
-    exchange: ExchangeName,
+    exchange: ExchangeName | NestedExchange,
     lengths: Sequence[int] | None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Checks the arguments on all ranks, and computes `context_parallel_moba`."""
     q, k, v = tensors
-    check_mesh(mesh)
+    check_mesh(mesh, 2 if isinstance(exchange, tuple) else 1)
+    every_rank = all_ranks(mesh)
     needs_lse = return_aux is not None and return_aux.lse
 
     def check() -> None:
@@ -240,7 +247,7 @@ def _call(
 
     if lengths is not None:
         check()
-        _check_lengths(lengths, q.shape[2], mesh)
+        _check_lengths(lengths, q.shape[2], every_rank)
     else:
         mine: dict[str, Any] | Exception
         try:
@@ -249,13 +256,18 @@ def _call(
             mine = describe(q, k, v, attention.described | others | documents)
         except (TypeError, ValueError, NotImplementedError) as error:
             mine = error
-        lengths = agree(mine, mesh)
-    ranks = ranks_of(mesh, lengths)
+        lengths = agree(mine, every_rank)
+    ranks = ranks_of(every_rank, lengths)
     if any(x is not None for x in documents.values()):
         _check_documents(q, k, ranks, documents)
     if ranks.size == 1 or ranks.total == 0 or q.shape[0] == 0:  # nothing is sent
         return with_aux(*attention(q, k, v, **documents), return_aux)
-    out, lse = _attend(q, k, v, attention, ranks, exchange, needs_lse, documents)
+    if isinstance(exchange, tuple):
+        out, lse = attend_in_nodes(
+            *(q, k, v, attention, mesh, ranks.lengths, exchange), with_lse=needs_lse, **documents
+        )
+    else:
+        out, lse = _attend(q, k, v, attention, ranks, exchange, needs_lse, documents)
     return with_aux(out, lse, return_aux)
 
 

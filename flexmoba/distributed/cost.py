@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from flexmoba.blocks import ceil_div
 from flexmoba.distributed import gather
+from flexmoba.distributed.choice import NestedExchange
 
 
 class Machine(NamedTuple):
@@ -77,7 +78,7 @@ def estimate(
     call: SpreadCall,
     ranks: int,
     machine: Machine,
-    exchange: Literal["gather", "heads", "blocks"],
+    exchange: Literal["gather", "heads", "blocks"] | NestedExchange,
     *,
     backward: bool = False,
     fetched: float = 1.0,
@@ -94,6 +95,8 @@ def estimate(
       Nothing else happens at that time. The backward pass exchanges as many bytes again.
     - ``"blocks"``: as ``"gather"``, with a share of the bytes. The backward pass sends gradients
       alone, and nothing else happens at that time.
+    - A pair: ``"heads"`` within the nodes, and the first exchange between nodes, of the share of
+      the heads of a rank.
 
     Args:
         call: The call.
@@ -114,6 +117,18 @@ def estimate(
         >>> 1.5 < alone / two < 2
         True
     """
+    if isinstance(exchange, tuple):
+        of_node = min(ranks, machine.ranks_per_node)
+        nodes = ranks // of_node
+        share = call._replace(
+            heads=call.heads // of_node, kv_heads=max(1, call.kv_heads // of_node)
+        )
+        between = machine._replace(link=machine.network, ranks_per_node=1)
+        cost = estimate(share, nodes, between, exchange[0], backward=backward, fetched=fetched)
+        within = call._replace(length=call.length // nodes)
+        moved = received_bytes(within, of_node, "heads")
+        seconds = (moved / machine.link + 2 * machine.latency * (of_node > 1)) * (1 + backward)
+        return Cost(cost.compute, cost.communication + seconds, cost.total + seconds)
     tokens = call.length // ranks
     first = 0 if exchange == "heads" else call.length - tokens
     heads = call.heads / ranks if exchange == "heads" else call.heads

@@ -1,5 +1,6 @@
 """The exchange by heads: each rank gets the complete sequence for its share of the heads."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ def attend_by_heads(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    attention: Attention,
+    attention: Attention | Callable[..., tuple[Tensor, Tensor]],
     ranks: Ranks,
     *,
     with_lse: bool,
@@ -25,7 +26,7 @@ def attend_by_heads(
         q: This rank's queries, ``(B, Hq, L, D)``.
         k: This rank's keys, ``(B, Hkv, L, D)``.
         v: This rank's values, ``(B, Hkv, L, Dv)``.
-        attention: The attention.
+        attention: The attention, or a function of the same arguments.
         ranks: The ranks, whose number divides ``Hkv``, or divides ``Hq`` and is a multiple of
             ``Hkv``.
         with_lse: Whether to return the log-sum-exp.

@@ -52,6 +52,11 @@ class Ranks(NamedTuple):
         return self.lengths[self.rank]
 
 
+def all_ranks(mesh: DeviceMesh) -> DeviceMesh:
+    """Returns the ranks of a mesh as a mesh of one dimension."""
+    return mesh if mesh.ndim == 1 else mesh._flatten()
+
+
 def ranks_of(mesh: DeviceMesh, lengths: Sequence[int]) -> Ranks:
     """Returns the ranks of a mesh, which have ``lengths`` tokens."""
     # The range makes dynamo compile each length apart. In a graph, autograd functions cannot take
@@ -82,14 +87,20 @@ class Pending(NamedTuple):
         return self.received
 
 
-def check_mesh(mesh: DeviceMesh) -> None:
-    """Raises unless ``mesh`` is a mesh of one dimension."""
+def check_mesh(mesh: DeviceMesh, ndim: int = 1) -> None:
+    """Raises unless ``mesh`` is a mesh of one dimension, or of two."""
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(
             f"mesh must be a torch.distributed.device_mesh.DeviceMesh, got {type(mesh).__name__}; "
             "make one with init_device_mesh"
         )
-    if mesh.ndim != 1:
+    if ndim == 2 and (mesh.ndim != 2 or mesh.mesh_dim_names is None):
+        raise ValueError(
+            f"mesh must have two dimensions with names for a pair of exchanges, nodes and the "
+            f"ranks of a node, got {mesh.ndim} ({mesh.mesh_dim_names}); pass such as "
+            "mesh['node', 'gpu']"
+        )
+    if mesh.ndim > ndim:
         raise ValueError(
             f"mesh must have one dimension, the ranks that share a sequence, got {mesh.ndim} "
             f"({mesh.mesh_dim_names}); pass one of them, such as mesh['context']"

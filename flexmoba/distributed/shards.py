@@ -8,9 +8,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from flexmoba.distributed.agreement import agree_on_lengths
-from flexmoba.distributed.choice import ExchangeName, check_exchange_name
+from flexmoba.distributed.choice import ExchangeName, NestedExchange, check_exchange_name
 from flexmoba.distributed.context_parallel import context_parallel_moba
-from flexmoba.distributed.ranks import Ranks, all_to_all, check_mesh, ranks_of
+from flexmoba.distributed.ranks import Ranks, all_ranks, all_to_all, check_mesh, ranks_of
 from flexmoba.distributed.traced import graph_must_be_whole
 
 _UNSUPPORTED = ("cache", "document_ids", "key_padding_mask")
@@ -29,15 +29,15 @@ class ContextParallel(ParallelStyle):
     over the ranks, for example by FSDP2 on a mesh that contains these ranks.
 
     Args:
-        exchange: The exchange of `context_parallel_moba`.
+        exchange: The exchange of `context_parallel_moba`; a pair needs a mesh of two dimensions.
         equal_lengths: Whether all ranks always have as many tokens as this one. The ranks then
             compare neither lengths nor arguments, and the host does not wait for the device.
             ``torch.compile`` with ``fullgraph=True`` needs it.
 
     Raises:
         TypeError: The mesh is not a ``DeviceMesh``.
-        ValueError: The exchange does not exist, the mesh has more than one dimension, or the module
-            contains no `FlexMoba`.
+        ValueError: The exchange does not exist, the mesh has the wrong number of dimensions, or the
+            module contains no `FlexMoba`.
 
     Examples:
         One rank has the complete sequence.
@@ -57,7 +57,12 @@ class ContextParallel(ParallelStyle):
         >>> dist.destroy_process_group()
     """
 
-    def __init__(self, *, exchange: ExchangeName = "auto", equal_lengths: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        exchange: ExchangeName | NestedExchange = "auto",
+        equal_lengths: bool = False,
+    ) -> None:
         """Checks and stores the options."""
         super().__init__()
         check_exchange_name(exchange)
@@ -65,7 +70,7 @@ class ContextParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """Sets the shards of every `FlexMoba`; ``parallelize_module`` calls it."""
-        check_mesh(device_mesh)
+        check_mesh(device_mesh, 2 if isinstance(self.exchange, tuple) else 1)
         # Not by type, since flexmoba.nn imports this room.
         found = [x for x in module.modules() if hasattr(x, "sequence_shards")]
         if not found:
@@ -83,14 +88,20 @@ class SequenceShards:
     """The shards of sequences over the ranks of a mesh.
 
     Args:
-        mesh: A mesh of one dimension. Its ranks hold the tokens in their order.
+        mesh: The mesh of `context_parallel_moba`. Its ranks hold the tokens in their order.
         exchange: The exchange of `context_parallel_moba`.
         equal_lengths: Whether all ranks always have the same number of tokens.
+
+    Attributes:
+        mesh: The ranks as a mesh of one dimension.
     """
 
-    def __init__(self, mesh: DeviceMesh, exchange: ExchangeName, equal_lengths: bool) -> None:
+    def __init__(
+        self, mesh: DeviceMesh, exchange: ExchangeName | NestedExchange, equal_lengths: bool
+    ) -> None:
         """Stores the arguments."""
-        self.mesh, self.exchange, self.equal_lengths = mesh, exchange, equal_lengths
+        self.mesh, self.equal_lengths = all_ranks(mesh), equal_lengths
+        self.exchange, self._mesh_of_exchange = exchange, mesh
 
     def check(self, **options: Any) -> None:
         """Raises unless shards support the options of a call."""
@@ -118,7 +129,7 @@ class SequenceShards:
         lengths = [q.shape[2]] * self.mesh.size() if self.equal_lengths else None
         return context_parallel_moba(
             *(q, k, v, block_size, topk),
-            mesh=self.mesh,
+            mesh=self._mesh_of_exchange,
             exchange=self.exchange,
             lengths=lengths,
             **options,
