@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -123,6 +123,24 @@ def with_blocks(mesh: DeviceMesh) -> None:
 
 def test_blocks(gpus):
     run(gpus, with_blocks)
+
+
+def with_two_exchanges(mesh: DeviceMesh, sizes: tuple[int, int]) -> None:
+    whole, rank, lengths = tensors_of(mesh), mesh.get_local_rank(), (320, 448)
+    nodes = init_device_mesh(mesh.device_type, sizes, mesh_dim_names=("node", "gpu"))
+    results = []
+    for exchange in (("gather", "heads"), ("blocks", "heads"), "gather"):
+        mine = [x.split(lengths, 2)[rank].clone().requires_grad_() for x in whole]
+        given = mesh if exchange == "gather" else nodes
+        out = context_parallel_moba(*mine, 64, 3, mesh=given, exchange=exchange)
+        results.append(with_gradients(out, mine))
+    for found in results[:2]:
+        check(found, results[2], None, 2)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=str)
+def test_two_exchanges(gpus, sizes):
+    run(gpus, with_two_exchanges, sizes)
 
 
 def with_documents(mesh: DeviceMesh, exchange: str) -> None:

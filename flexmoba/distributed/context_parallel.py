@@ -273,8 +273,8 @@ def _call(
 
 _call_eagerly = torch.compiler.disable(
     _call,
-    reason="torch.compile traces context_parallel_moba with lengths=, without score_mod, and with "
-    'cu_seqlens only by exchange="heads"',
+    reason="torch.compile traces context_parallel_moba with lengths= and one exchange other than "
+    '"blocks", without score_mod, and with cu_seqlens only by exchange="heads"',
 )
 
 
