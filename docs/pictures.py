@@ -345,6 +345,36 @@ def cache() -> None:
     drawing.save("cache")
 
 
+def shards() -> None:
+    """Draws the keys that rank 2 of four has at one time: of its shard, and by each exchange."""
+    ranks, of_rank, heads, rank, width, height = 4, 3, 4, 2, 18, 15
+    own = {(h, x) for h in range(heads) for x in range(rank * of_rank, (rank + 1) * of_rank)}
+    earlier = range(rank * of_rank)
+    panels: tuple[tuple[str, set[tuple[int, int]], set[tuple[int, int]]], ...] = (
+        ("the shard of rank 2", own, set()),
+        ("heads: a head, all tokens", {(rank, x) for x in range(ranks * of_rank)}, set()),
+        (
+            "gather: a head, and the next",
+            own | {(1, x) for x in earlier},
+            {(2, x) for x in earlier},
+        ),
+        ("blocks: the selected ones", own | {(1, 1), (1, 4)}, {(2, 1), (2, 2)}),
+    )
+    drawing = Drawing(250)
+    for panel, (title, present, under_way) in enumerate(panels):
+        x0, y0 = (panel % 2) * (WIDTH - ranks * of_rank * width), 24 + panel // 2 * 108
+        drawing.text(x0, y0 - 9, title, "start", weight=600)
+        for h, x in itertools.product(range(heads), range(ranks * of_rank)):
+            cell = (x0 + x * width, y0 + h * height, width - 2, height - 2)
+            opacity = 0.9 if (h, x) in present else 0.13
+            if (h, x) in under_way:
+                opacity = 0.45
+            drawing.cells([cell], OF_BLOCK[x // of_rank], opacity)
+    drawing.text(0, 226, "a row is a KV head, a cell a block, a colour a rank;", "start", size=13)
+    drawing.text(0, 243, "strong: present, medium: under way, weak: absent", "start", size=13)
+    drawing.save("shards")
+
+
 def times() -> None:
     """Draws time against length in two pictures, from the GPU results with 16 heads."""
     file = Path(__file__).parent / "benchmarks" / "h100-flashmoba.json"
@@ -482,7 +512,18 @@ def losses() -> None:
 
 def main() -> None:
     """Draws all pictures."""
-    for draw in (pattern, blocks, scores, routing, pipeline, union, sequences, cache, times):
+    for draw in (
+        pattern,
+        blocks,
+        scores,
+        routing,
+        pipeline,
+        union,
+        sequences,
+        cache,
+        shards,
+        times,
+    ):
         draw()
     losses()
 

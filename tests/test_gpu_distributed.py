@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -61,7 +61,9 @@ def with_gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
 
 
-def bit_for_bit(mesh: DeviceMesh, exchange: str, lengths: tuple[int, ...]) -> None:
+def bit_for_bit(
+    mesh: DeviceMesh, exchange: str, lengths: tuple[int, ...], compiled: bool = False
+) -> None:
     """Compares two calls with what one GPU computes for the same calls of `flex_moba`.
 
     The gradients of keys are summed in float32, in the order of ranks.
@@ -82,9 +84,16 @@ def bit_for_bit(mesh: DeviceMesh, exchange: str, lengths: tuple[int, ...]) -> No
         expected = [torch.cat(x, 2) for x in zip(*parts, strict=True)]
         expected += [x.to(whole[0].dtype) for x in sums]
     rank = mesh.get_local_rank()
+
+    def attend(*tensors: Tensor) -> Tensor:
+        options = {"mesh": mesh, "exchange": exchange, "lengths": lengths if compiled else None}
+        return context_parallel_moba(*tensors, 64, 3, **options)
+
+    if compiled:
+        attend = torch.compile(attend, fullgraph=True)
     for _ in range(2):
         mine = [x.detach().split(lengths, 2)[rank].clone().requires_grad_() for x in whole]
-        out = context_parallel_moba(*mine, 64, 3, mesh=mesh, exchange=exchange)
+        out = attend(*mine)
         for x, y in zip(with_gradients(out, mine), expected, strict=True):
             assert_bitwise_equal(x, y.split(lengths, 2)[rank])
 
@@ -93,6 +102,45 @@ def bit_for_bit(mesh: DeviceMesh, exchange: str, lengths: tuple[int, ...]) -> No
 @pytest.mark.parametrize("lengths", [LENGTHS, (0, 768), (768, 0)], ids=str)
 def test_bit_for_bit(gpus, exchange, lengths):
     run(gpus, bit_for_bit, exchange, lengths)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "heads"])
+def test_whole_graph_bit_for_bit(gpus, exchange):
+    run(gpus, bit_for_bit, exchange, LENGTHS, True)
+
+
+def with_blocks(mesh: DeviceMesh) -> None:
+    whole, rank, lengths = tensors_of(mesh), mesh.get_local_rank(), (320, 448)
+    results = []
+    for exchange in ("blocks", "blocks", "gather"):
+        mine = [x.split(lengths, 2)[rank].clone().requires_grad_() for x in whole]
+        out = context_parallel_moba(*mine, 64, 3, mesh=mesh, exchange=exchange)
+        results.append(with_gradients(out, mine))
+    for x, y in zip(*results[:2], strict=True):
+        assert_bitwise_equal(x, y)
+    check(results[0], results[2], None, 2)
+
+
+def test_blocks(gpus):
+    run(gpus, with_blocks)
+
+
+def with_two_exchanges(mesh: DeviceMesh, sizes: tuple[int, int]) -> None:
+    whole, rank, lengths = tensors_of(mesh), mesh.get_local_rank(), (320, 448)
+    nodes = init_device_mesh(mesh.device_type, sizes, mesh_dim_names=("node", "gpu"))
+    results = []
+    for exchange in (("gather", "heads"), ("blocks", "heads"), "gather"):
+        mine = [x.split(lengths, 2)[rank].clone().requires_grad_() for x in whole]
+        given = mesh if exchange == "gather" else nodes
+        out = context_parallel_moba(*mine, 64, 3, mesh=given, exchange=exchange)
+        results.append(with_gradients(out, mine))
+    for found in results[:2]:
+        check(found, results[2], None, 2)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=str)
+def test_two_exchanges(gpus, sizes):
+    run(gpus, with_two_exchanges, sizes)
 
 
 def with_documents(mesh: DeviceMesh, exchange: str) -> None:

@@ -18,10 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from flexmoba.distributed import ContextParallel
 from flexmoba.hybrid import set_attention
 from flexmoba.nn import FlexMoba, MobaAttention
+from tests.conftest import assert_bitwise_equal
 from tests.processes import Processes
 from tests.test_context_parallel import lengths_of
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+
+LENGTHS = (30, 20)
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="{} ranks".format)
@@ -151,6 +154,65 @@ def test_sharded_parameters(ranks):
             torch.testing.assert_close(actual * ranks.size, expected)
 
 
+def in_nodes(_: DeviceMesh, x: Tensor, upstream: Tensor, documents: dict[str, Any]) -> list[Tensor]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "gpu"))
+    style = ContextParallel(exchange=("gather", "heads"))
+    return results_of(parallelize_module(Model(), mesh, style), x, upstream, **documents)
+
+
+def test_two_exchanges(tmp_path):
+    lengths, documents = (10, 12, 0, 28), {"cu_seqlens": torch.tensor([0, 7, 50])}
+    x, upstream = inputs_of(50)
+    out, d_x, *grads = results_of(Model(), x.clone(), upstream, **documents)
+    processes = Processes(4, tmp_path)
+    shards = zip(x.split(lengths, 1), upstream.split(lengths, 1), strict=True)
+    try:
+        arguments = [(*map(Tensor.clone, shard), documents) for shard in shards]
+        results = processes.run(in_nodes, arguments)
+    finally:
+        processes.stop()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    for i, expected in enumerate((out, d_x)):
+        actual = torch.cat([result[i] for result in results], 1)
+        torch.testing.assert_close(actual, expected)
+    for expected, *parts in zip(grads, *(result[2:] for result in results), strict=True):
+        torch.testing.assert_close(sum(parts), expected)
+
+
+def with_hybrid_sharding(_: DeviceMesh, x: Tensor, upstream: Tensor) -> list[Tensor]:
+    """Each data rank has a row, whose tokens two ranks share; FSDP shards over data ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "data"))
+    row, part = mesh.get_local_rank("data"), mesh.get_local_rank("context")
+    x, upstream = (y[row : row + 1].split(LENGTHS, 1)[part].contiguous() for y in (x, upstream))
+    model = parallelize_module(Model(), mesh["context"], ContextParallel())
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    out = model(x)
+    out.backward(upstream)
+    return [out.detach(), *(p.grad.full_tensor() for p in model.parameters())]
+
+
+def test_parameters_sharded_over_another_dimension_of_the_mesh(tmp_path):
+    x, upstream = (torch.cat(y) for y in zip(inputs_of(50), inputs_of(50)[::-1], strict=True))
+    out, _, *grads = results_of(Model(), x.clone(), upstream)
+    processes = Processes(4, tmp_path)
+    try:
+        results = processes.run(with_hybrid_sharding, [(x.detach(), upstream)] * 4)
+    finally:
+        processes.stop()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        for actual, expected in zip(result[1:], grads, strict=True):
+            torch.testing.assert_close(actual * 4, expected)  # FSDP averages
+    # Ranks 0 and 1 have the first tokens of the rows, ranks 2 and 3 the others.
+    rows = [torch.cat([results[row][0], results[row + 2][0]], 1) for row in range(2)]
+    torch.testing.assert_close(torch.cat(rows), out)
+
+
 def test_a_module_with_another_topk(ranks):
     x, upstream = inputs_of(60)
     model = Model()
@@ -167,25 +229,54 @@ def with_full_attention(mesh: DeviceMesh, x: Tensor, upstream: Tensor) -> list[T
     return results_of(model, x, upstream)
 
 
-def compiled(mesh: DeviceMesh, x: Tensor, upstream: Tensor) -> list[Tensor]:
-    layer = parallelize_module(Model().layers[0], mesh, ContextParallel())
-    layer.compile(backend="eager")
-    return results_of(layer, x, upstream)
+def compiled(
+    mesh: DeviceMesh, x: Tensor, upstream: Tensor, style: dict[str, Any], options: dict[str, Any]
+) -> list[Tensor]:
+    """Results of a compiled layer, equal to those of the layer itself."""
+    layer = parallelize_module(Model().layers[0], mesh, ContextParallel(**style))
+    expected = results_of(layer, x.clone(), upstream)
+    layer.compile(**options)
+    results = results_of(layer, x, upstream)
+    for actual, value in zip(results, expected, strict=True):
+        assert_bitwise_equal(actual, value)
+    return results
 
 
-def test_compiled_layers(ranks):
+@pytest.mark.parametrize(
+    ("lengths", "style", "options"),
+    [
+        ((30, 20), {}, {"backend": "eager"}),
+        ((25, 25), {"equal_lengths": True}, {"backend": "eager", "fullgraph": True}),
+    ],
+    ids=["broken graph", "whole graph"],
+)
+def test_compiled_layers(ranks, lengths, style, options):
     if ranks.size > 2:
         pytest.skip("as with two ranks, and compilation takes seconds")
-    lengths = (30, 20)
     x, upstream = inputs_of(sum(lengths))
     expected = results_of(Model().layers[0], x.clone(), upstream)
     shards = zip(x.split(lengths, 1), upstream.split(lengths, 1), strict=True)
-    results = ranks.run(compiled, [tuple(map(Tensor.clone, shard)) for shard in shards])
+    arguments = [(*map(Tensor.clone, shard), style, options) for shard in shards]
+    results = ranks.run(compiled, arguments)
     for result in results:
         if isinstance(result, Exception):
             raise result
     for i in (0, 1):
         torch.testing.assert_close(torch.cat([result[i] for result in results], 1), expected[i])
+
+
+def whole_graph(mesh: DeviceMesh, x: Tensor) -> None:
+    layer = parallelize_module(Model().layers[0], mesh, ContextParallel())
+    layer.compile(backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="with equal_lengths=True"):
+        layer(x)
+
+
+def test_a_whole_graph_needs_equal_lengths(ranks):
+    if ranks.size > 2:
+        pytest.skip("as with two ranks, and dynamo takes seconds")
+    for result in ranks.run(whole_graph, [(inputs_of(20)[0],)] * ranks.size):
+        assert result is None, result
 
 
 def test_different_batches_are_an_error_of_all_ranks(ranks):

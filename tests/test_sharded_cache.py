@@ -104,6 +104,24 @@ def test_equals_one_process(ranks, data):
         assert_bitwise_equal(out, results[0][0])
 
 
+def fill_under_autocast(mesh: DeviceMesh, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, int]:
+    with torch.autocast("cpu", torch.bfloat16):
+        return fill(mesh, *arguments)
+
+
+def test_autocast_does_not_change_the_selection(ranks):
+    sizes = {"kv_heads": 2, "group": 2, "q_len": 400, "kv_len": 400, "block_size": 4}
+    problem = Problem(**sizes, dtype=torch.float32)
+    shards = [(200, *[0] * (ranks.size - 2), 100)]
+    arguments = (problem, shards, [100], 3, {})
+    results = ranks.run(fill_under_autocast, [arguments] * ranks.size)
+    expected = flex_moba(*problem.tensors(), 4, 3)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        torch.testing.assert_close(result[0], expected[:, :, 300:])
+
+
 def prompt_and_steps(
     mesh: DeviceMesh, problem: Problem, q: Tensor, k: Tensor, v: Tensor
 ) -> list[tuple[Tensor, Tensor]]:

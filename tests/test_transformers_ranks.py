@@ -1,6 +1,10 @@
 """Converted models of transformers whose sequences are spread over two processes."""
 
+import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 pytest.importorskip("transformers")
+
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from flexmoba.distributed import ContextParallel
 from flexmoba.integrations.transformers import convert
@@ -118,3 +124,78 @@ def from_zero(mesh: DeviceMesh) -> str:
 
 def test_positions_of_a_shard_are_those_of_the_sequence(ranks):
     assert "from 0 on, on rank 1 of ContextParallel" in ranks.run(from_zero, [()] * 2)[1]
+
+
+# ---- Trainer ------------------------------------------------------------------------------------
+
+
+def trainer_of_the_page() -> type[Trainer]:
+    """The class in docs/distributed.md."""
+    page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    (code,) = (x for x in re.findall(r"```python\n(.*?)```", page, re.S) if "ShardTrainer(" in x)
+    names: dict[str, Any] = {"torch": torch, "nn": torch.nn, "dist": dist}
+    exec(code, names)
+    trainer: type[Trainer] = names["ShardTrainer"]
+    return trainer
+
+
+class SameBatches(Trainer):
+    """A Trainer with the batches of the class in docs/distributed.md, and the model's own loss."""
+
+    def get_train_dataloader(self) -> Any:
+        return trainer_of_the_page().get_train_dataloader(self)
+
+
+def trained(trainer: type[Trainer], model: PreTrainedModel, folder: str) -> list[Tensor]:
+    """Trains in two steps of two batches each, with labels that do not all count."""
+    data = []
+    for seed in range(8):
+        ids = torch.randint(tiny_models.VOCABULARY, (50,), generator=torch.manual_seed(seed))
+        labels = ids.where(torch.arange(50) % (seed + 2) != 0, -100)
+        data.append({"input_ids": ids, "labels": labels})
+    arguments = TrainingArguments(
+        folder,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        optim="sgd",  # shows the size of gradients, too
+        average_tokens_across_devices=False,
+        max_grad_norm=0.0,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    made = trainer(model, arguments, train_dataset=data)
+    made.train()
+    losses = [x["loss"] for x in made.state.log_history if "loss" in x]
+    return [torch.tensor(losses), *(x.detach() for x in model.parameters())]
+
+
+def trained_on_ranks(mesh: DeviceMesh, folder: str) -> list[Tensor]:
+    rank = str(mesh.get_local_rank())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    model = parallelize_module(converted("llama"), mesh, ContextParallel())
+    return trained(trainer_of_the_page(), model, folder)
+
+
+def test_trainer_equals_one_process(ranks, tmp_path):
+    before = [x.detach().clone() for x in converted("llama").parameters()]
+    losses, *expected = trained(SameBatches, converted("llama"), str(tmp_path))
+    for result in ranks.run(trained_on_ranks, [(str(tmp_path),)] * 2):
+        if isinstance(result, Exception):
+            raise result
+        torch.testing.assert_close(result[0], losses, rtol=1e-3, atol=0)
+        for actual, value, first in zip(result[1:], expected, before, strict=True):
+            torch.testing.assert_close(actual - first, value - first)
+            assert (value != first).any()
+
+
+def test_context_parallelism_of_accelerate_is_refused_by_trainer():
+    settings = SimpleNamespace(cp_enabled=True, cp_backend="torch")
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(parallelism_config=settings))
+    with pytest.raises(ValueError, match="only with SDPA attention, you are using flexmoba"):
+        Trainer._prepare_context_parallel_inputs(trainer, converted("llama"), {})

@@ -17,13 +17,20 @@ class Attention(NamedTuple):
         block_size: Keys in a block.
         topk: Number of blocks that each query attends to, or None.
         score_mod: A function of every score, or None.
+        is_causal: Must be True.
         options: The other keyword arguments.
     """
 
     block_size: int
     topk: int | None
     score_mod: ScoreMod | None
+    is_causal: bool
     options: dict[str, Any]
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The arguments by name."""
+        return {**self._asdict(), **self.options, "options": None}
 
     def __call__(
         self,
@@ -49,7 +56,7 @@ class Attention(NamedTuple):
             v,
             self.block_size,
             self.topk,
-            is_causal=True,
+            is_causal=self.is_causal,
             score_mod=score_mod,
             return_aux=AuxRequest(lse=True),
             cache=None,

@@ -30,6 +30,7 @@ from flexmoba.gate import (
     gate_rows,
     select_by_means,
 )
+from flexmoba.runtime import without_autocast
 from flexmoba.sequence import Layout
 
 
@@ -261,9 +262,8 @@ class ShardedMobaCache:
         if mine == 0 or topk == 1:
             return _nothing(q, self.v)
         sizes = GateSizes(self.block_size, topk - 1, self.length - q.shape[2], is_causal=True)
-        selected = select_by_means(
-            gate_rows(q, self.k.shape[1], gate), self.means[:, :, :full], sizes, gate
-        )
+        rows, means = gate_rows(q, self.k.shape[1], gate), self.means[:, :, :full]
+        selected = without_autocast(select_by_means)(rows, means, sizes, gate)
         selected = expand_rows(selected, q.shape[1], q.shape[2], gate)
         is_mine = (selected >= 0) & (selected % self._ranks == self._rank)
         selected = torch.where(is_mine, selected // self._ranks, -1)

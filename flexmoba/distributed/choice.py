@@ -5,8 +5,10 @@ from typing import Literal, NamedTuple, get_args
 
 from flexmoba.blocks import TILE
 
-ExchangeName = Literal["auto", "gather", "heads"]
+ExchangeName = Literal["auto", "gather", "heads", "blocks"]
+NestedExchange = tuple[Literal["gather", "blocks"], Literal["heads"]]
 EXCHANGES: tuple[ExchangeName, ...] = get_args(ExchangeName)
+NESTED: tuple[NestedExchange, ...] = (("gather", "heads"), ("blocks", "heads"))
 
 
 class Shape(NamedTuple):
@@ -27,15 +29,16 @@ class Shape(NamedTuple):
     gate: str
 
 
-def check_exchange_name(exchange: str) -> None:
+def check_exchange_name(exchange: str | tuple[str, str]) -> None:
     """Raises unless the exchange exists."""
-    if exchange not in EXCHANGES:
-        raise ValueError(
-            f"exchange must be one of {', '.join(map(repr, EXCHANGES))}, got {exchange!r}"
-        )
+    known = (*EXCHANGES, *NESTED)
+    if exchange not in known:
+        raise ValueError(f"exchange must be one of {', '.join(map(repr, known))}, got {exchange!r}")
 
 
-def resolve_exchange(exchange: ExchangeName, shape: Shape) -> Literal["gather", "heads"]:
+def resolve_exchange(
+    exchange: Literal["auto", "gather", "heads"], shape: Shape
+) -> Literal["gather", "heads"]:
     """Returns the named exchange, or for ``"auto"`` the one that moves fewer bytes.
 
     Raises:

@@ -24,16 +24,20 @@ from flexmoba.checks import (
 )
 from flexmoba.distributed.agreement import agree, describe
 from flexmoba.distributed.attend import Attention
+from flexmoba.distributed.blocks import attend_by_blocks, why_not_blocks
 from flexmoba.distributed.choice import (
     ExchangeName,
+    NestedExchange,
     Shape,
     check_exchange_name,
     resolve_exchange,
 )
 from flexmoba.distributed.gather import attend_by_gathering
 from flexmoba.distributed.heads import attend_by_heads
+from flexmoba.distributed.nested import attend_in_nodes
 from flexmoba.distributed.plan import first_keys, plan_of
-from flexmoba.distributed.ranks import Ranks, check_mesh
+from flexmoba.distributed.ranks import Ranks, all_ranks, check_mesh, ranks_of
+from flexmoba.distributed.traced import attend_in_a_graph, graph_must_be_whole
 from flexmoba.local import with_aux
 
 
@@ -46,7 +50,7 @@ def context_parallel_moba(
     topk: int | None,
     *,
     mesh: DeviceMesh,
-    exchange: ExchangeName = "auto",
+    exchange: ExchangeName | NestedExchange = "auto",
     lengths: Sequence[int] | None = None,
     is_causal: bool = True,
     scale: float | None = None,
@@ -72,7 +76,7 @@ def context_parallel_moba(
     topk: int | None,
     *,
     mesh: DeviceMesh,
-    exchange: ExchangeName = "auto",
+    exchange: ExchangeName | NestedExchange = "auto",
     lengths: Sequence[int] | None = None,
     is_causal: bool = True,
     scale: float | None = None,
@@ -89,8 +93,6 @@ def context_parallel_moba(
 ) -> tuple[Tensor, AuxOutput]: ...
 
 
-# The overloads above give its type.
-@torch.compiler.disable(reason="torch.compile does not trace context_parallel_moba")  # type: ignore[untyped-decorator]
 def context_parallel_moba(
     q: Tensor,
     k: Tensor,
@@ -99,7 +101,7 @@ def context_parallel_moba(
     topk: int | None,
     *,
     mesh: DeviceMesh,
-    exchange: ExchangeName = "auto",
+    exchange: ExchangeName | NestedExchange = "auto",
     lengths: Sequence[int] | None = None,
     is_causal: bool = True,
     scale: float | None = None,
@@ -122,8 +124,9 @@ def context_parallel_moba(
     0. The result is the result of `flex_moba` for the complete sequence.
 
     All ranks of the mesh must make the call, and all or none of them the backward pass. The output
-    and the log-sum-exp are differentiable in q, k and v, and two runs give the same bits. The
-    call runs outside the graph of ``torch.compile``, which breaks there.
+    and the log-sum-exp are differentiable in q, k and v, and two runs give the same bits.
+    The graph of ``torch.compile`` breaks at the call. With ``fullgraph=True``, the graph contains
+    the call, which then needs ``lengths``, no ``score_mod``, and for ``cu_seqlens`` ``"heads"``.
 
     Args:
         q: This rank's queries, ``(B, Hq, L_r, D)``, float16, bfloat16, float32 or float64.
@@ -133,14 +136,20 @@ def context_parallel_moba(
         topk: Number of blocks that each query attends to, as in `flex_moba`. None computes full
             attention.
         mesh: A mesh of one dimension, or one dimension of a larger mesh, such as
-            ``mesh["context"]``. Its ranks hold the tokens in their order.
+            ``mesh["context"]``. Its ranks hold the tokens in their order. For a pair of exchanges,
+            a mesh of two dimensions.
         exchange: The tensors that the ranks send to each other. ``"gather"``: keys and values. Each
             rank gets those before its first token, some KV heads at a time; the backward gathers
             them again. ``"heads"``: q, k, v and the output. Each rank gets all tokens for its share
             of the heads. The number of ranks must divide ``Hkv``, or it must divide ``Hq`` and be a
             multiple of ``Hkv``. ``"auto"``: ``"heads"`` if only it supports the call or a rank
             receives fewer bytes in the forward by it; for one sequence and equal lengths, this is
-            ``(Hq + max(Hkv, ranks)) / ranks < Hkv``. Otherwise ``"gather"``.
+            ``(Hq + max(Hkv, ranks)) / ranks < Hkv``. Otherwise ``"gather"``. ``"blocks"``: the
+            blocks that the rank's queries select. It needs shards that begin at multiples of the
+            block size, a topk, and neither ``cu_seqlens`` nor ``score_mod`` nor ``gate="tile"``.
+            The host waits for the device. ``"auto"`` is never ``"blocks"``. ``("gather", "heads")``
+            or ``("blocks", "heads")``: the first exchange over the first dimension of the mesh, the
+            nodes, and ``"heads"`` over the second one, the ranks of a node.
         lengths: The lengths ``L_0, L_1, ...``, the same on all ranks. With them, the ranks do not
             compare their arguments before they send tensors. The host then does not wait for the
             device, but arguments that differ between ranks have undefined results, or the ranks
@@ -202,31 +211,71 @@ def context_parallel_moba(
         "kernel_options": kernel_options,
     }
     documents: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
-    attention = Attention(block_size, topk, score_mod, options)
-    check_mesh(mesh)
-    mine: dict[str, Any] | Exception = {}
-    try:
+    attention = Attention(block_size, topk, score_mod, is_causal, options)
+    can_be_traced = lengths is not None and score_mod is None
+    can_be_traced &= exchange in ("auto", "gather", "heads")
+    can_be_traced &= cu_seqlens is None or exchange == "heads"
+    # Outside the graph, communication is hidden, and few gathered keys exist at a time.
+    is_traced = torch.compiler.is_compiling() and can_be_traced and graph_must_be_whole()
+    call = _call if is_traced else _call_eagerly
+    result: Tensor | tuple[Tensor, AuxOutput] = call(
+        (q, k, v), attention, documents, return_aux, mesh=mesh, exchange=exchange, lengths=lengths
+    )
+    return result
+
+
+def _call(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    attention: Attention,
+    documents: dict[str, Any],
+    return_aux: AuxRequest | None,
+    *,
+    mesh: DeviceMesh,
+    exchange: ExchangeName | NestedExchange,
+    lengths: Sequence[int] | None,
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    """Checks the arguments on all ranks, and computes `context_parallel_moba`."""
+    q, k, v = tensors
+    check_mesh(mesh, 2 if isinstance(exchange, tuple) else 1)
+    every_rank = all_ranks(mesh)
+    needs_lse = return_aux is not None and return_aux.lse
+
+    def check() -> None:
         check_exchange_name(exchange)
-        _check_causal(is_causal)
+        _check_causal(attention.is_causal)
         _check_shard(q, k, v, mesh, return_aux, attention)
-        if lengths is not None:
-            _check_lengths(lengths, q.shape[2], mesh)
-        needs_lse = return_aux is not None and return_aux.lse
-        others = {"block_size": block_size, "topk": topk, "exchange": exchange, "lse": needs_lse}
-        mine = describe(q, k, v, others | {"score_mod": score_mod} | options | documents)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        if lengths is not None:
-            raise
-        mine = error
-    if lengths is None:
-        lengths = agree(mine, mesh)
-    ranks = Ranks(mesh.get_group(), mesh.get_local_rank(), tuple(lengths))
+
+    if lengths is not None:
+        check()
+        _check_lengths(lengths, q.shape[2], every_rank)
+    else:
+        mine: dict[str, Any] | Exception
+        try:
+            check()
+            others = {"exchange": exchange, "lse": needs_lse}
+            mine = describe(q, k, v, attention.described | others | documents)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            mine = error
+        lengths = agree(mine, every_rank)
+    ranks = ranks_of(every_rank, lengths)
     if any(x is not None for x in documents.values()):
         _check_documents(q, k, ranks, documents)
     if ranks.size == 1 or ranks.total == 0 or q.shape[0] == 0:  # nothing is sent
         return with_aux(*attention(q, k, v, **documents), return_aux)
-    out, lse = _attend(q, k, v, attention, ranks, exchange, needs_lse, documents)
+    if isinstance(exchange, tuple):
+        out, lse = attend_in_nodes(
+            *(q, k, v, attention, mesh, ranks.lengths, exchange), with_lse=needs_lse, **documents
+        )
+    else:
+        out, lse = _attend(q, k, v, attention, ranks, exchange, needs_lse, documents)
     return with_aux(out, lse, return_aux)
+
+
+_call_eagerly = torch.compiler.disable(
+    _call,
+    reason="torch.compile traces context_parallel_moba with lengths= and one exchange other than "
+    '"blocks", without score_mod, and with cu_seqlens only by exchange="heads"',
+)
 
 
 def _attend(
@@ -240,6 +289,12 @@ def _attend(
     documents: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """Chooses the exchange, and returns output and log-sum-exp."""
+    if exchange == "blocks":
+        has_documents = documents["cu_seqlens"] is not None
+        reason = why_not_blocks(attention, ranks.lengths, has_documents=has_documents)
+        if reason is not None:
+            raise NotImplementedError(f'exchange="blocks" {reason}; use exchange="gather"')
+        return attend_by_blocks(q, k, v, attention, ranks)
     cu_seqlens, boundaries = documents["cu_seqlens"], None
     if cu_seqlens is not None and exchange != "heads":
         boundaries = cu_seqlens.tolist()  # waits for the device
@@ -248,6 +303,8 @@ def _attend(
     if resolve_exchange(exchange, shape) == "heads":
         return attend_by_heads(q, k, v, attention, ranks, with_lse=needs_lse, **documents)
     plan = plan_of(ranks, needed, boundaries, cu_seqlens)
+    if torch.compiler.is_compiling() and not plan.sends_nothing:
+        return attend_in_a_graph(q, k, v, attention, plan)
     longest = documents["max_seqlen"]
     return attend_by_gathering(q, k, v, attention, plan, with_lse=needs_lse, max_seqlen=longest)
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from flexmoba.blocks import ceil_div
 from flexmoba.distributed import gather
+from flexmoba.distributed.choice import NestedExchange
 
 
 class Machine(NamedTuple):
@@ -77,9 +78,10 @@ def estimate(
     call: SpreadCall,
     ranks: int,
     machine: Machine,
-    exchange: Literal["gather", "heads"],
+    exchange: Literal["gather", "heads", "blocks"] | NestedExchange,
     *,
     backward: bool = False,
+    fetched: float = 1.0,
 ) -> Cost:
     """Returns the modeled cost of a forward call, or of a forward with backward.
 
@@ -91,6 +93,10 @@ def estimate(
       again and sends as many gradients, which the ranks before receive.
     - ``"heads"``: a rank receives its share of the heads of q, k and v, and later of the output.
       Nothing else happens at that time. The backward pass exchanges as many bytes again.
+    - ``"blocks"``: as ``"gather"``, with a share of the bytes. The backward pass sends gradients
+      alone, and nothing else happens at that time.
+    - A pair: ``"heads"`` within the nodes, and the first exchange between nodes, of the share of
+      the heads of a rank.
 
     Args:
         call: The call.
@@ -98,6 +104,7 @@ def estimate(
         machine: Rates of the machine.
         exchange: The exchange.
         backward: Whether to add the backward pass.
+        fetched: The share of the blocks before a rank that its queries select, for ``"blocks"``.
 
     Returns:
         The cost.
@@ -110,33 +117,49 @@ def estimate(
         >>> 1.5 < alone / two < 2
         True
     """
+    if isinstance(exchange, tuple):
+        of_node = min(ranks, machine.ranks_per_node)
+        nodes = ranks // of_node
+        share = call._replace(
+            heads=call.heads // of_node, kv_heads=max(1, call.kv_heads // of_node)
+        )
+        between = machine._replace(link=machine.network, ranks_per_node=1)
+        cost = estimate(share, nodes, between, exchange[0], backward=backward, fetched=fetched)
+        within = call._replace(length=call.length // nodes)
+        moved = received_bytes(within, of_node, "heads")
+        seconds = (moved / machine.link + 2 * machine.latency * (of_node > 1)) * (1 + backward)
+        return Cost(cost.compute, cost.communication + seconds, cost.total + seconds)
     tokens = call.length // ranks
-    first = call.length - tokens if exchange == "gather" else 0
-    heads = call.heads if exchange == "gather" else call.heads / ranks
+    first = 0 if exchange == "heads" else call.length - tokens
+    heads = call.heads / ranks if exchange == "heads" else call.heads
     pairs = attended_pairs(call, call.length) - attended_pairs(call, first)
     scored = scored_blocks(call, call.length) - scored_blocks(call, first)
     products = 2 * call.batch * heads * call.head_dim
     forward_compute = products * (2 * pairs + scored) / machine.forward_flops
     backward_compute = products * 5 * pairs / machine.backward_flops
-    passes = [(forward_compute, 1), (backward_compute, 2)][: 1 + backward]
-    parts = [_pass(call, ranks, machine, exchange, *each) for each in passes]
-    return Cost(*(sum(values) for values in zip(*parts, strict=True)))
-
-
-def _pass(
-    call: SpreadCall, ranks: int, machine: Machine, exchange: str, compute: float, exchanges: int
-) -> Cost:
-    """Returns the cost of one pass.
-
-    ``exchanges`` counts how often ``"gather"`` moves keys, or gradients of keys.
-    """
     moved = received_bytes(call, ranks, exchange)
+    if exchange == "blocks":
+        moved *= fetched
     each = _seconds(moved, ranks, machine)
-    if exchange == "heads":
-        communication = each + 2 * machine.latency * (ranks > 1)
-        return Cost(compute, communication, compute + communication)
     chunks = chunks_of(call)
-    step = exchanges * each / chunks + machine.latency * exchanges * (ranks > 1)
+    latency = machine.latency * (ranks > 1)
+    if exchange == "heads":
+        parts = [_in_turn(x, each + 2 * latency) for x in (forward_compute, backward_compute)]
+    else:
+        parts = [_pipelined(forward_compute, chunks, each / chunks + latency)]
+        if exchange == "gather":
+            parts += [_pipelined(backward_compute, chunks, 2 * (each / chunks + latency))]
+        else:
+            parts += [_in_turn(backward_compute, each + chunks * latency)]
+    return Cost(*(sum(values) for values in zip(*parts[: 1 + backward], strict=True)))
+
+
+def _in_turn(compute: float, communication: float) -> Cost:
+    return Cost(compute, communication, compute + communication)
+
+
+def _pipelined(compute: float, chunks: int, step: float) -> Cost:
+    """Returns the cost of a pass whose chunks each communicate for ``step`` seconds."""
     # A pipeline: the first chunk comes before any computation, the last one is followed by it.
     total = step + (chunks - 1) * max(step, compute / chunks) + compute / chunks
     return Cost(compute, chunks * step, total)
@@ -146,9 +169,9 @@ def received_bytes(call: SpreadCall, ranks: int, exchange: str) -> float:
     """Returns the bytes that the last rank receives in the forward call."""
     others = call.batch * call.length * (ranks - 1) / ranks  # tokens
     features = 2 * call.head_dim * call.element_size
-    if exchange == "gather":
-        return others * features * call.kv_heads
-    return others * features * (call.heads + max(call.kv_heads, ranks)) / ranks
+    if exchange == "heads":
+        return others * features * (call.heads + max(call.kv_heads, ranks)) / ranks
+    return others * features * call.kv_heads
 
 
 def _seconds(moved: float, ranks: int, machine: Machine) -> float:

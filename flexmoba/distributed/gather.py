@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from flexmoba.distributed.attend import Attention
 from flexmoba.distributed.plan import Plan
-from flexmoba.distributed.ranks import Pending, all_to_all
+from flexmoba.distributed.ranks import Pending, Ranks, all_to_all
 from flexmoba.distributed.saved import Input, SavedTensors
 from flexmoba.runtime import no_second_derivatives
 
@@ -46,7 +46,7 @@ def attend_by_gathering(
     Returns:
         The output ``(B, Hq, L, Dv)`` and the log-sum-exp ``(B, Hq, L)`` or None.
     """
-    chunks = _chunks(k, v, plan)
+    chunks = chunks_of(k, v, plan.ranks)
     call = _Call(attention, plan, chunks, q.shape[1] // k.shape[1], with_lse, max_seqlen)
     if plan.sends_nothing:  # then there is one part
         out, lse = call.attend(0, q, k, v, first_head=0)
@@ -93,11 +93,11 @@ class _Call(NamedTuple):
         return self.attention(q, k, v, first_head=first_head, first_key=first_key, **documents)
 
 
-def _chunks(k: Tensor, v: Tensor, plan: Plan) -> list[tuple[int, int]]:
+def chunks_of(k: Tensor, v: Tensor, ranks: Ranks) -> list[tuple[int, int]]:
     """Divides the KV heads, in the same way on all ranks."""
     batch, heads, _, dim = k.shape
     features = batch * (dim + v.shape[-1])
-    per_head = max(1, plan.ranks.total * features * k.element_size())
+    per_head = max(1, ranks.total * features * k.element_size())
     at_once = max(1, BYTES_AT_ONCE // per_head)
     return [(first, min(first + at_once, heads)) for first in range(0, heads, at_once)]
 
@@ -113,37 +113,37 @@ def _for_each_chunk(
     The gathered tensors are keys and values of each part. They exist until the call returns, so
     that at most two chunks exist.
     """
-    following: Pending | None = _start_gathering(k, v, call, 0)
+    own = [(k[:, first:end], v[:, first:end]) for first, end in call.chunks]
+    following: Pending | None = start_gathering(*own[0], call.plan)
     for chunk in range(len(call.chunks)):
         assert following is not None
-        gathered = _arranged(following.wait(), k, v, call, chunk)
+        gathered = arranged(following.wait(), *own[chunk], call.plan)
         following = None  # frees the received tensor before the next one is allocated
         if chunk + 1 < len(call.chunks):
-            following = _start_gathering(k, v, call, chunk + 1)
+            following = start_gathering(*own[chunk + 1], call.plan)
         function(chunk, gathered)
         del gathered
 
 
-def _start_gathering(k: Tensor, v: Tensor, call: _Call, chunk: int) -> Pending:
-    """Starts to send the last keys and values of this rank, side by side, to the ranks after it."""
-    first, end = call.chunks[chunk]
-    k, v = k[:, first:end], v[:, first:end]
-    sent, received = call.plan.sent(), call.plan.received(call.plan.ranks.rank)
+def start_gathering(k: Tensor, v: Tensor, plan: Plan) -> Pending:
+    """Starts to send the last keys and values of this rank, side by side, to the ranks after it.
+
+    ``k (B, heads, L, D)`` and ``v (B, heads, L, Dv)`` are those of a chunk.
+    """
+    sent, received = plan.sent(), plan.received(plan.ranks.rank)
     parts = [
         torch.cat([x[:, :, x.shape[2] - count :] for x in (k, v)], dim=-1).flatten()
         for count in sent
     ]
     features = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3])
     sizes = [features * count for count in sent], [features * count for count in received]
-    return all_to_all(torch.cat(parts), *sizes, call.plan.ranks.group)
+    return all_to_all(torch.cat(parts), *sizes, plan.ranks.group)
 
 
-def _arranged(received: Tensor, k: Tensor, v: Tensor, call: _Call, chunk: int) -> list[Tensor]:
-    """Returns contiguous keys and values of each part."""
-    first, end = call.chunks[chunk]
-    own = k[:, first:end], v[:, first:end]
-    batch, heads, _, dim = own[0].shape
-    counts = call.plan.received(call.plan.ranks.rank)
+def arranged(received: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[Tensor]:
+    """Returns contiguous keys and values of each part, given those of this rank."""
+    batch, heads, _, dim = k.shape
+    counts = plan.received(plan.ranks.rank)
     features = batch * heads * (dim + v.shape[3])
     shards = [
         x.view(batch, heads, count, -1)
@@ -151,12 +151,12 @@ def _arranged(received: Tensor, k: Tensor, v: Tensor, call: _Call, chunk: int) -
         if count > 0
     ]
     gathered = []
-    for queries, first_key, _ in call.plan.parts:
-        is_later = first_key > call.plan.first_keys[call.plan.ranks.rank]
+    for queries, first_key, _ in plan.parts:
+        is_later = first_key > plan.first_keys[plan.ranks.rank]
         before = [] if is_later else shards
         gathered += [
             torch.cat([*(x[..., part] for x in before), mine[:, :, queries]], dim=2)
-            for part, mine in zip((slice(dim), slice(dim, None)), own, strict=True)
+            for part, mine in zip((slice(dim), slice(dim, None)), (k, v), strict=True)
         ]
     return gathered
 
@@ -258,12 +258,12 @@ def _gradients(
     dq = torch.empty_like(q) if needs_q else None
     dk = torch.empty_like(k) if needs_k else None
     dv = torch.empty_like(v) if needs_v else None
-    under_way: list[_Reducing] = []
+    under_way: list[tuple[int, Reducing]] = []
 
     def finish() -> None:
-        reducing = under_way.pop(0)
-        first, end = call.chunks[reducing.chunk]
-        both = _reduced(reducing, call.plan).split((k.shape[3], v.shape[3]), dim=-1)
+        chunk, reducing = under_way.pop(0)
+        first, end = call.chunks[chunk]
+        both = reduced(reducing, call.plan).split((k.shape[3], v.shape[3]), dim=-1)
         for x, grad in zip((dk, dv), both, strict=True):
             if x is not None:
                 x[:, first:end] = grad
@@ -288,7 +288,8 @@ def _gradients(
         if of_keys:
             if under_way:
                 finish()
-            under_way.append(_start_reducing(torch.cat(of_keys, dim=2), chunk, call.plan))
+            grad = torch.cat(of_keys, dim=2)
+            under_way.append((chunk, start_reducing(grad, call.plan)))
 
     _for_each_chunk(k, v, call, attend)
     saved.tensors, saved.output = (), None
@@ -332,22 +333,20 @@ def _check_captured(out: Tensor, anchor: Tensor) -> None:
         nodes += [following for following, _ in node.next_functions if following is not None]
 
 
-class _Reducing(NamedTuple):
-    """Gradients that are under way to the ranks of their tokens.
+class Reducing(NamedTuple):
+    """Gradients of a chunk that are under way to the ranks of their tokens.
 
     Attributes:
         pending: The collective.
         own: The gradients of this rank's keys and values from its own queries, side by side,
             ``(B, heads, L, D + Dv)``.
-        chunk: The chunk.
     """
 
     pending: Pending
     own: Tensor
-    chunk: int
 
 
-def _start_reducing(grad: Tensor, chunk: int, plan: Plan) -> _Reducing:
+def start_reducing(grad: Tensor, plan: Plan) -> Reducing:
     """Starts to send gradients of gathered keys and values to the ranks of their tokens.
 
     ``grad (B, heads, keys, D + Dv)`` holds those of keys and values side by side.
@@ -357,15 +356,15 @@ def _start_reducing(grad: Tensor, chunk: int, plan: Plan) -> _Reducing:
     features = grad.shape[0] * grad.shape[1] * grad.shape[3]
     parts = torch.cat([x.flatten() for x in (*shards, own[:, :, :0])])
     sizes = [features * count for count in received], [features * count for count in sent]
-    return _Reducing(all_to_all(parts, *sizes, plan.ranks.group), own, chunk)
+    return Reducing(all_to_all(parts, *sizes, plan.ranks.group), own)
 
 
-def _reduced(reducing: _Reducing, plan: Plan) -> Tensor:
+def reduced(reducing: Reducing, plan: Plan) -> Tensor:
     """Returns the gradients of this rank's keys and values, ``(B, heads, L, D + Dv)``.
 
     It adds them in the order of ranks, in float32 (float64 for float64 inputs).
     """
-    pending, own, _ = reducing
+    pending, own = reducing
     total = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
     counts, features = plan.sent(), own.shape[0] * own.shape[1] * own.shape[3]
     received = pending.wait().split([features * count for count in counts])

@@ -1,5 +1,6 @@
 """The exchange by heads: each rank gets the complete sequence for its share of the heads."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ def attend_by_heads(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    attention: Attention,
+    attention: Attention | Callable[..., tuple[Tensor, Tensor]],
     ranks: Ranks,
     *,
     with_lse: bool,
@@ -25,7 +26,7 @@ def attend_by_heads(
         q: This rank's queries, ``(B, Hq, L, D)``.
         k: This rank's keys, ``(B, Hkv, L, D)``.
         v: This rank's values, ``(B, Hkv, L, Dv)``.
-        attention: The attention.
+        attention: The attention, or a function of the same arguments.
         ranks: The ranks, whose number divides ``Hkv``, or divides ``Hq`` and is a multiple of
             ``Hkv``.
         with_lse: Whether to return the log-sum-exp.
@@ -51,12 +52,17 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, to_heads: bool, *tensors: Tensor) -> Any:
         ctx.ranks, ctx.to_heads = ranks, to_heads
-        return split_by_heads(ranks, *tensors) if to_heads else split_by_tokens(ranks, *tensors)
+        return _split(ranks, to_heads, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        split = _Exchange.apply(ctx.ranks, not ctx.to_heads, *grads)  # type: ignore[no-untyped-call]
-        return None, None, *split
+        # A graph of torch.compile has no second derivatives.
+        split = _split if torch.compiler.is_compiling() else _Exchange.apply
+        return None, None, *split(ctx.ranks, not ctx.to_heads, *grads)
+
+
+def _split(ranks: Ranks, to_heads: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return split_by_heads(ranks, *tensors) if to_heads else split_by_tokens(ranks, *tensors)
 
 
 def split_by_heads(ranks: Ranks, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -51,11 +52,24 @@ class Ranks(NamedTuple):
         return self.lengths[self.rank]
 
 
+def all_ranks(mesh: DeviceMesh) -> DeviceMesh:
+    """Returns the ranks of a mesh as a mesh of one dimension."""
+    return mesh if mesh.ndim == 1 else mesh._flatten()
+
+
+def ranks_of(mesh: DeviceMesh, lengths: Sequence[int]) -> Ranks:
+    """Returns the ranks of a mesh, which have ``lengths`` tokens."""
+    # The range makes dynamo compile each length apart. In a graph, autograd functions cannot take
+    # symbolic lengths.
+    constants = tuple(len(range(n)) for n in lengths)
+    return Ranks(mesh.get_group(), mesh.get_local_rank(), constants)
+
+
 class Pending(NamedTuple):
     """A collective that runs in the background. It keeps its tensors alive.
 
     Attributes:
-        work: The handle of torch.
+        work: The handle of torch; None in a graph of torch.compile.
         received: The tensor that the collective fills.
         sent: The tensor that the collective reads.
     """
@@ -66,18 +80,27 @@ class Pending(NamedTuple):
 
     def wait(self) -> Tensor:
         """Returns the received tensor; on CUDA, the stream waits for it and the host does not."""
+        if self.work is None:
+            received: Tensor = torch.ops._c10d_functional.wait_tensor(self.received)
+            return received
         self.work.wait()
         return self.received
 
 
-def check_mesh(mesh: DeviceMesh) -> None:
-    """Raises unless ``mesh`` is a mesh of one dimension."""
+def check_mesh(mesh: DeviceMesh, ndim: int = 1) -> None:
+    """Raises unless ``mesh`` is a mesh of one dimension, or of two."""
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(
             f"mesh must be a torch.distributed.device_mesh.DeviceMesh, got {type(mesh).__name__}; "
             "make one with init_device_mesh"
         )
-    if mesh.ndim != 1:
+    if ndim == 2 and (mesh.ndim != 2 or mesh.mesh_dim_names is None):
+        raise ValueError(
+            f"mesh must have two dimensions with names for a pair of exchanges, nodes and the "
+            f"ranks of a node, got {mesh.ndim} ({mesh.mesh_dim_names}); pass such as "
+            "mesh['node', 'gpu']"
+        )
+    if mesh.ndim > ndim:
         raise ValueError(
             f"mesh must have one dimension, the ranks that share a sequence, got {mesh.ndim} "
             f"({mesh.mesh_dim_names}); pass one of them, such as mesh['context']"
@@ -108,6 +131,11 @@ def all_to_all(
     Returns:
         The collective. The received tensor is ``(sum(received_sizes),)``.
     """
+    if torch.compiler.is_compiling():
+        received = torch.ops._c10d_functional.all_to_all_single(
+            x, list(received_sizes), list(sizes), group.group_name
+        )
+        return Pending(None, received, x)
     received = x.new_empty(sum(received_sizes))
     work = dist.all_to_all_single(
         received, x, list(received_sizes), list(sizes), group=group, async_op=True

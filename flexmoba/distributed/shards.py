@@ -8,9 +8,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from flexmoba.distributed.agreement import agree_on_lengths
-from flexmoba.distributed.choice import ExchangeName, check_exchange_name
+from flexmoba.distributed.choice import ExchangeName, NestedExchange, check_exchange_name
 from flexmoba.distributed.context_parallel import context_parallel_moba
-from flexmoba.distributed.ranks import Ranks, all_to_all, check_mesh
+from flexmoba.distributed.ranks import Ranks, all_ranks, all_to_all, check_mesh, ranks_of
+from flexmoba.distributed.traced import graph_must_be_whole
 
 _UNSUPPORTED = ("cache", "document_ids", "key_padding_mask")
 
@@ -28,14 +29,15 @@ class ContextParallel(ParallelStyle):
     over the ranks, for example by FSDP2 on a mesh that contains these ranks.
 
     Args:
-        exchange: The exchange of `context_parallel_moba`.
+        exchange: The exchange of `context_parallel_moba`; a pair needs a mesh of two dimensions.
         equal_lengths: Whether all ranks always have as many tokens as this one. The ranks then
             compare neither lengths nor arguments, and the host does not wait for the device.
+            ``torch.compile`` with ``fullgraph=True`` needs it.
 
     Raises:
         TypeError: The mesh is not a ``DeviceMesh``.
-        ValueError: The exchange does not exist, the mesh has more than one dimension, or the module
-            contains no `FlexMoba`.
+        ValueError: The exchange does not exist, the mesh has the wrong number of dimensions, or the
+            module contains no `FlexMoba`.
 
     Examples:
         One rank has the complete sequence.
@@ -55,7 +57,12 @@ class ContextParallel(ParallelStyle):
         >>> dist.destroy_process_group()
     """
 
-    def __init__(self, *, exchange: ExchangeName = "auto", equal_lengths: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        exchange: ExchangeName | NestedExchange = "auto",
+        equal_lengths: bool = False,
+    ) -> None:
         """Checks and stores the options."""
         super().__init__()
         check_exchange_name(exchange)
@@ -63,7 +70,7 @@ class ContextParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """Sets the shards of every `FlexMoba`; ``parallelize_module`` calls it."""
-        check_mesh(device_mesh)
+        check_mesh(device_mesh, 2 if isinstance(self.exchange, tuple) else 1)
         # Not by type, since flexmoba.nn imports this room.
         found = [x for x in module.modules() if hasattr(x, "sequence_shards")]
         if not found:
@@ -81,14 +88,20 @@ class SequenceShards:
     """The shards of sequences over the ranks of a mesh.
 
     Args:
-        mesh: A mesh of one dimension. Its ranks hold the tokens in their order.
+        mesh: The mesh of `context_parallel_moba`. Its ranks hold the tokens in their order.
         exchange: The exchange of `context_parallel_moba`.
         equal_lengths: Whether all ranks always have the same number of tokens.
+
+    Attributes:
+        mesh: The ranks as a mesh of one dimension.
     """
 
-    def __init__(self, mesh: DeviceMesh, exchange: ExchangeName, equal_lengths: bool) -> None:
+    def __init__(
+        self, mesh: DeviceMesh, exchange: ExchangeName | NestedExchange, equal_lengths: bool
+    ) -> None:
         """Stores the arguments."""
-        self.mesh, self.exchange, self.equal_lengths = mesh, exchange, equal_lengths
+        self.mesh, self.equal_lengths = all_ranks(mesh), equal_lengths
+        self.exchange, self._mesh_of_exchange = exchange, mesh
 
     def check(self, **options: Any) -> None:
         """Raises unless shards support the options of a call."""
@@ -99,14 +112,13 @@ class SequenceShards:
                     "by cu_seqlens, and decode with a module without it"
                 )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def ranks(self, k: Tensor) -> Ranks:
         """Returns the ranks, of which this one has the keys ``(B, Hkv, L_r, D)``."""
         if self.equal_lengths:
             lengths = (k.shape[2],) * self.mesh.size()
         else:
-            lengths = agree_on_lengths(k, self.mesh)
-        return Ranks(self.mesh.get_group(), self.mesh.get_local_rank(), lengths)
+            lengths = _compared_lengths(k, self.mesh)
+        return ranks_of(self.mesh, lengths)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, block_size: int, topk: int | None, **options: Any
@@ -117,13 +129,12 @@ class SequenceShards:
         lengths = [q.shape[2]] * self.mesh.size() if self.equal_lengths else None
         return context_parallel_moba(
             *(q, k, v, block_size, topk),
-            mesh=self.mesh,
+            mesh=self._mesh_of_exchange,
             exchange=self.exchange,
             lengths=lengths,
             **options,
         )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before(self, x: Tensor, n: int, ranks: Ranks) -> Tensor:
         """Returns the ``n`` tokens before this rank's first one, differentiable.
 
@@ -135,8 +146,23 @@ class SequenceShards:
         Returns:
             ``(B, H, n, D)`` in the dtype of ``x``, with zeros before the sequence.
         """
-        found: Tensor = _Before.apply(x, n, ranks)  # type: ignore[no-untyped-call]
+        is_traced = torch.compiler.is_compiling() and graph_must_be_whole()
+        function = _before if is_traced else _before_eagerly
+        found: Tensor = function(x, n, ranks)
         return found
+
+
+_compared_lengths = torch.compiler.disable(
+    agree_on_lengths, reason="torch.compile traces ContextParallel with equal_lengths=True"
+)
+
+
+def _before(x: Tensor, n: int, ranks: Ranks) -> Tensor:
+    found: Tensor = _Before.apply(x, n, ranks)  # type: ignore[no-untyped-call]
+    return found
+
+
+_before_eagerly = torch.compiler.disable(_before)
 
 
 class _Before(torch.autograd.Function):
@@ -144,18 +170,19 @@ class _Before(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, n: int, ranks: Ranks) -> Tensor:
-        ctx.n, ctx.ranks, ctx.shape = n, ranks, x.shape
+        batch, heads, length, dim = x.shape
+        ctx.n, ctx.ranks, ctx.shape = n, ranks, (batch, heads, length, dim)
         counts = [_counts(rank, n, ranks) for rank in range(ranks.size)]
-        size = x.shape[0] * x.shape[1] * x.shape[3]
+        size = batch * heads * dim
         sent = [count[ranks.rank] for count in counts]
         received = counts[ranks.rank]
-        parts = torch.cat([x[:, :, x.shape[2] - count :].flatten() for count in sent])
+        parts = torch.cat([x[:, :, length - count :].flatten() for count in sent])
         sizes = [size * count for count in sent], [size * count for count in received]
         found = all_to_all(parts, *sizes, ranks.group).wait()
-        result = x.new_zeros((*x.shape[:2], n, x.shape[3]))
+        result = x.new_zeros((batch, heads, n, dim))
         end = n - sum(received)
         for part, count in zip(found.split(sizes[1]), received, strict=True):
-            result[:, :, end : end + count] = part.view(*x.shape[:2], count, x.shape[3])
+            result[:, :, end : end + count] = part.view(batch, heads, count, dim)
             end += count
         return result
 
