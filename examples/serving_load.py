@@ -23,7 +23,7 @@ full size, one GPU of 80 GB, the shape of Llama 3.2 1B:
 
 sizes that sdpa can serve, one GPU:
   python examples/serving_load.py --layers 16 --width 2048 --heads 32 --kv-heads 8 \\
-      --vocabulary 128256 --requests 16 --shortest 1024 --longest 16384 --new-tokens 256 \\
+      --vocabulary 128256 --requests 16 --shortest 1024 --longest 16384 --new-tokens 128 \\
       --block-size 128 --topk 8 --batch-tokens 8192 --attention moba dense sdpa --json small.json
 """
 
