@@ -18,7 +18,7 @@ toy size, a minute on a CPU:
 
 full size, one GPU of 80 GB, the shape of Llama 3.2 1B:
   python examples/serving_load.py --layers 16 --width 2048 --heads 32 --kv-heads 8 \\
-      --vocabulary 128256 --requests 64 --shortest 1024 --longest 131072 --new-tokens 128 \\
+      --vocabulary 128256 --requests 64 --shortest 1024 --longest 131072 --new-tokens 256 \\
       --block-size 128 --topk 8 --batch-tokens 16384 --json load.json
 
 sizes that sdpa can serve, one GPU:
@@ -36,7 +36,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+)
 
 from flexmoba.bench import describe
 from flexmoba.integrations.transformers import convert
@@ -48,7 +53,7 @@ ALLOWED_GAP = 0.3  # standard deviations of the logits, see `mean_gap`
 WARM_TOKENS = 4  # of each request in the pass that compiles
 
 
-def model_of(o: argparse.Namespace, attention: str) -> LlamaForCausalLM:
+def model_of(o: argparse.Namespace, attention: str) -> Any:
     """Returns a random model with an attention; its weights do not depend on the attention."""
     config = LlamaConfig(
         vocab_size=o.vocabulary,
@@ -64,11 +69,11 @@ def model_of(o: argparse.Namespace, attention: str) -> LlamaForCausalLM:
         eos_token_id=None,
         pad_token_id=0,
     )
-    config._attn_implementation = "sdpa"
+    dtype = torch.bfloat16 if "cuda" in o.device else torch.float32
     torch.manual_seed(0)
     with torch.device(o.device):
-        model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16 if "cuda" in o.device else torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.eval()
     for layer in model.model.layers:
         # Random queries and keys would select all keys alike, and no token would depend on MoBA.
         layer.self_attn.q_proj.weight.data *= 6

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from flexmoba.integrations.transformers import convert
 from tests.servers import running
@@ -43,6 +43,7 @@ OPTIONS = {
     "max_num_seqs": 8,
     "attention_backend": "CUSTOM",
 }
+NGRAMS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 
 
 def llama(**changes):
@@ -58,6 +59,16 @@ def llama(**changes):
         | changes
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def gemma():
+    """Returns a small random model with a layer of sliding windows."""
+    config = Gemma3TextConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"], max_position_embeddings=LONGEST,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config).eval()
 
 
 def saved(model, folder: Path) -> str:
@@ -109,7 +120,7 @@ def run(model: str, rounds: list[list[list[int]]], **options) -> list[dict]:
     [
         (64, [3, None], {"sink_blocks": 0}),
         (128, [3, 2], {"gate": "group", "sink_blocks": 1}),
-        (256, [3, 3], {"sink_blocks": 1, "local_blocks": 1}),
+        (256, [9, 9], {"eval_topk": [3, 3], "sink_blocks": 1, "local_blocks": 1}),
         (512, [2, 2], {"sink_blocks": 0}),
     ],
 )
@@ -154,11 +165,17 @@ def test_compiled_and_divided_models(tmp_path, options):
         (3, {}, {"kv_cache_dtype": "fp8"}, "does not support kv_cache_dtype=fp8"),
         (3, {"impl": "portable"}, {}, "pages do not support impl='portable'; convert the model"),
         (3, {"gate_block_size": 16}, {}, "pages do not support gate_block_size=16; convert the m"),
+        (3, {"block_size": 128, "gate": "tile"}, {"block_size": 128}, "support gate='tile'; conve"),
+        (3, {"make": gemma}, {}, "does not support a sliding window in vLLM; omit the option of"),
+        (3, {}, {"speculative_config": NGRAMS}, "does not support speculative decoding in vLLM"),
         (None, None, {}, "the config of the model has no flexmoba settings; convert the model"),
     ],
 )  # fmt: skip
 def test_start_up_raises_if_the_model_cannot_be_served(tmp_path, topk, settings, options, text):
-    model = llama() if settings is None else convert(llama(), 64, topk, **settings)
+    given = {"make": llama, "block_size": 64, "topk": topk} | (settings or {})
+    model = given.pop("make")()
+    if settings is not None:
+        convert(model, **given)
     with pytest.raises(RuntimeError, match=text):
         run(saved(model, tmp_path), [prompts(64)], **{"block_size": 64, **options})
 

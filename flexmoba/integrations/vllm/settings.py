@@ -97,8 +97,8 @@ def check_features(used: Mapping[str, bool]) -> None:
     names = [name for name, is_used in used.items() if is_used]
     if names:
         raise ValueError(
-            f"flexmoba does not support {', '.join(names)} in vLLM; omit the option, or serve the "
-            "model by generate_batch of transformers"
+            f"flexmoba does not support {', '.join(names)} in vLLM; omit the option of the server, "
+            "or run the model by generate of transformers"
         )
 
 
