@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from flexmoba import MobaCache, gate, moba_select, selected_attention
 from flexmoba.backends.fused import backward as backward_pass
@@ -151,6 +152,28 @@ def results_of(q, k, v, routed, block_size) -> dict[str, torch.Tensor]:
     grads = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in results]
     names = ("out", "lse", "d_q", "d_k", "d_v")
     return dict(zip(names, (*results, *torch.autograd.grad(results, inputs, grads)), strict=True))
+
+
+def test_plain_calls_and_operators_give_equal_results():
+    inputs = [*SMALL.tensors(), gated(SMALL)[..., 1:]]
+    plain = results_of(*inputs, SMALL.block_size)
+    with FlopCounterMode(display=False) as counter:  # observes operators, so they are called
+        observed = results_of(*inputs, SMALL.block_size)
+    counts = counter.get_flop_counts()["Global"]
+    operators = torch.ops.flexmoba
+    assert {operators.attend_fused, operators.attend_fused_backward} <= set(counts)
+    for name, x in observed.items():
+        assert_bitwise_equal(x, plain[name])
+
+
+def test_plain_calls_have_no_second_derivatives():
+    *inputs, routed = *SMALL.tensors(), gated(SMALL)[..., 1:]
+    inputs = [x.requires_grad_() for x in inputs]
+    selection = BlockSelection(routed, SMALL.block_size)
+    out, _ = fused_attention(*inputs, selection, AttentionOptions("fused", 0.3, True))
+    (grad,) = torch.autograd.grad(out.sum(), inputs[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="attention has no second derivatives"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize("rows", [3, 16, 64])
