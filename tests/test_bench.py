@@ -305,8 +305,10 @@ def test_the_targets_are_measured(monkeypatch, tmp_path, capsys):
     file = tmp_path / "results.json"
     options = ["--device", "cpu", "--dtype", "float32", "--json", str(file)]
     assert main(["bench", "--preset", "targets", *options]) == 0
-    results = json.loads(file.read_text())["results"]
+    report = json.loads(file.read_text())
+    results = report["results"]
     assert [bool(x.get("both_ms")) for x in results] == [x.backward for x in small]
+    assert [x["quantity"] for x in report["targets"]] == [x.target for x in small]
     table = capsys.readouterr().out.split("Targets\n\n")[1]
     assert table.count("\n| 1 x ") == len(small)
 
