@@ -247,9 +247,6 @@ def finish_query_grads_kernel(
     head, first_row, row, valid = query_tile_rows(first_tile + tl.program_id(0), q_len, ROWS)
     query = head * q_len + row
     d_q = tl.zeros([ROWS, TILE_DIM], tl.float32)
-    partial = (query - piece_query).to(tl.int64) * COUNT
-    if COUNT > 0:  # gradients of pairs are loaded one column ahead, the first during the products
-        next_grad = load_rows(partial_ptr, partial * DIM, DIM, TILE_DIM)
     if IS_CAUSAL:
         q_ptr += head_offset(head, heads, q_stride_b, q_stride_h, UNIT)
         q = load_rows(q_ptr, row.to(tl.int64) * Q_STRIDE, DIM, TILE_DIM)
@@ -281,10 +278,9 @@ def finish_query_grads_kernel(
             attends_own = tl.load(own_ptr + query) != 0
             d_q = tl.where(attends_own[:, None], d_q, 0.0)
     routed_offset = query.to(tl.int64) * COUNT
+    partial = (query - piece_query).to(tl.int64) * COUNT
     for column in range(COUNT):
         selected = tl.load(routed_ptr + routed_offset + column) >= 0
-        pair_grad = next_grad
-        offset = (partial + tl.minimum(column + 1, COUNT - 1)) * DIM
-        next_grad = load_rows(partial_ptr, offset, DIM, TILE_DIM)
+        pair_grad = load_rows(partial_ptr, (partial + column) * DIM, DIM, TILE_DIM)
         d_q += tl.where(selected[:, None], pair_grad, 0.0).to(tl.float32)
     store_rows(d_q_ptr, query.to(tl.int64) * DIM, valid, d_q, DIM, TILE_DIM)

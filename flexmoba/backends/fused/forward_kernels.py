@@ -129,7 +129,7 @@ def finish_kernel(
     v_stride_b: tl.int64, v_stride_h: tl.int64,
     first_tile: tl.int32, piece_query: tl.int32, heads: tl.int32, kv_heads: tl.int32,
     q_len: tl.int32, kv_len: tl.int32, factor: tl.float32,
-    IS_CAUSAL: tl.constexpr, HAS_OWN: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_OWN: tl.constexpr, COUNT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
     TILE_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_DIM: tl.constexpr,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, UNIT: tl.constexpr,
@@ -140,9 +140,6 @@ def finish_kernel(
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, TILE_VALUE_DIM], tl.float32)
-    partial = (query - piece_query).to(tl.int64) * COUNT
-    if COUNT > 0:  # partial outputs are loaded one column ahead, the first during the attention
-        next_out = load_rows(partial_ptr, partial * VALUE_DIM, VALUE_DIM, TILE_VALUE_DIM)
     if IS_CAUSAL:
         q_ptr += head_offset(head, heads, q_stride_b, q_stride_h, UNIT)
         q = load_rows(q_ptr, row.to(tl.int64) * Q_STRIDE, DIM, TILE_DIM)
@@ -172,15 +169,13 @@ def finish_kernel(
 
     # The merge, by online softmax (arXiv 2502.13189, Alg. 1, line 16).
     routed_offset = query.to(tl.int64) * COUNT
+    partial = (query - piece_query).to(tl.int64) * COUNT
     base = highest
-    if COUNT > 0:
-        columns = tl.arange(0, COLUMNS)[None, :]
-        blocks = tl.load(
-            routed_ptr + routed_offset[:, None] + columns, mask=columns < COUNT, other=-1
-        )
-        # Log-sum-exps are undefined where there is no block.
-        lses = tl.load(partial_lse_ptr + partial[:, None] + columns, mask=columns < COUNT)
-        base = tl.maximum(base, tl.max(tl.where(blocks >= 0, lses, float("-inf")), 1))
+    for column in range(COUNT):
+        selected = tl.load(routed_ptr + routed_offset + column) >= 0
+        partial_lse = tl.load(partial_lse_ptr + partial + column)  # undefined if the column is -1
+        partial_lse = tl.where(selected, partial_lse, float("-inf"))
+        base = tl.maximum(base, partial_lse)
     base = tl.where(base == float("-inf"), 0.0, base)
     decay = tl.exp2(highest - base)
     total *= decay
@@ -188,9 +183,8 @@ def finish_kernel(
     for column in range(COUNT):
         selected = tl.load(routed_ptr + routed_offset + column) >= 0
         partial_lse = tl.load(partial_lse_ptr + partial + column)
-        partial_out = next_out
-        offset = (partial + tl.minimum(column + 1, COUNT - 1)) * VALUE_DIM
-        next_out = load_rows(partial_ptr, offset, VALUE_DIM, TILE_VALUE_DIM)
+        offset = (partial + column) * VALUE_DIM
+        partial_out = load_rows(partial_ptr, offset, VALUE_DIM, TILE_VALUE_DIM)
         weight = tl.where(selected, tl.exp2(partial_lse - base), 0.0)
         total += weight
         out += tl.where(selected[:, None], partial_out, 0.0).to(tl.float32) * weight[:, None]

@@ -43,7 +43,6 @@ def _constants(
         "HAS_OWN": has_own,
         "GROUP": sizes.group,
         "COUNT": sizes.count,
-        "COLUMNS": next_power_of_2(sizes.count),
         "BLOCK_SIZE": sizes.block_size,
         "DIM": sizes.dim,
         "TILE_DIM": next_power_of_2(sizes.dim),
