@@ -27,7 +27,7 @@ def is_plain_call(*tensors: Tensor) -> bool:
     """
     return not (
         torch.compiler.is_compiling()
-        or any(type(x) is not Tensor and type(x) is not Parameter for x in tensors)
+        or any(type(x) not in (Tensor, Parameter) or x.is_meta for x in tensors)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
