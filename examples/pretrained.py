@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -24,7 +25,10 @@ from flexmoba.integrations.transformers import convert
 
 def load(folder: str, gguf: str | None = None, **options: Any) -> PreTrainedModel:
     """Loads a model from a folder, or ends the program with the reason why it cannot."""
-    file = {"gguf_file": gguf} if gguf else {}
+    file: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    if gguf and hasattr(transformers, "GgufConfig"):
+        # Otherwise newer versions may keep weights packed, and neither train nor save the model.
+        file["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, attn_implementation="sdpa", **file, **options

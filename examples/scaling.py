@@ -10,7 +10,7 @@ A result has the milliseconds of a forward call and of a forward with backward: 
 --repeats calls after --warm calls on each rank, the largest of all ranks. "compute" is the time of
 the same attention on each rank without communication, for inputs that already lie there. "exposed"
 is the share of the time that is not compute: communication that no computation hides, and copies.
-"imbalance" is the share of the longest compute that the rank with the shortest one has not.
+"imbalance" is the share by which the longest compute exceeds the mean of all ranks.
 "link" is the rate at which a rank receives in an all-to-all of the size of its keys and values.
 
 "modeled" is the time of the cost model of flexmoba.distributed, whose rates come from process 0 and
@@ -53,7 +53,7 @@ SAMPLED = 64  # queries of each rank whose outputs are compared
 
 
 class Shard:
-    """The tokens of this rank: random q, k, v and a gradient of the output.
+    """The tokens of this rank: random q, k and v.
 
     Args:
         o: The options of the program.
@@ -66,9 +66,9 @@ class Shard:
         self.rank, self.ranks = (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
         self.tokens = length // self.ranks
         start = self.rank * self.tokens
-        self.q, self.k, self.v, self.grad = (
+        self.q, self.k, self.v = (
             self.normal(seed, heads, start, start + self.tokens)
-            for seed, heads in enumerate((o.heads, o.kv_heads, o.kv_heads, o.heads))
+            for seed, heads in enumerate((o.heads, o.kv_heads, o.kv_heads))
         )
 
     def normal(self, seed: int, heads: int, start: int, end: int) -> Tensor:
@@ -91,33 +91,33 @@ class Shard:
         options: dict[str, Any] = {"mesh": mesh, "exchange": exchange, "lengths": lengths}
         return context_parallel_moba(self.q, self.k, self.v, o.block_size, o.topk, **options)
 
-    def without_communication(self, exchange: str) -> tuple[Tensor, ...]:
-        """Returns q, k, v and a gradient of the attention that this rank computes."""
+    def without_communication(self, exchange: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns q, k and v of the attention that this rank computes."""
         o, kv_heads = self.o, self.o.kv_heads
         if exchange == "gather":
             end = (self.rank + 1) * self.tokens
-            return self.q, *(self.normal(seed, kv_heads, 0, end) for seed in (1, 2)), self.grad
+            return self.q, self.normal(1, kv_heads, 0, end), self.normal(2, kv_heads, 0, end)
         heads, kv_heads = o.heads // self.ranks, max(1, kv_heads // self.ranks)
-        return tuple(
-            self.normal(seed, n, 0, self.length)
-            for seed, n in enumerate((heads, kv_heads, kv_heads, heads))
+        q, k, v = (
+            self.normal(i, n, 0, self.length) for i, n in enumerate((heads, *[kv_heads] * 2))
         )
+        return q, k, v
 
     def times(
-        self, attend: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor
+        self, attend: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor
     ) -> dict[str, Any]:
         """Measures a forward call, and a forward with backward."""
         with torch.no_grad():
             found = self.time(attend, "forward")
         if self.o.backward:
-            inputs = [x.requires_grad_() for x in (q, k, v)]
+            inputs, grad = [x.requires_grad_() for x in (q, k, v)], torch.randn_like(q)
             found |= self.time(lambda: torch.autograd.grad(attend(), inputs, grad), "both")
             for x in inputs:
                 x.requires_grad_(False)
         return found
 
     def time(self, call: Callable[[], Any], name: str) -> dict[str, Any]:
-        """Returns median milliseconds of a call, most and least of all ranks, and peak MiB."""
+        """Returns median milliseconds of a call, most and mean of all ranks, and peak MiB."""
         o, cuda = self.o, self.o.device_type == "cuda"
         for _ in range(o.warm):
             call()
@@ -133,17 +133,22 @@ class Shard:
             taken.append((time.perf_counter() - began) * 1e3)
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0
         ms = statistics.median(taken)
-        most, least, peak = self.largest(ms, -ms, peak)
-        found = {f"{name}_ms": most, f"{name}_least_ms": -least}
+        most, peak = self.largest(ms, peak)
+        (total,) = self.reduced(dist.ReduceOp.SUM, ms)
+        found = {f"{name}_ms": most, f"{name}_mean_ms": total / self.ranks}
         return found | {f"{name}_MiB": peak if cuda else None}
 
     def largest(self, *values: float) -> list[float]:
         """Returns the largest values of all ranks."""
+        return self.reduced(dist.ReduceOp.MAX, *values)
+
+    def reduced(self, operation: Any, *values: float) -> list[float]:
+        """Returns the values of all ranks, reduced to one."""
         found = torch.tensor(values, dtype=torch.float64, device=self.o.device)
         if self.mesh is not None:
-            dist.all_reduce(found, dist.ReduceOp.MAX, self.mesh.get_group())
-        largest: list[float] = found.tolist()
-        return largest
+            dist.all_reduce(found, operation, self.mesh.get_group())
+        result: list[float] = found.tolist()
+        return result
 
     def sampled(self, out: Tensor) -> Tensor:
         """Returns outputs of some tokens of every rank of the largest mesh, in their order."""
@@ -196,13 +201,12 @@ def measure(
     elif length in expected:  # on process 0
         difference = (sampled - expected[length]).abs().max() / sampled.abs().max()
         found["difference"] = float(difference)
-    found |= shard.times(attend, shard.q, shard.k, shard.v, shard.grad)
+    found |= shard.times(attend, shard.q, shard.k, shard.v)
     if mesh is not None:
         found["link_GB_per_s"] = shard.link_gb_per_s()
     if mesh is not None and o.compute:
-        inputs = shard.without_communication(exchange)
-        q, k, v, _ = inputs
-        alone = shard.times(lambda: flex_moba(q, k, v, o.block_size, o.topk), *inputs)
+        q, k, v = shard.without_communication(exchange)
+        alone = shard.times(lambda: flex_moba(q, k, v, o.block_size, o.topk), q, k, v)
         found |= {f"compute_{name}": x for name, x in alone.items() if name.endswith("ms")}
     return found
 
@@ -227,6 +231,8 @@ def measure_all(o: argparse.Namespace) -> list[dict[str, Any]]:
                 results.append(found)
                 if dist.get_rank() == 0:
                     print(found, file=sys.stderr, flush=True)
+                    if o.json not in (None, "-"):  # in case the process is killed
+                        write_json(report_of(results, o), o.json)
         dist.barrier()
         ranks *= 2
     return results
@@ -246,8 +252,7 @@ def compare(results: list[dict[str, Any]], o: argparse.Namespace) -> None:
                 x[f"{name}_weak"] = alone[x["length"] // x["ranks"]] / x[kind]
             if f"compute_{kind}" in x:
                 x[f"{name}_exposed"] = 1 - x[f"compute_{kind}"] / x[kind]
-                least = x[f"compute_{name}_least_ms"]
-                x[f"{name}_imbalance"] = 1 - least / x[f"compute_{kind}"]
+                x[f"{name}_imbalance"] = x[f"compute_{kind}"] / x[f"compute_{name}_mean_ms"] - 1
 
 
 def machine_of(results: list[dict[str, Any]], o: argparse.Namespace) -> Machine | None:
@@ -303,6 +308,28 @@ def predictions(machine: Machine, o: argparse.Namespace) -> list[dict[str, Any]]
     return rows
 
 
+def report_of(results: list[dict[str, Any]], o: argparse.Namespace) -> dict[str, Any]:
+    """Returns the results with comparisons, the rates, modeled times, and the circumstances."""
+    compare(results, o)
+    device = torch.cuda.get_device_name() if o.device_type == "cuda" else "cpu"
+    report: dict[str, Any] = {"device": device, "processes": dist.get_world_size(), **versions()}
+    report["options"] = {name: str(x) for name, x in vars(o).items() if name != "json"}
+    machine = machine_of(results, o)
+    if machine is not None:
+        predict(results, machine, o)
+        rates = {name: x for name, x in machine._asdict().items() if math.isfinite(x)}
+        report |= {"machine": rates, "modeled": predictions(machine, o)}
+    return report | {"results": results}
+
+
+def tables_of(report: dict[str, Any]) -> str:
+    """Returns the tables of a report."""
+    tables = shown(report["results"])
+    if report.get("modeled"):
+        tables += "\n\nCost model with the rates of this run:\n\n" + shown(report["modeled"])
+    return tables
+
+
 COLUMNS = ["ranks", "length", "exchange", "forward_ms", "both_ms", "both_MiB", "both_speedup"]
 COLUMNS += ["both_weak", "both_exposed", "both_imbalance", "modeled_both_ms", "modeled_ms"]
 COLUMNS += ["speedup", "exposed", "link_GB_per_s", "difference", "error"]
@@ -349,7 +376,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "nccl" if o.device_type == "cuda" else "gloo"
     if "RANK" in os.environ:  # torchrun describes the group
-        dist.init_process_group(backend, timeout=timedelta(minutes=2))
+        dist.init_process_group(backend, timeout=timedelta(minutes=3))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -358,25 +385,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         if o.length % o.most**2:
             sys.exit(f"--length {o.length} must be a multiple of {o.most**2}")
         results = measure_all(o)
-        compare(results, o)
         if dist.get_rank() == 0:
-            cuda = o.device_type == "cuda"
-            about: dict[str, Any] = {
-                "device": torch.cuda.get_device_name() if cuda else "cpu",
-                **versions(),
-            }
-            about |= {"options": {name: str(x) for name, x in vars(o).items()}, **versions()}
-            machine = machine_of(results, o)
-            more: list[dict[str, Any]] = []
-            if machine is not None:
-                predict(results, machine, o)
-                more = predictions(machine, o)
-                rates = {name: x for name, x in machine._asdict().items() if math.isfinite(x)}
-                about |= {"machine": rates, "modeled": more}
-            if write_json(about | {"results": results}, o.json):
-                print(shown(results))
-                if more:
-                    print("\nCost model with the rates of this run:\n\n" + shown(more))
+            report = report_of(results, o)
+            if write_json(report, o.json):
+                print(tables_of(report))
     finally:
         dist.destroy_process_group()
     return results

@@ -25,7 +25,8 @@ full size, 23 minutes on two H100 (`pip install tokenizers`):
 
 The next four then run with `--have sweep.json`, so that all are in one file.
 
-continued training of a pretrained model, in a folder of yours, on two GPUs:
+continued training of a pretrained model, in a folder of yours, on two GPUs; --work/models then
+holds the trained models:
   python examples/sweep.py --model ./smollm2 --work sweep --results sweep.json
 """
 
@@ -64,6 +65,7 @@ STEPS = 5500  # 360M tokens, 2.1 epochs of a corpus of 176M: up to four are near
 # text (arXiv 2305.16264)
 
 LONG = "--length 32768 --batch 2 --windows 48 --check-windows 8"
+HALF = f"{LONG} --steps 2750"  # 180M tokens
 # By name; a name says block size x topk. In groups of four, 8 to 12 minutes each on one H100.
 # 1,024 keys of 16,384 are 94 % sparsity in the paper's terms, 4,096 are 75 %.
 RUNS = {
@@ -81,9 +83,9 @@ RUNS = {
     "512x8": "--attention moba --block-size 512 --topk 8",
     "128x8 sink": "--attention moba --block-size 128 --topk 8 --sink-blocks 1",
     # Twice the length: at equal numbers of tokens, and about the time of full attention.
-    "full 32K": f"--attention full --block-size 128 --topk 8 {LONG}",
-    "128x8 hybrid 32K": f"--attention hybrid --block-size 128 --topk 8 {LONG}",
-    "128x8 hybrid 32K longer": f"--attention hybrid --block-size 128 --topk 8 {LONG} --steps 9500",
+    "full 32K": f"--attention full --block-size 128 --topk 8 {HALF}",
+    "128x8 hybrid 32K": f"--attention hybrid --block-size 128 --topk 8 {HALF}",
+    "128x8 hybrid 32K longer": f"--attention hybrid --block-size 128 --topk 8 {LONG} --steps 4300",
 }
 # Continued training of a pretrained model with 8K of context, at a small learning rate.
 PRETRAINED = "--length 8192 --batch 8 --accumulate 4 --lr 2e-4 --to-zero --every 50"
@@ -335,6 +337,7 @@ class Sweep:
         options = [*o.options.split(), *o.runs[name].split()]
         options += ["--model", o.model] if o.model else ["--dense", dense]
         options += ["--gguf", o.gguf] if o.model and o.gguf else []
+        options += ["--save", str(o.work / "models" / file_of(name))] if o.model else []
         options += [] if "--steps" in options else ["--steps", str(o.steps)]
         options += ["--tokens", str(o.tokens), "--out", str(checkpoint)]
         return [*arguments, *options]
@@ -345,7 +348,7 @@ def compact(run: dict[str, Any]) -> dict[str, Any]:
     if not run:
         return run
     history, options = run["history"], dict(run["options"])
-    for name in ("results", "out", "resume", "minutes", "until", "tokens", "text"):
+    for name in ("results", "out", "resume", "minutes", "until", "tokens", "text", "save", "model"):
         options.pop(name, None)
     seconds = list(itertools.accumulate(x[2] for x in history["times"]))
     kept = {

@@ -535,6 +535,8 @@ class Results:
         if self.o.results:
             steps = len(self.history["loss"])
             done = {"steps": steps, "tokens": steps * self.o.batch * self.o.length}
+            if self.o.device.startswith("cuda"):  # of process 0
+                done["peak_MiB"] = round(torch.cuda.max_memory_allocated() / 2**20)
             text = json.dumps(self.about | done | self.speed() | more | {"history": self.history})
             Path(f"{self.o.results}.new").write_text(text + "\n")
             Path(f"{self.o.results}.new").replace(self.o.results)

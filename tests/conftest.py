@@ -159,15 +159,30 @@ def assert_as_exact_as(
     names = [name for name in exact if name not in ("out", "lse")]
     units |= {name: max(largest[n] for n in names) for name in names}
     for name, x in actual.items():
-        dtype = lse_dtype if name == "lse" else in_dtype
-        assert (x.dtype, x.shape) == (dtype, exact[name].shape), name
-        error, dense_error = (_max_error(y[name], exact[name]) for y in (actual, baseline))
-        floor = ROUNDINGS[dtype] * torch.finfo(dtype).eps * units[name]
-        allowed = FACTORS.get(name, FACTORS["gradient"]) * (dense_error + floor)
-        assert error <= allowed, (  # not "error > allowed: fail", which would let NaN pass
-            f"{name} of {in_dtype} inputs: error {error:.3g}, allowed {allowed:.3g}; "
-            f"dense attention has {dense_error:.3g}, the largest value is {largest[name]:.3g}"
-        )
+        assert x.dtype == (lse_dtype if name == "lse" else in_dtype), name
+        assert_within_policy(name, x, exact[name], baseline[name], units[name])
+
+
+def assert_within_policy(
+    name: str, actual: Tensor, exact: Tensor, baseline: Tensor, unit: float
+) -> None:
+    """Asserts that a result obeys the policy.
+
+    Args:
+        name: ``"out"``, ``"lse"``, or the name of a gradient.
+        actual: The result, in the dtype of which the policy allows some roundings.
+        exact: The same in float64.
+        baseline: The same of dense attention in the dtype of the result.
+        unit: The value that is rounded, such as the largest one.
+    """
+    assert actual.shape == exact.shape, name
+    error, dense_error = (_max_error(x, exact) for x in (actual, baseline))
+    floor = ROUNDINGS[actual.dtype] * torch.finfo(actual.dtype).eps * unit
+    allowed = FACTORS.get(name, FACTORS["gradient"]) * (dense_error + floor)
+    assert error <= allowed, (  # not "error > allowed: fail", which would let NaN pass
+        f"{name}, {actual.dtype}: error {error:.3g}, allowed {allowed:.3g}; dense attention has "
+        f"{dense_error:.3g}, the largest value is {_largest(exact):.3g}"
+    )
 
 
 def block_scores(

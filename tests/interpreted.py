@@ -20,7 +20,9 @@ from flexmoba.cache.decode import attend_gathered
 from flexmoba.cache.kernels import append_on_cuda, attend_step_on_cuda
 from flexmoba.cache.options import CachedCall
 from flexmoba.gate.kernel import select_on_cuda
-from flexmoba.nsa.branches import compressed_branch
+from flexmoba.nsa import decode_on_cuda
+from flexmoba.nsa.branches import BranchTensors, compressed_branch
+from flexmoba.nsa.decode import attend_gathered as attend_nsa_gathered
 from flexmoba.nsa.kernel import select_on_cuda as select_on_cuda_of_nsa
 from flexmoba.nsa.select import select_in_slots
 from flexmoba.nsa.sizes import NsaSizes
@@ -30,6 +32,7 @@ from flexmoba.paged.attention import attend_steps_gathered
 from flexmoba.paged.kernels import attend_steps_on_cuda
 from flexmoba.selection import BlockSelection
 from flexmoba.sequence.kernel import move_on_cuda
+from tests import bounds
 from tests.conftest import (
     assert_as_exact_as,
     assert_as_exact_as_dense,
@@ -42,6 +45,13 @@ SMALL = Problem(
     kv_heads=2, group=2, q_len=200, kv_len=290, head_dim=16, value_dim=16, block_size=64, topk=3,
     dtype=torch.float16,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def checked_bounds():
+    """Tests that no kernel accesses memory outside of its arguments."""
+    with bounds.checked():
+        yield
 
 
 def variant(**changes) -> Problem:
@@ -247,6 +257,18 @@ def test_a_shared_selection(monkeypatch, changes, scale):
     assert_as_exact_as_dense(attend, q, k, v, mask, scale=scale, gradients=True)
 
 
+def test_gradients_of_the_output_alone():
+    """Tests a loss that does not use the log-sum-exp, which then has no gradient."""
+    problem = variant(q_len=16, kv_len=50, block_size=16)
+    inputs = problem.tensors(requires_grad=True)
+    selection = problem.selection()[:, :: problem.group].contiguous()
+    out, lse = grouped_attention(*inputs, selection, 16, 0.3, True)
+    alone = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+    with_zeros = torch.autograd.grad(out.sum() + 0 * lse.sum(), inputs)
+    for first, second in zip(alone, with_zeros, strict=True):
+        assert_bitwise_equal(first, second)
+
+
 def test_the_kernels_for_shared_selections_are_called(monkeypatch):
     """Tests documents in a layout, and head dims above 128."""
     counted = Counted()
@@ -387,6 +409,54 @@ def test_ties_and_nan_in_the_selection_kernels_of_nsa():
         expected = select_in_slots(queries, keys, 150, None, sizes, 0.3)[..., 3:]
         best = select_on_cuda_of_nsa(queries, keys, None, None, 150, sizes, 0.3)
         assert_bitwise_equal(best, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "window"),
+    [
+        ({}, (8, 4, 16, 6, 1, 1), 20),
+        ({"group": 3, "q_len": 3, "head_dim": 24, "value_dim": 40}, (6, 6, 6, 9, 2, 0), 1),
+        ({"group": 1, "kv_len": 150}, (12, 2, 8, 5, 0, 2), 300),  # a window of several chunks
+        ({"group": 17, "kv_heads": 1}, (32, 16, 160, 3, 1, 1), 33),  # blocks of two chunks
+        ({"q_len": 2, "kv_len": 600}, (4, 4, 4, 4, 1, 2), 7),  # no block is left to score
+        ({"kv_len": 900, "kv_heads": 1}, (4, 2, 4, 9, 1, 1), 9),  # several splits
+        ({"kv_len": 20}, (32, 16, 20, 3, 1, 0), 9),  # no compressed block
+    ],
+)
+def test_the_decoding_kernels_of_nsa(monkeypatch, changes, sizes, window):
+    """Tests rows of different lengths, padding, a query beyond the capacity, and NaN after rows."""
+    monkeypatch.setattr(decode_on_cuda, "_PROGRAMS", 32)
+    problem = variant(**({"batch": 3, "q_len": 1, "dtype": torch.float32} | changes))
+    sizes, n = NsaSizes(*sizes), problem.q_len
+    capacity = problem.kv_len // sizes.block_size * sizes.block_size
+    lengths = torch.tensor([capacity, capacity // 2, n])
+    positions = (lengths[:, None] + torch.arange(-n, 0)).int()
+    positions[1, 0] = -1
+    if n > 1:
+        positions[2, -1] = 2**30
+    generator, heads = problem.generator(), problem.kv_heads
+    dims = problem.head_dim, problem.value_dim
+    n_compressed, ring = sizes.compressed_blocks(capacity), window + 15
+    keys = [capacity + sizes.block_size] * 2 + [n_compressed + 1] * 2 + [ring + 1] * 2
+    cache = BranchTensors(
+        *(
+            torch.randn(3, heads, length, dims[i % 2], generator=generator)
+            for i, length in enumerate(keys)
+        )
+    )
+    for row, length in enumerate(lengths.tolist()):
+        for i, end in enumerate((length, sizes.compressed_blocks(length), min(length, ring))):
+            for x in cache[2 * i : 2 * i + 2]:
+                x[row, :, end:] = torch.nan
+    q = torch.randn(3, problem.heads, n, dims[0], generator=generator)
+    gates = torch.rand(3, problem.heads if n == 1 else 1, n, 3, generator=generator)
+    gates[1, :, 0] = torch.nan
+    call = (q, gates, positions, cache, sizes, window, -0.3)
+    expected = attend_nsa_gathered(*call)
+    assert not expected[0][1, :, 0].any()
+    assert n == 1 or expected[0][2, :, -1].isnan().all()
+    for actual, x in zip(decode_on_cuda.attend_step_on_cuda(*call), expected, strict=True):
+        torch.testing.assert_close(actual, x, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from transformers import (
     CompileConfig,
     ContinuousBatchingConfig,
     GenerationConfig,
+    LlamaConfig,
 )
+from transformers.generation.continuous_batching import cache as batching_cache
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
@@ -106,6 +108,34 @@ def test_evicted_requests_return_with_the_same_tokens(monkeypatch):
     assert any(evictions)
 
 
+@torch.no_grad()
+def test_requests_wait_no_longer_if_all_active_ones_are_cancelled():
+    model, (first, second, *_) = moba_model(), prompts(60, 40)
+    config = ContinuousBatchingConfig(page_size=BLOCK, num_blocks=40, max_batch_tokens=64)
+    manager = model.init_continuous_batching(
+        generation_config=GREEDY, continuous_batching_config=config
+    )
+    manager.batch_processor = engine = manager._create_batch_processor()
+
+    def step() -> None:
+        assert engine.prepare_next_batch()
+        manager._generation_step()
+        engine.update_batch()
+
+    manager.add_request(first, request_id="first")
+    step()
+    engine.scheduler.block_new_requests = True  # as after an eviction
+    manager.add_request(second, request_id="second")
+    step()
+    assert list(engine.scheduler.active_requests) == ["first"]
+    manager.cancel_request("first")
+    for _ in range(STEPS):
+        step()
+    output = manager.get_result(timeout=1)
+    assert output.request_id == "second"
+    assert_greedy(model, [second], [output.generated_tokens])
+
+
 def test_samples_of_one_prompt_share_its_pages():
     model = moba_model()
     sampled = GenerationConfig(
@@ -139,6 +169,34 @@ def test_other_models_keep_the_cache_of_transformers(monkeypatch):
     dense, inputs = model_of("llama"), prompts(2, 60)
     assert_greedy(dense, inputs, batched(dense, inputs))
     assert made == [FullAttentionCacheAllocator]
+
+
+def test_nearly_all_free_memory_becomes_pages(monkeypatch):
+    free = 2**36
+    monkeypatch.setattr(
+        batching_cache, "get_device_and_memory_breakdown", lambda: ("cuda", free, 0, 0)
+    )
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64,
+    )  # fmt: skip
+    page, block = 128, 16 * (2 * 128 + 1) * 8 * 64 * 2
+
+    def share(attention: str) -> float:
+        """Returns the share of the free memory that transformers gives to the pages."""
+        config._attn_implementation = attention
+        settings = ContinuousBatchingConfig(page_size=page, max_memory_percent=1.0)
+        settings.max_requests_per_batch, settings.max_blocks_per_request = 64, 0
+        handler = batching_cache.PagedAttentionMemoryHandler(
+            config=config, cb_config=settings, dtype=torch.bfloat16, bytes_per_sector=block,
+            tokens_per_sector=page, bytes_per_block=block, attn_types=["full_attention"],
+            model_supports_logits_to_keep=True,
+        )  # fmt: skip
+        return handler.infer_max_batch_tokens_and_num_sectors()[1] * block / free
+
+    moba_model()  # registers the attention
+    assert share("flexmoba") > 0.9
+    assert share("sdpa") < 0.6  # with the mask and the repeated keys of transformers
 
 
 @pytest.mark.parametrize(

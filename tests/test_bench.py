@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from flexmoba import moba_select
-from flexmoba.bench import Config, baselines, calls, inputs, native_sparse, steps, training
+from flexmoba.bench import Config, baselines, calls, inputs, native_sparse, paged, steps, training
 from flexmoba.bench.configs import PRESETS, size
 from flexmoba.bench.targets import target_rows
 from flexmoba.commands import bench
@@ -71,6 +71,31 @@ def test_wrong_results_of_native_sparse_attention_are_found(decode, monkeypatch,
     config = Config(1, 4, 2, 500, 64, 4, head_dim=16, nsa=True, decode=decode)
     monkeypatch.setitem(bench.PRESETS, "cpu", [config])
     monkeypatch.setattr(native_sparse, "nsa_select", lambda q, *_, **o: nsa_select(-q, *_, **o))
+    assert main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"]) == 1
+    assert "WRONG: error" in capsys.readouterr().out
+
+
+def test_measures_batches_over_pages(monkeypatch, tmp_path, capsys):
+    step = Config(3, 4, 2, 300, 32, 3, head_dim=16, decode=True, paged=True)
+    monkeypatch.setitem(bench.PRESETS, "cpu", [step, replace(step, gate="group", chunk=40)])
+    picture = tmp_path / "results.png"
+    options = ["--device", "cpu", "--dtype", "float32", "--plot", str(picture)]
+    assert main(["bench", "--preset", "cpu", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "Decoding steps, pages" in printed
+    assert "| flex_moba ms | MobaCache | SDPA | topk=None |" in printed
+    times = r"\S+ \(\S+x\)"
+    assert re.search(rf"\| 3 x 4/2 x 300, 32, 3 \| \S+( \| {times}){{3}} \|\n", printed)
+    chunk = "3 x 4/2 x 300, 32, 3, chunk of 40, by group"
+    assert re.search(rf"\| {chunk} \| \S+ \|  \|  \| {times} \|\n", printed)
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("chunk", [0, 40])
+def test_wrong_results_over_pages_are_found(chunk, monkeypatch, capsys):
+    config = Config(1, 4, 2, 300, 32, 3, head_dim=16, decode=True, paged=True, chunk=chunk)
+    monkeypatch.setitem(bench.PRESETS, "cpu", [config])
+    monkeypatch.setattr(paged, "moba_select", lambda q, *_, **o: moba_select(-q, *_, **o))
     assert main(["bench", "--preset", "cpu", "--device", "cpu", "--dtype", "float32"]) == 1
     assert "WRONG: error" in capsys.readouterr().out
 
@@ -385,7 +410,9 @@ def test_says_where_it_begins_to_pay():
     results = [result_of(1024, 3, 4, 2), result_of(4096, 3, 5, 4, dense="SDPA")]
     results += [result_of(1024, 3, 4, topk=2), result_of(2048, 3, 2, topk=2)]
     results += [result_of(1024, 3, 4, topk=5), result_of(2048, 3, topk=5)]
-    lines = bench.tables({"results": results, "matrix_tflops": 1.0}).splitlines()
+    lines = bench.tables(
+        {"results": results, "matrix_tflops": 1.0, "dtype": "bfloat16"}
+    ).splitlines()
     assert lines[-2:] == [
         "2/1 heads, block 64, topk 3, forward: faster than dense attention from 4K tokens",
         "2/1 heads, block 64, topk 2, forward: not faster at 2K tokens",

@@ -234,7 +234,7 @@ def test_auto_prefers_fused_where_it_supports_the_inputs():
     q, k, v = BF16.tensors("cuda")
     out = flex_moba(q, k, v, 128, 3)
     assert_bitwise_equal(out, flex_moba(q, k, v, 128, 3, impl="fused"))
-    wide = torch.nn.functional.pad(q, (0, 128)), torch.nn.functional.pad(k, (0, 128))
+    wide = [torch.nn.functional.pad(x, (0, 256)) for x in (q, k)]
     for bad in ((q.float(), k.float(), v.float()), (*wide, v)):
         with pytest.raises(NotImplementedError, match='impl="fused" needs'):
             flex_moba(*bad, 128, 3, impl="fused")
@@ -657,6 +657,26 @@ def test_full_attention_of_packed_documents():
     for other in (dense, one_by_one):
         for x, y in zip(results, (other, *gradients(other)), strict=True):
             torch.testing.assert_close(x, y, rtol=0.02, atol=0.02 * y.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("topk", "options"),
+    [
+        (None, {"document_ids": torch.arange(1100)[None] // torch.tensor([[300], [200], [500]])}),
+        (3, {"impl": "masked"}),
+        (3, {"gate": "tile"}),
+        (3, {"impl": "routed"}),
+    ],
+    ids=["windows", "masked", "tile", "routed"],
+)
+def test_a_batch_of_one_head_without_gradients(topk, options):
+    """Tests lists of a mask ``(B, 1, tiles)``, which must be contiguous also without gradients."""
+    problem = variant(batch=3, kv_heads=1, group=1, q_len=1100, kv_len=1100, block_size=128)
+    inputs = problem.tensors("cuda", requires_grad=True)
+    options = {x: y.cuda() if isinstance(y, torch.Tensor) else y for x, y in options.items()}
+    expected = flex_moba(*inputs, 128, topk, **options)
+    with torch.no_grad():
+        assert_bitwise_equal(flex_moba(*inputs, 128, topk, **options), expected.detach())
 
 
 def short_documents(length: int, n_short: int) -> list[int]:

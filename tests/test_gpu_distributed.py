@@ -1,9 +1,11 @@
-"""Two GPUs, NCCL: documents, DTensors, layers and a cache over ranks, equal to one GPU.
+"""Two GPUs, NCCL: exchanges, documents, DTensors, layers and a cache over ranks, equal to one GPU.
 
-`tests/test_context_parallel.py` compares the exchanges themselves on two GPUs.
+`tests/test_context_parallel.py` compares the exchanges with the oracle, also on two GPUs. Several
+pairs of processes may share the GPUs: ``pytest -m gpu -n 5``.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -16,10 +18,14 @@ from torch.distributed.tensor.parallel import parallelize_module
 from flexmoba import flex_moba
 from flexmoba.distributed import ContextParallel, ShardedMobaCache, context_parallel_moba
 from flexmoba.nn import MobaAttention
+from tests.conftest import assert_bitwise_equal
 from tests.processes import Processes
 
 pytestmark = pytest.mark.gpu
-CLOSE = {"rtol": 1e-3, "atol": 1e-4}  # in float32, as in test_distributed.py
+CLOSE = {
+    torch.float32: {"rtol": 1e-3, "atol": 1e-4},  # as in test_distributed.py
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+}
 LENGTHS = (300, 468)
 
 
@@ -39,25 +45,59 @@ def run(gpus: Processes, task: Callable[..., Any], *arguments: Any) -> None:
             raise result
 
 
-def tensors_of(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator("cuda").manual_seed(0)
-    options = {"device": "cuda", "dtype": dtype, "generator": generator}
-    return [torch.randn(1, heads, sum(LENGTHS), 64, **options) for heads in (4, 2, 2)]
+def tensors_of(mesh: DeviceMesh, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    device = mesh.device_type
+    options = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
+    return [torch.randn(1, heads, sum(LENGTHS), 64, **options).to(dtype) for heads in (4, 2, 2)]
 
 
 def check(results: list[Tensor], expected: list[Tensor], rank: int | None, dim: int) -> None:
     for x, y in zip(results, expected, strict=True):
         y = y if rank is None else y.split(LENGTHS, dim)[rank]
-        torch.testing.assert_close(x, y, **CLOSE)
+        torch.testing.assert_close(x, y, **CLOSE[x.dtype])
 
 
 def with_gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
 
 
+def bit_for_bit(mesh: DeviceMesh, exchange: str, lengths: tuple[int, ...]) -> None:
+    """Compares two calls with what one GPU computes for the same calls of `flex_moba`.
+
+    The gradients of keys are summed in float32, in the order of ranks.
+    """
+    whole = tensors_of(mesh)
+    if exchange == "heads":
+        inputs = [x.requires_grad_() for x in whole]
+        expected = with_gradients(flex_moba(*inputs, 64, 3), inputs)
+    else:
+        sums = [torch.zeros_like(x, dtype=torch.float32) for x in whole[1:]]
+        parts = []
+        for q, end in zip(whole[0].split(lengths, 2), accumulate(lengths), strict=True):
+            inputs = [x.clone().requires_grad_() for x in (q, *(y[:, :, :end] for y in whole[1:]))]
+            out, d_q, *grads = with_gradients(flex_moba(*inputs, 64, 3), inputs)
+            parts.append((out, d_q))
+            for total, grad in zip(sums, grads, strict=True):
+                total[:, :, :end] += grad
+        expected = [torch.cat(x, 2) for x in zip(*parts, strict=True)]
+        expected += [x.to(whole[0].dtype) for x in sums]
+    rank = mesh.get_local_rank()
+    for _ in range(2):
+        mine = [x.detach().split(lengths, 2)[rank].clone().requires_grad_() for x in whole]
+        out = context_parallel_moba(*mine, 64, 3, mesh=mesh, exchange=exchange)
+        for x, y in zip(with_gradients(out, mine), expected, strict=True):
+            assert_bitwise_equal(x, y.split(lengths, 2)[rank])
+
+
+@pytest.mark.parametrize("exchange", ["gather", "heads"])
+@pytest.mark.parametrize("lengths", [LENGTHS, (0, 768), (768, 0)], ids=str)
+def test_bit_for_bit(gpus, exchange, lengths):
+    run(gpus, bit_for_bit, exchange, lengths)
+
+
 def with_documents(mesh: DeviceMesh, exchange: str) -> None:
-    boundaries = torch.tensor([0, 100, 420, 768], device="cuda", dtype=torch.int32)
-    whole = [x.requires_grad_() for x in tensors_of()]
+    boundaries = torch.tensor([0, 100, 420, 768], device=mesh.device_type, dtype=torch.int32)
+    whole = [x.requires_grad_() for x in tensors_of(mesh)]
     out = flex_moba(*whole, 64, 3, cu_seqlens=boundaries)
     rank = mesh.get_local_rank()
     mine = [x.detach().split(LENGTHS, 2)[rank].clone().requires_grad_() for x in whole]
@@ -72,7 +112,7 @@ def test_documents(gpus, exchange):
 
 
 def with_dtensors(mesh: DeviceMesh, dim: int) -> None:
-    whole = [x.requires_grad_() for x in tensors_of()]
+    whole = [x.requires_grad_() for x in tensors_of(mesh)]
     spread = [distribute_tensor(x.detach(), mesh, [Shard(dim)]).requires_grad_() for x in whole]
     out = flex_moba(*spread, 64, 3)
     loss = out.square().sum().full_tensor()
@@ -88,10 +128,10 @@ def test_dtensors(gpus, dim):
 
 def with_layers(mesh: DeviceMesh, compiled: bool) -> None:
     torch.manual_seed(0)
-    options = {"block_size": 64, "topk": 3, "rope_base": 1e4, "key_conv": 3, "device": "cuda"}
-    layer = MobaAttention(256, 4, 2, **options)
+    options = {"block_size": 64, "topk": 3, "rope_base": 1e4, "key_conv": 3}
+    layer = MobaAttention(256, 4, 2, **options, device=mesh.device_type)
     nn.init.normal_(layer.key_conv.weight)
-    x = torch.randn(1, sum(LENGTHS), 256, device="cuda", requires_grad=True)
+    x = torch.randn(1, sum(LENGTHS), 256, device=mesh.device_type, requires_grad=True)
     expected = with_gradients(layer(x), [x])
     rank = mesh.get_local_rank()
     mine = x.detach().split(LENGTHS, 1)[rank].clone().requires_grad_()
@@ -107,7 +147,7 @@ def test_layers(gpus, compiled):
 
 @torch.no_grad()
 def with_cache(mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    q, k, v = tensors_of(dtype)
+    q, k, v = tensors_of(mesh, dtype)
     expected = flex_moba(q, k, v, 64, 3)
     cache = ShardedMobaCache(mesh, 1, 2, 64, block_size=64, max_len=sum(LENGTHS), dtype=dtype)
     rank, prompt = mesh.get_local_rank(), 500
@@ -118,8 +158,7 @@ def with_cache(mesh: DeviceMesh, dtype: torch.dtype) -> None:
         new = (x[:, :, begin : begin + n] for x in (q, k, v))
         outs.append(cache.attend(*new, 3)[0])
         begin += n
-    close = CLOSE if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    torch.testing.assert_close(torch.cat(outs, 2), expected[:, :, prompt:], **close)
+    torch.testing.assert_close(torch.cat(outs, 2), expected[:, :, prompt:], **CLOSE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from flexmoba import selected_attention
 from flexmoba.nn import NsaAttention
-from flexmoba.nsa import flex_nsa, nsa_select
+from flexmoba.nsa import NsaSizes, flex_nsa, nsa_select
+from flexmoba.nsa.branches import BranchTensors
+from flexmoba.nsa.decode import attend_gathered, attend_step
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal, with_lse
 from tests.problems import Problem as BlockProblem
 from tests.test_nsa import NAMES, Problem, assert_exact, assert_rules, nsa_of
@@ -77,8 +79,8 @@ def test_output_and_gradients(problem):
 @pytest.mark.parametrize("block_size", [64, 100])
 def test_a_shared_selection(block_size, is_causal, group):
     problem = BlockProblem(
-        batch=2, kv_heads=2, group=group, q_len=700, kv_len=900, head_dim=64, value_dim=128,
-        block_size=block_size, topk=5, is_causal=is_causal, dtype=torch.bfloat16,
+        batch=16 // group, kv_heads=2, group=group, q_len=700, kv_len=900, head_dim=64,
+        value_dim=128, block_size=block_size, topk=5, is_causal=is_causal, dtype=torch.bfloat16,
     )  # fmt: skip
     q, k, v = problem.tensors(DEVICE)
     shared = problem.selection(DEVICE)[:, ::group]
@@ -164,6 +166,49 @@ def test_decoding_in_a_cuda_graph():
     error = (torch.cat(outs, 1) - expected).abs().amax((0, 2))
     assert error.median() < 1e-2
     assert (error < 5e-2).float().mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("changes", "gate_heads"),
+    [
+        ({}, 16),
+        ({"group": 3, "dtype": torch.float16}, 1),
+        ({"head_dim": 192}, 16),
+        ({"dtype": torch.float32, "head_dim": 80, "value_dim": 48}, 16),
+        ({"block_size": 256, "cmp_block": 64, "topk": 3}, 16),
+    ],
+)
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_decoding_step(changes, gate_heads, n):
+    """Tests rows of different lengths, whose places beyond the length hold NaN, and padding."""
+    problem = variant(batch=3, q_len=n, kv_len=5000, **changes)
+    sizes = NsaSizes(*problem.blocks.values())
+    q, k, v, *_ = problem.tensors(DEVICE)
+    gates = torch.rand(3, problem.heads if gate_heads > 1 else 1, n, 3, device=DEVICE).to(q.dtype)
+    lengths = torch.tensor([4600, 2000, n], device=DEVICE)
+    positions = (lengths[:, None] + torch.arange(-n, 0, device=DEVICE)).int()
+    positions[1, 0] = -1
+    n_blocks, ring = problem.kv_len // problem.block_size, problem.window + 15
+    n_compressed = sizes.compressed_blocks((n_blocks - 1) * problem.block_size)
+    ends = n_blocks * problem.block_size, n_compressed + 1, ring + 1
+    cache = BranchTensors(*(x[:, :, :end].contiguous() for end in ends for x in (k, v)))
+    for row, length in enumerate(lengths.tolist()):
+        used = length, sizes.compressed_blocks(length), ring if length > ring else length
+        for i, end in enumerate(used):
+            for x in cache[2 * i : 2 * i + 2]:
+                x[row, :, end:] = torch.nan
+    options = sizes, problem.window, problem.head_dim**-0.5
+    out, lse = attend_step(q, gates, positions, cache, *options)
+    exact = BranchTensors(*(x.double() for x in cache))
+    expected = attend_gathered(q.double(), gates.double(), positions, exact, *options)
+    assert out.dtype == q.dtype
+    # Near ties may be decided otherwise, which changes the selected branch of few KV heads.
+    tolerance = 1e-4 if q.dtype == torch.float32 else 2e-2
+    error = torch.where(out == expected[0], 0.0, (out - expected[0]).abs())
+    assert error.unflatten(1, (problem.kv_heads, -1)).amax((2, 4)).median() < tolerance
+    error = torch.where(lse == expected[1], 0.0, (lse - expected[1]).abs())
+    assert error[..., ::2].amax() < tolerance
+    assert error.amax() < 0.5
 
 
 def test_memory_does_not_grow_with_the_square_of_the_length():

@@ -1,7 +1,10 @@
 """A simulation of load on the scheduler of transformers' continuous batching, on CPU.
 
 Requests arrive at random, some share a prefix, some are cancelled, and the cache is so small that
-requests are evicted. The engine runs in this thread, so that a seed repeats a run.
+requests are evicted. A simulated clock advances by `STEP` with each batch. The engine runs in this
+thread, so that a seed repeats a run. An hour of arrivals takes minutes:
+
+    FLEXMOBA_SECONDS=3600 python -m pytest -s -m slow tests/test_load.py -k "[0]"
 """
 
 import os
@@ -23,9 +26,12 @@ from flexmoba.integrations.transformers import convert
 from tests.test_batching import BLOCK, GREEDY
 from tests.tiny_models import VOCABULARY, model_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_pieces")]
 
-ARRIVALS = int(os.environ.get("FLEXMOBA_ARRIVALS", "100"))
+SECONDS = int(os.environ.get("FLEXMOBA_SECONDS", "180"))  # simulated
+STEP = 0.1  # simulated seconds of a batch
+RATES = (1, 3, 0.3)  # arrivals in a second, of one minute each, in turn
+CANCELLATIONS = 0.2  # in a second
 BLOCKS, LONGEST = 25, 150
 
 
@@ -34,6 +40,8 @@ class Load:
 
     def __init__(self, model, seed: int) -> None:
         self.random, self.ids = random.Random(seed), count()
+        self.now, self.arrived = 0.0, 0
+        self.next_arrival = 0.0
         self.prompts: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}  # of the answers
         self.running: set[str] = set()
@@ -50,7 +58,18 @@ class Load:
     def tokens(self, n: int) -> list[int]:
         return [self.random.randrange(1, VOCABULARY) for _ in range(n)]
 
+    def advance(self) -> None:
+        """Advances the clock by a step. Requests of this time arrive, or are cancelled."""
+        self.now += STEP
+        while self.next_arrival < min(self.now, SECONDS):
+            self.arrive()
+            rate = RATES[int(self.next_arrival // 60) % len(RATES)]
+            self.next_arrival += self.random.expovariate(rate)
+        if self.random.random() < CANCELLATIONS * STEP:
+            self.cancel()
+
     def arrive(self) -> None:
+        self.arrived += 1
         name, length = f"request {next(self.ids)}", self.random.randrange(1, 24)
         prompt = self.tokens(self.random.choice((3, 20, 60, LONGEST - 24)))
         if self.random.random() < 0.4:
@@ -71,6 +90,8 @@ class Load:
         if self.engine.prepare_next_batch():
             self.manager._generation_step()
             self.engine.update_batch()
+        else:
+            assert not self.engine.has_pending_requests(), "the engine waits forever"
         outputs = []
         while True:
             try:
@@ -102,7 +123,7 @@ def test_no_wrong_token_no_lost_page_and_flat_memory(monkeypatch, seed):
     model = convert(model_of("llama", dtype=torch.float64), BLOCK, [3, 2], sink_blocks=0)
     load = Load(model, seed)
     cache, matches, peaks = load.engine.cache, 0, []
-    all_blocks, arrived, finished = free_blocks(cache), 0, 0
+    all_blocks, finished = free_blocks(cache), 0
     search = cache.search_prefix_match
 
     def counted_match(*args):
@@ -112,12 +133,8 @@ def test_no_wrong_token_no_lost_page_and_flat_memory(monkeypatch, seed):
         return found
 
     monkeypatch.setattr(cache, "search_prefix_match", counted_match)
-    while arrived < ARRIVALS or load.running or load.engine.has_pending_requests():
-        if arrived < ARRIVALS and len(load.running) < 12 and load.random.random() < 0.3:
-            load.arrive()
-            arrived += 1
-        if load.random.random() < 0.02:
-            load.cancel()
+    while load.now < SECONDS or load.running or load.engine.has_pending_requests():
+        load.advance()
         for output in load.step():
             name, new = output.request_id, output.generated_tokens
             assert not output.error
@@ -129,13 +146,20 @@ def test_no_wrong_token_no_lost_page_and_flat_memory(monkeypatch, seed):
                 logits = model(torch.tensor([prompt + new[:-1]]), use_cache=False).logits
                 assert logits[0, len(prompt) - 1 :].argmax(-1).tolist() == new
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KiB on Linux
-    assert finished + len(load.cancelled) >= ARRIVALS
+    grown = peaks[-1] - peaks[len(peaks) // 3]
+    print(
+        f"\nseed {seed}: {load.arrived} requests in {load.now:.0f} simulated seconds and "
+        f"{len(peaks)} batches, {finished} finished, {len(load.cancelled)} cancelled, "
+        f"{sum(evictions)} evictions, {matches} shared prefixes, memory grew by {grown / 1024:.1f} "
+        "MiB in the last two thirds"
+    )
+    assert finished + len(load.cancelled) >= load.arrived
     assert free_blocks(cache) == all_blocks
     (allocator,) = cache.cache_allocators.values()
     assert not allocator.block_table
     assert not load.engine.scheduler.active_requests
-    assert peaks[-1] - peaks[len(peaks) // 3] < 2**15, "memory grows"
+    assert grown < 2**15, "memory grows"
     # The load covers what it should.
-    assert matches > ARRIVALS // 20
-    assert sum(evictions) > ARRIVALS // 10
+    assert matches > load.arrived // 20
+    assert sum(evictions) > load.arrived // 20
     assert load.cancelled

@@ -29,6 +29,7 @@ def cache_of(problem: Problem, **options) -> NsaCache:
         return k + 0.01 * positions.to(k.dtype).view(-1, 1, 1, 1), v
 
     sizes = {name: p.blocks[name] for name in ("cmp_block", "cmp_stride", "block_size")}
+    sizes["window"] = p.window
     options = sizes | {"value_dim": p.value_dim, "dtype": p.dtype, "compress": compress} | options
     return NsaCache(p.batch, p.kv_heads, p.head_dim, **options)
 
@@ -61,7 +62,6 @@ def call(cache: NsaCache, problem: Problem, tokens: dict[str, Tensor], **options
     return cache.attend(
         *(tokens["q"], tokens["gates"], positions),
         **{name: problem.blocks[name] for name in names},
-        window=problem.window,
         scale=problem.scale,
     )
 
@@ -138,6 +138,24 @@ def test_later_tokens_of_a_step_do_not_change_earlier_outputs():
     assert outs[0].isfinite().all()
 
 
+def test_a_step_beyond_the_capacity_is_nan():
+    """Tests a row that is full, as the replay of a CUDA graph may find it, beside another row."""
+    problem = Problem(batch=2, q_len=41, kv_len=41, block_size=16, topk=5, window=20)
+    tokens = tokens_of(problem)
+    cache = cache_of(problem, max_len=48)
+    call(cache, problem, part(tokens, 0, 40))
+    cache.lengths[1] = cache.capacity
+    out, lse = call(cache, problem, part(tokens, 40, 41))
+    assert out[1].isnan().all()
+    assert lse[1].isnan().all()
+    torch.testing.assert_close(out[0], whole(problem, tokens)[0][0, :, 40:], rtol=0, atol=1e-10)
+
+
+def test_the_window_branch_keeps_the_tokens_of_windows_alone():
+    cache = cache_of(Problem(window=20), max_len=10000)
+    assert cache._branches.k_win.shape == (1, 1, 20 + 16, 8)
+
+
 @pytest.mark.parametrize("options", [{}, {"rope_base": None, "gate": "token"}, {"value_dim": 5}])
 def test_the_layer_with_a_cache(options):
     layer = layer_of(**options)
@@ -176,6 +194,9 @@ def test_errors():
             problem,
             tokens_of(replace(problem, kv_heads=2)) | {"q": torch.zeros(1, 3, 100, 8).double()},
         )
+    positions = cache.append(*(tokens[name][:, :, :9] for name in ("k", "v")))
+    with pytest.raises(ValueError, match="last call of append had 9 tokens, got 5 queries"):
+        cache.attend(*(tokens[name][:, :, :5] for name in ("q", "gates")), positions[:, :5])
     tokens["q"].requires_grad_()
     with pytest.raises(NotImplementedError, match="a cache has no gradients"):
         call(cache, problem, part(tokens, 0, 9))

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from flexmoba import MobaCache, flex_moba, moba_reference, moba_select, selected_attention
-from flexmoba.backends.flex.block_masks import materialize
+from flexmoba.backends.flex.block_masks import materialize, materialize_all
 from flexmoba.backends.grouped import grouped_attention
 from flexmoba.flops import pairs
-from flexmoba.nsa import flex_nsa, nsa_select
+from flexmoba.nsa import NsaCache, flex_nsa, nsa_select
 from flexmoba.nsa.reference import reference_seen
 from flexmoba.runtime import is_plain_call
 from tests.conftest import assert_bitwise_equal
@@ -39,6 +39,12 @@ def over_selection(
 def nsa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     gates = q.new_ones(*q.shape[:3], 3)
     return flex_nsa(q, k, v, gates, block_size=16, topk=5, window=20)
+
+
+def nsa_step(max_len: int) -> None:
+    cache = NsaCache(2, 2, 16, value_dim=32, window=40, max_len=max_len)
+    k, v = torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 32)
+    cache.attend(torch.zeros(2, 4, 3, 16), torch.zeros(2, 4, 3, 3), cache.append(k, v), topk=4)
 
 
 # Calls with every argument whose values the operators use.
@@ -252,10 +258,12 @@ def test_operators():
     with Recorder() as recorder:
         flex_moba(*inputs, 16, 3, key_padding_mask=real).sum().backward()
         materialize(real)
+        materialize_all([real, real.mT])
         cache = MobaCache(1, 2, 8, block_size=16, dtype=torch.float64)
         flex_moba(*(x.detach() for x in inputs), 16, 3, cache=cache)
         cache.next_positions(1)
         nsa(*inputs)
+        nsa_step(150)
         flex_moba(*inputs, 16, None).sum().backward()
     assert recorder.calls.keys() == operators() - CUDA_ALONE
     check_operators(recorder, DIFFERENTIABLE)
@@ -356,6 +364,12 @@ def test_flops_of_decoding_are_those_of_the_room():
     x, q = torch.zeros(2, 2, 1, 16), torch.zeros(2, 4, 1, 16)
     counted = flops_of(lambda: flex_moba(q, x, x, 16, 3, cache=cache))
     assert counted == 2 * 2 * 4 * (16 * cache.means.shape[2] + 3 * 16 * 32)
+
+
+def test_flops_of_a_decoding_step_of_nsa():
+    compressed = (640 - 32) // 16 + 1
+    expected = 2 * 2 * 4 * 3 * (compressed + 4 * 64 + 40) * (16 + 32)
+    assert flops_of(lambda: nsa_step(640)) == expected
 
 
 # ---- Derivatives --------------------------------------------------------------------------------

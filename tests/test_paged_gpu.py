@@ -65,44 +65,54 @@ def test_attention_to_pages(changes, dtype, layout):
 
 
 @pytest.mark.parametrize("topk", [4, None])
-def test_steps_do_not_synchronize_and_their_graphs_replay_with_other_values(topk):
-    problem = replace(STEPS, dtype=torch.bfloat16, topk=topk)
+def test_graphs_of_every_batch_size_share_memory_and_replay_with_other_values(topk):
+    problem, most = replace(STEPS, dtype=torch.bfloat16, topk=topk), 256
     tables, n_pages = problem.table("cuda")
     tensors, pages = [x.cuda() for x in problem.tensors()], problem.pages(n_pages, "cuda")
     problem.fill(pages, tables, tensors)
-    pool, generator = torch.cuda.graph_pool_handle(), torch.Generator().manual_seed(0)
-    spare = n_pages - 5  # pages that no sequence uses are taken for the new tokens
-    for size in (1, 2, 3, 8, 64, 255, 256):
-        q = torch.randn(size, 8, 128, generator=generator).cuda().bfloat16()
-        k = torch.randn(size, 2, 128, generator=generator).cuda().bfloat16()
-        table = tables[torch.zeros(size, dtype=torch.long)].clone()
-        lengths = torch.full((size,), 1, dtype=torch.int32, device="cuda")
-        bounds = torch.arange(size + 1, dtype=torch.int32, device="cuda")
-        slots = torch.full((size,), spare * problem.block_size, device="cuda")
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(most, 8, 128, generator=generator).cuda().bfloat16()
+    k = torch.randn(most, 2, 128, generator=generator).cuda().bfloat16()
+    # Tensors that stay in place. The new tokens go to a page that no sequence uses.
+    out, lse = torch.empty_like(q), torch.empty(most, 8, device="cuda")
+    table = tables[torch.zeros(most, dtype=torch.long)].clone()
+    lengths = torch.ones(most, dtype=torch.int32, device="cuda")
+    bounds = torch.arange(most + 1, dtype=torch.int32, device="cuda")
+    slots = torch.full((most,), (n_pages - 5) * problem.block_size, device="cuda")
 
-        def step():
-            append_paged(k, k, pages, slots)  # noqa: B023
-            batch = paged_batch(bounds, lengths, table, tokens=size, max_query_len=1)  # noqa: B023
-            return attend_paged(q, pages, batch, topk)  # noqa: B023
+    def step(size: int) -> tuple[Tensor, Tensor]:
+        append_paged(k[:size], k[:size], pages, slots[:size])
+        given = bounds[: size + 1], lengths[:size], table[:size]
+        batch = paged_batch(*given, tokens=size, max_query_len=1)
+        return attend_paged(q[:size], pages, batch, topk)
 
-        step()
+    step(most)  # compiles
+    pool, graphs, reserved = torch.cuda.graph_pool_handle(), {}, []
+    for size in range(most, 0, -1):
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_reserved()
         torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.cuda.graph(graph, pool=pool):
-                out, lse = step()
+                out[:size], lse[:size] = step(size)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        rows = torch.randint(0, 5, (size,), generator=generator).cuda()
-        ends = torch.tensor([2000, 63, 1, 704, 1500], device="cuda").int()
+        reserved.append(torch.cuda.memory_reserved() - before)
+        graphs[size] = graph
+    print(f"{len(graphs)} graphs reserve {sum(reserved) / 2**20:.0f} MiB, topk {topk}")
+    ends = torch.tensor([2000, 63, 1, 704, 1500], device="cuda").int()
+    slots.fill_(-1)
+    for size in (torch.randperm(most, generator=generator) + 1).tolist():
+        rows = torch.randint(0, 5, (most,), generator=generator).cuda()
         table.copy_(tables[rows])
         lengths.copy_(ends[rows])
-        slots.fill_(-1)
-        bounds.copy_(bounds.clamp(max=max(1, size - 2)))  # the last tokens are padding
-        graph.replay()
-        expected, expected_lse = step()
-        assert_bitwise_equal(out, expected)
-        assert_bitwise_equal(lse, expected_lse)
+        last = max(1, size - 2)  # the tokens after it are padding
+        bounds.copy_(torch.arange(most + 1, device="cuda").clamp(max=last))
+        graphs[size].replay()
+        for actual, expected in zip((out, lse), step(size), strict=True):
+            assert_bitwise_equal(actual[:size], expected)
+    assert sum(reserved) <= 2 * reserved[0] + 2**26
 
 
 def test_pages_that_are_not_selected_are_not_read():

@@ -64,6 +64,30 @@ ROWS = {
 }
 
 
+@pytest.fixture(scope="module")
+def continued():
+    """Returns the runs that continued the training of SmolLM2, from the JSON file."""
+    file = DOCS / "results" / "smollm2-continued-8k-h100.json"
+    return json.loads(file.read_text())["runs"]
+
+
+TRAINED_WITH = {
+    "full": "full",
+    "64x16 sink": "64 x 16, sink",
+    "64x16 sink hybrid": "hybrid, sink",
+    "64x16": "64 x 16",
+}
+
+
+def read_with(continued):
+    """Yields the two first cells of a row, and the losses, first of the attention at the end."""
+    for name, run in continued.items():
+        moba = "64 x 16" + ", sink" * bool(run["options"]["sink_blocks"])
+        both = [("full", "full"), (moba, "moba")]
+        for served, kind in both[:: -1 if run["options"]["attention"] == "moba" else 1]:
+            yield [TRAINED_WITH[name], served], run["final"][kind]
+
+
 def own(run):
     """Returns the losses of a run by the attention that it was trained with."""
     return run["final"]["full" if run["options"]["attention"] == "full" else "moba"]
@@ -165,6 +189,55 @@ def test_pages_quote_the_results(settings, name):
     else:
         finer = increases(settings, block_size=32, topk=32, **SHARED)
         assert f"{finer[0]:.1f} and {finer[1]:.1f} %" in text
+
+
+def test_the_tables_of_continued_training_are_those_of_the_results(continued):
+    full = own(continued["full"])
+    losses, copies = [], []
+    for cells, x in read_with(continued):
+        between = (f"{x[part]:.4f}" for part in ("first", "middle"))
+        ends = (with_increase(x[part], full[part]) for part in ("loss", "last"))
+        losses.append([*cells, next(ends), *between, next(ends)])
+        copies.append([*cells, *(f"{y:.2f}" for y in x["copied"].values())])
+    assert table("## Continue") == losses
+    assert table("### Copies after") == copies
+
+
+def test_the_numbers_of_the_text_on_continued_training_are_those_of_the_results(continued):
+    text = page().split("## Continue the training\n", 1)[1].split("\n## Train", 1)[0]
+    full = own(continued["full"])
+    hybrid, moba = continued["64x16 sink hybrid"], continued["64x16 sink"]
+    for part, name in (("by_window", "of the mean"), ("last_by_window", "of the last")):
+        errors = [0.0]
+        for _, x in read_with(continued):
+            found = [a - b for a, b in zip(x[part], full[part], strict=True)]
+            errors.append(statistics.stdev(found) / len(found) ** 0.5)
+        assert f"{max(errors):.3f} nats {name}" in text or f"{max(errors):.3f} {name}" in text
+    gaps = {
+        "a loss {:.3f} higher": continued["full"]["final"]["moba"],
+        "continues with MoBA, {:.3f}.": own(moba),
+        "full attention is {:.3f} higher": hybrid["final"]["full"],
+        "the gap is {:.3f}. The": own(continued["64x16"]),
+    }
+    for quote, x in gaps.items():
+        assert quote.format(x["loss"] - full["loss"]) in text
+    checks = zip(*(x["history"]["checks"] for x in (continued["full"], moba)), strict=True)
+    checked = {a[0]: b[1] - a[1] for a, b in checks}
+    for step, gap in ((min(checked), checked[50]), (max(checked), checked[350])):
+        assert f"{gap:.3f} after {step * 65536 / 1e6:.0f} million tokens" in text
+    assert min(checked.values()) > 0.01
+    equal = zip(*(x["history"]["loss_of_10_steps"][:36] for x in (moba, hybrid)), strict=True)
+    assert all(a == b for a, b in equal)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/results.md"])
+def test_pages_quote_the_continued_training(continued, name):
+    full = own(continued["full"])["loss"]
+    moba = 100 * (own(continued["64x16 sink"])["loss"] / full - 1)
+    hybrid = 100 * (continued["64x16 sink hybrid"]["final"]["full"]["loss"] / full - 1)
+    text = (ROOT / name).read_text()
+    assert f"{moba:.1f} % higher" in text
+    assert f"{hybrid:.1f} % higher" in text
 
 
 def test_the_table_of_training_is_that_of_the_results(trained):

@@ -144,7 +144,6 @@ MANY_PARAMETERS = {
     "flexmoba.nn.nsa_attention.NsaAttention.__init__": "public",
     "flexmoba.nsa.attention.flex_nsa": "public",
     "flexmoba.nsa.cache.NsaCache.__init__": "public",
-    "flexmoba.nsa.cache.NsaCache.attend": "public",
     "flexmoba.nsa.reference.nsa_reference": "public",
     "flexmoba.nsa.select.nsa_select": "public",
     "flexmoba.reference.moba_reference": "public",

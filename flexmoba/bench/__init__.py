@@ -4,6 +4,7 @@ from flexmoba.bench.baselines import FLASH_VERSIONS, why_not_flash
 from flexmoba.bench.calls import ROUNDINGS, describe, failure, matrix_rate, measure
 from flexmoba.bench.configs import PRESETS, Config
 from flexmoba.bench.native_sparse import measure_nsa
+from flexmoba.bench.paged import measure_paged
 from flexmoba.bench.report import line, plot, tables, targets
 from flexmoba.bench.steps import measure_step
 from flexmoba.bench.training import measure_training
@@ -19,6 +20,7 @@ __all__ = [
     "matrix_rate",
     "measure",
     "measure_nsa",
+    "measure_paged",
     "measure_step",
     "measure_training",
     "plot",

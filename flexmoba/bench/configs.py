@@ -51,6 +51,8 @@ class Config:
             `flex_moba`.
         nsa: Whether to measure `flex_nsa`, at its default sizes but for ``block_size`` and
             ``topk``, instead of `flex_moba`.
+        paged: Whether to measure a batch of decoding steps over the pages of a server.
+        chunk: New tokens of another sequence in that batch.
         target: The quantity with targets, one of `TARGETS`; empty for none.
         forward_target: The target of the forward pass; 0 for none.
         both_target: The target of forward and backward together; 0 for none.
@@ -73,6 +75,8 @@ class Config:
     correlated: bool = False
     layers: int = 0
     nsa: bool = False
+    paged: bool = False
+    chunk: int = 0
     target: str = ""
     forward_target: float = 0
     both_target: float = 0
@@ -87,6 +91,7 @@ class Config:
         text += "" if has_usual_dims else f", head dims {self.head_dim}/{self.values_dim}"
         text += ", correlated" if self.correlated else ""
         text += f", {self.layers} layers" if self.layers else ""
+        text += f", chunk of {size(self.chunk)}" if self.chunk else ""
         text += "" if self.gate == "token" else f", by {self.gate}"
         text += "" if self.documents == 1 else f", {self.documents} documents"
         return text + (", longest known" if self.longest_known else "")
@@ -187,6 +192,7 @@ PRESETS = {
         Config(1, 4, 1, 2**20, 16384, 3, backward=False, dense="SDPA"),
         Config(1, 1, 1, 10 * 2**20, 163840, 3, backward=False, dense="nothing"),
     ],
+    "million": [Config(1, 32, 8, 2**20, size, 12, dense="nothing") for size in (4096, 128)],
     "gates": [
         Config(1, heads, kv_heads, 65536, block_size, topk, dense="SDPA", gate=gate)
         for heads, kv_heads, block_size, topk in ((16, 16, 128, 8), (32, 8, 512, 3))
@@ -238,6 +244,17 @@ PRESETS = {
         Config(batch, 32, 8, length, 512, 8, backward=False, decode=True, gate=gate)
         for batch, length in ((1, 2**20), (8, 2**17), (1, 2**17), (1, 2**15))
         for gate in ("token", "group")
+    ],
+    "paged": [
+        Config(
+            *(batch, 32, 8, n * 1024, block_size, 8),
+            backward=False, decode=True, paged=True, chunk=chunk,
+        )
+        for block_size in (128, 512)
+        for batch, n, chunk in (
+            (1, 128, 0), (8, 128, 0), (32, 128, 0), (64, 32, 0), (256, 16, 0), (256, 4, 0),
+            (32, 32, 2048), (32, 32, 8192), (32, 128, 8192),
+        )
     ],
     "nsa": [
         *(Config(1, 64, 4, n * 1024, 64, 16, dense="SDPA", nsa=True) for n in (8, 16, 32, 64)),

@@ -29,16 +29,16 @@ def tables(report: dict[str, Any]) -> str:
                 ours = _OURS[suffix == _NSA]
                 headings = [_CONFIG, "sparsity", ours, "TFLOP/s", _SHARE, *dense, _MIB]
                 parts.append(f"{title}{suffix}\n\n{_table(headings, rows)}")
-    for nsa in (False, True):
+    for suffix in ("", _NSA, _PAGES):
         steps = [
             row
             for config, result in results
-            if config.nsa == nsa and (row := _step_row(config, result))
+            if _suffix(config) == suffix and (row := _step_row(config, result))
         ]
         if steps:
-            dense = [name for name in DENSE if any(name in row for row in steps)]
-            table = _table([_STEP, _OURS[nsa], *dense], steps)
-            parts.append(f"Decoding steps{_NSA if nsa else ''}\n\n{table}")
+            others = [name for name in _BASELINES if any(name in row for row in steps)]
+            table = _table([_STEP, _OURS[suffix == _NSA], *others], steps)
+            parts.append(f"Decoding steps{suffix}\n\n{table}")
     training = [row for config, result in results if (row := _training_row(config, result))]
     if training:
         headings = [_CONFIG, "flex_moba ms", "topk=None", "SDPA"]
@@ -64,11 +64,12 @@ def targets(report: dict[str, Any]) -> list[dict[str, str]]:
     return target_rows(results, report.get("dtype", "bfloat16"))
 
 
-_BASELINES = (*DENSE, "routed", "masked")  # with other backends of flex_moba
+# With a cache in place of pages, and with other backends of flex_moba.
+_BASELINES = ("MobaCache", *DENSE, "routed", "masked")
 _CONFIG = "batch x heads x length, block, topk"
 _SHARE, _MIB = "of matmul", "peak MiB"
 _STEP = "batch x heads x context, block, topk"
-_NSA = ", Native Sparse Attention"
+_NSA, _PAGES = ", Native Sparse Attention", ", pages"
 _OURS = {False: "flex_moba ms", True: "flex_nsa ms"}  # by `Config.nsa`
 
 
@@ -85,8 +86,8 @@ _ALIKE: dict[str, Any] = {
 
 def _suffix(config: Config) -> str:
     """Returns the end of the title of a configuration's table."""
-    if config.nsa:
-        return _NSA
+    if config.nsa or config.paged:
+        return _NSA if config.nsa else _PAGES
     return "" if config.documents == 1 else ", packed documents"
 
 
@@ -169,7 +170,7 @@ def _step_row(config: Config, result: dict[str, Any]) -> dict[str, str] | None:
     return row | {
         name: f"{ms:.3f} ({ms / ours:.1f}x)"
         for name, ms in result["step_ms"].items()
-        if name in DENSE
+        if name in _BASELINES
     }
 
 

@@ -14,11 +14,13 @@ Presets:
   targets      8K to 10M tokens, each with the target of this project
   paper        128K and 1M tokens, block 4096, topk 12
   longest      1M and 10M tokens, forward
+  million      1M tokens of 32 query heads, 256 and 8,192 blocks, on one card of 80 GB
   gates        gate="token", "group" and "tile" at 64K tokens
   documents    64K tokens in 1 to 1024 packed documents
   correlated   random queries beside queries whose neighbours select similar blocks
   training     training steps of a GPT of 12 layers, 32K and 64K tokens a step
   decode       decoding steps at contexts of 32K to 1M tokens
+  paged        batches of a server over pages: 1 to 256 sequences of 4K to 128K tokens, with chunks
   nsa          Native Sparse Attention at 8K to 64K tokens, and its decoding steps at 64K
 """
 
@@ -44,6 +46,7 @@ from flexmoba.bench import (
     matrix_rate,
     measure,
     measure_nsa,
+    measure_paged,
     measure_step,
     measure_training,
     plot,
@@ -176,4 +179,6 @@ def _measurement(config: Config) -> Callable[..., dict[str, Any]]:
         return measure_nsa
     if config.layers:
         return measure_training
+    if config.paged:
+        return measure_paged
     return measure_step if config.decode else measure

@@ -141,6 +141,7 @@ class NsaAttention(nn.Module):
             cmp_block=self.sizes.cmp_block,
             cmp_stride=self.sizes.cmp_stride,
             block_size=self.sizes.block_size,
+            window=self.window,
             compress=self._compress,
             max_len=max_len,
             dtype=weight.dtype if dtype is None else dtype,
@@ -243,7 +244,6 @@ class NsaAttention(nn.Module):
             topk=sizes.topk,
             sink_blocks=sizes.sink_blocks,
             local_blocks=sizes.local_blocks,
-            window=self.window,
         )
         return self._output(out)
 

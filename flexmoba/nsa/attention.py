@@ -1,7 +1,7 @@
 """`flex_nsa`: validates, selects, attends in three branches, and merges them by gate values."""
 
 from collections.abc import Mapping
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from flexmoba.checks import (
 )
 from flexmoba.local import with_aux
 from flexmoba.nsa.branches import (
+    BranchTensors,
     block_means_of,
     compressed_branch,
     selected_branch,
@@ -221,7 +222,7 @@ def flex_nsa(
             q.new_zeros((*q.shape[:3], v.shape[-1])) + nothing, lse + nothing, return_aux
         )
 
-    # Lay out the documents, compress, select, attend in three branches, merge, and put back.
+    # Lay out the documents, compress, attend, and put back.
     layout = nsa_layout(k.shape[2], sizes, cu_seqlens, document_ids, key_padding_mask)
     first_block = layout.tokens.first_block
     q, k, v, gates = (layout.tokens.spread(x) for x in (q, k, v, gates))
@@ -233,24 +234,69 @@ def flex_nsa(
         k_win, v_win = k, v
     else:
         k_win, v_win = layout.tokens.spread(k_win), layout.tokens.spread(v_win)
+    tensors_of_branches = BranchTensors(k, v, k_cmp, v_cmp, k_win, v_win)
+    call = NsaCall(sizes, window, scale, impl)
+    if selection is not None:
+        selection = layout.tokens.spread_selection(selection)
+    out, lse = attend_in_branches(q, gates, tensors_of_branches, call, first_block, selection)
+    return with_aux(*layout.collect_results(out, lse), return_aux)
+
+
+class NsaCall(NamedTuple):
+    """Options of a call.
+
+    Attributes:
+        sizes: Sizes of the blocks and of the selection.
+        window: Tokens in a window.
+        scale: Factor on the scores, ``1 / sqrt(D)`` if None.
+        impl: The backend of all branches.
+    """
+
+    sizes: NsaSizes
+    window: int
+    scale: float | None
+    impl: ImplName
+
+
+def attend_in_branches(
+    q: Tensor,
+    gates: Tensor,
+    tensors: BranchTensors,
+    call: NsaCall,
+    first_block: Tensor | None = None,
+    selection: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Selects, attends in three branches, and merges.
+
+    Args:
+        q: Queries in slots, ``(B, Hq, Lq, D)``.
+        gates: Gate values, ``(B, Hq or 1, Lq, 3)``.
+        tensors: Keys and values in slots. Those of the window branch may begin with the first token
+            of the first window.
+        call: Options.
+        first_block: ``(B, Lq)`` int32, the first block of each query's document, or None.
+        selection: Block indices in slots, ``(B, Hkv, Lq, topk)``, or None for the most important
+            blocks.
+
+    Returns:
+        The output ``(B, Hq, Lq, Dv)``, and the log-sum-exps of the branches, ``(B, Hq, Lq, 3)``.
+    """
+    k, v, k_cmp, v_cmp, k_win, v_win = tensors
+    sizes, window, scale, impl = call
     kv_len = k.shape[2]
     compressed = compressed_branch(q, k_cmp, v_cmp, kv_len, first_block, sizes, scale, impl)
     if selection is None:
         selection = select_in_slots(q, k_cmp, kv_len, first_block, sizes, scale, compressed[1])
-    else:
-        selection = layout.tokens.spread_selection(selection)
-    first_token = None if first_block is None else first_block * block_size
+    first_token = None if first_block is None else first_block * sizes.block_size
     branches = (
         compressed,
-        selected_branch(q, k, v, selection, block_size, scale, impl),
+        selected_branch(q, k, v, selection, sizes.block_size, scale, impl),
         window_branch(q, k_win, v_win, window, first_token, scale, impl),
     )
     outs, lses = zip(*branches, strict=True)
     if q.is_cuda:  # compiled, the merge is one pass over memory, and so is its gradient
-        out, lse = run_compiled(_merge, *outs, *lses, gates, kernel_options=None)
-    else:
-        out, lse = _merge(*outs, *lses, gates)
-    return with_aux(*layout.collect_results(out, lse), return_aux)
+        return run_compiled(_merge, *outs, *lses, gates, kernel_options=None)
+    return _merge(*outs, *lses, gates)
 
 
 def _merge(

@@ -3,6 +3,8 @@
 Every function returns the output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -13,6 +15,26 @@ from flexmoba.attention import flex_moba, selected_attention
 from flexmoba.backends import AttentionOptions, ImplName, resolve, window_attention
 from flexmoba.blocks import TILE
 from flexmoba.nsa.sizes import NsaSizes
+
+
+class BranchTensors(NamedTuple):
+    """The keys and values of the branches.
+
+    Attributes:
+        k: Keys of the selected branch, ``(B, Hkv, Lk, D)``.
+        v: Values of the selected branch, ``(B, Hkv, Lk, Dv)``.
+        k_cmp: Compressed keys, ``(B, Hkv, blocks, D)``.
+        v_cmp: Compressed values, ``(B, Hkv, blocks, Dv)``.
+        k_win: Keys of the window branch, ``(B, Hkv, tokens, D)``, of the last tokens at least.
+        v_win: Values of the window branch, ``(B, Hkv, tokens, Dv)``.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_cmp: Tensor
+    v_cmp: Tensor
+    k_win: Tensor
+    v_win: Tensor
 
 
 def block_means_of(x: Tensor, sizes: NsaSizes) -> Tensor:
@@ -130,8 +152,9 @@ def window_branch(
 ) -> tuple[Tensor, Tensor]:
     """Computes attention to the last ``window`` tokens up to each query, its own included.
 
-    With packed documents, ``first_token (B, Lq)`` is the first token of each query's document, and
-    there are as many queries as keys.
+    The last query is at the last key, and keys before the first window may be missing. With packed
+    documents, ``first_token (B, Lq)`` is the first token of each query's document, and there are as
+    many queries as keys.
     """
     q_len, kv_len = q.shape[2], k.shape[2]
     # Windows need as many queries as keys: drop the keys before the first window, and add a query

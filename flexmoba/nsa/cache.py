@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest
 
 from flexmoba.cache import (
+    MAX_STEP_QUERIES,
     check_new_padding,
     check_new_tokens,
     check_no_gradients,
@@ -15,14 +15,11 @@ from flexmoba.cache import (
     storage,
 )
 from flexmoba.checks import check_options, check_positive, check_tensor
-from flexmoba.nsa.attention import flex_nsa
-from flexmoba.nsa.branches import block_means_of
+from flexmoba.nsa.attention import NsaCall, attend_in_branches
+from flexmoba.nsa.branches import BranchTensors, block_means_of
 from flexmoba.nsa.checks import check_gates, check_sizes
-from flexmoba.nsa.decode import CachedBranches, attend_step
+from flexmoba.nsa.decode import attend_step
 from flexmoba.nsa.sizes import NsaSizes
-
-# Up to this many new tokens are a step, whose queries gather the keys that they read.
-_MAX_STEP_QUERIES = 16
 
 Compress = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -31,14 +28,16 @@ class NsaCache:
     """Cache of the keys and values of one attention layer of Native Sparse Attention.
 
     Each row of the batch is a separate sequence with its own length. The cache holds the keys and
-    values of the selected and the window branch, and the compressed keys and values of the full
-    compressed blocks (arXiv 2502.11089, Sec. 3.3). It keeps the last ``cmp_block - 1`` inputs of
-    the compression of every row, and compresses a block when its last token arrives.
+    values of the selected branch, the compressed keys and values of the full compressed blocks, and
+    the last keys and values of the window branch, in a ring (arXiv 2502.11089, Sec. 3.3). It keeps
+    the last ``cmp_block - 1`` inputs of the compression of every row, and compresses a block when
+    its last token arrives.
 
     A step of at most 16 tokens reads all compressed keys, and the keys and values of selected
-    blocks and windows alone, by plain tensor operations. It does not synchronize a GPU with the
-    host. A longer chunk copies the positions of its tokens to the host and calls `flex_nsa` once,
-    or for each row if rows have different lengths or padding.
+    blocks and windows alone, on CUDA by four Triton kernels. It does not synchronize a GPU with the
+    host. A longer chunk copies the positions of its tokens to the host and computes `flex_nsa`
+    once, or for each row if rows have different lengths or padding. The keys and values of the
+    window branch of a chunk stay in memory until the next call of `append`.
 
     Args:
         batch: Rows ``B``.
@@ -48,6 +47,7 @@ class NsaCache:
         cmp_block: Tokens in a compressed block.
         cmp_stride: Distance of the first tokens of two consecutive compressed blocks.
         block_size: Keys in a block of the selected branch.
+        window: Tokens in the window of a query, including its own.
         compress: A function of the keys ``(N, Hkv, cmp_block, D)``, the values ``(N, Hkv,
             cmp_block, Dv)`` and the positions of the first tokens ``(N,)`` of ``N`` compressed
             blocks. It returns their compressed keys ``(N, Hkv, 1, D)`` and values ``(N, Hkv, 1,
@@ -90,6 +90,7 @@ class NsaCache:
         cmp_block: int = 32,
         cmp_stride: int = 16,
         block_size: int = 64,
+        window: int = 512,
         compress: Compress | None = None,
         max_len: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -101,8 +102,10 @@ class NsaCache:
         value_dim = head_dim if value_dim is None else value_dim
         numbers = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim}
         numbers |= {"value_dim": value_dim, "max_len": 1 if max_len is None else max_len}
+        numbers["window"] = window
         for name, size in numbers.items():
             check_positive(name, size, "pass a number of rows, heads, features or tokens")
+        self.window = window
         self.grows = max_len is None
         self._compress = self._means if compress is None else compress
         self._branches = self._storage(
@@ -114,6 +117,9 @@ class NsaCache:
         self.lengths = storage((batch,), torch.int32, device)
         # An upper bound of the length of the longest row, known without reading from the device.
         self._longest_row = 0
+        self._appended = 0  # tokens of the last call of `append`
+        # The keys and values of the windows of the last call, if it was a chunk.
+        self._chunk: tuple[Tensor, ...] | None = None
 
     @property
     def capacity(self) -> int:
@@ -166,10 +172,15 @@ class NsaCache:
         # The tokens of padding go to the last block, which nothing reads.
         fits = (positions >= 0) & (positions < self.capacity)
         index = torch.where(fits, positions, self.capacity).long()[:, None, :, None]
-        for name in ("k", "v", "k_win", "v_win"):
-            x = new[name]
-            getattr(self._branches, name).scatter_(2, index.expand_as(x), x)
-        self._append_compressed((new["k_cmp"], new["v_cmp"]), key_padding_mask, count)
+        for name in ("k", "v"):
+            getattr(self._branches, name).scatter_(2, index.expand_as(new[name]), new[name])
+        inputs, in_windows = (
+            tuple(_real_first(new[name], key_padding_mask) for name in names)
+            for names in (("k_cmp", "v_cmp"), ("k_win", "v_win"))
+        )
+        self._append_to_ring((new["k_win"], new["v_win"]), in_windows, positions, count)
+        self._append_compressed(inputs, count)
+        self._appended = n
         self.lengths += count
         return positions
 
@@ -182,25 +193,24 @@ class NsaCache:
         topk: int = 16,
         sink_blocks: int = 1,
         local_blocks: int = 1,
-        window: int = 512,
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Computes `flex_nsa` from new queries to the tokens of their rows up to each.
 
         Args:
-            q: Queries of the tokens that were just appended, ``(B, Hq, n, D)`` in the dtype of the
-                cache.
+            q: Queries of all tokens of the last call of `append`, ``(B, Hq, n, D)`` in the dtype of
+                the cache.
             gates: Gate values, ``(B, Hq or 1, n, 3)``, as in `flex_nsa`.
             positions: The positions that `append` returned for these tokens, ``(B, n)`` int32.
             topk: As in `flex_nsa`.
             sink_blocks: As in `flex_nsa`.
             local_blocks: As in `flex_nsa`.
-            window: As in `flex_nsa`.
             scale: As in `flex_nsa`.
 
         Returns:
             The output, ``(B, Hq, n, Dv)`` in the dtype of q, and the log-sum-exps of the branches,
-            ``(B, Hq, n, 3)`` float32 (float64 for float64 q); 0 and -inf for padding.
+            ``(B, Hq, n, 3)`` float32 (float64 for float64 q); 0 and -inf for padding. In a step,
+            both are NaN for positions beyond the capacity, which a CUDA graph may reach.
 
         Raises:
             TypeError: An argument has the wrong type.
@@ -209,16 +219,20 @@ class NsaCache:
         """
         sizes = self.sizes._replace(topk=topk, sink_blocks=sink_blocks, local_blocks=local_blocks)
         check_sizes(sizes)
-        check_positive("window", window, "pass the number of tokens in a window")
         check_options(scale, None, None, None)
         check_tensor("q", q)
         check_queries(q, positions, self._branches.k)
         check_gates(q, gates)
         check_no_gradients(q, gates)
+        if q.shape[2] != self._appended:
+            raise ValueError(
+                f"the last call of append had {self._appended} tokens, got {q.shape[2]} queries; "
+                "attend from the tokens of each call before the next one"
+            )
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        if q.shape[2] <= _MAX_STEP_QUERIES:
-            return attend_step(q, gates, positions, self._branches, sizes, window, scale)
-        return self._attend_chunk(q, gates, positions, sizes, window, scale)
+        if q.shape[2] <= MAX_STEP_QUERIES:
+            return attend_step(q, gates, positions, self._branches, sizes, self.window, scale)
+        return self._attend_chunk(q, gates, positions, sizes, scale)
 
     def next_positions(self, n: int, key_padding_mask: Tensor | None = None) -> Tensor:
         """Returns the positions that `append` would give to ``n`` new tokens of every row.
@@ -236,7 +250,7 @@ class NsaCache:
     def reset(self) -> None:
         """Removes all tokens and keeps the storage."""
         self.lengths.zero_()
-        self._longest_row = 0
+        self._longest_row = self._appended = 0
 
     def reorder(self, rows: Tensor) -> None:
         """Replaces row ``i`` by a copy of the old row ``rows[i]``, as beam search needs.
@@ -247,15 +261,35 @@ class NsaCache:
         for x in (*self._branches, *self._tail, self.lengths):
             x.copy_(x.index_select(0, rows))
 
-    def _append_compressed(
-        self, new: tuple[Tensor, Tensor], mask: Tensor | None, count: Tensor
+    def _append_to_ring(
+        self,
+        new: tuple[Tensor, Tensor],
+        real_first: tuple[Tensor, ...],
+        positions: Tensor,
+        count: Tensor,
     ) -> None:
+        """Replaces the oldest keys and values of the window branch, and keeps those of a chunk."""
+        cached = self._branches.k_win, self._branches.v_win
+        places = cached[0].shape[2] - 1  # the last one takes the writes that nothing reads
+        lengths = self.lengths[:, None]
+        self._chunk = None
+        if positions.shape[1] > MAX_STEP_QUERIES:
+            # Later tokens of the chunk take the places of keys that earlier queries see.
+            before = lengths + torch.arange(1 - self.window, 0, device=count.device)
+            index = (before.clamp(min=0) % places).long()[:, None, :, None]
+            self._chunk = tuple(
+                torch.cat([x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])), y], 2)
+                for x, y in zip(cached, real_first, strict=True)
+            )
+        is_last = (positions >= 0) & (positions >= lengths + count[:, None] - places)
+        index = torch.where(is_last, positions % places, places).long()[:, None, :, None]
+        for x, y in zip(cached, new, strict=True):
+            x.scatter_(2, index.expand_as(y), y)
+
+    def _append_compressed(self, new: tuple[Tensor, ...], count: Tensor) -> None:
         """Compresses the blocks that ``count (B,)`` new tokens of each row fill."""
         cmp_block, stride = self.sizes.cmp_block, self.sizes.cmp_stride
         n, device = new[0].shape[2], count.device
-        if mask is not None:  # real tokens first
-            order = (~mask).int().argsort(dim=1, stable=True)[:, None, :, None]
-            new = tuple(x.gather(2, order.expand_as(x)) for x in new)  # type: ignore[assignment]
         inputs = [torch.cat(pair, 2) for pair in zip(self._tail, new, strict=True)]
         lengths = self.lengths[:, None]
         first = ((lengths - cmp_block + stride) // stride).clamp(min=0)
@@ -287,15 +321,9 @@ class NsaCache:
         return block_means_of(k, self.sizes), block_means_of(v, self.sizes)
 
     def _attend_chunk(
-        self,
-        q: Tensor,
-        gates: Tensor,
-        positions: Tensor,
-        sizes: NsaSizes,
-        window: int,
-        scale: float,
+        self, q: Tensor, gates: Tensor, positions: Tensor, sizes: NsaSizes, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Calls `flex_nsa` for all rows at once if they are alike, or for each row."""
+        """Computes `flex_nsa` for all rows at once if they are alike, or for each row."""
         lse_dtype = torch.promote_types(q.dtype, torch.float32)
         out = q.new_zeros((*q.shape[:3], self._branches.v.shape[3]))
         lse = q.new_full((*q.shape[:3], 3), float("-inf"), dtype=lse_dtype)
@@ -303,26 +331,23 @@ class NsaCache:
         rows = [(slice(i, i + 1), row) for i, row in enumerate(positions_of_row)]
         if all(row == positions_of_row[0] for row in positions_of_row):
             rows = [(slice(None), positions_of_row[0])]
+        assert self._chunk is not None
+        call = NsaCall(sizes, self.window, scale, "auto")
         for row, row_positions in rows:
             kv_len = max(row_positions) + 1
             if kv_len == 0:
                 continue
             real = torch.tensor([x >= 0 for x in row_positions], device=q.device)
-            k, v, k_cmp, v_cmp, k_win, v_win = (x[row] for x in self._branches)
-            n_compressed = sizes.compressed_blocks(kv_len)
-            row_out, aux = flex_nsa(
-                *(q[row, :, real], k[:, :, :kv_len], v[:, :, :kv_len], gates[row, :, real]),
-                k_cmp=k_cmp[:, :, :n_compressed],
-                v_cmp=v_cmp[:, :, :n_compressed],
-                k_win=k_win[:, :, :kv_len],
-                v_win=v_win[:, :, :kv_len],
-                window=window,
-                scale=scale,
-                return_aux=AuxRequest(lse=True),
-                **sizes._asdict(),
+            k, v, k_cmp, v_cmp = (x[row] for x in self._branches[:4])
+            end = self.window - 1 + sum(x >= 0 for x in row_positions)
+            in_windows = slice(max(end - kv_len, 0), end)
+            tensors = BranchTensors(
+                *(x[:, :, :kv_len] for x in (k, v)),
+                *(x[:, :, : sizes.compressed_blocks(kv_len)] for x in (k_cmp, v_cmp)),
+                *(x[row, :, in_windows] for x in self._chunk),
             )
-            assert aux.lse is not None
-            out[row, :, real], lse[row, :, real] = row_out, aux.lse
+            results = attend_in_branches(q[row, :, real], gates[row, :, real], tensors, call)
+            out[row, :, real], lse[row, :, real] = results
         return out, lse
 
     def _make_room(self, n: int) -> None:
@@ -350,16 +375,26 @@ class NsaCache:
         n_blocks: int,
         dtype: torch.dtype,
         device: torch.device | str | None,
-    ) -> CachedBranches:
+    ) -> BranchTensors:
         """Returns zeros for ``n_blocks`` blocks, since masked values get weights of 0."""
         tokens = n_blocks * self.sizes.block_size
         # One more block, and compressed block, takes the writes of padding. Nothing reads it.
         length = tokens + self.sizes.block_size
         n_compressed = self.sizes.compressed_blocks(tokens) + 1
-        lengths = (length, length, n_compressed, n_compressed, length, length)
-        return CachedBranches(
+        # Keys in the windows of the queries of a step, and a place that nothing reads.
+        ring = self.window + MAX_STEP_QUERIES
+        lengths = (length, length, n_compressed, n_compressed, ring, ring)
+        return BranchTensors(
             *(
                 storage((*rows, length, dims[i % 2]), dtype, device)
                 for i, length in enumerate(lengths)
             )
         )
+
+
+def _real_first(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns new tokens ``(B, Hkv, n, D)`` with the padding of each row at its end."""
+    if mask is None:
+        return x
+    order = (~mask).int().argsort(dim=1, stable=True)[:, None, :, None]
+    return x.gather(2, order.expand_as(x))

@@ -4,60 +4,105 @@ arXiv 2502.11089, Sec. 3.2 and 3.3. A step reads all compressed keys once, for t
 and for the importance of blocks.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from flexmoba.cache import has_kernels
 from flexmoba.gate import forced_blocks, top_blocks
+from flexmoba.nsa.branches import BranchTensors
 from flexmoba.nsa.select import block_importance
 from flexmoba.nsa.sizes import NsaSizes
-
-
-class CachedBranches(NamedTuple):
-    """The keys and values of a cache.
-
-    Attributes:
-        k: Keys of the selected branch, ``(B, Hkv, N * block_size, D)``.
-        v: Values of the selected branch, ``(B, Hkv, N * block_size, Dv)``.
-        k_cmp: Compressed keys, ``(B, Hkv, blocks, D)``.
-        v_cmp: Compressed values, ``(B, Hkv, blocks, Dv)``.
-        k_win: Keys of the window branch, ``(B, Hkv, N * block_size, D)``.
-        v_win: Values of the window branch, ``(B, Hkv, N * block_size, Dv)``.
-    """
-
-    k: Tensor
-    v: Tensor
-    k_cmp: Tensor
-    v_cmp: Tensor
-    k_win: Tensor
-    v_win: Tensor
+from flexmoba.runtime import without_autocast
 
 
 def attend_step(
     q: Tensor,
     gates: Tensor,
     positions: Tensor,
-    cache: CachedBranches,
+    cache: BranchTensors,
     sizes: NsaSizes,
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Computes `NsaCache.attend` by plain tensor operations that gather the keys.
+    """Computes `NsaCache.attend` for few queries.
 
     Args:
         q: Queries, ``(B, Hq, n, D)``.
         gates: Gate values, ``(B, Hq or 1, n, 3)``.
         positions: Position of each query, ``(B, n)`` int32; -1 for padding.
-        cache: Keys and values.
+        cache: Keys and values of a cache. The last block, the last compressed block and the last
+            place of the ring of the window branch are never read. Token ``i`` has the place
+            ``i % (places - 1)`` in the ring.
         sizes: Sizes of the blocks and of the selection.
         window: Tokens in a window.
         scale: Factor on the scores.
 
     Returns:
         The output ``(B, Hq, n, Dv)`` in the dtype of ``q``, and the log-sum-exps ``(B, Hq, n, 3)``.
+        Both are NaN for a query whose position is beyond the capacity.
     """
+    out, lse = _attend_step(q, gates, positions, *cache, *sizes, window, scale)
+    return out, lse
+
+
+# An operator, so that compilers do not trace it: the launches of kernels are not traceable. The
+# arguments are flat because the schema of an operator has no tuples.
+@torch.library.custom_op("flexmoba::attend_nsa_step", mutates_args=())
+@without_autocast
+def _attend_step(
+    q: Tensor,
+    gates: Tensor,
+    positions: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    cmp_block: int,
+    cmp_stride: int,
+    block_size: int,
+    topk: int,
+    sink_blocks: int,
+    local_blocks: int,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    cache = BranchTensors(k, v, k_cmp, v_cmp, k_win, v_win)
+    sizes = NsaSizes(cmp_block, cmp_stride, block_size, topk, sink_blocks, local_blocks)
+    call = (q, gates, positions, cache, sizes, window, scale)
+    if has_kernels(q, v):
+        from flexmoba.nsa.decode_on_cuda import attend_step_on_cuda, supports
+
+        if supports(q, v, q.shape[1] // k.shape[1], sizes):
+            return attend_step_on_cuda(*call)
+    return attend_gathered(*call)
+
+
+@_attend_step.register_fake
+def _(q: Tensor, gates: Tensor, positions: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    shape = q.shape[:3]
+    return q.new_empty((*shape, v.shape[3])), q.new_empty((*shape, 3), dtype=lse_dtype)
+
+
+def attend_gathered(
+    q: Tensor,
+    gates: Tensor,
+    positions: Tensor,
+    cache: BranchTensors,
+    sizes: NsaSizes,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Computes `attend_step` by plain tensor operations, which gather the keys."""
+    capacity = cache.k.shape[2] - sizes.block_size
+    beyond = (positions >= capacity)[:, None, :, None]
+    positions = positions.clamp(max=capacity - 1)
     precise = torch.promote_types(q.dtype, torch.float32)
     queries = rearrange(q.to(precise) * scale, "b (h g) l d -> b h l g d", h=cache.k.shape[1])
     position = positions[:, None, :, None]  # (B, Hkv, n, keys)
@@ -75,15 +120,16 @@ def attend_step(
     keys, values = (_blocks(x, index, sizes.block_size) for x in (cache.k, cache.v))
     selected_results, _ = _attend(queries, keys, values, seen)
 
-    token = position - torch.arange(min(window, cache.k.shape[2]), device=q.device)
-    index = token.clamp(min=0).expand(-1, cache.k.shape[1], -1, -1)
+    token = position - torch.arange(min(window, capacity), device=q.device)
+    index = (token.clamp(min=0) % (cache.k_win.shape[2] - 1)).expand(-1, cache.k.shape[1], -1, -1)
     keys, values = (_blocks(x, index, 1) for x in (cache.k_win, cache.v_win))
     windowed, _ = _attend(queries, keys, values, token >= 0)
 
     outs, lses = zip(compressed, selected_results, windowed, strict=True)
     out = (torch.stack(outs, -1) * gates.to(precise)[..., None, :]).sum(-1)
     out = out.masked_fill((positions < 0)[:, None, :, None], 0.0)  # gate values may be NaN there
-    return out.to(q.dtype), torch.stack(lses, -1)
+    out, lse = (x.masked_fill(beyond, math.nan) for x in (out, torch.stack(lses, -1)))
+    return out.to(q.dtype), lse
 
 
 def _select(importance: Tensor, positions: Tensor, sizes: NsaSizes) -> Tensor:

@@ -1,4 +1,4 @@
-"""Floating point operations of `nsa_select`, for `torch.utils.flop_counter`."""
+"""Floating point operations of NSA's operators, for `torch.utils.flop_counter`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import flexmoba.nsa.select  # noqa: F401 (registers the operator)
+import flexmoba.nsa.decode
+import flexmoba.nsa.select  # noqa: F401 (registers the operators)
 
 Shape = Sequence[int]
 
@@ -35,3 +36,31 @@ def _select(
     """
     batch, heads, q_len, dim = q
     return 2 * batch * heads * dim * seen_pairs(q_len, kv_len, cmp_block, cmp_stride)
+
+
+@register_flop_formula(torch.ops.flexmoba.attend_nsa_step)
+def _step(
+    q: Shape,
+    gates: Shape,
+    positions: Shape,
+    k: Shape,
+    v: Shape,
+    k_cmp: Shape,
+    v_cmp: Shape,
+    k_win: Shape,
+    v_win: Shape,
+    cmp_block: int,
+    cmp_stride: int,
+    block_size: int,
+    topk: int,
+    sink_blocks: int,
+    local_blocks: int,
+    window: int,
+    *options: Any,
+    out_shape: Any = None,
+) -> int:
+    """Counts a full cache, because the lengths of its rows are values."""
+    batch, heads, n, dim = q
+    capacity = k[2] - block_size
+    keys = k_cmp[2] - 1 + min(topk * block_size, capacity) + min(window, capacity)
+    return 2 * batch * heads * n * keys * (dim + v[3])

@@ -318,12 +318,21 @@ def block_mask_of(
         full_transposed: The tiles that visit each stretch as a full one, or None.
         block_size: Queries in a tile and keys in a stretch.
     """
-    kv_num_blocks, kv_indices = _list_tensors(partial)
+    tensors = [
+        x
+        for lists in (partial, full, partial_transposed, full_transposed)
+        for x in (_list_tensors(lists) if lists is not None else (None, None))
+    ]
+    if partial[0].ndim > 1 and partial[0].shape[:2] != (1, 1):
+        # The CUDA kernels find the list of a batch element and head by the stride of heads alone,
+        # so lists must be contiguous. Inductor may lay out a tensor of the same graph otherwise,
+        # such as ``(B, 1, tiles)`` with heads outermost, but not the result of an operator.
+        real = iter(materialize_all([x for x in tensors if x is not None]))
+        tensors = [x if x is None else next(real) for x in tensors]
+    kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices = tensors[:4]
+    q_num_blocks, q_indices, full_q_num_blocks, full_q_indices = tensors[4:]
     assert kv_num_blocks is not None
     assert kv_indices is not None
-    full_kv_num_blocks, full_kv_indices = _list_tensors(full)
-    q_num_blocks, q_indices = _list_tensors(partial_transposed)
-    full_q_num_blocks, full_q_indices = _list_tensors(full_transposed)
     return BlockMask(
         seq_lengths=seq_lengths,
         kv_num_blocks=kv_num_blocks,
@@ -339,9 +348,7 @@ def block_mask_of(
     )
 
 
-def _list_tensors(lists: Lists | None) -> tuple[Tensor | None, Tensor | None]:
-    if lists is None:
-        return None, None
+def _list_tensors(lists: Lists) -> Lists:
     count, index = (x.int().contiguous() for x in lists)
     if count.ndim == 1:  # one list for all batch elements and heads
         count, index = count[None, None], index[None, None]
@@ -357,3 +364,14 @@ def materialize(x: Tensor) -> Tensor:
 @materialize.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("flexmoba::materialize_all", mutates_args=())
+def materialize_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns copies that are contiguous, also where the compiler would lay them out otherwise."""
+    return [x.clone(memory_format=torch.contiguous_format) for x in tensors]
+
+
+@materialize_all.register_fake
+def _(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]

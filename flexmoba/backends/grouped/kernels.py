@@ -114,7 +114,7 @@ def query_grads_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, TILE_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, TILE_VALUE_DIM: tl.constexpr,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
-    GRAD_STRIDE: tl.constexpr, UNIT: tl.constexpr,
+    GRAD_STRIDE: tl.constexpr, UNIT: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
     """Computes the gradients of the query heads of a token, and writes their ``delta``.
 
@@ -131,7 +131,9 @@ def query_grads_kernel(
     grad = load_rows(grad_ptr, offset, VALUE_DIM, TILE_VALUE_DIM)
     row, valid = flat_rows(kv_head, query, q_len, GROUP, ROWS)
     out = load_rows(out_ptr, row * VALUE_DIM, VALUE_DIM, TILE_VALUE_DIM)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1) - tl.load(grad_lse_ptr + row)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    if HAS_GRAD_LSE:
+        delta -= tl.load(grad_lse_ptr + row)
     tl.store(delta_ptr + row, delta, mask=valid)
     lse = tl.load(lse_ptr + row) * LOG2_E
     k_ptr += head_offset(kv_head, kv_heads, k_stride_b, k_stride_h, UNIT)

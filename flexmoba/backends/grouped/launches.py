@@ -57,7 +57,7 @@ def attend_on_cuda(
 
 
 def attend_backward_on_cuda(
-    grads: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor | None],
     results: tuple[Tensor, Tensor],
     inputs: tuple[Tensor, Tensor, Tensor],
     selected: Tensor,
@@ -70,7 +70,7 @@ def attend_backward_on_cuda(
 
     Args:
         grads: The gradients of the output, ``(B, Hq, Lq, Dv)``, and of the log-sum-exp,
-            ``(B, Hq, Lq)`` float32.
+            ``(B, Hq, Lq)`` float32, or None for zeros.
         results: The output and the log-sum-exp.
         inputs: Queries ``(B, Hq, Lq, D)``, keys ``(B, Hkv, Lk, D)``, values ``(B, Hkv, Lk, Dv)``.
         selected: Block indices, ``(B, Hkv, Lq, topk)`` int32.
@@ -79,6 +79,7 @@ def attend_backward_on_cuda(
         is_causal: Whether a query attends only to keys at or before its position.
     """
     q, k, v, grad_out = (aligned(x) for x in (*inputs, grads[0]))
+    grad_lse = None if grads[1] is None else packed(grads[1])
     selected, (out, lse) = packed(selected), results
     sizes = Sizes.of(q, k, v, selected, block_size)
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -93,10 +94,10 @@ def attend_backward_on_cuda(
             query_grads_kernel,
             sizes.batch * sizes.kv_heads * sizes.q_len,
             (
-                *(q, k, v, grad_out, out, lse, packed(grads[1]), selected, d_q, delta),
+                *(q, k, v, grad_out, out, lse, grad_lse, selected, d_q, delta),
                 *(*strides, *lengths, factor, scale),
             ),
-            constants | _token_tile(sizes),
+            constants | _token_tile(sizes) | {"HAS_GRAD_LSE": grad_lse is not None},
             dtypes,
         )
         # Route the tokens of each KV head to the blocks that they selected.

@@ -97,7 +97,7 @@ def _attend(
 @torch.library.custom_op("flexmoba::attend_grouped_backward", mutates_args=())
 def _attend_backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
     q: Tensor,

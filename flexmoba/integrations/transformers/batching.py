@@ -2,8 +2,9 @@
 
 transformers divides the memory of its cache into blocks, and a block into one page for each layer.
 `MobaAllocator` adds the mean key to each page, so that sharing, forking, eviction and offloading of
-blocks include it. `MobaBatchingManager` does so for ``attn_implementation="flexmoba"`` and leaves
-other models alone. The attention writes the new keys itself and reads the pages in place.
+blocks include it. `MobaMemoryHandler` computes how many blocks fit in memory. `MobaBatchingManager`
+accepts ``attn_implementation="flexmoba"``. All three leave other models alone. The attention writes
+the new keys itself and reads the pages in place.
 """
 
 import weakref
@@ -28,6 +29,7 @@ from flexmoba.paged import PagedBatch, Pages, append_paged, attend_paged, paged_
 
 _FULL = FullAttentionCacheAllocator.layer_type
 _Manager = continuous_api.ContinuousBatchingManager
+_MemoryHandler = batching_cache.PagedAttentionMemoryHandler
 
 # The allocator of each attention module, as a weak reference, so that a model does not keep the
 # memory of a manager that has stopped.
@@ -35,8 +37,9 @@ _allocators: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictio
 
 
 def register_batching() -> None:
-    """Adds the manager and the allocator to transformers. Repeated calls do no harm."""
+    """Adds the classes of this file to transformers. Repeated calls do no harm."""
     continuous_api.ContinuousBatchingManager = MobaBatchingManager
+    batching_cache.PagedAttentionMemoryHandler = MobaMemoryHandler
     batching_cache.ATTN_TYPE_TO_ALLOCATOR[_FULL] = MobaAllocator
 
 
@@ -114,6 +117,22 @@ class MobaAllocator(FullAttentionCacheAllocator):
         block_table[: len(blocks)].copy_(blocks, non_blocking=True)
 
 
+class MobaMemoryHandler(_MemoryHandler):  # type: ignore[misc, valid-type]
+    """Computes how many blocks fit in memory.
+
+    For attentions other than FlashAttention, transformers reserves a mask of all tokens of a batch
+    by all tokens of the cache, and keys and values that are repeated for all query heads. MoBA has
+    neither.
+    """
+
+    def __init__(self, *, config: Any, **kwargs: Any) -> None:
+        """Reserves memory as for FlashAttention if the attention of the config is MoBA."""
+        super().__init__(config=config, **kwargs)
+        if config._attn_implementation == NAME:
+            self.num_attention_masks = 0
+            self.kv_heads_at_peak = 2 * batching_cache.find_num_key_value_heads(config)
+
+
 class MobaBatchingManager(_Manager):  # type: ignore[misc, valid-type]
     """Manager of transformers that also accepts ``attn_implementation="flexmoba"``."""
 
@@ -160,6 +179,7 @@ class MobaBatchingManager(_Manager):  # type: ignore[misc, valid-type]
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
         if _is_moba(self.model):
+            _admit_after_cancellations(processor.scheduler)
             for module in _modules(self.model):
                 allocator = processor.cache.layer_to_allocator[module.layer_idx]
                 other = _allocators.get(module, lambda: None)()
@@ -170,6 +190,23 @@ class MobaBatchingManager(_Manager):  # type: ignore[misc, valid-type]
                     )
                 _allocators[module] = weakref.ref(allocator)
         return processor
+
+
+def _admit_after_cancellations(scheduler: Any) -> None:
+    """Makes a scheduler admit waiting requests if cancellations leave no active one.
+
+    After an eviction, transformers admits no request until an active one finishes. If all active
+    ones are cancelled instead, the engine would wait forever.
+    """
+    clear = scheduler.clear_cancelled_requests
+
+    def clear_cancelled_requests() -> Any:
+        cancelled = clear()
+        if not scheduler.active_requests:
+            scheduler.block_new_requests = False
+        return cancelled
+
+    scheduler.clear_cancelled_requests = clear_cancelled_requests
 
 
 def check_batching(model: Any, page_size: int) -> None:
