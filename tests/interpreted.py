@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from flexmoba import MobaCache, gate, moba_select, selected_attention
 from flexmoba.backends.fused import backward as backward_pass
@@ -155,15 +156,45 @@ def test_in_pieces(monkeypatch, block_size, sorting, total, forward, backward):
             assert_bitwise_equal(x, whole[name])
 
 
-def results_of(q, k, v, routed, block_size) -> dict[str, torch.Tensor]:
+def results_of(q, k, v, routed, block_size, attend=fused_attention) -> dict[str, torch.Tensor]:
     """Returns the output, the log-sum-exp and the gradients of a causal call, by name."""
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     selection = BlockSelection(routed, block_size)
-    results = fused_attention(*inputs, selection, AttentionOptions("fused", 0.3, True))
+    results = attend(*inputs, selection, AttentionOptions("fused", 0.3, True))
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in results]
     names = ("out", "lse", "d_q", "d_k", "d_v")
     return dict(zip(names, (*results, *torch.autograd.grad(results, inputs, grads)), strict=True))
+
+
+def test_plain_calls_and_operators_give_equal_results():
+    inputs = [*SMALL.tensors(), gated(SMALL)[..., 1:]]
+    plain = results_of(*inputs, SMALL.block_size)
+    with FlopCounterMode(display=False) as counter:  # observes operators, so they are called
+        observed = results_of(*inputs, SMALL.block_size)
+    counts = counter.get_flop_counts()["Global"]
+    operators = torch.ops.flexmoba
+    assert {operators.attend_fused, operators.attend_fused_backward} <= set(counts)
+    for name, x in observed.items():
+        assert_bitwise_equal(x, plain[name])
+
+
+def test_compiled_calls_give_the_results_of_plain_calls():
+    inputs = [*SMALL.tensors(), gated(SMALL)[..., 1:]]
+    plain = results_of(*inputs, SMALL.block_size)
+    compiled = torch.compile(fused_attention, backend="aot_eager", fullgraph=True)
+    for name, x in results_of(*inputs, SMALL.block_size, attend=compiled).items():
+        assert_bitwise_equal(x, plain[name])
+
+
+def test_plain_calls_have_no_second_derivatives():
+    *inputs, routed = *SMALL.tensors(), gated(SMALL)[..., 1:]
+    inputs = [x.requires_grad_() for x in inputs]
+    selection = BlockSelection(routed, SMALL.block_size)
+    out, _ = fused_attention(*inputs, selection, AttentionOptions("fused", 0.3, True))
+    (grad,) = torch.autograd.grad(out.sum(), inputs[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="attention has no second derivatives"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize("rows", [3, 16, 64])

@@ -1,5 +1,6 @@
 """Tests of the benchmark: its operation counts, its reports, and its check of the results."""
 
+import functools
 import json
 import math
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from flexmoba import moba_select
 from flexmoba.bench import Config, baselines, calls, inputs, native_sparse, paged, steps, training
@@ -157,6 +159,23 @@ def test_measures_training_steps(monkeypatch, tmp_path, capsys):
     assert set(second["training_ms"]) == {"flex_moba"}
     assert first["error"] < first["allowed"] == 1
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from the compiler itself
+def test_training_compiles_layers_once_and_any_number_of_models(monkeypatch):
+    monkeypatch.setattr(
+        training.torch, "compile", functools.partial(torch.compile, backend="eager")
+    )
+    monkeypatch.setattr(training, "_VOCABULARY", 50)
+    config = replace(TINY, layers=3, dense="nothing")
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for length in (150, 130):
+            result = training.measure_training(
+                replace(config, length=length), torch.device("cpu"), torch.float32
+            )
+            assert result["error"] < result["allowed"]
+    assert counters["stats"]["unique_graphs"] == 4  # a layer and the head of each model
 
 
 def test_training_with_wrong_attention_is_not_timed(monkeypatch):
@@ -311,8 +330,10 @@ def test_the_targets_are_measured(monkeypatch, tmp_path, capsys):
     file = tmp_path / "results.json"
     options = ["--device", "cpu", "--dtype", "float32", "--json", str(file)]
     assert main(["bench", "--preset", "targets", *options]) == 0
-    results = json.loads(file.read_text())["results"]
+    report = json.loads(file.read_text())
+    results = report["results"]
     assert [bool(x.get("both_ms")) for x in results] == [x.backward for x in small]
+    assert [x["quantity"] for x in report["targets"]] == [x.target for x in small]
     table = capsys.readouterr().out.split("Targets\n\n")[1]
     assert table.count("\n| 1 x ") == len(small)
 

@@ -120,6 +120,68 @@ def test_kernels_for_hopper_fit_in_registers(block_size, dim, tmp_path):
     assert "C75" not in result.stdout  # ptxas warns that it serialises asynchronous products
 
 
+COMPILE_WIDE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from flexmoba.backends.fused import backward_kernels, forward_kernels, tile_sizes
+from flexmoba.backends.fused.schedule import Sizes
+
+POINTERS = {"partial_lse_ptr": "fp32", "lse_ptr": "fp32", "delta_ptr": "fp32", "extra_ptr": "fp32",
+            "bin_ptr": "i16", "own_ptr": "i1"} | {
+    x: "i32" for x in ("pair_ptr", "first_row_ptr", "first_item_ptr", "block_of_item_ptr",
+                       "first_extra_ptr", "routed_ptr")}
+
+def shared_memory(kernel, constants, capability):
+    signature, constexprs, aligned = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], constexprs[(i,)] = "constexpr", constants[name]
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + POINTERS.get(name, "bf16")
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        else:
+            types = {"int32": "i32", "int64": "i64", "float32": "fp32"}
+            signature[name] = types.get(str(parameter.annotation_type), parameter.annotation_type)
+    source = ASTSource(kernel, signature, constexprs, aligned)
+    options = {x: constants[x] for x in ("num_warps", "num_stages")}
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=options).metadata.shared
+
+capability, dim, value_dim, block_size = (int(x) for x in sys.argv[1:])
+sizes = Sizes(1, 16, 4, 65536, 65536, block_size, 2, dim, value_dim)
+options = True, False, capability == 90
+attend, finish = tile_sizes.forward_constants(sizes, (16, dim, dim, value_dim), *options)
+keys, queries, finish_queries, _ = tile_sizes.backward_constants(
+    sizes, (16, dim, dim, value_dim, value_dim), *options)
+keys = keys | {"WRITES_QUERY_GRADS": block_size <= keys["KEYS"]}
+print(max(shared_memory(kernel, constants, capability) for kernel, constants in (
+    (forward_kernels.attend_kernel, attend), (forward_kernels.finish_kernel, finish),
+    (backward_kernels.key_grads_kernel, keys), (backward_kernels.item_query_grads_kernel, queries),
+    (backward_kernels.finish_query_grads_kernel, finish_queries))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize(("capability", "most"), [(90, 227), (89, 99)])
+@pytest.mark.parametrize("sizes", [(192, 128, 512), (256, 256, 64), (256, 256, 512)])
+def test_kernels_for_large_head_dims_fit_in_shared_memory(capability, most, sizes, tmp_path):
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    (tmp_path / "compile.py").write_text(COMPILE_WIDE)
+    arguments = [str(x) for x in (capability, *sizes)]
+    result = subprocess.run(
+        [sys.executable, tmp_path / "compile.py", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) <= most * 1024
+
+
 @st.composite
 def all_sizes(draw):
     group, kv_heads = draw(st.integers(1, 4)), draw(st.integers(1, 4))

@@ -18,6 +18,8 @@ from flexmoba.backends.grouped import grouped_attention
 from flexmoba.flops import pairs
 from flexmoba.nsa import NsaCache, flex_nsa, nsa_select
 from flexmoba.nsa.reference import reference_seen
+from flexmoba.runtime import is_plain_call
+from tests.conftest import assert_bitwise_equal
 from tests.problems import Problem
 
 PROBLEM = Problem(kv_heads=2, group=2, q_len=150, kv_len=150, block_size=16, topk=3)
@@ -61,6 +63,58 @@ CALLS = {
     ),
     "flex_nsa": nsa,
 }
+
+
+# ---- Plain calls, which need no operators -------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+def test_knows_plain_calls():
+    x = torch.randn(3)
+    plain = []
+
+    def note(x: Tensor) -> Tensor:
+        plain.append(is_plain_call(x))
+        return x.clone()
+
+    note(x)
+    note(torch.nn.Parameter(x))
+    assert plain == [True, True]
+    with FlopCounterMode(display=False):
+        note(x)
+    with FakeTensorMode():
+        fake = torch.randn(3)
+    note(fake)
+    note(x.to("meta"))
+    note(WithSubclass(x))
+    torch.func.vmap(note)(x)
+    make_fx(note)(x)
+    torch.jit.trace(note, x, check_trace=False)
+    assert plain[2:] == [False] * 7
+    assert torch.compile(lambda x: x + is_plain_call(x), backend="eager")(x).equal(x)
+
+
+class WithSubclass(Tensor):
+    pass
+
+
+def test_cached_calls_without_operators_give_the_same_results():
+    def results() -> list[Tensor]:
+        q, k, v = PROBLEM.tensors()
+        cache = MobaCache(1, 2, PROBLEM.head_dim, block_size=16, dtype=PROBLEM.dtype)
+        q, k, v = (x[:1] for x in (q, k, v))
+        parts = [slice(0, 100), slice(100, 140), slice(140, 141), slice(141, 144)]
+        call = partial(flex_moba, block_size=16, topk=3, cache=cache)
+        outs = [call(q[:, :, part], k[:, :, part], v[:, :, part]) for part in parts]
+        return [*outs, cache.k, cache.v, cache.means, cache.lengths]
+
+    with torch.no_grad():
+        plain = results()
+        with FlopCounterMode(display=False) as counter:
+            observed = results()
+    assert torch.ops.flexmoba.attend_cached in counter.get_flop_counts()["Global"]
+    for x, y in zip(plain, observed, strict=True):
+        assert_bitwise_equal(x, y)
 
 
 # ---- Fake tensors, which have no values ---------------------------------------------------------

@@ -116,6 +116,7 @@ LONG_FUNCTIONS = {
     "flexmoba.backends.fused.backward.attend_backward_on_cuda": "launches one after the other",
 }
 COMPILED = "a compiled function, whose tensors and constants `run_compiled` tells apart"
+OPERATOR = "an operator, whose schema has no tuples"
 MANY_PARAMETERS = {
     "flexmoba.attention.flex_moba": "public",
     "flexmoba.attention.selected_attention": "public",
@@ -124,12 +125,15 @@ MANY_PARAMETERS = {
     "flexmoba.backends.flex.masked._attend_fully": COMPILED,
     "flexmoba.backends.flex.masked._attend_within_windows": COMPILED,
     "flexmoba.backends.flex.routed._attend_routed_tiles": COMPILED,
-    "flexmoba.backends.routing._tables": "an operator, whose schema has no tuples",
+    "flexmoba.backends.dense.operator._differentiate_here": OPERATOR,
+    "flexmoba.backends.fused.operator._differentiate_here": OPERATOR,
+    "flexmoba.backends.routing._tables": OPERATOR,
     "flexmoba.cache.moba_cache.MobaCache.__init__": "public",
     "flexmoba.cache.moba_cache.MobaCache.attend": "public",
     "flexmoba.distributed.cache.ShardedMobaCache.__init__": "public",
     "flexmoba.distributed.cache.ShardedMobaCache.attend": "public",
     "flexmoba.distributed.context_parallel.context_parallel_moba": "public",
+    "flexmoba.gate.select._select_here": OPERATOR,
     "flexmoba.gate.select.moba_select": "public",
     "flexmoba.integrations.transformers.attention.attention": "called by transformers",
     "flexmoba.integrations.transformers.masks.padding_mask": "called by transformers",

@@ -1,11 +1,15 @@
 """The registrations that the attention operators share: fake results and the backward pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexmoba.runtime import no_second_derivatives
+from flexmoba.runtime import is_plain_call, no_second_derivatives
+
+Attention = Callable[..., tuple[Tensor, Tensor]]
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def register_attention(
@@ -28,22 +32,73 @@ def register_attention(
     """
     operator.register_fake(fake or _fake)
     backward.register_fake(fake_backward or _fake_backward)
+    operator.register_autograd(_derivative(backward), setup_context=_saving(n_tensors))
+    backward.register_autograd(no_second_derivatives)
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+
+def without_operator(
+    operator: Any,
+    backward: Any,
+    function: Attention,
+    backward_function: Backward,
+    *,
+    n_tensors: int,
+) -> Attention:
+    """Returns the operator, which plain eager calls replace by its function, with derivatives.
+
+    An operator takes some 30 us on the host before its function begins.
+
+    Args:
+        operator: The operator, as in `register_attention`.
+        backward: The operator of its backward pass.
+        function: The function of ``operator``.
+        backward_function: The function of ``backward``.
+        n_tensors: Number of leading tensors among the inputs.
+    """
+    derivative = _derivative(backward_function)
+    derivative_by_operator = _derivative(backward)
+
+    class Eager(torch.autograd.Function):
+        forward = staticmethod(function)
+        setup_context = staticmethod(_saving(n_tensors))  # type: ignore[assignment]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            # With create_graph=True, the operator raises an error for second derivatives.
+            is_plain = is_plain_call(*(x for x in grads if x is not None))
+            plain = is_plain and not torch.is_grad_enabled()
+            return (derivative if plain else derivative_by_operator)(ctx, *grads)
+
+    def attend(*inputs: Any) -> tuple[Tensor, Tensor]:
+        if not is_plain_call(*inputs[:3]):
+            return operator(*inputs)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3]):
+            return Eager.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+        return function(*inputs)
+
+    return attend
+
+
+def _saving(n_tensors: int) -> Callable[[Any, tuple[Any, ...], Any], None]:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)  # zeros for the log-sum-exp would cost a launch
         ctx.save_for_backward(*output, *inputs[:n_tensors])
         ctx.numbers = inputs[n_tensors:]
 
+    return save
+
+
+def _derivative(backward: Backward) -> Callable[..., tuple[Tensor | None, ...]]:
     def differentiate(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        out, _, *tensors = ctx.saved_tensors
         if grad_out is None:
-            grad_out = torch.zeros_like(ctx.saved_tensors[0])
+            grad_out = torch.zeros_like(out)
         grads = backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.numbers)
-        return (*grads, *(None for _ in range(n_tensors - 3 + len(ctx.numbers))))
+        return (*grads, *(None for _ in range(len(tensors) - 3 + len(ctx.numbers))))
 
-    operator.register_autograd(differentiate, setup_context=save)
-    backward.register_autograd(no_second_derivatives)
+    return differentiate
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from flexmoba.bench.calls import ROUNDINGS, describe, failure, matrix_rate, meas
 from flexmoba.bench.configs import PRESETS, Config
 from flexmoba.bench.native_sparse import measure_nsa
 from flexmoba.bench.paged import measure_paged
-from flexmoba.bench.report import line, plot, tables
+from flexmoba.bench.report import line, plot, tables, targets
 from flexmoba.bench.steps import measure_step
 from flexmoba.bench.training import measure_training
 
@@ -25,5 +25,6 @@ __all__ = [
     "measure_training",
     "plot",
     "tables",
+    "targets",
     "why_not_flash",
 ]

@@ -52,10 +52,16 @@ def tables(report: dict[str, Any]) -> str:
     if splits:
         stages = list(dict.fromkeys(stage for row in splits for stage in row))
         parts.append(f"Forward time by stage, in ms\n\n{_table(stages, splits)}")
-    if targets := target_rows(results, report["dtype"]):
-        parts.append(f"Targets\n\n{_table(list(targets[0]), targets)}")
+    if rows := targets(report):
+        parts.append(f"Targets\n\n{_table(list(rows[0]), rows)}")
     parts += _break_even_texts(report["results"])
     return "\n\n".join(parts)
+
+
+def targets(report: dict[str, Any]) -> list[dict[str, str]]:
+    """Returns the rows of the table of targets, by heading; empty for a report without targets."""
+    results = [(_config(result), result) for result in report["results"]]
+    return target_rows(results, report.get("dtype", "bfloat16"))
 
 
 # With a cache in place of pages, and with other backends of flex_moba.

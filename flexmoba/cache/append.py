@@ -1,11 +1,13 @@
 """Operators that append tokens to a cache and compute mean keys of sub-blocks that become full."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from flexmoba.cache.decode import MAX_STEP_QUERIES, has_kernels
 from flexmoba.cache.options import NO_ROOM
-from flexmoba.runtime import without_autocast
+from flexmoba.runtime import is_plain_call, without_autocast
 
 
 # A separate operator, because inductor may recompute an expression of `lengths` at each use, also
@@ -29,10 +31,29 @@ def _(lengths: Tensor, n: int, mask: Tensor | None) -> Tensor:
     return lengths.new_empty(lengths.shape[0], n)
 
 
-@torch.library.custom_op(
-    "flexmoba::append", mutates_args=("k_cache", "v_cache", "means", "lengths")
-)
 @without_autocast
+def _append_here(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    means: Tensor,
+    lengths: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sub_blocks: int,
+) -> Tensor:
+    if k.shape[2] <= MAX_STEP_QUERIES and mask is None and has_kernels(k, v):
+        from flexmoba.cache.kernels import append_on_cuda
+
+        return append_on_cuda(k_cache, v_cache, means, lengths, k, v, sub_blocks)
+    return append_scattered(k_cache, v_cache, means, lengths, k, v, mask, sub_blocks)
+
+
+_append = torch.library.custom_op(
+    "flexmoba::append", _append_here, mutates_args=("k_cache", "v_cache", "means", "lengths")
+)
+
+
 def append(
     k_cache: Tensor,
     v_cache: Tensor,
@@ -58,11 +79,11 @@ def append(
     Returns:
         The position of each token, ``(B, n)`` int32; -1 for padding, `NO_ROOM` beyond the capacity.
     """
-    if k.shape[2] <= MAX_STEP_QUERIES and mask is None and has_kernels(k, v):
-        from flexmoba.cache.kernels import append_on_cuda
-
-        return append_on_cuda(k_cache, v_cache, means, lengths, k, v, sub_blocks)
-    return append_scattered(k_cache, v_cache, means, lengths, k, v, mask, sub_blocks)
+    # With gradients, autograd must know of the changes in place.
+    plain = not torch.is_grad_enabled() and is_plain_call(k_cache, k)
+    run: Any = _append_here if plain else _append
+    positions: Tensor = run(k_cache, v_cache, means, lengths, k, v, mask, sub_blocks)
+    return positions
 
 
 def append_scattered(
@@ -101,7 +122,7 @@ def append_scattered(
     return positions
 
 
-@append.register_fake
+@_append.register_fake
 def _(
     k_cache: Tensor,
     v_cache: Tensor,

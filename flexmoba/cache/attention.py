@@ -11,7 +11,7 @@ from flexmoba.blocks import TILE, ceil_div, own_block
 from flexmoba.cache.decode import MAX_STEP_QUERIES, attend_step
 from flexmoba.cache.options import CachedCall
 from flexmoba.gate import GateOptions, GateSizes, expand_rows, gate_rows, select_by_means
-from flexmoba.runtime import has_values, without_autocast
+from flexmoba.runtime import has_values, is_plain_call, without_autocast
 from flexmoba.sequence import Layout
 
 
@@ -56,6 +56,8 @@ def cached_attention(
         NotImplementedError: A long chunk with ``score_mod`` is traced.
     """
     if score_mod is None:
+        if not torch.is_grad_enabled() and is_plain_call(q, cache.k):
+            return _attend_step_or_chunk(q, positions, cache, call)
         tensors = q, cache.k, cache.v, cache.means, positions, cache.tile_queries
         out, lse = _attend(*tensors, call.block_size, call.topk, call.scale, *call.gate)
         return out, lse

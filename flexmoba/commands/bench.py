@@ -51,6 +51,7 @@ from flexmoba.bench import (
     measure_training,
     plot,
     tables,
+    targets,
     why_not_flash,
 )
 from flexmoba.reporting import (
@@ -165,6 +166,8 @@ def _measure_all(report: dict[str, Any], arguments: argparse.Namespace) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # for peaks that do not depend on earlier configurations
         report["results"].append(asdict(config) | measured)
+        if rows := targets(report):
+            report["targets"] = rows
         print_result(line(report["results"][-1]), arguments.json)
         if arguments.json not in (None, "-"):  # after every result, in case the process is killed
             write_json(report, arguments.json)

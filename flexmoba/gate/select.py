@@ -22,7 +22,7 @@ from flexmoba.checks import (
 )
 from flexmoba.gate.options import Candidates, GateOptions, GateSizes
 from flexmoba.gate.scores import block_means, forced_blocks, top_blocks_in_pieces
-from flexmoba.runtime import HAS_TRITON, without_autocast
+from flexmoba.runtime import HAS_TRITON, is_plain_call, without_autocast
 from flexmoba.selection import BlockSelection
 from flexmoba.sequence import InPlaceLayout, Layout, Sequences, WindowLayout, lay_out, packing_of
 
@@ -219,7 +219,8 @@ def select_rows(
     if block_size % gate.sub_blocks != 0:
         # A layout shortens blocks only if no sequence has more than one, which has no rivals.
         gate = gate._replace(sub_blocks=1)
-    selected: Tensor = _select(
+    select: Any = _select_here if is_plain_call(rows, k) else _select
+    selected: Tensor = select(
         *(rows, k.detach(), first, end, candidates.keys_of_block),
         *(offset, block_size, count, *gate, is_causal),
     )
@@ -260,12 +261,8 @@ def expand_rows(
     return selected
 
 
-# An operator, opaque to compilers, so that the selection is the same inside torch.compile and
-# outside, and the result is a real buffer, which a mask_mod needs. The arguments are flat because
-# the schema of an operator has no tuples.
-@torch.library.custom_op("flexmoba::select", mutates_args=())
 @without_autocast
-def _select(
+def _select_here(
     rows: Tensor,
     k: Tensor,
     first_block: Tensor | None,
@@ -284,6 +281,12 @@ def _select(
     gate = GateOptions(per, sink_blocks, local_blocks, sub_blocks)
     means = block_means(k, block_size, keys_of_block, sub_blocks)
     return select_by_means(rows, means, sizes, gate, Candidates(first_block, end_block))
+
+
+# An operator, opaque to compilers, so that the selection is the same inside torch.compile and
+# outside, and the result is a real buffer, which a mask_mod needs. The arguments are flat because
+# the schema of an operator has no tuples.
+_select = torch.library.custom_op("flexmoba::select", _select_here, mutates_args=())
 
 
 @_select.register_fake

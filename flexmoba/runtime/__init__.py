@@ -9,6 +9,7 @@ from flexmoba.runtime.autocast import autocast_dtype, without_autocast
 from flexmoba.runtime.signatures import accepts, described
 from flexmoba.runtime.tracing import (
     has_values,
+    is_plain_call,
     is_transformed,
     no_second_derivatives,
     values_readable,
@@ -22,6 +23,7 @@ __all__ = [
     "autocast_dtype",
     "described",
     "has_values",
+    "is_plain_call",
     "is_transformed",
     "no_second_derivatives",
     "values_readable",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn import Parameter
 
 
 def has_values(x: Tensor) -> bool:
@@ -16,6 +17,20 @@ def has_values(x: Tensor) -> bool:
         or torch._C._functorch.is_functorch_wrapped_tensor(x)
         or detect_fake_mode(x) is not None
         or get_proxy_mode() is not None
+    )
+
+
+def is_plain_call(*tensors: Tensor) -> bool:
+    """Returns whether nothing traces, transforms or observes the operators of a call.
+
+    Its operators can then be replaced by their functions, which takes less time on the host.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or any(type(x) not in (Tensor, Parameter) or x.is_meta for x in tensors)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flexmoba.backends.dense.on_cpu import attend_backward_on_cpu, attend_on_cpu
 from flexmoba.backends.dense.on_cuda import attend_on_cuda
-from flexmoba.backends.operators import register_attention
+from flexmoba.backends.operators import register_attention, without_operator
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.runtime import without_autocast
 
@@ -68,15 +68,12 @@ def dense_attention(
         The output ``(B, Hq, Lq, Dv)`` in the dtype of ``q`` and the log-sum-exp ``(B, Hq, Lq)``,
         float32 (float64 for float64 inputs).
     """
-    out, lse = _attend(q, k, v, options.scale, options.is_causal)
+    out, lse = _attend_if_plain(q, k, v, options.scale, options.is_causal)
     return out, lse
 
 
-# An operator, because autograd of torch's operators has no gradient of the log-sum-exp, and because
-# the choice of a kernel reads versions and, on CPU, values.
-@torch.library.custom_op("flexmoba::attend_dense", mutates_args=())
 @without_autocast
-def _attend(
+def _attend_here(
     q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     attend = attend_on_cuda if q.is_cuda else attend_on_cpu
@@ -84,9 +81,8 @@ def _attend(
     return _laid_out(out, _out_like(q, v, "meta")), lse.reshape(q.shape[:3]).contiguous()
 
 
-@torch.library.custom_op("flexmoba::attend_dense_backward", mutates_args=())
 @without_autocast
-def _attend_backward(
+def _differentiate_here(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     out: Tensor,
@@ -116,7 +112,16 @@ def _fake_backward(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-register_attention(_attend, _attend_backward, n_tensors=3, fake=_fake, fake_backward=_fake_backward)
+# An operator, because autograd of torch's operators has no gradient of the log-sum-exp, and because
+# the choice of a kernel reads versions and, on CPU, values.
+_attend = torch.library.custom_op("flexmoba::attend_dense", _attend_here, mutates_args=())
+_differentiate = torch.library.custom_op(
+    "flexmoba::attend_dense_backward", _differentiate_here, mutates_args=()
+)
+register_attention(_attend, _differentiate, n_tensors=3, fake=_fake, fake_backward=_fake_backward)
+_attend_if_plain = without_operator(
+    _attend, _differentiate, _attend_here, _differentiate_here, n_tensors=3
+)
 
 
 def _out_like(q: Tensor, v: Tensor, device: torch.device | str) -> Tensor:

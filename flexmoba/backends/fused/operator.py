@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexmoba.backends.operators import register_attention
+from flexmoba.backends.operators import register_attention, without_operator
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.backends.score_mod import ScoreMod
 from flexmoba.selection import BlockSelection
@@ -69,17 +69,14 @@ def fused_attention(
     scale = options.scale
     if scale < 0:  # the kernels scale the maximum of the unscaled scores
         q, scale = -q, -scale
-    out, lse = _attend(
+    out, lse = _attend_if_plain(
         *(q, k, v, selection.routed, selection.own, selection.block_size, scale),
         options.is_causal,
     )
     return out, lse
 
 
-# torch.compile does not trace an operator, so results inside and outside torch.compile are equal.
-# The arguments are flat because the schema of an operator has no tuples.
-@torch.library.custom_op("flexmoba::attend_fused", mutates_args=())
-def _attend(
+def _attend_here(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -94,8 +91,7 @@ def _attend(
     return attend_on_cuda(q, k, v, BlockSelection(routed, block_size, own), scale, is_causal)
 
 
-@torch.library.custom_op("flexmoba::attend_fused_backward", mutates_args=())
-def _attend_backward(
+def _differentiate_here(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     out: Tensor,
@@ -117,4 +113,13 @@ def _attend_backward(
     )
 
 
-register_attention(_attend, _attend_backward, n_tensors=5)
+# torch.compile does not trace an operator, so results inside and outside torch.compile are equal.
+# The arguments are flat because the schema of an operator has no tuples.
+_attend = torch.library.custom_op("flexmoba::attend_fused", _attend_here, mutates_args=())
+_differentiate = torch.library.custom_op(
+    "flexmoba::attend_fused_backward", _differentiate_here, mutates_args=()
+)
+register_attention(_attend, _differentiate, n_tensors=5)
+_attend_if_plain = without_operator(
+    _attend, _differentiate, _attend_here, _differentiate_here, n_tensors=5
+)
