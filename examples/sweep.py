@@ -96,6 +96,9 @@ RUNS = {
 PRETRAINED = "--length 8192 --batch 8 --accumulate 4 --lr 2e-4 --to-zero --every 50"
 PRETRAINED += " --windows 64 --check-windows 16"
 PRETRAINED_STEPS = 400  # 26M tokens
+# From 8K to 32K of context, with a larger rotary base (arXiv 2309.16039): 13M tokens.
+LONGER = "--length 32768 --batch 2 --accumulate 2 --rope-base 500000 --steps 200 --windows 16"
+LONGER += " --check-windows 4 --block-size 64 --topk 16 --sink-blocks 1"
 PRETRAINED_RUNS = {
     "full": "--attention full --block-size 64 --topk 16 --sink-blocks 1",
     "64x16 sink": "--attention moba --block-size 64 --topk 16 --sink-blocks 1",
@@ -104,6 +107,9 @@ PRETRAINED_RUNS = {
     "64x16 sink hybrid": "--attention hybrid --block-size 64 --topk 16 --sink-blocks 1",
     "64x16 sink last 3 full": "--attention moba --block-size 64 --topk 16 --sink-blocks 1 "
     "--full-layers 3",
+    "full 32K": f"--attention full {LONGER}",
+    "64x16 sink 32K": f"--attention moba {LONGER}",
+    "64x16 sink hybrid 32K": f"--attention hybrid {LONGER}",
 }
 TOY_MODEL = "--layers 2 --dim 64 --heads 2 --kv-heads 1 --length 256 --batch 4 --lr 3e-3"
 TOY_MODEL += " --every 10 --windows 8 --check-windows 4 --device cpu"
