@@ -3,11 +3,13 @@
 The file needs its own process, because Triton selects its interpreter when it is imported.
 """
 
+import functools
 import importlib
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from flexmoba import MobaCache, gate, moba_select, selected_attention
@@ -184,6 +186,14 @@ def test_compiled_calls_give_the_results_of_plain_calls():
     plain = results_of(*inputs, SMALL.block_size)
     compiled = torch.compile(fused_attention, backend="aot_eager", fullgraph=True)
     for name, x in results_of(*inputs, SMALL.block_size, attend=compiled).items():
+        assert_bitwise_equal(x, plain[name])
+
+
+def test_plain_calls_can_be_checkpointed():
+    inputs = [*SMALL.tensors(), gated(SMALL)[..., 1:]]
+    plain = results_of(*inputs, SMALL.block_size)
+    attend = functools.partial(checkpoint, fused_attention, use_reentrant=False)
+    for name, x in results_of(*inputs, SMALL.block_size, attend=attend).items():
         assert_bitwise_equal(x, plain[name])
 
 

@@ -92,11 +92,12 @@ def _derivative(backward: Backward) -> Callable[..., tuple[Tensor | None, ...]]:
     def differentiate(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        out, _, *tensors = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once, because a checkpoint recomputes them
         if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        grads = backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.numbers)
-        return (*grads, *(None for _ in range(len(tensors) - 3 + len(ctx.numbers))))
+            grad_out = torch.zeros_like(saved[0])
+        grads = backward(grad_out, grad_lse, *saved, *ctx.numbers)
+        n_inputs = len(saved) - 2 + len(ctx.numbers)
+        return (*grads, *(None for _ in range(n_inputs - 3)))
 
     return differentiate
 
