@@ -64,7 +64,9 @@ def model_of(o: argparse.Namespace, attention: str) -> Any:
         num_key_value_heads=o.kv_heads,
         max_position_embeddings=o.longest + o.new_tokens,
         tie_word_embeddings=True,
-        initializer_range=0.9 * o.width**-0.5,  # 0.02 for a width of 2048
+        # 0.02 for a width of 2048. Larger weights attend to few keys, and the layers then amplify a
+        # single rounding of bfloat16 until the tokens of two exact computations differ.
+        initializer_range=0.9 * o.width**-0.5,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
@@ -74,9 +76,6 @@ def model_of(o: argparse.Namespace, attention: str) -> Any:
     with torch.device(o.device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.eval()
-    for layer in model.model.layers:
-        # Random queries and keys would select all keys alike, and no token would depend on MoBA.
-        layer.self_attn.q_proj.weight.data *= 6
     if attention != "sdpa":
         convert(model, o.block_size, o.topk if attention == "moba" else None, sink_blocks=0)
     return model
@@ -101,7 +100,7 @@ def generate(
     batching = ContinuousBatchingConfig(
         page_size=page,
         num_blocks=sum(-(-(len(x) + new_tokens) // page) for x in prompts) + 8,
-        max_batch_tokens=o.batch_tokens,
+        max_batch_tokens=min(o.batch_tokens, sum(map(len, prompts))),
         max_requests_per_batch=o.requests,
         allow_block_sharing=False,
         safety_margin=0.0,  # all requests fit in the cache
@@ -129,8 +128,8 @@ def mean_gap(o: argparse.Namespace, model: Any, prompts: list[list[int]]) -> flo
 
     Returns:
         The mean difference between the best logit and the logit of the new token, in standard
-        deviations of the logits. It is 0 for equal tokens, small if logits round differently, and
-        about 4 for random tokens.
+        deviations of the logits. It is 0 for equal tokens. With 16 layers of width 256, it was
+        0.003 in bfloat16, where logits round differently, and more than 2 for a wrong selection.
     """
     gaps = []
     for prompt, output in zip(prompts, generate(o, model, prompts, o.new_tokens), strict=True):

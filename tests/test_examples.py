@@ -16,6 +16,7 @@ from flexmoba.reference import reference_mask
 from tests.conftest import assert_bitwise_equal
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+DOCS = EXAMPLES.parent / "docs"
 NAMES = sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"pretrained"})  # a module of others
 HUGGING_FACE = (
     "corpus",
@@ -987,6 +988,16 @@ def test_a_load_is_served_with_each_attention(example, tmp_path, capsys):
     assert report["results"]["sdpa"]["attention"] == "sdpa"
     main(["--show", str(file)])
     assert capsys.readouterr().out.strip() == printed.strip()
+
+
+def test_the_documented_load_is_that_of_the_results(example):
+    page = (DOCS / "serving.md").read_text()
+    report = json.loads((DOCS / "results" / "serving-cpu.json").read_text())
+    assert example("serving_load").table_of(report) in page
+    command = re.search(r"python examples/serving_load.py ((?:.*\\\n)?.*)", page)[1]
+    sizes = dict(re.findall(r"--([a-z-]+) (\d+)", command))
+    assert sizes
+    assert report["options"] == report["options"] | {k: int(v) for k, v in sizes.items()}
 
 
 def test_wrong_tokens_under_load_are_found(example, monkeypatch):
