@@ -541,8 +541,10 @@ def test_a_sweep_continues_the_training_of_a_pretrained_model(example, tmp_path,
     for (program, *arguments), name in zip(started[1:], sweep.PRETRAINED_RUNS, strict=True):
         o = train.parse(arguments)
         assert program == "train.py"
-        assert (o.model, o.gguf, o.steps) == (str(EXAMPLES), "x.gguf", 400)
-        assert (o.sink_blocks > 0) == ("sink" in name or name == "full")
+        length, steps = (32768, 200) if "32K" in name else (8192, 400)
+        assert (o.model, o.gguf, o.length, o.steps) == (str(EXAMPLES), "x.gguf", length, steps)
+        assert (o.sink_blocks > 0) == ("sink" in name or name.startswith("full"))
+        assert o.save == str(tmp_path / "models" / name.replace(" ", "-"))
 
 
 def test_a_smoke_test_tries_each_configuration(example, tmp_path, monkeypatch):
