@@ -23,7 +23,7 @@ demo: $(VENV)/.plot ## Train a small model, then check, time and plot its attent
 
 # A worker runs whole files, because an example uses names of earlier examples in its file.
 test: $(VENV)/.dev ## Run the tests, including examples in documents and docstrings
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 5
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 5
 
 slow: $(VENV)/.dev ## Run the slow tests, which `make test` omits
 	$(BIN)/python -m pytest -m slow
