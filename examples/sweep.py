@@ -87,7 +87,8 @@ RUNS = {
     "nsa": "--attention nsa --block-size 64 --topk 4 --sink-blocks 1 --local-blocks 1 --window 256",
     "nsa 64x16": "--attention nsa --block-size 64 --topk 16 --sink-blocks 1 --local-blocks 1 "
     "--window 512",
-    # Twice the length: at equal numbers of tokens, and about the time of full attention.
+    # Twice the length: at equal numbers of tokens, and longer, by the speeds at 16K for about the
+    # time of full attention.
     "full 32K": f"--attention full --block-size 128 --topk 8 {HALF}",
     "128x8 hybrid 32K": f"--attention hybrid --block-size 128 --topk 8 {HALF}",
     "128x8 hybrid 32K longer": f"--attention hybrid --block-size 128 --topk 8 {LONG} --steps 4300",

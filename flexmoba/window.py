@@ -69,8 +69,8 @@ def window_attention(
     """Computes attention to a sliding window: the last ``window`` tokens up to each query.
 
     This is the window branch of arXiv 2502.11089, Sec. 3.3.3, alone. The window of a query includes
-    the query's own token. Time and memory are proportional to the length times the window. On CUDA,
-    the call uses FlexAttention. The output and the log-sum-exp are differentiable by reverse mode;
+    the query's own token. The time is proportional to the length times the window. On CUDA, the
+    call uses FlexAttention. The output and the log-sum-exp are differentiable by reverse mode;
     forward and backward are deterministic.
 
     Args:

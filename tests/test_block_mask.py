@@ -9,10 +9,11 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.functional import pad
 
 from flexmoba import moba_block_mask, moba_select
-from flexmoba.backends.flex.block_masks import window_mask
+from flexmoba.backends.flex.block_masks import full_mask, selection_mask, window_mask
 from flexmoba.reference import reference_mask, reference_selection
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal
 from tests.problems import DTYPES, Problem, problems
+from tests.test_operators import Recorder
 
 # Lengths above the tile size of the lists (128), and block sizes below and above it.
 long_problems = problems(max_len=600, max_block=300)
@@ -113,6 +114,20 @@ def test_windows_within_documents(length, count, longest, seed):
     problem = Problem(batch=2, q_len=length, kv_len=length)
     assert_bitwise_equal(evaluate(mask, problem), dense)
     assert_lists_are_exact(mask, dense)
+
+
+def test_lists_that_differ_between_rows_have_a_fixed_layout():
+    """Inductor lays out the result of an operator as it is, other lists with heads outermost."""
+    selection = torch.zeros(2, 1, 300, 2, dtype=torch.int32)
+    for mask_of, is_fixed in (
+        (lambda: window_mask(selection[:, 0, :, 0], 100), True),
+        (lambda: selection_mask(selection, 300, 64, is_causal=True), True),
+        (lambda: full_mask(300, 300, selection.device, is_causal=True), False),  # one list for all
+    ):
+        with Recorder() as recorder:
+            mask = mask_of()
+        assert ("materialize_all" in recorder.calls) == is_fixed
+        assert mask.kv_indices.stride(0) == mask.kv_indices.stride(1)
 
 
 # FlexAttention compiles once for each problem, so the test has a few fixed problems.
