@@ -215,8 +215,7 @@ def measure_all(o: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures one process, then more and more of them."""
     results: list[dict[str, Any]] = []
     expected: dict[int, Tensor] = {}
-    ranks = 1
-    while ranks <= o.most:
+    for ranks in o.ranks:
         weak = o.length * ranks // o.most
         mesh = None if ranks == 1 else DeviceMesh(o.device_type, list(range(ranks)))
         if dist.get_rank() < ranks:
@@ -234,7 +233,6 @@ def measure_all(o: argparse.Namespace) -> list[dict[str, Any]]:
                     if o.json not in (None, "-"):  # in case the process is killed
                         write_json(report_of(results, o), o.json)
         dist.barrier()
-        ranks *= 2
     return results
 
 
@@ -357,6 +355,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, size in sizes.items():
         add(f"--{name}", type=positive, default=size, help=f"default {size}")
     add("--exchange", nargs="+", choices=["gather", "heads"], default=["gather", "heads"])
+    add("--ranks", type=positive, nargs="+", metavar="N", help="numbers of processes to measure, "
+        "powers of two (default: all up to the number of processes)")  # fmt: skip
     add("--forward", dest="backward", action="store_false", help="omit the backward pass")
     add("--no-compute", dest="compute", action="store_false", help="measure no compute")
     add("--ranks-per-node", type=positive, default=8, help="of the modeled machine (%(default)s)")
@@ -384,6 +384,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         o.most = 2 ** (processes.bit_length() - 1)  # ranks are powers of two
         if o.length % o.most**2:
             sys.exit(f"--length {o.length} must be a multiple of {o.most**2}")
+        powers = [2**i for i in range(o.most.bit_length())]
+        o.ranks = sorted({*(o.ranks or powers)})
+        if wrong := {*o.ranks} - {*powers}:
+            sys.exit(f"--ranks {min(wrong)} must be one of {', '.join(map(str, powers))}")
         results = measure_all(o)
         if dist.get_rank() == 0:
             report = report_of(results, o)

@@ -66,6 +66,7 @@ STEPS = 5500  # 360M tokens, 2.1 epochs of a corpus of 176M: up to four are near
 
 LONG = "--length 32768 --batch 2 --windows 48 --check-windows 8"
 HALF = f"{LONG} --steps 2750"  # 180M tokens
+ONE_KV_HEAD = "--kv-heads 1 --steps 1400"  # 92M tokens
 # By name; a name says block size x topk. In groups of four, 8 to 12 minutes each on one H100.
 # 1,024 keys of 16,384 are 94 % sparsity in the paper's terms, 4,096 are 75 %.
 RUNS = {
@@ -82,11 +83,13 @@ RUNS = {
     "128x8 conv seed 1": "--attention moba --block-size 128 --topk 8 --key-conv 3 --seed 1",
     "512x8": "--attention moba --block-size 512 --topk 8",
     "128x8 sink": "--attention moba --block-size 128 --topk 8 --sink-blocks 1",
-    # Of 16,384 tokens, a query sees 512 compressed keys on average: with 4 blocks and a window of
-    # 256, also 1,024 keys; then the sizes of the paper. NSA has 11 % more parameters.
-    "nsa": "--attention nsa --block-size 64 --topk 4 --sink-blocks 1 --local-blocks 1 --window 256",
-    "nsa 64x16": "--attention nsa --block-size 64 --topk 16 --sink-blocks 1 --local-blocks 1 "
-    "--window 512",
+    # NSA beside MoBA, with a quarter of the tokens, and with one KV head for eight query heads, for
+    # which its selected branch has kernels. Of 16,384 tokens, a query sees 512 compressed keys on
+    # average: with 4 blocks and a window of 256, also 1,024 keys.
+    "full 8/1": f"--attention full --block-size 64 --topk 16 {ONE_KV_HEAD}",
+    "64x16 8/1": f"--attention moba --block-size 64 --topk 16 {ONE_KV_HEAD}",
+    "nsa 8/1": "--attention nsa --block-size 64 --topk 4 --sink-blocks 1 --local-blocks 1 "
+    f"--window 256 {ONE_KV_HEAD}",
     # Twice the length: at equal numbers of tokens, and longer, by the speeds at 16K for about the
     # time of full attention.
     "full 32K": f"--attention full --block-size 128 --topk 8 {HALF}",

@@ -944,6 +944,15 @@ def test_scaling_measures_both_exchanges(tmp_path):
     assert [(int(x), int(y), z) for x, y, z in rows] == cases
 
 
+def test_scaling_measures_some_numbers_of_processes(example, capsys):
+    main = example("scaling").main
+    sizes = ["--length", "64", "--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--topk", "2"]
+    sizes += ["--block-size", "16", "--repeats", "1", "--device", "cpu"]
+    assert [x["ranks"] for x in main([*sizes, "--ranks", "1"])] == [1]
+    with pytest.raises(SystemExit, match="--ranks 2 must be one of 1"):
+        main([*sizes, "--ranks", "2"])
+
+
 def test_heads_that_do_not_divide_are_refused(example, capsys):
     main = example("context_parallel").main
     assert "--kv-heads must divide --heads" in fails(main, ["--kv-heads", "3"], capsys)

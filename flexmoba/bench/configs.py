@@ -260,7 +260,7 @@ PRESETS = {
         *(Config(1, 64, 4, n * 1024, 64, 16, dense="SDPA", nsa=True) for n in (8, 16, 32, 64)),
         *(
             Config(batch, 64, 4, 65536, 64, 16, backward=False, decode=True, nsa=True)
-            for batch in (1, 8)
+            for batch in (1, 32)
         ),
     ],
 }  # fmt: skip
