@@ -86,9 +86,9 @@ RUNS = {
     # NSA beside MoBA, with a quarter of the tokens, and with one KV head for eight query heads, for
     # which its selected branch has kernels. Of 16,384 tokens, a query sees 512 compressed keys on
     # average: with 4 blocks and a window of 256, also 1,024 keys.
-    "full 8/1": f"--attention full --block-size 64 --topk 16 {ONE_KV_HEAD}",
-    "64x16 8/1": f"--attention moba --block-size 64 --topk 16 {ONE_KV_HEAD}",
-    "nsa 8/1": "--attention nsa --block-size 64 --topk 4 --sink-blocks 1 --local-blocks 1 "
+    "full 1 KV head": f"--attention full --block-size 64 --topk 16 {ONE_KV_HEAD}",
+    "64x16 1 KV head": f"--attention moba --block-size 64 --topk 16 {ONE_KV_HEAD}",
+    "nsa 1 KV head": "--attention nsa --block-size 64 --topk 4 --sink-blocks 1 --local-blocks 1 "
     f"--window 256 {ONE_KV_HEAD}",
     # Twice the length: at equal numbers of tokens, and longer, by the speeds at 16K for about the
     # time of full attention.
