@@ -10,6 +10,7 @@ import typing
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate, pairwise, product
 from typing import Any
 
@@ -30,6 +31,7 @@ from flexmoba.distributed import blocks, context_parallel_moba, gather, heads
 from flexmoba.distributed.choice import Shape, resolve_exchange
 from flexmoba.distributed.plan import first_keys
 from flexmoba.distributed.ranks import Ranks
+from flexmoba.local import attend_on_one_device
 from flexmoba.reference import moba_reference, reference_mask, reference_selection
 from tests.conftest import (
     Attend,
@@ -684,6 +686,46 @@ def test_gradients_are_the_same(ranks, exchange, task):
     problem, lengths = problem_of(ranks, dtype=torch.float32)
     call, tensors = Call(lengths, 4, 3, exchange), (*problem.tensors(), *upstream_of(problem))
     actual, expected = (joined(ranks, each, call, *tensors) for each in (task, backward))
+    for x, y in zip(actual, expected, strict=True):
+        assert_bitwise_equal(x, y)
+
+
+def turned(x: Tensor) -> Tensor:
+    """Saves the result of the first product, which is neither an input nor an output."""
+    turn = torch.eye(x.shape[-1], dtype=x.dtype).roll(1, 0)
+    return x @ turn @ (x @ turn).mT @ x
+
+
+def with_a_compiled_function(
+    mesh: DeviceMesh, call: Call, *tensors: Tensor, is_compiled: bool
+) -> tuple[Tensor, ...]:
+    function = torch.compile(turned, backend="aot_eager") if is_compiled else turned
+    alone = tensors[0].detach().requires_grad_()
+    function(alone).sum().backward()  # compiles the backward of a graph that is not retained
+
+    def attend(q: Tensor, *args: Any, **options: Any) -> Any:
+        return attend_on_one_device(function(q), *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flexmoba.distributed.attend.attend_on_one_device", attend)
+        grads = backward(mesh, call, *tensors)
+        if is_compiled:
+            with pytest.raises(RuntimeError, match="donated buffers"):  # as on one device
+                twice(mesh, call, *tensors)
+    return grads
+
+
+def test_a_compiled_backend_may_overwrite_what_it_saved(ranks):
+    """On CUDA, compiled FlexAttention does so in float32 and with a ``score_mod``."""
+    if ranks.size > 2:
+        pytest.skip("as with two ranks, and compilation takes seconds")
+    problem, _ = problem_of(ranks, dtype=torch.float32)
+    lengths = (problem.q_len // 2,) * 2  # one compilation
+    call, tensors = Call(lengths, 4, 3), (*problem.tensors(), *upstream_of(problem))
+    actual, expected = (
+        joined(ranks, partial(with_a_compiled_function, is_compiled=x), call, *tensors)
+        for x in (True, False)
+    )
     for x, y in zip(actual, expected, strict=True):
         assert_bitwise_equal(x, y)
 
