@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from flexmoba import flex_moba
 from flexmoba.distributed import blocks, context_parallel_moba, gather, heads
 from flexmoba.distributed.choice import Shape, resolve_exchange
-from flexmoba.distributed.plan import first_keys
-from flexmoba.distributed.ranks import Ranks
+from flexmoba.distributed.plan import first_keys, plan_of
+from flexmoba.distributed.ranks import Pending, Ranks
 from flexmoba.local import attend_on_one_device
 from flexmoba.reference import moba_reference, reference_mask, reference_selection
 from tests.conftest import (
@@ -857,6 +857,32 @@ def test_at_most_two_chunks_of_gathered_keys_exist(ranks):
     problem, lengths = problem_of(ranks, kv_heads=5)
     for largest, all_chunks in run(ranks, largest_memory, Call(lengths), *problem.tensors()):
         assert (largest, all_chunks) == (2, 5 * 2 * 2)
+
+
+def test_contiguous_tensors_are_joined(monkeypatch):
+    """torch joins others on CUDA by a slow kernel, which no communication hides."""
+    joined, cat = [], torch.cat
+
+    def spy(tensors: list[Tensor], *args: Any, **options: Any) -> Tensor:
+        joined.extend(tensors)
+        return cat(tensors, *args, **options)
+
+    def nothing_arrives(x: Tensor, sizes: list[int], received: list[int], group: Any) -> Pending:
+        return Pending(None, x.new_zeros(sum(received)), x)
+
+    monkeypatch.setattr(torch, "cat", spy)
+    monkeypatch.setattr(gather, "all_to_all", nothing_arrives)
+    lengths = (5, 5, 5)
+    for rank in range(3):
+        plan = plan_of(Ranks(None, rank, lengths), (0, 0, 0), None, None)
+        k, v = torch.randn(2, 1, 8, 5, 4).unbind(0)
+        k, v = k[:, 2:3], v[:, 2:3]  # a chunk of one KV head
+        received = gather.start_gathering(k, v, plan).received
+        whole = gather.arranged(received, k, v, plan)
+        assert whole[0].shape == (1, 1, 5 * (rank + 1), 4)
+        gather.start_reducing(*whole, plan)
+    assert len(joined) > 20
+    assert all(x.is_contiguous() for x in joined)
 
 
 def several(mesh: DeviceMesh, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:

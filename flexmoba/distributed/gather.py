@@ -5,6 +5,7 @@ spans the ranks. A rank attends to one chunk of KV heads at a time. Meanwhile, t
 of the next chunk are under way.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -126,15 +127,13 @@ def _for_each_chunk(
 
 
 def start_gathering(k: Tensor, v: Tensor, plan: Plan) -> Pending:
-    """Starts to send the last keys and values of this rank, side by side, to the ranks after it.
+    """Starts to send the last keys, and after them the last values, to the ranks after this one.
 
-    ``k (B, heads, L, D)`` and ``v (B, heads, L, Dv)`` are those of a chunk.
+    ``k (B, heads, L, D)`` and ``v (B, heads, L, Dv)`` are those of a chunk. Each part is contiguous
+    on both sides, since torch joins contiguous tensors by a faster kernel.
     """
     sent, received = plan.sent(), plan.received(plan.ranks.rank)
-    parts = [
-        torch.cat([x[:, :, x.shape[2] - count :] for x in (k, v)], dim=-1).flatten()
-        for count in sent
-    ]
+    parts = [x[:, :, x.shape[2] - count :].flatten() for count in sent for x in (k, v)]
     features = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3])
     sizes = [features * count for count in sent], [features * count for count in received]
     return all_to_all(torch.cat(parts), *sizes, plan.ranks.group)
@@ -142,23 +141,25 @@ def start_gathering(k: Tensor, v: Tensor, plan: Plan) -> Pending:
 
 def arranged(received: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[Tensor]:
     """Returns contiguous keys and values of each part, given those of this rank."""
-    batch, heads, _, dim = k.shape
-    counts = plan.received(plan.ranks.rank)
-    features = batch * heads * (dim + v.shape[3])
-    shards = [
-        x.view(batch, heads, count, -1)
-        for x, count in zip(received.split([features * n for n in counts]), counts, strict=True)
-        if count > 0
-    ]
+    counts = [n for n in plan.received(plan.ranks.rank) if n > 0]
+    shards = _of_ranks(received, counts, k, v)
     gathered = []
     for queries, first_key, _ in plan.parts:
         is_later = first_key > plan.first_keys[plan.ranks.rank]
-        before = [] if is_later else shards
         gathered += [
-            torch.cat([*(x[..., part] for x in before), mine[:, :, queries]], dim=2)
-            for part, mine in zip((slice(dim), slice(dim, None)), (k, v), strict=True)
+            torch.cat([*before, mine[:, :, queries]], dim=2)
+            for before, mine in zip(
+                ([], []) if is_later else (shards[::2], shards[1::2]), (k, v), strict=True
+            )
         ]
     return gathered
+
+
+def _of_ranks(received: Tensor, counts: list[int], k: Tensor, v: Tensor) -> list[Tensor]:
+    """Returns what each rank sent: tensors like ``k`` and ``v``, in turn, of ``counts`` tokens."""
+    shapes = [(*x.shape[:2], n, x.shape[3]) for n in counts for x in (k, v)]
+    parts = received.split([math.prod(shape) for shape in shapes])
+    return [x.view(shape) for x, shape in zip(parts, shapes, strict=True)]
 
 
 # ---- Forward ------------------------------------------------------------------------------------
@@ -266,8 +267,7 @@ def _gradients(
     def finish() -> None:
         chunk, reducing = under_way.pop(0)
         first, end = call.chunks[chunk]
-        both = reduced(reducing, call.plan).split((k.shape[3], v.shape[3]), dim=-1)
-        for x, grad in zip((dk, dv), both, strict=True):
+        for x, grad in zip((dk, dv), reduced(reducing, call.plan), strict=True):
             if x is not None:
                 x[:, first:end] = grad
 
@@ -285,13 +285,15 @@ def _gradients(
             if dq is not None:
                 dq[:, heads, queries] = found[0]
             if needs_k or needs_v:
-                of_keys.append(torch.cat(found[-2:], dim=-1))
+                of_keys.append(found[-2:])
         saved.release()
         if of_keys:
             if under_way:
                 finish()
-            grad = torch.cat(of_keys, dim=2)
-            under_way.append((chunk, start_reducing(grad, call.plan)))
+            d_k, d_v = (
+                x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in zip(*of_keys, strict=True)
+            )
+            under_way.append((chunk, start_reducing(d_k, d_v, call.plan)))
 
     _for_each_chunk(k, v, call, attend)
     saved.tensors, saved.output = (), None
@@ -340,36 +342,44 @@ class Reducing(NamedTuple):
 
     Attributes:
         pending: The collective.
-        own: The gradients of this rank's keys and values from its own queries, side by side,
-            ``(B, heads, L, D + Dv)``.
+        own: The gradients of this rank's keys ``(B, heads, L, D)`` and values ``(B, heads, L, Dv)``
+            from its own queries.
     """
 
     pending: Pending
-    own: Tensor
+    own: tuple[Tensor, Tensor]
 
 
-def start_reducing(grad: Tensor, plan: Plan) -> Reducing:
+def start_reducing(d_k: Tensor, d_v: Tensor, plan: Plan) -> Reducing:
     """Starts to send gradients of gathered keys and values to the ranks of their tokens.
 
-    ``grad (B, heads, keys, D + Dv)`` holds those of keys and values side by side.
+    ``d_k (B, heads, keys, D)`` and ``d_v (B, heads, keys, Dv)`` are those of a chunk.
     """
     received, sent = plan.received(plan.ranks.rank), plan.sent()
-    *shards, own = grad.split([*received, plan.ranks.length], dim=2)
-    features = grad.shape[0] * grad.shape[1] * grad.shape[3]
-    parts = torch.cat([x.flatten() for x in (*shards, own[:, :, :0])])
+    (*k_parts, own_k), (*v_parts, own_v) = (
+        x.split([*received, plan.ranks.length], dim=2) for x in (d_k, d_v)
+    )
+    parts = [x.flatten() for both in zip(k_parts, v_parts, strict=True) for x in both]
+    features = d_k.shape[0] * d_k.shape[1] * (d_k.shape[3] + d_v.shape[3])
     sizes = [features * count for count in received], [features * count for count in sent]
-    return Reducing(all_to_all(parts, *sizes, plan.ranks.group), own)
+    pending = all_to_all(torch.cat(parts), *sizes, plan.ranks.group)
+    return Reducing(pending, (own_k, own_v))
 
 
-def reduced(reducing: Reducing, plan: Plan) -> Tensor:
-    """Returns the gradients of this rank's keys and values, ``(B, heads, L, D + Dv)``.
+def reduced(reducing: Reducing, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of this rank's keys ``(B, heads, L, D)`` and values.
 
     It adds them in the order of ranks, in float32 (float64 for float64 inputs).
     """
     pending, own = reducing
-    total = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
-    counts, features = plan.sent(), own.shape[0] * own.shape[1] * own.shape[3]
-    received = pending.wait().split([features * count for count in counts])
-    for part, count in zip(received, counts, strict=True):
-        total[:, :, total.shape[2] - count :] += part.view(*own.shape[:2], count, own.shape[3])
-    return total
+    counts = [n for n in plan.sent() if n > 0]
+    received = pending.wait()
+    if not counts:  # nothing to add
+        return own
+    parts = _of_ranks(received, counts, *own)
+    wide = torch.promote_types(own[0].dtype, torch.float32)
+    totals = own[0].to(wide, copy=True), own[1].to(wide, copy=True)
+    for i, part in enumerate(parts):
+        total = totals[i % 2]
+        total[:, :, total.shape[2] - part.shape[2] :] += part
+    return totals

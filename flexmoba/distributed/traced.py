@@ -74,11 +74,10 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, received: Tensor, plan: Plan) -> Any:
-        ctx.plan, ctx.dims = plan, (k.shape[3], v.shape[3])
+        ctx.plan = plan
         return tuple(arranged(received, k, v, plan))
 
     @staticmethod
     def backward(ctx: Any, d_k: Tensor, d_v: Tensor) -> Any:
-        reducing = start_reducing(torch.cat([d_k, d_v], dim=-1), ctx.plan)
-        grads = reduced(reducing, ctx.plan).to(d_k.dtype).split(ctx.dims, dim=-1)
-        return *grads, None, None
+        grads = reduced(start_reducing(d_k, d_v, ctx.plan), ctx.plan)
+        return *(x.to(d_k.dtype) for x in grads), None, None
