@@ -501,7 +501,9 @@ def optimizers_of(model: nn.Module, o: argparse.Namespace) -> list[torch.optim.O
 def model_of(o: argparse.Namespace) -> "GPT | Pretrained":
     """A new GPT, or the pretrained model of --model."""
     if not o.model:
-        return GPT(o)
+        # A billion random numbers take the CPU a minute. Other runs keep the values of the CPU.
+        with torch.device(o.device if o.fsdp else "cpu"):
+            return GPT(o)
     from pretrained import Pretrained  # needs transformers
 
     model = Pretrained(o, Head)

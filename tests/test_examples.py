@@ -154,6 +154,15 @@ def test_contexts_spread_over_processes_are_the_same_run(more, example, text, tm
     assert [step, *losses] == pytest.approx(one["checks"][1], rel=1e-5)
 
 
+@pytest.mark.parametrize(("fsdp", "device"), [(False, "cpu"), (True, "meta")], ids=str)
+def test_a_spread_model_is_made_on_its_device(example, text, fsdp, device):
+    train = example("train")
+    o = train.parse(["--text", text, "--key-conv", "3", *TINY])
+    o.fsdp, o.device, o.vocabulary = fsdp, "meta", 256
+    model = train.model_of(o)
+    assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {device}
+
+
 def test_an_interrupted_checkpoint_leaves_the_one_before(example, tmp_path, monkeypatch):
     train, file = example("train"), tmp_path / "gpt.pt"
     train.save({"step": 1}, str(file))
