@@ -229,9 +229,11 @@ def spread(model: GPT, o: argparse.Namespace) -> None:
     if o.fsdp:
         from torch.distributed.fsdp import fully_shard
 
-        everywhere = init_device_mesh(device, (processes,))
+        shards = o.fsdp_processes or processes
+        names = ("copy", "shard")  # of the parameters
+        both = init_device_mesh(device, (processes // shards, shards), mesh_dim_names=names)
         for part in (*model.blocks, model):
-            fully_shard(part, mesh=everywhere)
+            fully_shard(part, mesh=both if shards < processes else both["shard"])
 
 
 def context_of(model: nn.Module) -> DeviceMesh | None:
@@ -733,6 +735,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--context-parallel", type=positive, default=1, metavar="N", help="processes that share "
         "each context (%(default)s)")  # fmt: skip
     add("--fsdp", action="store_true", help="spread parameters and optimizer over all processes")
+    add("--fsdp-processes", type=positive, metavar="N", help="with --fsdp, processes that share a "
+        "copy of them (all)")  # fmt: skip
     add("--recompute", action="store_true", help="compute layers again in the backward pass")
     add("--lr", type=float, default=2e-3, help="highest learning rate (%(default)s)")
     add("--to-zero", action="store_true", help="bring it down a line to 0, not a cosine to a tenth")
@@ -783,6 +787,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                      "--short-length")  # fmt: skip
     if o.context_parallel > 1 and o.dense != "flex":
         parser.error(f"--context-parallel needs --dense flex, not {o.dense}")
+    if o.fsdp_processes and not o.fsdp:
+        parser.error("--fsdp-processes needs --fsdp")
     if o.fsdp and o.optimizer != "adamw":
         parser.error(f"--fsdp needs --optimizer adamw, not {o.optimizer}")
     if not 0 <= o.short_share <= 1:
@@ -804,7 +810,7 @@ def main(argv: list[str] | None = None) -> "GPT | Pretrained":
         try:
             state = torch.load(o.resume, map_location="cpu", weights_only=True)
             now = ["until", "minutes", "accumulate", "results", "device"]
-            now += ["context_parallel", "fsdp", "recompute"]
+            now += ["context_parallel", "fsdp", "fsdp_processes", "recompute"]
             kept = {name: getattr(o, name) for name in now}
             o = argparse.Namespace(**state["options"] | kept | {"out": o.resume})
         except Exception as error:
@@ -819,6 +825,8 @@ def main(argv: list[str] | None = None) -> "GPT | Pretrained":
                  f"--accumulate {o.accumulate}")  # fmt: skip
     if o.fsdp and processes == 1:
         sys.exit("--fsdp needs several processes; start them with torchrun")
+    if processes % (o.fsdp_processes or 1):
+        sys.exit(f"--fsdp-processes {o.fsdp_processes} must divide {processes} processes")
     if (o.until or 0) > o.steps:
         sys.exit(f"--until {o.until} must be at most --steps {o.steps}")
     if processes > 1:

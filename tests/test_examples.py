@@ -127,7 +127,11 @@ def test_parts_of_a_step_on_several_processes_are_the_same_step(example, text, t
 
 @pytest.mark.parametrize(
     "more",
-    [[], pytest.param(["--fsdp", "--recompute"], marks=pytest.mark.slow)],
+    [
+        [],
+        pytest.param(["--fsdp", "--recompute"], marks=pytest.mark.slow),
+        pytest.param(["--fsdp", "--fsdp-processes", "1"], marks=pytest.mark.slow),
+    ],
     ids=" ".join,
 )
 def test_contexts_spread_over_processes_are_the_same_run(more, example, text, tmp_path):
@@ -240,6 +244,7 @@ def test_moba_learns_from_its_context(example, text, capsys):
         (["--context-parallel", "2", "--dense", "flash"], "needs --dense flex, not flash"),
         (["--fsdp", "--optimizer", "muon"], "--fsdp needs --optimizer adamw, not muon"),
         (["--fsdp"], "--fsdp needs several processes"),
+        (["--fsdp-processes", "2"], "--fsdp-processes needs --fsdp"),
         (["--attention", "nsa", "--full-layers", "1"], "--context-parallel are of MoBA"),
         (["--attention", "nsa", "--block-size", "6"], "--block-size 6 must be a multiple of 4"),
         (["--short-share", "2"], "--short-share 2.0 must lie between 0 and 1"),
