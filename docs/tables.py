@@ -24,7 +24,7 @@ from flexmoba.distributed.cost import Cost
 DOCS = Path(__file__).parent
 PAGE = DOCS / "distributed.md"
 SCALING = runpy.run_path(str(DOCS.parent / "examples" / "scaling.py"))
-MEASURED = ("h200-x2", "h200-x4")
+RUNS = ("h200-x2", "h200-x4", "h200-x8")
 SELECTED = DOCS / "scaling" / "selected-blocks-smollm2-8k.json"
 NETWORK = 5e10  # bytes per second, an assumption: InfiniBand of 400 Gbit/s for each GPU
 CALL = SpreadCall(heads=32, kv_heads=8, length=2**20, block_size=4096, topk=12)
@@ -43,6 +43,11 @@ def read(name: str) -> dict[str, Any]:
     return report
 
 
+def has(name: str) -> bool:
+    """Returns whether docs/scaling/ has a report."""
+    return (DOCS / "scaling" / f"{name}.json").is_file()
+
+
 def options_of(report: dict[str, Any]) -> Namespace:
     """Returns the options of a run of `examples/scaling.py` that its model needs."""
     names = ("heads", "kv_heads", "head_dim", "block_size", "topk")
@@ -53,7 +58,7 @@ def options_of(report: dict[str, Any]) -> Namespace:
 @functools.cache
 def machine() -> Machine:
     """Returns the rates that fit all measured runs, with the assumed network."""
-    reports = [read(name) for name in MEASURED]
+    reports = [read(name) for name in RUNS if has(name)]
     results = [x for report in reports for x in report["results"]]
     found: Machine = SCALING["machine_of"](results, options_of(reports[0]))
     return found._replace(network=NETWORK)
@@ -154,7 +159,8 @@ def rates() -> str:
 
 def scaling() -> str:
     """Returns the measured results, a table for each number of GPUs."""
-    return "\n\n".join(measured(read(name), read(f"{name}-4m")) for name in MEASURED)
+    runs = [[x for x in (name, f"{name}-4m") if has(x)] for name in RUNS]
+    return "\n\n".join(measured(*map(read, names)) for names in runs if names)
 
 
 def modeled(report: dict[str, Any], x: dict[str, Any]) -> Cost:
@@ -207,7 +213,7 @@ def measured(*reports: dict[str, Any]) -> str:
 
 def training() -> str:
     """Returns the measured training steps, and the first steps of runs that had no other."""
-    reports = [read(f"{name}-training") for name in MEASURED]
+    reports = [read(f"{name}-training") for name in RUNS if has(f"{name}-training")]
     rows, more = [], ""
     for x in reports:
         o = x["options"]

@@ -66,7 +66,8 @@ def tables(monkeypatch) -> dict[str, Any]:
     tables = runpy.run_path(str(DOCS / "tables.py"))
     names = tables["machine"].__wrapped__.__globals__
     monkeypatch.setitem(names, "read", reports().__getitem__)
-    monkeypatch.setitem(names, "MEASURED", ("x2",))
+    monkeypatch.setitem(names, "has", reports().__contains__)
+    monkeypatch.setitem(names, "RUNS", ("x2", "x4"))
     return names
 
 
@@ -94,8 +95,7 @@ def test_measured_results_fill_a_table(tables):
     assert lines[7].startswith("| 2 | 4M | gather | 3,714 |  |  | 0.90 |  |  | 55.0 |")
 
 
-def test_measured_training_steps_fill_a_table(tables, monkeypatch):
-    monkeypatch.setitem(tables, "MEASURED", ("x2", "x4"))
+def test_measured_training_steps_fill_a_table(tables):
     lines = tables["training"]().splitlines()
     assert lines[4] == "| 1.01B | 2 | 512K | 4096, 12 | 25.5 | 20,560 | 70.0 |"
     assert "1M tokens on 4 GPUs made only its first step" in lines[-1]
