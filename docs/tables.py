@@ -233,7 +233,7 @@ def training() -> str:
     about = (
         f"One context of random bytes on {x['device']}, torch {x['versions']['torch']}, bfloat16 "
         f"autocast, {x['options']['layers']} layers of width {x['options']['dim']}, with "
-        "`--fsdp --recompute`:"
+        '`--fsdp --recompute` and `exchange="gather"`:'
     )
     return f"{about}\n\n{table([*names, 'peak GiB of a GPU'], rows)}{more}"
 

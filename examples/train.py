@@ -225,7 +225,8 @@ def spread(model: GPT, o: argparse.Namespace) -> None:
 
         mesh = init_device_mesh(device, (processes // n, n), mesh_dim_names=("data", "context"))
         model.context = mesh["context"]
-        parallelize_module(model, model.context, ContextParallel(equal_lengths=True))
+        style = ContextParallel(exchange=o.exchange, equal_lengths=True)
+        parallelize_module(model, model.context, style)
     if o.fsdp:
         from torch.distributed.fsdp import fully_shard
 
@@ -734,6 +735,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "share of a step's contexts, to spare memory (%(default)s)")  # fmt: skip
     add("--context-parallel", type=positive, default=1, metavar="N", help="processes that share "
         "each context (%(default)s)")  # fmt: skip
+    add("--exchange", choices=["auto", "gather", "heads"], default="auto", help="of these: gather "
+        "needs less memory, heads is mostly faster (%(default)s)")  # fmt: skip
     add("--fsdp", action="store_true", help="spread parameters and optimizer over all processes")
     add("--fsdp-processes", type=positive, metavar="N", help="with --fsdp, processes that share a "
         "copy of them (all)")  # fmt: skip
@@ -810,7 +813,7 @@ def main(argv: list[str] | None = None) -> "GPT | Pretrained":
         try:
             state = torch.load(o.resume, map_location="cpu", weights_only=True)
             now = ["until", "minutes", "accumulate", "results", "device"]
-            now += ["context_parallel", "fsdp", "fsdp_processes", "recompute"]
+            now += ["context_parallel", "exchange", "fsdp", "fsdp_processes", "recompute"]
             kept = {name: getattr(o, name) for name in now}
             o = argparse.Namespace(**state["options"] | kept | {"out": o.resume})
         except Exception as error:

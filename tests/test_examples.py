@@ -130,7 +130,9 @@ def test_parts_of_a_step_on_several_processes_are_the_same_step(example, text, t
     [
         [],
         pytest.param(["--fsdp", "--recompute"], marks=pytest.mark.slow),
-        pytest.param(["--fsdp", "--fsdp-processes", "1"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--fsdp", "--fsdp-processes", "1", "--exchange", "heads"], marks=pytest.mark.slow
+        ),
     ],
     ids=" ".join,
 )
