@@ -624,15 +624,40 @@ def test_answers_are_right_if_every_token_is(example, letters):
         assert not retrieval.is_right(model, wrong, 3)
 
 
+def test_full_decoding_reads_the_context_with_moba(example, letters):
+    retrieval, pretrained = example("retrieval"), example("pretrained")
+    from flexmoba.hybrid import set_attention
+
+    model = pretrained.load(letters).eval()
+    torch.manual_seed(0)
+    for x in model.parameters():
+        torch.nn.init.normal_(x, std=0.5)  # so that the attention decides the next token
+    ids = torch.randint(256, (300,))
+    retrieval.apply(model, "8x3+sink+sub4+full-decode")
+    settings = {"block_size": 8, "topk": 3, "sink_blocks": 1, "gate_block_size": 4}
+    assert model.config.flexmoba.items() >= settings.items()
+    read = model(input_ids=ids[None])
+    set_attention(model, topk=None)
+    logits = read.logits
+    for _ in range(8):  # greedily
+        ids = torch.cat([ids, logits[0, -1:].argmax(-1)])
+        logits = model(input_ids=ids[None, -1:], past_key_values=read.past_key_values).logits
+    set_attention(model, topk=3)
+    assert retrieval.is_right(model, ids, 8, full_decode=True)
+    assert not retrieval.is_right(model, ids, 8)
+    wrong = torch.cat([ids[:-1], (ids[-1:] + 1) % 256])
+    assert not retrieval.is_right(model, wrong, 8, full_decode=True)
+
+
 def test_attentions_answer_the_same_questions(example, letters, tmp_path, capsys):
     main, file = example("retrieval").main, tmp_path / "retrieval.json"
     options = ["--tasks", "single", "counting", "--lengths", "512", "600", "--samples", "5"]
     report = main(["--model", letters, *options, "--attention", "full", "8x3", "8x3+sink",
-                   "8x75", "--device", "cpu", "--json", str(file)])  # fmt: skip
+                   "8x75", "8x75+sink+sub4", "--device", "cpu", "--json", str(file)])  # fmt: skip
     assert json.loads(file.read_text())["right"] == report["right"]
     right = report["right"]
-    assert right["8x75"] == right["full"]  # all blocks are selected
-    assert right.keys() == {"full", "8x3", "8x3+sink", "8x75"}
+    assert right["8x75"] == right["8x75+sink+sub4"] == right["full"]  # all blocks are selected
+    assert right.keys() == {"full", "8x3", "8x3+sink", "8x75", "8x75+sink+sub4"}
     assert all(
         len(right["full"][x][y]) == 5 for x in ("single", "counting") for y in ("512", "600")
     )
@@ -645,7 +670,7 @@ def test_attentions_answer_the_same_questions(example, letters, tmp_path, capsys
         (["--text", "nowhere"], "there is no nowhere"),
         (["--model", "nowhere"], "there is no such folder; nothing is downloaded"),
         (["--model", str(EXAMPLES)], "transformers cannot load it"),
-        (["--attention", "64"], "--attention 64: say full, 64x16 or 64x16+sink"),
+        (["--attention", "64"], "--attention 64: say full, or for example 64x16, 64x16+sink or "),
         (["--lengths", "100"], "--lengths 100: the longest question needs 512 tokens"),
     ],
 )
