@@ -226,6 +226,7 @@ def test_moba_learns_from_its_context(example, text, capsys):
         (["--full-layers", "3"], "--full-layers from 0 to --layers"),
         (["--heads", "5"], "--heads must divide --dim"),
         (["--short-length", "100"], "--short-length 100 must divide --length 512"),
+        (["--gate-block-size", "5"], "--gate-block-size 5 must divide --block-size 32"),
         (["--context-parallel", "3"], "--context-parallel 3 must divide --length"),
         (["--context-parallel", "2"], "--context-parallel 2 must divide 1 processes"),
         (["--context-parallel", "2", "--dense", "flash"], "needs --dense flex, not flash"),
@@ -330,6 +331,7 @@ def test_a_pretrained_model_goes_on_and_is_saved(example, corpus, tmp_path):
 
     options = ["--model", folder, "--tokens", again, "--attention", "hybrid", "--steps", "10"]
     options += [*TINY, "--sink-blocks", "1", "--full-layers", "1", "--rope-base", "500.0"]
+    options += ["--gate-block-size", "4"]
     save, parts, results = (str(tmp_path / name) for name in ("moba", "parts.pt", "results.json"))
     expected = train.main([*options, "--save", save, "--results", results])
     train.main([*options, "--until", "4", "--out", parts])
@@ -343,6 +345,7 @@ def test_a_pretrained_model_goes_on_and_is_saved(example, corpus, tmp_path):
     loaded = train.model_of(o)
     assert o.layers == 3
     assert loaded.model.config.rope_parameters["rope_theta"] == 500.0
+    assert loaded.model.config.flexmoba["gate_block_size"] == 4
     inputs = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(1))
     assert_bitwise_equal(loaded(inputs), expected(inputs))  # a hybrid ends with full attention
     with pytest.raises(SystemExit, match="--full-layers 4: the model has 3 layers"):
@@ -447,6 +450,20 @@ def test_nsa_trains_and_resumes_bitwise(example, text, tmp_path, capsys):
     assert not fresh.blocks[0].attention.compress_k.mlp[2].weight.any()  # begins as a mean
 
 
+def test_the_gate_of_a_gpt_scores_sub_blocks(example):
+    train, logits = example("train"), []
+    tokens = torch.randint(256, (1, 64), generator=torch.Generator().manual_seed(0))
+    for more in ([], ["--gate-block-size", "1"], ["--gate-block-size", "1", "--dense", "cudnn"]):
+        o = train.parse([*TINY, *more])
+        o.vocabulary = 256
+        torch.manual_seed(0)
+        model = train.GPT(o)
+        train.set_attention(model, topk=3)
+        logits.append(model(tokens))
+    assert not torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[1], logits[2])
+
+
 def test_only_gains_of_queries_and_keys_do_not_decay(example):
     train = example("train")
     for more, count in (([], []), (["--qk-norm"], [4])):
@@ -544,6 +561,7 @@ def test_a_sweep_continues_the_training_of_a_pretrained_model(example, tmp_path,
         length, steps = (32768, 200) if "32K" in name else (8192, 400)
         assert (o.model, o.gguf, o.length, o.steps) == (str(EXAMPLES), "x.gguf", length, steps)
         assert (o.sink_blocks > 0) == ("sink" in name or name.startswith("full"))
+        assert (o.gate_block_size == 8) == ("sub8" in name)
         assert o.save == str(tmp_path / "models" / name.replace(" ", "-"))
 
 
