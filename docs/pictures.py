@@ -376,9 +376,13 @@ def shards() -> None:
 
 
 def times() -> None:
-    """Draws time against length in two pictures, from the GPU results with 16 heads."""
-    file = Path(__file__).parent / "benchmarks" / "h100-flashmoba.json"
-    results = [x for x in json.loads(file.read_text())["results"] if x["kv_heads"] == 16]
+    """Draws time against length in two pictures, from the GPU results of MoBA with 16 heads."""
+    file = Path(__file__).parent / "benchmarks" / "h200-targets.json"
+    results = [
+        x
+        for x in json.loads(file.read_text())["results"]
+        if x["kv_heads"] == 16 and x["head_dim"] == 128 and x["topk"]
+    ]
     lengths = sorted({x["length"] for x in results})
     left, right, top, bottom = 44, 322, 78, 284
     curves = (
