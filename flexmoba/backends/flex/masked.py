@@ -71,7 +71,7 @@ def window_attention(
     """Computes causal attention within windows; see `attend.window_attention`."""
     return _run(
         _attend_within_windows,
-        *(q, k, v, first_key, modifier),
+        *(q, k, v, first_key[:, None], modifier),  # lengths vary in the third dimension
         longest=longest,
         scale=options.scale,
         kernel_options=options.kernel_options,
@@ -183,7 +183,7 @@ def _attend_within_windows(
     scale: float,
     kernel_options: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    mask = window_mask(first_key, longest)
+    mask = window_mask(first_key[:, 0], longest)
     score_mod = _remap_indices(score_mod, q, k, query_indices, key_position)
     return call_flex(q, k, v, mask, scale, kernel_options, score_mod)
 
