@@ -996,6 +996,7 @@ def test_a_load_is_served_with_each_attention(example, tmp_path, capsys):
         first = result["first_token"]
         assert 0 < first["median"] <= first["90 %"] <= first["last"] < result["seconds"]
         assert result["decoding_tokens_per_second"] > 0
+        assert result["evicted"] == 0
     assert report["results"]["sdpa"]["attention"] == "sdpa"
     main(["--show", str(file)])
     assert capsys.readouterr().out.strip() == printed.strip()
