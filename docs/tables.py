@@ -2,26 +2,31 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Measured tables come from the JSON
 files in docs/scaling/, which `examples/scaling.py --json` writes. Modeled tables come from
-`flexmoba.distributed.estimate`, with the rates of a measured run if there is one.
+`flexmoba.distributed.estimate`, with the rates of these runs.
 """
 
+import functools
 import json
 import math
 import re
+import runpy
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flexmoba.bench.configs import size
 from flexmoba.distributed import Machine, SpreadCall, estimate
+from flexmoba.distributed.cost import Cost
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "distributed.md"
-MEASURED = DOCS / "scaling" / "h100-x2.json"
+SCALING = runpy.run_path(str(DOCS.parent / "examples" / "scaling.py"))
+MEASURED = ("h200-x2", "h200-x4")
 SELECTED = DOCS / "scaling" / "selected-blocks-smollm2-8k.json"
-# FLOP/s of one H100: 1M tokens, 4 and 1 heads, block 4096, topk 12 (docs/benchmarks.md). The bytes
-# per second are assumptions: NVLink in a node of 8, InfiniBand of 400 Gbit/s for each GPU.
-MACHINE = Machine(4.4e14, 3.1e14, link=2e11, network=5e10, ranks_per_node=8)
+NETWORK = 5e10  # bytes per second, an assumption: InfiniBand of 400 Gbit/s for each GPU
 CALL = SpreadCall(heads=32, kv_heads=8, length=2**20, block_size=4096, topk=12)
 MOST_HEADS = 32  # ranks that "heads" supports
 
@@ -32,13 +37,26 @@ def table(names: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def read(name: str) -> dict[str, Any]:
+    """Returns a report of docs/scaling/."""
+    report: dict[str, Any] = json.loads((DOCS / "scaling" / f"{name}.json").read_text())
+    return report
+
+
+def options_of(report: dict[str, Any]) -> Namespace:
+    """Returns the options of a run of `examples/scaling.py` that its model needs."""
+    names = ("heads", "kv_heads", "head_dim", "block_size", "topk")
+    sizes = {name: int(report["options"][name]) for name in names}
+    return Namespace(**sizes, dtype=torch.bfloat16, backward=True, network=None, ranks_per_node=8)
+
+
+@functools.cache
 def machine() -> Machine:
-    """Returns the rates of the measured run, or the assumed ones."""
-    if not MEASURED.is_file():
-        return MACHINE
-    rates = json.loads(MEASURED.read_text())["machine"]
-    names = ("forward_flops", "backward_flops", "link")
-    return MACHINE._replace(**{name: rates[name] for name in names})
+    """Returns the rates that fit all measured runs, with the assumed network."""
+    reports = [read(name) for name in MEASURED]
+    results = [x for report in reports for x in report["results"]]
+    found: Machine = SCALING["machine_of"](results, options_of(reports[0]))
+    return found._replace(network=NETWORK)
 
 
 def fetched(call: SpreadCall, ranks: int) -> float:
@@ -61,14 +79,17 @@ def fetched(call: SpreadCall, ranks: int) -> float:
 
 def exchanges() -> str:
     """Returns modeled times of 8 to 1,024 GPUs, the fastest of each network in bold."""
-    rates, rows = machine(), []
+    rows = []
     for ranks in (2**i for i in range(3, 11)):
-        row = [f"{ranks:,}", f"{ms(estimate(CALL, ranks, rates, 'gather', backward=True).compute)}"]
+        row = [
+            f"{ranks:,}",
+            f"{ms(estimate(CALL, ranks, machine(), 'gather', backward=True).compute)}",
+        ]
         for per_node, names in (
             (1024, ("gather", "heads")),
             (8, ("gather", "heads", "blocks", ("gather", "heads"))),
         ):
-            network = rates._replace(ranks_per_node=per_node)
+            network = machine()._replace(ranks_per_node=per_node)
             share = fetched(CALL, ranks)
             costs = [
                 estimate(CALL, ranks, network, name, backward=True, fetched=share)
@@ -117,15 +138,34 @@ def blocks() -> str:
     return table(["block, topk", "GPUs", "blocks fetched", "compute", "gather", "blocks"], rows)
 
 
+def rates() -> str:
+    """Returns the rates of the measured runs."""
+    m = machine()
+    rows = [
+        ["`forward_flops`", f"{m.forward_flops / 1e12:.0f} TFLOP/s"],
+        ["`backward_flops`", f"{m.backward_flops / 1e12:.0f} TFLOP/s"],
+        ["`link`", f"{m.link / 1e9:.0f} GB/s"],
+        ["`arrange`", f"{m.arrange / 1e9:.0f} GB/s"],
+        ["`chunk_overhead`", f"{m.chunk_overhead:.1%}"],
+        ["`network`", f"{m.network / 1e9:.0f} GB/s (assumed)"],
+    ]
+    return table(["rate", "value"], rows)
+
+
 def scaling() -> str:
-    """Returns the measured results, or a sentence that says that there are none."""
-    files = [MEASURED.with_name(f"{MEASURED.stem}{suffix}.json") for suffix in ("", "-4m")]
-    found = [measured(json.loads(file.read_text())) for file in files if file.is_file()]
-    return "\n\n".join(found) or "These results are not measured yet."
+    """Returns the measured results, a table for each number of GPUs."""
+    return "\n\n".join(measured(read(name), read(f"{name}-4m")) for name in MEASURED)
 
 
-def measured(report: dict[str, Any]) -> str:
-    """Returns the results of one run of `examples/scaling.py`."""
+def modeled(report: dict[str, Any], x: dict[str, Any]) -> Cost:
+    """Returns the modeled cost of a result: with backward if that is measured."""
+    call = SCALING["call_of"](options_of(report), x["length"])
+    backward = "both_ms" in x
+    return estimate(call, x["ranks"], machine(), x["exchange"], backward=backward)
+
+
+def measured(*reports: dict[str, Any]) -> str:
+    """Returns the results of runs of `examples/scaling.py` on the same GPUs."""
     rows = []
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "GPUs": lambda x: str(x["ranks"]),
@@ -134,13 +174,19 @@ def measured(report: dict[str, Any]) -> str:
         "forward ms": lambda x: f"{x['forward_ms']:,.0f}",
         "with backward ms": lambda x: f"{x['both_ms']:,.0f}",
         "speed-up": lambda x: f"{x['both_speedup']:.2f}",
-        "weak": lambda x: f"{x['both_weak']:.2f}",
+        "weak": lambda x: f"{x.get('both_weak') or x['forward_weak']:.2f}",
         "exposed": lambda x: f"{x['both_exposed']:.1%}",
         "imbalance": lambda x: f"{x['both_imbalance']:.1%}",
         "peak GiB": lambda x: f"{(x.get('both_MiB') or x['forward_MiB']) / 1024:.1f}",
-        "modeled ms": lambda x: f"{x.get('modeled_both_ms') or x['modeled_forward_ms']:,.0f}",
+        "modeled ms": lambda x: ms(x["modeled"].total),
+        "modeled exposed": lambda x: f"{x['modeled'].exposed:.1%}",
     }
-    for x in report["results"]:
+    results = [
+        x | ({"modeled": modeled(report, x)} if x["ranks"] > 1 else {})
+        for report in reports
+        for x in report["results"]
+    ]
+    for x in results:
         row = []
         for column in columns.values():
             try:
@@ -148,35 +194,42 @@ def measured(report: dict[str, Any]) -> str:
             except KeyError:  # not measured
                 row.append("")
         rows.append(row)
-    o = report["options"]
-    links = [x["link_GB_per_s"] for x in report["results"] if "link_GB_per_s" in x]
+    first = reports[0]
+    o, links = first["options"], [x["link_GB_per_s"] for x in results if "link_GB_per_s" in x]
     about = (
-        f"{report['processes']} {report['device']}, torch {report['torch']}, Triton "
-        f"{report['triton']}, {report['date']}; {o['heads']} query heads, {o['kv_heads']} KV "
-        f"heads, head dim {o['head_dim']}, block {o['block_size']}, topk {o['topk']}, "
-        f"bfloat16; a rank receives {min(links):.0f} to {max(links):.0f} GB/s."
+        f"{first['processes']} {first['device']} of one host, torch {first['torch']}, Triton "
+        f"{first['triton']}, flexmoba {first['commit'][:7]}, {first['date']}; {o['heads']} query "
+        f"heads, {o['kv_heads']} KV heads, head dim {o['head_dim']}, block {o['block_size']}, "
+        f"topk {o['topk']}, bfloat16; a rank receives {min(links):.0f} to {max(links):.0f} GB/s."
     )
-    used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
-    names = [list(columns)[i] for i in used]
-    return f"{about}\n\n{table(names, [[row[i] for i in used] for row in rows])}"
+    return f"{about}\n\n{table(list(columns), rows)}"
 
 
 def training() -> str:
-    """Returns the measured training steps, or a sentence that says that there are none."""
-    file = MEASURED.with_name(f"{MEASURED.stem}-training.json")
-    if not file.is_file():
-        return "A step at full size is not measured yet."
-    x = json.loads(file.read_text())
-    o = x["options"]
-    row = [f"{x['parameters'] / 1e9:.2f}B", str(o["context_parallel"]), size(o["length"])]
-    row += [f"{o['block_size']}, {o['topk']}", f"{x['step_ms'] / 1e3:.1f}"]
-    row += [f"{x['tokens_per_second']:,.0f}", f"{x['peak_MiB'] / 1024:.1f}"]
+    """Returns the measured training steps, and the first steps of runs that had no other."""
+    reports = [read(f"{name}-training") for name in MEASURED]
+    rows, more = [], ""
+    for x in reports:
+        o = x["options"]
+        gpus, tokens, peak = o["context_parallel"], size(o["length"]), x["peak_MiB"] / 1024
+        if "step_ms" in x:
+            row = [f"{x['parameters'] / 1e9:.2f}B", str(gpus), tokens]
+            row += [f"{o['block_size']}, {o['topk']}", f"{x['step_ms'] / 1e3:.1f}"]
+            rows.append([*row, f"{x['tokens_per_second']:,.0f}", f"{peak:.1f}"])
+        else:
+            (first,) = x["history"]["times"]
+            more += (
+                f"\n\nA run with {tokens} tokens on {gpus} GPUs made only its first step, which "
+                f"compiles: {first[2]:.0f} s, with a peak of {peak:.1f} GiB on a GPU."
+            )
     names = ["parameters", "GPUs", "tokens", "block, topk", "seconds of a step", "tokens/s"]
+    x = reports[0]
     about = (
         f"One context of random bytes on {x['device']}, torch {x['versions']['torch']}, bfloat16 "
-        f"autocast, {o['layers']} layers of width {o['dim']}, with `--fsdp --recompute`:"
+        f"autocast, {x['options']['layers']} layers of width {x['options']['dim']}, with "
+        "`--fsdp --recompute`:"
     )
-    return f"{about}\n\n{table([*names, 'peak GiB of a GPU'], [row])}"
+    return f"{about}\n\n{table([*names, 'peak GiB of a GPU'], rows)}{more}"
 
 
 def ms(seconds: float) -> str:
@@ -189,6 +242,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "exchanges": exchanges,
     "selected": selected,
     "blocks": blocks,
+    "rates": rates,
     "scaling": scaling,
     "training": training,
 }

@@ -13,8 +13,8 @@ is the share of the time that is not compute: communication that no computation 
 "imbalance" is the share by which the longest compute exceeds the mean of all ranks.
 "link" is the rate at which a rank receives in an all-to-all of the size of its keys and values.
 
-"modeled" is the time of the cost model of flexmoba.distributed, whose rates come from process 0 and
-from the link. A second table has modeled times on more ranks.
+"modeled" is the time of the cost model of flexmoba.distributed. Its rates come from process 0, from
+the link, and from the exposed times of "gather". A second table has modeled times on more ranks.
 
 The program compares sampled outputs of every measurement with those of process 0 alone.
 
@@ -268,7 +268,46 @@ def machine_of(results: list[dict[str, Any]], o: argparse.Namespace) -> Machine 
     if o.backward:
         backward_flops = (both - forward) / (longest["both_ms"] / 1e3 - seconds)
     link, network = statistics.median(links), o.network or math.inf
-    return Machine(forward_flops, backward_flops, link, network * 1e9, o.ranks_per_node)
+    machine = Machine(forward_flops, backward_flops, link, network * 1e9, o.ranks_per_node)
+    return with_exposed_rates(machine, results, o)
+
+
+def with_exposed_rates(
+    machine: Machine, results: list[dict[str, Any]], o: argparse.Namespace
+) -> Machine:
+    """Returns the machine with the rates that explain the exposed times of "gather" best.
+
+    They are the least squares of the exposed seconds of each forward and each backward pass.
+    """
+    rows, seconds = [], []
+    slow = machine._replace(arrange=1.0)  # copies take as many seconds as they have bytes
+    for x in results:
+        if x.get("exchange") != "gather" or "compute_forward_ms" not in x:
+            continue
+
+        def modeled(machine: Machine, backward: bool, x: dict[str, Any] = x) -> float:
+            call = call_of(o, x["length"])
+            cost = estimate(call, x["ranks"], machine, "gather", backward=backward)
+            return cost.total - cost.compute
+
+        forward = modeled(machine, False)
+        copied = modeled(slow, False) - forward
+        exposed = (x["forward_ms"] - x["compute_forward_ms"]) / 1e3
+        rows.append([copied, 0.0])
+        seconds.append(exposed - forward)
+        if "both_ms" in x:
+            compute = (x["compute_both_ms"] - x["compute_forward_ms"]) / 1e3
+            rows.append([copied, compute])
+            of_both = (x["both_ms"] - x["compute_both_ms"]) / 1e3
+            seconds.append(of_both - exposed - (modeled(machine, True) - forward))
+    if not rows:
+        return machine
+    a, b = (torch.tensor(x, dtype=torch.float64) for x in (rows, seconds))
+    scale = a.abs().amax(0).clamp(min=1e-30)  # bytes and seconds differ by many orders
+    per_byte, overhead = (torch.linalg.pinv(a / scale) @ b / scale).clamp(min=0).tolist()
+    return machine._replace(
+        arrange=1 / per_byte if per_byte > 0 else math.inf, chunk_overhead=overhead
+    )
 
 
 def call_of(o: argparse.Namespace, length: int) -> SpreadCall:

@@ -65,6 +65,26 @@ def test_a_pipeline_hides_communication_until_it_is_the_limit():
     assert estimate(CALL, 2, slow, "gather").communication > 9 * found.communication
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_copies_and_chunks_add_time(ranks):
+    slow = FREE._replace(arrange=1e11, chunk_overhead=0.05)
+    gathered = CALL.kv_heads * CALL.length * 2 * CALL.head_dim * CALL.element_size
+    copies = gathered / 1e11 if ranks > 1 else 0.0
+    forward, both = (estimate(CALL, ranks, FREE, "gather", backward=x).compute for x in (0, 1))
+    slower = 0.05 * (both - forward) if ranks > 1 else 0.0
+    for backward, added in ((False, copies), (True, 2 * copies + slower)):
+        before, found = (
+            estimate(CALL, ranks, machine, "gather", backward=backward) for machine in (FREE, slow)
+        )
+        assert found.total - before.total == pytest.approx(added)
+        assert found.compute == before.compute
+        heads = [estimate(CALL, ranks, x, "heads", backward=backward) for x in (FREE, slow)]
+        assert heads[0] == heads[1]
+    blocks = estimate(CALL, ranks, slow, "blocks", fetched=0.5)
+    share = 1 / ranks + (1 - 1 / ranks) / 2
+    assert blocks.total - blocks.compute == pytest.approx(share * copies)
+
+
 @pytest.mark.parametrize("ranks", [2, 8, 64])
 def test_the_longest_rank_of_many_has_little_more_work_than_the_mean(ranks):
     """Queries of the first blocks have fewer blocks before them: docs/distributed.md has 2.4 %."""

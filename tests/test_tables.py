@@ -1,8 +1,13 @@
 """Tests that the tables of docs/distributed.md are those of the results and of the cost model."""
 
-import json
 import runpy
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexmoba.distributed import Machine, SpreadCall, estimate
+from flexmoba.distributed.choice import _ARRANGE, _LINK, Shape, resolve_exchange
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -14,52 +19,84 @@ def test_the_tables_are_filled():
     assert filled(page.replace("| 1,024 |", "| 1,025 |", 1)) == page
 
 
-def test_measured_results_fill_a_table(tmp_path, monkeypatch):
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_auto_is_the_fastest_measured_exchange(gpus):
     tables = runpy.run_path(str(DOCS / "tables.py"))
-    scaling, machine = tables["scaling"], tables["machine"]
-    times = {"forward_ms": 1800.4, "both_ms": 8200.0, "both_MiB": 69632.0}
-    two = {"exchange": "gather", "both_speedup": 1.95, "both_weak": 0.953, "both_exposed": 0.004}
-    two |= {"both_imbalance": 0.0236, "modeled_both_ms": 4216.0, "link_GB_per_s": 150.0}
-    report = {
-        "device": "NVIDIA H100", "processes": 2,
-        "torch": "2.11.0", "triton": "3.6.0", "date": "today",
-        "options": {"heads": 32, "kv_heads": 8, "head_dim": 128, "block_size": 4096, "topk": 12},
-        "machine": {"forward_flops": 4e14, "backward_flops": 3e14, "link": 1.5e11},
-        "results": [
-            {"ranks": 1, "length": 2**20, "exchange": "none", **times},
-            {"ranks": 2, "length": 2**20, **times, **two},
-            {"ranks": 1, "length": 2**22, "error": "out of memory"},
-        ],
-    }  # fmt: skip
-    file = tmp_path / "h100-x2.json"
-    file.write_text(json.dumps(report))
-    monkeypatch.setitem(scaling.__globals__, "MEASURED", file)
-    lines = scaling().splitlines()
-    assert "2 NVIDIA H100, torch 2.11.0" in lines[0]
-    assert "150 to 150 GB/s" in lines[0]
-    assert lines[4] == "| 1 | 1M |  | 1,800 | 8,200 |  |  |  |  | 68.0 |  |"
-    row = "| 2 | 1M | gather | 1,800 | 8,200 | 1.95 | 0.95 | 0.4% | 2.4% | 68.0 | 4,216 |"
-    assert lines[5] == row
-    assert lines[6] == "| 1 | 4M | out of memory |  |  |  |  |  |  |  |  |"
-    assert machine().link == 1.5e11
-    assert machine().network == 5e10
-    forward = {"forward_ms": 3714.0, "forward_MiB": 56320.0, "modeled_forward_ms": 3700.0}
-    four = {"ranks": 2, "length": 2**22, "exchange": "gather", **forward, "link_GB_per_s": 150.0}
-    (tmp_path / "h100-x2-4m.json").write_text(json.dumps(report | {"results": [four]}))
-    last = scaling().splitlines()[-3:]
-    assert last[0] == "| GPUs | tokens | exchange | forward ms | peak GiB | modeled ms |"
-    assert last[2] == "| 2 | 4M | gather | 3,714 | 55.0 | 3,700 |"
+    report, machine = tables["read"](f"h200-x{gpus}"), tables["machine"]()
+    assert pytest.approx((machine.link, machine.arrange), rel=0.05) == (_LINK, _ARRANGE)
+    times = {x["exchange"]: x["both_ms"] for x in report["results"] if x["ranks"] == gpus}
+    o, lengths = report["options"], (int(report["options"]["length"]) // gpus,) * gpus
+    shape = Shape(int(o["heads"]), int(o["kv_heads"]), lengths, (0,) * gpus, "token")
+    assert resolve_exchange("auto", shape) == min(times, key=times.__getitem__) == "heads"
 
 
-def test_a_measured_training_step_fills_a_table(tmp_path, monkeypatch):
-    training = runpy.run_path(str(DOCS / "tables.py"))["training"]
-    options = {"context_parallel": 2, "length": 2**19, "block_size": 4096, "topk": 12}
-    options |= {"layers": 10, "dim": 3072}
-    times = {"step_ms": 25500.0, "tokens_per_second": 20560.3, "peak_MiB": 71680}
-    about = {"parameters": 1006632960, "device": "NVIDIA H100", "versions": {"torch": "2.11.0"}}
-    monkeypatch.setitem(training.__globals__, "MEASURED", tmp_path / "h100-x2.json")
-    assert training() == "A step at full size is not measured yet."
-    file = tmp_path / "h100-x2-training.json"
-    file.write_text(json.dumps(about | times | {"options": options}))
-    row = "| 1.01B | 2 | 512K | 4096, 12 | 25.5 | 20,560 | 70.0 |"
-    assert training().splitlines()[-1] == row
+def reports() -> dict[str, dict[str, Any]]:
+    """Returns reports of two GPUs whose exposed times have known causes."""
+    options = {"heads": 32, "kv_heads": 8, "head_dim": 128, "block_size": 4096, "topk": 12}
+    about = {"device": "NVIDIA H100", "processes": 2, "torch": "2.11.0", "triton": "3.6.0"}
+    about |= {"commit": "0123456789", "date": "today", "options": options}
+    call = SpreadCall(32, 8, 2**20, 4096, 12)
+    machine = Machine(4e14, 3e14, 1.5e11, 5e10, 8, arrange=2e11, chunk_overhead=0.02)
+    alone, two = ({}, {"ranks": 2, "length": 2**20, "exchange": "gather", "link_GB_per_s": 150.0})
+    for name, backward in (("forward", False), ("both", True)):
+        alone[f"{name}_ms"] = estimate(call, 1, machine, "gather", backward=backward).total * 1e3
+        cost = estimate(call, 2, machine, "gather", backward=backward)
+        two |= {f"{name}_ms": cost.total * 1e3, f"compute_{name}_ms": cost.compute * 1e3}
+    two |= {"both_speedup": 1.951, "both_weak": 0.953, "both_exposed": 0.004, "both_MiB": 69632.0}
+    one = {"ranks": 1, "length": 2**20, "exchange": "none", **alone}
+    more = {"ranks": 2, "length": 2**22, "exchange": "gather", "forward_ms": 3714.0}
+    more |= {"forward_MiB": 56320.0, "forward_weak": 0.9, "link_GB_per_s": 160.0}
+    error = {"ranks": 1, "length": 2**22, "error": "out of memory"}
+    step = {"step_ms": 25500.0, "tokens_per_second": 20560.3, "peak_MiB": 71680}
+    sizes = {"context_parallel": 2, "length": 2**19, "layers": 10, "dim": 3072}
+    sizes |= {"block_size": 4096, "topk": 12}
+    training = {"parameters": 1006632960, "device": "NVIDIA H100", "versions": {"torch": "2.11.0"}}
+    first = {"peak_MiB": 61440, "history": {"times": [[1, 1, 76.6, True]]}}
+    larger = {"options": sizes | {"context_parallel": 4, "length": 2**20}}
+    return {
+        "x2": about | {"results": [one, two]},
+        "x2-4m": about | {"results": [error, more]},
+        "x2-training": training | {"options": sizes} | step,
+        "x4-training": training | larger | first,
+    }
+
+
+@pytest.fixture
+def tables(monkeypatch) -> dict[str, Any]:
+    tables = runpy.run_path(str(DOCS / "tables.py"))
+    names = tables["machine"].__wrapped__.__globals__
+    monkeypatch.setitem(names, "read", reports().__getitem__)
+    monkeypatch.setitem(names, "MEASURED", ("x2",))
+    return names
+
+
+def test_the_rates_are_found_in_the_results(tables):
+    found = tables["machine"]()
+    assert found[:4] == pytest.approx((4e14, 3e14, 1.5e11, 5e10))
+    assert found.arrange == pytest.approx(2e11)
+    assert found.chunk_overhead == pytest.approx(0.02)
+    assert "| `arrange` | 200 GB/s |" in tables["rates"]()
+
+
+def test_measured_results_fill_a_table(tables):
+    lines = tables["scaling"]().splitlines()
+    assert "2 NVIDIA H100 of one host, torch 2.11.0" in lines[0]
+    assert "150 to 160 GB/s" in lines[0]
+    assert lines[2].endswith("| exposed | imbalance | peak GiB | modeled ms | modeled exposed |")
+    cost = estimate(SpreadCall(32, 8, 2**20, 4096, 12), 2, tables["machine"](), "gather")
+    two = reports()["x2"]["results"][1]
+    both, exposed = two["both_ms"], 1 - two["compute_both_ms"] / two["both_ms"]
+    assert lines[5] == (
+        f"| 2 | 1M | gather | {cost.total * 1e3:,.0f} | {both:,.0f} | 1.95 | 0.95 | 0.4% |  | 68.0 "
+        f"| {both:,.0f} | {exposed:.1%} |"
+    )
+    assert lines[6] == "| 1 | 4M | out of memory |  |  |  |  |  |  |  |  |  |"
+    assert lines[7].startswith("| 2 | 4M | gather | 3,714 |  |  | 0.90 |  |  | 55.0 |")
+
+
+def test_measured_training_steps_fill_a_table(tables, monkeypatch):
+    monkeypatch.setitem(tables, "MEASURED", ("x2", "x4"))
+    lines = tables["training"]().splitlines()
+    assert lines[4] == "| 1.01B | 2 | 512K | 4096, 12 | 25.5 | 20,560 | 70.0 |"
+    assert "1M tokens on 4 GPUs made only its first step" in lines[-1]
+    assert "77 s, with a peak of 60.0 GiB" in lines[-1]

@@ -11,6 +11,11 @@ EXCHANGES: tuple[ExchangeName, ...] = get_args(ExchangeName)
 NESTED: tuple[NestedExchange, ...] = (("gather", "heads"), ("blocks", "heads"))
 
 
+# Bytes per second on NVIDIA H200 GPUs of one node: received by a rank, and copied into place by
+# "gather". docs/distributed.md has the measurements and the model that is fitted to them.
+_LINK, _ARRANGE = 3.1e11, 1.4e11
+
+
 class Shape(NamedTuple):
     """The part of a call that decides which exchanges support it.
 
@@ -39,7 +44,7 @@ def check_exchange_name(exchange: str | tuple[str, str]) -> None:
 def resolve_exchange(
     exchange: Literal["auto", "gather", "heads"], shape: Shape
 ) -> Literal["gather", "heads"]:
-    """Returns the named exchange, or for ``"auto"`` the one that moves fewer bytes.
+    """Returns the named exchange, or for ``"auto"`` the one that adds less time.
 
     Raises:
         NotImplementedError: The named exchange does not support the call, or none does.
@@ -47,7 +52,7 @@ def resolve_exchange(
     no_gather, no_heads = why_not_gather(shape), why_not_heads(shape)
     if exchange == "auto":
         if no_heads is None:
-            return "heads" if no_gather or _heads_moves_less(shape) else "gather"
+            return "heads" if no_gather or _heads_adds_less(shape) else "gather"
         if no_gather is None:
             return "gather"
         raise NotImplementedError(
@@ -89,17 +94,22 @@ def why_not_heads(shape: Shape) -> str | None:
     return None
 
 
-def _heads_moves_less(shape: Shape) -> bool:
-    """Returns whether a rank receives fewer bytes in the forward call by ``"heads"``.
+def _heads_adds_less(shape: Shape) -> bool:
+    """Returns whether ``"heads"`` adds less time to the attention of a forward call.
 
-    In units of a token of one KV head, by ``"gather"`` the rank that receives most gets the keys
-    before its own ones. By ``"heads"``, a rank gets its share of all heads of q, k, v and the
-    output, of the tokens of all others.
+    The cost model of `estimate` hides what ``"gather"`` receives, except the first chunk, and adds
+    the copies of all keys of the rank that needs most. A rank does nothing while it receives by
+    ``"heads"`` its share of all heads of q, k, v and the output, of the tokens of all others. The
+    unit is a token of one KV head.
     """
     ranks = len(shape.lengths)
     others = sum(shape.lengths) * (ranks - 1) / ranks
-    by_heads = others * (shape.heads + max(shape.kv_heads, ranks)) / ranks
-    return by_heads < max(_keys_before(shape)) * shape.kv_heads
+    received = others * (shape.heads + max(shape.kv_heads, ranks)) / ranks
+    gathered = max(
+        before + length if before else 0
+        for before, length in zip(_keys_before(shape), shape.lengths, strict=True)
+    )
+    return received / _LINK < gathered * shape.kv_heads / _ARRANGE
 
 
 def _keys_before(shape: Shape) -> list[int]:

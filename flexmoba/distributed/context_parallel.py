@@ -142,14 +142,15 @@ def context_parallel_moba(
             rank gets those before its first token, some KV heads at a time; the backward gathers
             them again. ``"heads"``: q, k, v and the output. Each rank gets all tokens for its share
             of the heads. The number of ranks must divide ``Hkv``, or it must divide ``Hq`` and be a
-            multiple of ``Hkv``. ``"auto"``: ``"heads"`` if only it supports the call or a rank
-            receives fewer bytes in the forward by it; for one sequence and equal lengths, this is
-            ``(Hq + max(Hkv, ranks)) / ranks < Hkv``. Otherwise ``"gather"``. ``"blocks"``: the
-            blocks that the rank's queries select. It needs shards that begin at multiples of the
-            block size, a topk, and neither ``cu_seqlens`` nor ``score_mod`` nor ``gate="tile"``.
-            The host waits for the device. ``"auto"`` is never ``"blocks"``. ``("gather", "heads")``
-            or ``("blocks", "heads")``: the first exchange over the first dimension of the mesh, the
-            nodes, and ``"heads"`` over the second one, the ranks of a node.
+            multiple of ``Hkv``. ``"auto"``: ``"heads"`` if only it supports the call, or if it
+            takes less time to receive its tensors than ``"gather"`` to copy keys into place, at
+            rates measured in one node; otherwise ``"gather"``. ``"heads"`` needs more memory.
+            ``"blocks"``: the blocks that the rank's queries select. It needs shards that begin at
+            multiples of the block size, a topk, and neither ``cu_seqlens`` nor ``score_mod`` nor
+            ``gate="tile"``. The host waits for the device. ``"auto"`` is never ``"blocks"``.
+            ``("gather", "heads")`` or ``("blocks", "heads")``: the first exchange over the first
+            dimension of the mesh, the nodes, and ``"heads"`` over the second one, the ranks of a
+            node.
         lengths: The lengths ``L_0, L_1, ...``, the same on all ranks. With them, the ranks do not
             compare their arguments before they send tensors. The host then does not wait for the
             device, but arguments that differ between ranks have undefined results, or the ranks

@@ -4,6 +4,7 @@ It counts operations and bytes, and divides them by rates of the machine, which 
 assumed by the user. `examples/scaling.py` measures them.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 from flexmoba.blocks import ceil_div
@@ -21,6 +22,9 @@ class Machine(NamedTuple):
         network: Bytes per second that a rank receives from ranks of other nodes.
         ranks_per_node: Number of ranks of a node.
         latency: Seconds of a collective that sends nothing.
+        arrange: Bytes per second at which a rank copies gathered keys and values into place.
+        chunk_overhead: Share by which the backward pass takes longer in the chunks of
+            ``"gather"`` than in one call.
     """
 
     forward_flops: float
@@ -29,6 +33,8 @@ class Machine(NamedTuple):
     network: float
     ranks_per_node: int
     latency: float = 0.0
+    arrange: float = math.inf
+    chunk_overhead: float = 0.0
 
 
 class SpreadCall(NamedTuple):
@@ -59,7 +65,7 @@ class Cost(NamedTuple):
     """Seconds of a call on the rank that takes longest.
 
     Attributes:
-        compute: Seconds of the attention and the gate.
+        compute: Seconds of the attention and the gate, of all heads in one call.
         communication: Seconds of the exchanges, hidden or not.
         total: Seconds of the call.
     """
@@ -70,7 +76,7 @@ class Cost(NamedTuple):
 
     @property
     def exposed(self) -> float:
-        """The share of the time in which the rank waits for communication."""
+        """The share of the time that is not computation: waiting, copies, and chunks."""
         return 1 - self.compute / self.total if self.total > 0 else 0.0
 
 
@@ -89,8 +95,9 @@ def estimate(
     scores the mean keys of all past blocks, which takes more operations on later ranks.
 
     - ``"gather"``: the last rank receives the keys and values of ``ranks - 1`` shards. While it
-      attends with a chunk of KV heads, it receives the next one. The backward pass receives them
-      again and sends as many gradients, which the ranks before receive.
+      attends with a chunk of KV heads, it receives the next one. It copies each chunk into place
+      before it attends. The backward pass receives and copies them again and sends as many
+      gradients, which the ranks before receive.
     - ``"heads"``: a rank receives its share of the heads of q, k and v, and later of the output.
       Nothing else happens at that time. The backward pass exchanges as many bytes again.
     - ``"blocks"``: as ``"gather"``, with a share of the bytes. The backward pass sends gradients
@@ -146,22 +153,30 @@ def estimate(
     if exchange == "heads":
         parts = [_in_turn(x, each + 2 * latency) for x in (forward_compute, backward_compute)]
     else:
-        parts = [_pipelined(forward_compute, chunks, each / chunks + latency)]
+        gathered = received_bytes(call, ranks, exchange) / (ranks - 1) + moved if ranks > 1 else 0.0
+        copies = gathered / machine.arrange
+        slower = backward_compute * machine.chunk_overhead * (ranks > 1)
+        parts = [_pipelined(forward_compute, copies, chunks, each / chunks + latency)]
         if exchange == "gather":
-            parts += [_pipelined(backward_compute, chunks, 2 * (each / chunks + latency))]
+            step = 2 * (each / chunks + latency)
+            parts += [_pipelined(backward_compute, copies + slower, chunks, step)]
         else:
-            parts += [_in_turn(backward_compute, each + chunks * latency)]
+            parts += [_in_turn(backward_compute, each + chunks * latency, slower)]
     return Cost(*(sum(values) for values in zip(*parts[: 1 + backward], strict=True)))
 
 
-def _in_turn(compute: float, communication: float) -> Cost:
-    return Cost(compute, communication, compute + communication)
+def _in_turn(compute: float, communication: float, more: float = 0.0) -> Cost:
+    return Cost(compute, communication, compute + more + communication)
 
 
-def _pipelined(compute: float, chunks: int, step: float) -> Cost:
-    """Returns the cost of a pass whose chunks each communicate for ``step`` seconds."""
+def _pipelined(compute: float, more: float, chunks: int, step: float) -> Cost:
+    """Returns the cost of a pass whose chunks each communicate for ``step`` seconds.
+
+    The chunks together take ``compute + more`` seconds of the device.
+    """
+    busy = (compute + more) / chunks
     # A pipeline: the first chunk comes before any computation, the last one is followed by it.
-    total = step + (chunks - 1) * max(step, compute / chunks) + compute / chunks
+    total = step + (chunks - 1) * max(step, busy) + busy
     return Cost(compute, chunks * step, total)
 
 

@@ -253,6 +253,9 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients of q, k and v, or None for those that need none."""
     call, saved = ctx.call, ctx.saved
+    # As the graph around this call: a compiled function may overwrite tensors that it saved, and
+    # raises if its graph is retained.
+    retained = torch._C._autograd._get_current_graph_task_keep_graph()
     q, k, v, saved.output, *saved.tensors = tensors
     needs_q, needs_k, needs_v, _ = ctx.needs_input_grad
     dq = torch.empty_like(q) if needs_q else None
@@ -276,9 +279,8 @@ def _gradients(
             outputs, inputs = ctx.graphs[chunk * len(call.plan.parts) + part]
             inputs = inputs if needs_k or needs_v else inputs[:1]
             inputs = inputs if needs_q else inputs[1:]
-            # The graph is retained for a second backward. It keeps no tensors.
             found = torch.autograd.grad(
-                outputs, inputs, [x[:, heads, queries] for x in grads], retain_graph=True
+                outputs, inputs, [x[:, heads, queries] for x in grads], retain_graph=retained
             )
             if dq is not None:
                 dq[:, heads, queries] = found[0]
