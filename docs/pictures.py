@@ -376,9 +376,13 @@ def shards() -> None:
 
 
 def times() -> None:
-    """Draws time against length in two pictures, from the GPU results with 16 heads."""
-    file = Path(__file__).parent / "benchmarks" / "h100-flashmoba.json"
-    results = [x for x in json.loads(file.read_text())["results"] if x["kv_heads"] == 16]
+    """Draws time against length in two pictures, from the GPU results of MoBA with 16 heads."""
+    file = Path(__file__).parent / "benchmarks" / "h200-targets.json"
+    results = [
+        x
+        for x in json.loads(file.read_text())["results"]
+        if x["kv_heads"] == 16 and x["head_dim"] == 128 and x["topk"]
+    ]
     lengths = sorted({x["length"] for x in results})
     left, right, top, bottom = 44, 322, 78, 284
     curves = (
@@ -510,6 +514,46 @@ def losses() -> None:
     increases("loss-continued", "Continued", length, full["full"]["by_position"], drawn, 0.5)
 
 
+def seconds() -> None:
+    """Draws the validation loss against the seconds of training, of two runs of equal time."""
+    file = Path(__file__).parent / "results" / "from-scratch-32k-h200.json"
+    runs = json.loads(file.read_text())["runs"]
+    left, right, top, bottom = 50, 328, 78, 284
+    low, high, most = 1.5, 3.0, 480
+
+    def x(time: float) -> float:
+        return left + (right - left) * time / most
+
+    def y(nats: float) -> float:
+        return bottom - (bottom - top) * (nats - low) / (high - low)
+
+    drawing = Drawing(330, width=340)
+    drawing.text(0, 16, "32K tokens", "start", 15, 600)
+    drawing.text(right, 16, "validation loss, 8 contexts", "end", 13)
+    for half in range(round(2 * low), round(2 * high) + 1):
+        drawing.line(left, y(half / 2), right, y(half / 2), 0.3)
+        drawing.text(left - 6, y(half / 2) + 4.5, f"{half / 2:g}", "end", 13)
+    for time in range(0, most + 1, 120):
+        drawing.line(x(time), bottom, x(time), bottom + 5)
+        drawing.text(x(time), bottom + 20, str(time), size=13)
+    drawing.text((left + right) / 2, bottom + 40, "seconds of training", size=13)
+    for number, (name, label, colour) in enumerate(
+        (("full 32K", "full attention", PAST), ("128x8 hybrid 32K longer", "hybrid", OWN))
+    ):
+        o, history = runs[name]["options"], runs[name]["history"]
+        ends = dict(zip(itertools.count(10, 10), history["seconds"], strict=False))
+        checks = [(ends[step], loss) for step, loss, _ in history["checks"] if loss <= high]
+        drawing.curve([(x(time), y(loss)) for time, loss in checks], colour)
+        if o["attention"] == "hybrid":
+            switch = x(ends[round(o["steps"] * (1 - o["full_share"]))])
+            drawing.line(switch, top, switch, bottom, 0.6)
+            drawing.text(switch - 5, top + 14, "full from here", "end", 13)
+        start = (0, 170)[number]
+        drawing.curve([(start + 4, 46), (start + 30, 46)], colour)
+        drawing.text(start + 40, 50, label, "start", 13)
+    drawing.save("loss-seconds")
+
+
 def main() -> None:
     """Draws all pictures."""
     for draw in (
@@ -526,6 +570,7 @@ def main() -> None:
     ):
         draw()
     losses()
+    seconds()
 
 
 if __name__ == "__main__":

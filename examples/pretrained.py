@@ -63,7 +63,8 @@ class Pretrained(nn.Module):
         config.max_position_embeddings = max(o.length, config.max_position_embeddings)
         self.model = load(o.model, o.gguf, dtype=torch.float32, config=config)
         always = {"sink_blocks": o.sink_blocks, "local_blocks": o.local_blocks}
-        convert(self.model, o.block_size, None, **always)
+        sub_blocks = {"gate_block_size": o.gate_block_size} if o.gate_block_size else {}
+        convert(self.model, o.block_size, None, **always, **sub_blocks)
         # The decoder ends with the norm.
         self.head = head(nn.Identity(), self.model.get_output_embeddings())
         self.layers = config.num_hidden_layers

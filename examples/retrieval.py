@@ -11,9 +11,11 @@ last line:
   counting     no text but a list of words, one of which is every tenth; that word
 
 An answer is right if each of its tokens is the most likely token after those before it, which is
-when greedy decoding gives the answer. The needle of `single` and `multi-key` lies at depths that
-are spread from 0 % (the beginning of the context) to 100 %; the lines of the other tasks lie
-anywhere. All attentions answer the same questions.
+when greedy decoding gives the answer. With "+full-decode" in its name, an attention reads the
+context and the question with MoBA, and the answer with full attention, as the paper does (arXiv
+2502.13189, Sec. 3.3). The needle of `single` and `multi-key` lies at depths that are spread from
+0 % (the beginning of the context) to 100 %; the lines of the other tasks lie anywhere. All
+attentions answer the same questions.
 
 toy size, three minutes on a CPU, with a model of bytes that is too small to answer:
   python examples/finetune_transformers.py --save ./tiny
@@ -39,7 +41,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexmoba.commands.demo import standard_library
+from flexmoba.hybrid import set_attention
 from flexmoba.integrations.transformers import convert
+from flexmoba.nn import FlexMoba
 from flexmoba.reporting import (
     UsageError,
     add_device,
@@ -142,27 +146,38 @@ class Contexts:
 
 
 @torch.no_grad()
-def is_right(model: PreTrainedModel, ids: Tensor, answer: int) -> bool:
-    """Whether greedy decoding gives the last ``answer`` tokens."""
-    ids = ids.to(model.device)
-    logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=answer + 1).logits[0]
-    return bool((logits[:-1].argmax(-1) == ids[-answer:]).all())
+def is_right(model: PreTrainedModel, ids: Tensor, answer: int, full_decode: bool = False) -> bool:
+    """Whether greedy decoding gives the last ``answer`` tokens, by full attention if asked."""
+    ids = ids.to(model.device)[None]
+    if full_decode:
+        read = model(input_ids=ids[:, :-answer], use_cache=True, logits_to_keep=1)
+        (topk,) = {x.topk for x in model.modules() if isinstance(x, FlexMoba)}
+        set_attention(model, topk=None)
+        written = model(input_ids=ids[:, -answer:], past_key_values=read.past_key_values)
+        set_attention(model, topk=topk)
+        logits = torch.cat([read.logits, written.logits], 1)
+    else:
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=answer + 1).logits
+    return bool((logits[0, :-1].argmax(-1) == ids[0, -answer:]).all())
 
 
 def apply(model: PreTrainedModel, attention: str) -> None:
-    """Gives the model an attention by its name, for example "64x16+sink"."""
+    """Gives the model an attention by its name, for example "64x16+sink" or "64x16+sink+sub8"."""
     if attention == "full":
         convert(model, 128, None)
         return
     name = re.fullmatch(NAME, attention)
     assert name is not None
-    convert(model, int(name[1]), int(name[2]), sink_blocks=int(name[3] is not None))
+    sub_blocks = {"gate_block_size": int(name[4])} if name[4] else {}
+    convert(model, int(name[1]), int(name[2]), sink_blocks=int(name[3] is not None), **sub_blocks)
 
 
-NAME = r"(\d+)x(\d+)(\+sink)?"
+NAME = r"(\d+)x(\d+)(\+sink)?(?:\+sub(\d+))?(\+full-decode)?"
 
 
-def measure(model: PreTrainedModel, contexts: Contexts, o: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    model: PreTrainedModel, contexts: Contexts, o: argparse.Namespace, full_decode: bool
+) -> dict[str, Any]:
     """For each task and length, which of the questions are answered right, by depth."""
     found: dict[str, Any] = {}
     total = len(o.tasks) * len(o.lengths) * o.samples
@@ -175,7 +190,7 @@ def measure(model: PreTrainedModel, contexts: Contexts, o: argparse.Namespace) -
                 rng = random.Random(f"{o.seed} {task} {length} {i}")
                 depth = i / max(1, o.samples - 1)
                 ids, answer = contexts.draw(task, length, depth, rng)
-                right.append(int(is_right(model, ids, answer)))
+                right.append(int(is_right(model, ids, answer, full_decode)))
             found.setdefault(task, {})[str(length)] = right
     return found
 
@@ -199,7 +214,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }
     for attention in o.attention:
         apply(model, attention)
-        report["right"][attention] = measure(model, contexts, o)
+        full_decode = attention.endswith("+full-decode")
+        report["right"][attention] = measure(model, contexts, o, full_decode)
         if o.json:
             Path(o.json).write_text(json.dumps(report) + "\n")
     print(f"{report['model']}: answers that are right, of {o.samples}\n")
@@ -234,7 +250,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="default: the sources of "
         "Python's standard library")  # fmt: skip
     add("--attention", nargs="+", default=["full", "64x16+sink"], metavar="NAME",
-        help="full, or block size x topk, with +sink for one sink block (%(default)s)")  # fmt: skip
+        help="full, or block size x topk, with +sink for one sink block, +sub8 for a gate that "
+        "scores sub-blocks of 8 keys, and +full-decode (%(default)s)")  # fmt: skip
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="of "
         f"{', '.join(TASKS)} (default: all)")  # fmt: skip
     add("--lengths", type=positive, nargs="+", default=[1024, 2048], help="tokens (%(default)s)")
@@ -249,7 +266,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not Path(o.model).is_dir():
         parser.error(f"--model {o.model}: there is no such folder; nothing is downloaded")
     if wrong := [x for x in o.attention if x != "full" and not re.fullmatch(NAME, x)]:
-        parser.error(f"--attention {', '.join(wrong)}: say full, 64x16 or 64x16+sink")
+        parser.error(f"--attention {', '.join(wrong)}: say full, or for example 64x16, "
+                     "64x16+sink or 64x16+sink+sub8+full-decode")  # fmt: skip
     if min(o.lengths) < 512:
         parser.error(f"--lengths {min(o.lengths)}: the longest question needs 512 tokens")
     try:

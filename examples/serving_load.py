@@ -158,7 +158,8 @@ def measure(o: argparse.Namespace, attention: str) -> dict[str, Any]:
     begin = min(x.created_time for x in outputs)
     end = max(x.timestamps[-1] for x in outputs)
     first = sorted(x.timestamps[0] - begin for x in outputs)
-    # From the last first token to the first last token, all requests decode.
+    # From the last first token to the first last token, all requests decode. An evicted request
+    # begins again, and keeps only the times after that.
     decoding = begin + first[-1], min(x.timestamps[-1] for x in outputs)
     steps = sorted(t for x in outputs for t in x.timestamps if decoding[0] < t <= decoding[1])
     rate = len(steps) / (steps[-1] - decoding[0]) if steps else None
@@ -173,6 +174,7 @@ def measure(o: argparse.Namespace, attention: str) -> dict[str, Any]:
             "last": first[-1],
         },
         "decoding_tokens_per_second": rate,
+        "evicted": sum(len(x.timestamps) < o.new_tokens for x in outputs),
     }
     if "cuda" in o.device:
         result["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
@@ -190,7 +192,8 @@ def table_of(report: dict[str, Any]) -> str:
         cells += [f"{first[key]:.2f} s" for key in ("median", "90 %", "last")]
         cells += ["" if rate is None else f"{rate:,.0f} tokens/s", f"{x['seconds']:.1f} s"]
         rows.append(cells)
-    return table(HEADINGS, rows)
+    used = [i for i in range(len(HEADINGS)) if any(row[i] for row in rows)]
+    return table([HEADINGS[i] for i in used], [[row[i] for i in used] for row in rows])
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

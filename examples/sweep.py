@@ -83,6 +83,7 @@ RUNS = {
     "128x8 conv seed 1": "--attention moba --block-size 128 --topk 8 --key-conv 3 --seed 1",
     "512x8": "--attention moba --block-size 512 --topk 8",
     "128x8 sink": "--attention moba --block-size 128 --topk 8 --sink-blocks 1",
+    "64x16 sub8": "--attention moba --block-size 64 --topk 16 --gate-block-size 8",
     # NSA beside MoBA, with a quarter of the tokens, and with one KV head for eight query heads, for
     # which its selected branch has kernels. Of 16,384 tokens, a query sees 512 compressed keys on
     # average: with 4 blocks and a window of 256, also 1,024 keys.
@@ -90,6 +91,11 @@ RUNS = {
     "64x16 1 KV head": f"--attention moba --block-size 64 --topk 16 {ONE_KV_HEAD}",
     "nsa 1 KV head": "--attention nsa --block-size 64 --topk 4 --sink-blocks 1 --local-blocks 1 "
     f"--window 256 {ONE_KV_HEAD}",
+    # The sizes of NSA's paper: 16 blocks of 64, three of them fixed, and a window of 512, which
+    # with the compressed keys are 2,048 keys; and MoBA with as many.
+    "nsa 64x16 1 KV head": "--attention nsa --block-size 64 --topk 16 --sink-blocks 1 "
+    f"--local-blocks 1 --window 512 {ONE_KV_HEAD}",
+    "64x32 1 KV head": f"--attention moba --block-size 64 --topk 32 {ONE_KV_HEAD}",
     # Twice the length: at equal numbers of tokens, and longer, by the speeds at 16K for about the
     # time of full attention.
     "full 32K": f"--attention full --block-size 128 --topk 8 {HALF}",
@@ -107,6 +113,8 @@ PRETRAINED_RUNS = {
     "full": "--attention full --block-size 64 --topk 16 --sink-blocks 1",
     "64x16 sink": "--attention moba --block-size 64 --topk 16 --sink-blocks 1",
     "128x8 sink": "--attention moba --block-size 128 --topk 8 --sink-blocks 1",
+    "64x16 sink sub8": "--attention moba --block-size 64 --topk 16 --sink-blocks 1 "
+    "--gate-block-size 8",
     "64x16": "--attention moba --block-size 64 --topk 16",
     "64x16 sink hybrid": "--attention hybrid --block-size 64 --topk 16 --sink-blocks 1",
     "64x16 sink last 3 full": "--attention moba --block-size 64 --topk 16 --sink-blocks 1 "

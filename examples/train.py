@@ -126,7 +126,8 @@ class Block(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.RMSNorm(o.dim) for _ in range(2))
         always = {"sink_blocks": o.sink_blocks, "local_blocks": o.local_blocks}
-        options: dict[str, Any] = {name: blocks for name, blocks in always.items() if blocks}
+        more = {"gate_block_size": o.gate_block_size}
+        options: dict[str, Any] = {name: x for name, x in (always | more).items() if x}
         sizes, rope_base = (o.dim, o.heads, o.kv_heads), o.rope_base or 10000.0
         if o.attention == "nsa":
             self.attention = NsaAttention(
@@ -716,6 +717,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sink-blocks", type=int, default=0, help="first blocks, always seen (%(default)s)")
     add("--local-blocks", type=int, default=0, help="blocks before the own one, always seen "
         "(%(default)s)")  # fmt: skip
+    add("--gate-block-size", type=positive, help="keys in a sub-block, whose mean keys the gate "
+        "scores (the block size)")  # fmt: skip
     add("--window", type=positive, default=64, help="tokens in the window of NSA (%(default)s)")
     add("--dense", choices=["flex", "flash", "cudnn"], default="flex", help="kernel of full "
         "attention: flexmoba's FlexAttention, or one of torch's (%(default)s)")  # fmt: skip
@@ -774,7 +777,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if o.model and (o.context_parallel > 1 or any(getattr(o, name) for name in of_gpt)):
         names = ", ".join(f"--{x.replace('_', '-')}" for x in (*of_gpt, "context_parallel"))
         parser.error(f"{names} are of a new GPT; leave them out with --model")
-    of_moba = ("model", "key_conv", "full_layers")
+    of_moba = ("model", "key_conv", "full_layers", "gate_block_size")
     if o.attention == "nsa" and (o.context_parallel > 1 or any(getattr(o, x) for x in of_moba)):
         names = ", ".join(f"--{x.replace('_', '-')}" for x in (*of_moba, "context_parallel"))
         parser.error(f"{names} are of MoBA; leave them out with --attention nsa")
@@ -798,6 +801,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--short-share {o.short_share} must lie between 0 and 1")
     if o.topk < o.sink_blocks + o.local_blocks + 1:
         parser.error("--topk must be at least --sink-blocks plus --local-blocks plus 1")
+    if o.gate_block_size and o.block_size % o.gate_block_size:
+        parser.error(f"--gate-block-size {o.gate_block_size} must divide --block-size "
+                     f"{o.block_size}")  # fmt: skip
     if o.dim % o.heads or o.heads % o.kv_heads or o.dim // o.heads % 2 or o.length < BUCKETS:
         parser.error(
             f"--heads must divide --dim into even parts, --kv-heads --heads; --length >= {BUCKETS}"

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.generation.continuous_batching import cache as batching_cache
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
+from transformers.generation.continuous_batching.requests import RequestState
 
 from flexmoba.integrations.entry import check_served
 from flexmoba.integrations.transformers import convert
@@ -104,7 +105,7 @@ def test_evicted_requests_return_with_the_same_tokens(monkeypatch):
 
     monkeypatch.setattr(OffloadingManager, "offload_requests", counted)
     model, inputs = moba_model(), prompts(60, 40, 50, 21)
-    assert_greedy(model, inputs, batched(model, inputs, num_blocks=17))
+    assert_greedy(model, inputs, batched(model, inputs, num_blocks=16))
     assert any(evictions)
 
 
@@ -134,6 +135,22 @@ def test_requests_wait_no_longer_if_all_active_ones_are_cancelled():
     output = manager.get_result(timeout=1)
     assert output.request_id == "second"
     assert_greedy(model, [second], [output.generated_tokens])
+
+
+@pytest.mark.parametrize("n_blocks", [17, 300])
+def test_the_cache_has_as_many_blocks_as_the_config_names(n_blocks):
+    config = ContinuousBatchingConfig(page_size=BLOCK, num_blocks=n_blocks, max_batch_tokens=40)
+    model = moba_model()
+    manager = model.init_continuous_batching(
+        generation_config=GREEDY, continuous_batching_config=config
+    )
+    cache = manager._create_batch_processor().cache
+    (allocator,) = cache.cache_allocators.values()
+    assert allocator.num_blocks == cache.num_blocks == n_blocks
+    assert manager.continuous_batching_config.num_blocks == n_blocks
+    prompt = [1] * (n_blocks * BLOCK)
+    assert cache.can_store_request_tokens(RequestState("0", prompt), len(prompt))
+    assert cache.compute_free_capacity() == 0
 
 
 def test_samples_of_one_prompt_share_its_pages():

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from flexmoba import flex_moba, moba_block_mask, moba_select, selected_attention
+from flexmoba import (
+    flex_moba,
+    moba_block_mask,
+    moba_select,
+    selected_attention,
+    window_attention,
+)
 from tests.conftest import assert_bitwise_equal
 from tests.problems import DTYPES, Problem
 
@@ -171,6 +177,14 @@ def test_eager_calls_of_many_lengths_compile_a_few_times():
     for length in LENGTHS:
         q, k, v = problem_of(length).tensors()
         flex_moba(q, k, v, 32, 3, impl="masked")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
+
+
+def test_windows_of_many_lengths_compile_a_few_times():
+    torch._dynamo.utils.counters.clear()
+    for length in LENGTHS:
+        q, k, v = problem_of(length).tensors()
+        window_attention(q, k, v, 20, impl="masked")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
 
 

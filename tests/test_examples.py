@@ -241,6 +241,7 @@ def test_moba_learns_from_its_context(example, text, capsys):
         (["--full-layers", "3"], "--full-layers from 0 to --layers"),
         (["--heads", "5"], "--heads must divide --dim"),
         (["--short-length", "100"], "--short-length 100 must divide --length 512"),
+        (["--gate-block-size", "5"], "--gate-block-size 5 must divide --block-size 32"),
         (["--context-parallel", "3"], "--context-parallel 3 must divide --length"),
         (["--context-parallel", "2"], "--context-parallel 2 must divide 1 processes"),
         (["--context-parallel", "2", "--dense", "flash"], "needs --dense flex, not flash"),
@@ -346,6 +347,7 @@ def test_a_pretrained_model_goes_on_and_is_saved(example, corpus, tmp_path):
 
     options = ["--model", folder, "--tokens", again, "--attention", "hybrid", "--steps", "10"]
     options += [*TINY, "--sink-blocks", "1", "--full-layers", "1", "--rope-base", "500.0"]
+    options += ["--gate-block-size", "4"]
     save, parts, results = (str(tmp_path / name) for name in ("moba", "parts.pt", "results.json"))
     expected = train.main([*options, "--save", save, "--results", results])
     train.main([*options, "--until", "4", "--out", parts])
@@ -359,6 +361,7 @@ def test_a_pretrained_model_goes_on_and_is_saved(example, corpus, tmp_path):
     loaded = train.model_of(o)
     assert o.layers == 3
     assert loaded.model.config.rope_parameters["rope_theta"] == 500.0
+    assert loaded.model.config.flexmoba["gate_block_size"] == 4
     inputs = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(1))
     assert_bitwise_equal(loaded(inputs), expected(inputs))  # a hybrid ends with full attention
     with pytest.raises(SystemExit, match="--full-layers 4: the model has 3 layers"):
@@ -463,6 +466,20 @@ def test_nsa_trains_and_resumes_bitwise(example, text, tmp_path, capsys):
     assert not fresh.blocks[0].attention.compress_k.mlp[2].weight.any()  # begins as a mean
 
 
+def test_the_gate_of_a_gpt_scores_sub_blocks(example):
+    train, logits = example("train"), []
+    tokens = torch.randint(256, (1, 64), generator=torch.Generator().manual_seed(0))
+    for more in ([], ["--gate-block-size", "1"], ["--gate-block-size", "1", "--dense", "cudnn"]):
+        o = train.parse([*TINY, *more])
+        o.vocabulary = 256
+        torch.manual_seed(0)
+        model = train.GPT(o)
+        train.set_attention(model, topk=3)
+        logits.append(model(tokens))
+    assert not torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[1], logits[2])
+
+
 def test_only_gains_of_queries_and_keys_do_not_decay(example):
     train = example("train")
     for more, count in (([], []), (["--qk-norm"], [4])):
@@ -560,6 +577,7 @@ def test_a_sweep_continues_the_training_of_a_pretrained_model(example, tmp_path,
         length, steps = (32768, 200) if "32K" in name else (8192, 400)
         assert (o.model, o.gguf, o.length, o.steps) == (str(EXAMPLES), "x.gguf", length, steps)
         assert (o.sink_blocks > 0) == ("sink" in name or name.startswith("full"))
+        assert (o.gate_block_size == 8) == ("sub8" in name)
         assert o.save == str(tmp_path / "models" / name.replace(" ", "-"))
 
 
@@ -640,15 +658,40 @@ def test_answers_are_right_if_every_token_is(example, letters):
         assert not retrieval.is_right(model, wrong, 3)
 
 
+def test_full_decoding_reads_the_context_with_moba(example, letters):
+    retrieval, pretrained = example("retrieval"), example("pretrained")
+    from flexmoba.hybrid import set_attention
+
+    model = pretrained.load(letters).eval()
+    torch.manual_seed(0)
+    for x in model.parameters():
+        torch.nn.init.normal_(x, std=0.5)  # so that the attention decides the next token
+    ids = torch.randint(256, (300,))
+    retrieval.apply(model, "8x3+sink+sub4+full-decode")
+    settings = {"block_size": 8, "topk": 3, "sink_blocks": 1, "gate_block_size": 4}
+    assert model.config.flexmoba.items() >= settings.items()
+    read = model(input_ids=ids[None])
+    set_attention(model, topk=None)
+    logits = read.logits
+    for _ in range(8):  # greedily
+        ids = torch.cat([ids, logits[0, -1:].argmax(-1)])
+        logits = model(input_ids=ids[None, -1:], past_key_values=read.past_key_values).logits
+    set_attention(model, topk=3)
+    assert retrieval.is_right(model, ids, 8, full_decode=True)
+    assert not retrieval.is_right(model, ids, 8)
+    wrong = torch.cat([ids[:-1], (ids[-1:] + 1) % 256])
+    assert not retrieval.is_right(model, wrong, 8, full_decode=True)
+
+
 def test_attentions_answer_the_same_questions(example, letters, tmp_path, capsys):
     main, file = example("retrieval").main, tmp_path / "retrieval.json"
     options = ["--tasks", "single", "counting", "--lengths", "512", "600", "--samples", "5"]
     report = main(["--model", letters, *options, "--attention", "full", "8x3", "8x3+sink",
-                   "8x75", "--device", "cpu", "--json", str(file)])  # fmt: skip
+                   "8x75", "8x75+sink+sub4", "--device", "cpu", "--json", str(file)])  # fmt: skip
     assert json.loads(file.read_text())["right"] == report["right"]
     right = report["right"]
-    assert right["8x75"] == right["full"]  # all blocks are selected
-    assert right.keys() == {"full", "8x3", "8x3+sink", "8x75"}
+    assert right["8x75"] == right["8x75+sink+sub4"] == right["full"]  # all blocks are selected
+    assert right.keys() == {"full", "8x3", "8x3+sink", "8x75", "8x75+sink+sub4"}
     assert all(
         len(right["full"][x][y]) == 5 for x in ("single", "counting") for y in ("512", "600")
     )
@@ -661,7 +704,7 @@ def test_attentions_answer_the_same_questions(example, letters, tmp_path, capsys
         (["--text", "nowhere"], "there is no nowhere"),
         (["--model", "nowhere"], "there is no such folder; nothing is downloaded"),
         (["--model", str(EXAMPLES)], "transformers cannot load it"),
-        (["--attention", "64"], "--attention 64: say full, 64x16 or 64x16+sink"),
+        (["--attention", "64"], "--attention 64: say full, or for example 64x16, 64x16+sink or "),
         (["--lengths", "100"], "--lengths 100: the longest question needs 512 tokens"),
     ],
 )
@@ -1012,19 +1055,24 @@ def test_a_load_is_served_with_each_attention(example, tmp_path, capsys):
         first = result["first_token"]
         assert 0 < first["median"] <= first["90 %"] <= first["last"] < result["seconds"]
         assert result["decoding_tokens_per_second"] > 0
+        assert result["evicted"] == 0
     assert report["results"]["sdpa"]["attention"] == "sdpa"
     main(["--show", str(file)])
     assert capsys.readouterr().out.strip() == printed.strip()
 
 
-def test_the_documented_load_is_that_of_the_results(example):
-    page = (DOCS / "serving.md").read_text()
-    report = json.loads((DOCS / "results" / "serving-cpu.json").read_text())
-    assert example("serving_load").table_of(report) in page
-    command = re.search(r"python examples/serving_load.py ((?:.*\\\n)?.*)", page)[1]
-    sizes = dict(re.findall(r"--([a-z-]+) (\d+)", command))
-    assert sizes
-    assert report["options"] == report["options"] | {k: int(v) for k, v in sizes.items()}
+@pytest.mark.parametrize("name", ["serving-cpu", "serving-h200", "serving-small-h200"])
+def test_the_documented_loads_are_those_of_the_results(example, name):
+    module, page = example("serving_load"), (DOCS / "serving.md").read_text()
+    report = json.loads((DOCS / "results" / f"{name}.json").read_text())
+    assert module.table_of(report) in page
+    if name != "serving-cpu":
+        versions = [report[x] for x in ("torch", "triton", "transformers")]
+        assert "torch {}, Triton {} and transformers {}".format(*versions) in page
+    source = page if name == "serving-cpu" else module.__doc__
+    lines = re.findall(r"python examples/serving_load.py (--.*)", source.replace("\\\n", ""))
+    commands = [{k: int(v) for k, v in re.findall(r"--([a-z-]+) (\d+)", x)} for x in lines]
+    assert any(len(x) >= 5 and report["options"].items() >= x.items() for x in commands)
 
 
 def test_wrong_tokens_under_load_are_found(example, monkeypatch):

@@ -280,10 +280,12 @@ class Allocations(TorchDispatchMode):
 )
 def test_a_call_allocates_little(monkeypatch, sizes, most):
     """Counts what a call allocates, on the meta device; ``most`` is in GiB, with backward."""
-    from flexmoba.backends.fused import backward, forward, routing
+    from flexmoba.backends.fused import backward, forward, hopper, routing
 
-    for module in (backward, forward, routing):
+    for module in (backward, forward, hopper, routing):
         monkeypatch.setattr(module, "launch", lambda *_: None)
+    monkeypatch.setattr(hopper, "supports", lambda *_, **__: sizes[3] >= hopper.least_block)
+    monkeypatch.setattr(hopper, "attend_on_hopper", lambda *_: None)
     heads, kv_heads, length, block_size, topk = sizes
     with torch.device("meta"):
         q, grad = torch.empty(2, 1, heads, length, 128, dtype=torch.half)

@@ -32,7 +32,7 @@ SECONDS = int(os.environ.get("FLEXMOBA_SECONDS", "180"))  # simulated
 STEP = 0.1  # simulated seconds of a batch
 RATES = (1, 3, 0.3)  # arrivals in a second, of one minute each, in turn
 CANCELLATIONS = 0.2  # in a second
-BLOCKS, LONGEST = 25, 150
+BLOCKS, LONGEST = 24, 150
 
 
 class Load:

@@ -71,6 +71,11 @@ def continued():
     return json.loads(file.read_text())["runs"]
 
 
+def runs_of(name):
+    """Returns the runs of a JSON file of sweep.py."""
+    return json.loads((DOCS / "results" / f"{name}.json").read_text())["runs"]
+
+
 TRAINED_WITH = {
     "full": "full",
     "64x16 sink": "64 x 16, sink",
@@ -94,7 +99,13 @@ def own(run):
 
 
 def with_increase(loss, full):
-    return f"{loss:.4f}" + (f" (+{loss - full:.3f})" if loss != full else "")
+    return f"{loss:.4f}" + (f" ({loss - full:+.3f})" if loss != full else "")
+
+
+def error_of(x, full, part="by_window"):
+    """Returns the standard error, over contexts, of the difference of two losses."""
+    found = [a - b for a, b in zip(x[part], full[part], strict=True)]
+    return statistics.stdev(found) / len(found) ** 0.5
 
 
 def test_the_table_of_conversion_is_that_of_the_results(settings):
@@ -116,6 +127,86 @@ def test_the_table_of_conversion_is_that_of_the_results(settings):
             keys = [f"{size * topk:,}", f"{sparsity(size, topk):.0f} %"]
             found.append((max(more), [within, str(size), str(topk), *keys, *cells]))
     assert table("## Convert") == expected + [row for _, row in sorted(found)]
+
+
+def test_the_table_of_sub_blocks_is_that_of_the_results(settings):
+    file = DOCS / "results" / "smollm2-sub-blocks-8k-h200.json"
+    report = json.loads(file.read_text())
+    finer = {json.dumps(x["setting"], sort_keys=True): x["texts"] for x in report["settings"]}
+    shared = finer.keys() & settings.keys()
+    assert len(shared) == 2  # full attention, and one setting, on the same contexts
+    for x in shared:
+        for text in ("prose", "source"):
+            assert finer[x][text]["by_window"] == settings[x][text]["by_window"]
+    both, removed, rows = settings | finer, [], []
+    for parts in (1, 2, 4, 8):
+        row = [str(parts)]
+        for size, topk in ((32, 32), (64, 16), (128, 8)):
+            more = {"gate_block_size": size // parts} if parts > 1 else {}
+            base = {"block_size": size, "topk": topk, "sink_blocks": 1}
+            found = increases(both, **base, **more)
+            row += [f"+{x:.1f} %" for x in found]
+            if parts == 8:
+                pairs = zip(found, increases(both, **base), strict=True)
+                removed += [100 * (1 - x / y) for x, y in pairs]
+        rows.append(row)
+    assert table("### Sub-blocks") == rows
+    assert f"remove {min(removed):.0f} to {max(removed):.0f} % of the increase" in page()
+    finest = increases(both, block_size=32, topk=32, sink_blocks=1, gate_block_size=4)
+    assert max(finest) < 1  # "stays within 1 %"
+
+
+@pytest.fixture(scope="module")
+def needles():
+    """Returns the answers of SmolLM2 by attention, task and length, from the JSON file."""
+    file = DOCS / "results" / "smollm2-retrieval-8k-h200.json"
+    report = json.loads(file.read_text())
+    assert report["options"]["samples"] == 25
+    return report["right"]
+
+
+NEEDLES = {"full": "full", "64x16": "64 x 16", "64x16+sink": "64 x 16, sink"}
+NEEDLES["128x8+sink"] = "128 x 8, sink"
+
+
+def test_the_tables_of_needles_are_those_of_the_results(needles):
+    rows, depths = [], []
+    for task in ("single", "multi-key"):
+        for length in ("1024", "2048", "4096", "8192"):
+            counts = [str(sum(needles[x][task][length])) for x in NEEDLES]
+            rows.append([task, f"{int(length):,}", *counts])
+    for x, name in NEEDLES.items():
+        both = [needles[x]["single"][length] for length in ("4096", "8192")]
+        fifths = [sum(sum(y[i : i + 5]) for y in both) for i in range(0, 25, 5)]
+        depths.append([name, *map(str, fifths)])
+    assert table("### Needles") == rows
+    assert table("*Sink* is `sink_blocks=1`. A query") == depths
+
+
+def test_the_numbers_of_the_text_on_needles_are_those_of_the_results(needles):
+    text, full = page(), needles["full"]
+    for x in needles.values():
+        for task, by_length in x.items():
+            assert by_length["1024"] == full[task]["1024"]  # every block is selected
+    for task in ("multi-value", "tracking", "counting"):
+        assert not any(sum(y) for y in full[task].values())
+    two, four, eight = (
+        [sum(needles[x]["single"][length]) for x in ("64x16+sink", "full")]
+        for length in ("2048", "4096", "8192")
+    )
+    assert f"finds {eight[0]} of the {eight[1]} needles" in text
+    assert f"keeps {two[0]} of {two[1]} needles; with a quarter, {four[0]} of {four[1]}" in text
+    assert f"kept {two[0]} of {two[1]} needles, and {four[0]} of {four[1]} with a quarter" in text
+    assert f"it finds {four[0]} of 25 with 64 x 16, and {four[1]} with full" in text
+    assert f"finds {eight[0]} of 25 needles at 8,192 tokens, and {eight[1]} with" in text
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/transformers.md"])
+def test_pages_quote_the_needles(needles, name):
+    moba, full = (sum(needles[x]["single"]["8192"]) for x in ("64x16+sink", "full"))
+    text = (ROOT / name).read_text()
+    assert f"{moba} of 25 needles" in text
+    assert f"full attention finds {full}" in text
 
 
 def test_the_table_of_options_is_that_of_the_results(settings):
@@ -325,3 +416,112 @@ def test_pages_quote_the_training(trained, name):
     increase = f"{100 * (fine / full - 1):.1f}"
     assert f"{increase} % higher (16K tokens" in (ROOT / name).read_text()
     assert f"is {increase} to {100 * (coarse / full - 1):.1f} % higher than with" in page()
+
+
+@pytest.fixture(scope="module")
+def timed():
+    """Returns the runs of equal time, full attention and hybrid, from the JSON file."""
+    runs = runs_of("from-scratch-32k-h200")
+    return runs["full 32K"], runs["128x8 hybrid 32K longer"]
+
+
+def test_the_table_of_equal_time_is_that_of_the_results(timed):
+    full, rows = own(timed[0]), []
+    for name, run in zip(("full", "hybrid"), timed, strict=True):
+        for served, kind in (("full", "full"), ("128 x 8", "moba")):
+            x = run["final"][kind]
+            ends = [with_increase(x[part], full[part]) for part in ("loss", "last")]
+            rows.append(
+                [
+                    name,
+                    f"{run['tokens'] / 1e6:.0f}M",
+                    f"{run['history']['seconds'][-1]:.0f}",
+                    f"{run['tokens_per_second']:,.0f}",
+                    *(served, ends[0], f"{x['first']:.4f}", f"{x['middle']:.4f}", ends[1]),
+                ]
+            )
+    assert table("### Loss in equal time") == rows
+
+
+def test_the_numbers_of_the_text_on_equal_time_are_those_of_the_results(timed):
+    text = page().split("### Loss in equal time\n", 1)[1].split("\n### One KV", 1)[0]
+    full, hybrid = timed
+    assert full["options"]["seed"] == hybrid["options"]["seed"]
+    less = own(full)["loss"] - hybrid["final"]["full"]["loss"]
+    more = hybrid["final"]["moba"]["loss"] - own(full)["loss"]
+    assert f"ends {less:.3f} nats lower" in text
+    assert f"stays behind**: {more:.3f} nats" in text
+    assert f"{hybrid['tokens'] / full['tokens']:.2f} times as many tokens" in text
+    steps = [run["step_ms"] for run in timed]
+    assert f"{steps[0]:.0f} ms with full attention and {steps[1]:.0f} ms with" in text
+    compiled = [run["history"]["compile_seconds"] for run in timed]
+    assert f"{compiled[0]:.0f} and {compiled[1]:.0f} seconds of compilation" in text
+    errors = [error_of(hybrid["final"][x], own(full)) for x in ("full", "moba")]
+    assert f"is {errors[0]:.3f} nats for the hybrid" in text
+    assert f"and {errors[1]:.3f} with 128 x 8" in text
+
+    def check(run, step):
+        loss = next(y for x, y, _ in run["history"]["checks"] if x == step)
+        return loss, run["history"]["seconds"][step // 10 - 1]
+
+    switch = round(hybrid["options"]["steps"] * 0.9)
+    before, after = check(hybrid, switch // 250 * 250), check(hybrid, switch // 250 * 250 + 250)
+    near, last = check(full, 2250), check(full, full["history"]["checks"][-1][0])
+    assert f"a loss of {before[0]:.3f} after {before[1]:.0f} seconds" in text
+    assert f"full attention has {near[0]:.3f} after {near[1]:.0f}." in text
+    assert f"is {after[0]:.3f} after {after[1]:.0f} seconds" in text
+    assert f"is {last[0]:.3f} after {last[1]:.0f}." in text
+    total = full["history"]["seconds"][-1]
+    assert f"between {before[1]:.0f} and {after[1]:.0f} of the {total:.0f} seconds" in text
+    # If the hybrid ends as far below full attention on the 8 contexts as on all.
+    assert after[0] < hybrid["history"]["checks"][-1][1] + less
+    copied = [run["final"]["full"]["copied"] for run in (hybrid, full)]
+    assert "loss of {:.2f} with the hybrid".format(copied[0]["75%"]) in text
+    assert "of {:.2f} with the model".format(copied[1]["75%"]) in text
+    assert "both have {:.2f} and {:.2f}".format(*(x["90%"] for x in copied)) in text
+    speeds = [run["tokens_per_second"] for run in timed]
+    assert f"trains {speeds[1] / speeds[0]:.1f} times as fast (on H200)" in page()
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/results.md"])
+def test_pages_quote_the_equal_time(timed, name):
+    full, hybrid = timed
+    text = (ROOT / name).read_text()
+    less = 100 * (1 - hybrid["final"]["full"]["loss"] / own(full)["loss"])
+    more = 100 * (hybrid["final"]["moba"]["loss"] / own(full)["loss"] - 1)
+    assert f"{hybrid['tokens'] / full['tokens']:.2f} times as many tokens" in text
+    assert f"{less:.1f} % lower" in text
+    assert f"{more:.1f} % higher" in text
+
+
+def test_the_table_of_one_kv_head_is_that_of_the_results(trained):
+    runs = runs_of("one-kv-head-16k-h200")
+    names = {"full": "full 1 KV head", "64 x 16": "64x16 1 KV head", "NSA": "nsa 1 KV head"}
+    full, rows, losses = own(runs[names["full"]]), [], {}
+    for name, key in names.items():
+        run = runs[key]
+        x = run["final"]["nsa"] if name == "NSA" else own(run)
+        losses[name] = x
+        rows.append(
+            [
+                name,
+                f"{run['parameters'] / 1e6:.1f}M",
+                with_increase(x["loss"], full["loss"]),
+                f"{x['first']:.4f}",
+                with_increase(x["last"], full["last"]),
+                *(f"{x['copied'][depth]:.2f}" for depth in ("50%", "90%")),
+                f"{run['tokens_per_second']:,.0f}",
+            ]
+        )
+    assert table("### One KV head") == rows
+    text = page().split("### One KV head, with NSA\n", 1)[1].split("\n### Compare", 1)[0]
+    copied = losses["NSA"]["copied"].values()
+    assert f"are {min(copied):.2f} to {max(copied):.2f} at every depth" in text
+    few = losses["64 x 16"]["loss"] - full["loss"]
+    many = own(trained["64 x 16"])["loss"] - own(trained["full"])["loss"]
+    assert f"{few:.3f} instead of {many:.3f} nats" in text
+    checks = zip(*(trained[x]["history"]["checks"] for x in ("full", "64 x 16")), strict=True)
+    gap = next(b[1] - a[1] for a, b in checks if a[0] == 2000)
+    assert f"the gap was {gap:.3f} after {2000 * 65536 / 1e6:.0f} million" in text
+    switched = runs[names["64 x 16"]]["final"]["full"]["loss"]
+    assert f"a loss of {switched:.4f}, {switched - full['loss']:.3f} higher" in text

@@ -58,9 +58,16 @@ def without_operator(
     derivative = _derivative(backward_function)
     derivative_by_operator = _derivative(backward)
 
+    save = _saving(n_tensors)
+
     class Eager(torch.autograd.Function):
-        forward = staticmethod(function)
-        setup_context = staticmethod(_saving(n_tensors))  # type: ignore[assignment]
+        # Without `setup_context`, because torch would then bind the arguments to the signature of
+        # `forward` at every call.
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+            output = function(*inputs)
+            save(ctx, inputs, output)
+            return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:

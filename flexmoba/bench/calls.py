@@ -146,7 +146,7 @@ def _split(
         return None
     gate()  # compiles
     kernels, gate_ms = _kernel_ms(moba, calls), sum(_kernel_ms(gate, calls).values())
-    attention = sum(ms for name, ms in kernels.items() if name == "attend_kernel")
+    attention = sum(kernels.get(name, 0) for name in ("attend_kernel", "hopper_attend_kernel"))
     merge = sum(ms for name, ms in kernels.items() if name == "finish_kernel")
     if not merge:  # a backend other than fused
         return {"gate": gate_ms, "rest": sum(kernels.values()) - gate_ms}

@@ -3,7 +3,8 @@
 At every launch, Triton inspects every argument to find the matching specialisation. For a kernel of
 forty arguments, that takes longer than the kernel itself at 8K tokens. Here, numbers are annotated
 with their types and never specialised, pointers are aligned, and a key of dtypes and constants
-identifies the compiled kernel.
+identifies the compiled kernel. Its launcher is called without the objects that Triton prepares for
+hooks, unless there is one.
 """
 
 import contextlib
@@ -62,10 +63,24 @@ def launch(
         # Explicit, because newer versions of Triton warn that the default will change.
         compiled = kernel[(n_programs,)](*arguments, **options, enable_fp_fusion=True)
         if compiled is not None:  # Triton's interpreter compiles nothing
-            _compiled[key] = compiled, [constants[name] for name in names]
+            _compiled[key] = compiled, compiled.run, [constants[name] for name in names]
     else:
-        compiled, constexprs = cached
-        compiled[n_programs, 1, 1](*arguments, *constexprs)
+        compiled, run, constexprs = cached
+        if _has_hooks():  # of a profiler
+            compiled[n_programs, 1, 1](*arguments, *constexprs)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(arguments[0].get_device())
+        no_hooks = None, None, None
+        run(
+            *(n_programs, 1, 1, stream, compiled.function, compiled.packed_metadata, *no_hooks),
+            *(*arguments, *constexprs),
+        )
+
+
+def _has_hooks() -> bool:
+    runtime = triton.knobs.runtime
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)  # a chain of hooks, a hook, or None
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -84,4 +99,4 @@ def packed(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-_compiled: dict[Hashable, tuple[Any, list[int]]] = {}
+_compiled: dict[Hashable, tuple[Any, Callable[..., None], list[int]]] = {}

@@ -57,9 +57,9 @@ def attend_on_cuda(
             partial_out, partial_lse = q.new_empty(rows, sizes.value_dim), lse.new_empty(rows)
             for piece in group.pieces:
                 if use_hopper:
-                    partial = partial_out, partial_lse
                     hopper.attend_on_hopper(
-                        (q, k, v), partial, pairs, tiles, group, piece, sizes, factor
+                        *((q, k, v), (partial_out, partial_lse), pairs, tiles),
+                        *(group, piece, sizes, factor),
                     )
                 elif sizes.count:
                     first_row = (piece.first_query - group.first_query) * sizes.count

@@ -122,7 +122,7 @@ class MobaMemoryHandler(_MemoryHandler):  # type: ignore[misc, valid-type]
 
     For attentions other than FlashAttention, transformers reserves a mask of all tokens of a batch
     by all tokens of the cache, and keys and values that are repeated for all query heads. MoBA has
-    neither.
+    neither. Its blocks are larger than those of transformers by the mean keys.
     """
 
     def __init__(self, *, config: Any, **kwargs: Any) -> None:
@@ -131,6 +131,8 @@ class MobaMemoryHandler(_MemoryHandler):  # type: ignore[misc, valid-type]
         if config._attn_implementation == NAME:
             self.num_attention_masks = 0
             self.kv_heads_at_peak = 2 * batching_cache.find_num_key_value_heads(config)
+            rows = 2 * kwargs["cb_config"].page_size
+            self.bytes_per_block = kwargs["bytes_per_block"] // rows * (rows + 1)
 
 
 class MobaBatchingManager(_Manager):  # type: ignore[misc, valid-type]
@@ -180,6 +182,9 @@ class MobaBatchingManager(_Manager):  # type: ignore[misc, valid-type]
         processor = super()._create_batch_processor()
         if _is_moba(self.model):
             _admit_after_cancellations(processor.scheduler)
+            # transformers has computed the number for blocks without mean keys.
+            n_blocks = processor.cache.cache_allocators[_FULL].num_blocks
+            processor.cache.num_blocks = self.continuous_batching_config.num_blocks = n_blocks
             for module in _modules(self.model):
                 allocator = processor.cache.layer_to_allocator[module.layer_idx]
                 other = _allocators.get(module, lambda: None)()
