@@ -129,10 +129,15 @@ def test_the_table_of_conversion_is_that_of_the_results(settings):
     assert table("## Convert") == expected + [row for _, row in sorted(found)]
 
 
-def test_the_table_of_sub_blocks_is_that_of_the_results(settings):
+@pytest.fixture(scope="module")
+def finer():
+    """Returns the losses of SmolLM2 with sub-blocks by setting, from the JSON file."""
     file = DOCS / "results" / "smollm2-sub-blocks-8k-h200.json"
     report = json.loads(file.read_text())
-    finer = {json.dumps(x["setting"], sort_keys=True): x["texts"] for x in report["settings"]}
+    return {json.dumps(x["setting"], sort_keys=True): x["texts"] for x in report["settings"]}
+
+
+def test_the_table_of_sub_blocks_is_that_of_the_results(settings, finer):
     shared = finer.keys() & settings.keys()
     assert len(shared) == 2  # full attention, and one setting, on the same contexts
     for x in shared:
@@ -154,6 +159,15 @@ def test_the_table_of_sub_blocks_is_that_of_the_results(settings):
     assert f"remove {min(removed):.0f} to {max(removed):.0f} % of the increase" in page()
     finest = increases(both, block_size=32, topk=32, sink_blocks=1, gate_block_size=4)
     assert max(finest) < 1  # "stays within 1 %"
+
+
+@pytest.mark.parametrize("name", ["docs/transformers.md",
+                                  "flexmoba/integrations/transformers/convert.py"])  # fmt: skip
+def test_pages_quote_the_sub_blocks(settings, finer, name):
+    sizes = {"block_size": 64, "topk": 16, "sink_blocks": 1, "gate_block_size": 8}
+    prose, source = increases(settings | finer, **sizes)
+    text = re.sub(r"\s+", " ", (ROOT / name).read_text())
+    assert f"to {prose:.1f} and {source:.1f} %" in text
 
 
 @pytest.fixture(scope="module")
