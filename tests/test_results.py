@@ -208,7 +208,10 @@ def test_the_numbers_of_the_text_on_needles_are_those_of_the_results(needles):
         [sum(needles[x]["single"][length]) for x in ("64x16+sink", "full")]
         for length in ("2048", "4096", "8192")
     )
-    assert f"finds {eight[0]} of the {eight[1]} needles" in text
+    assert f"finds {eight[0]} needles where full attention finds {eight[1]}." in text
+    for length in ("2048", "4096"):  # "keeps": it finds none that full attention does not find
+        both = (needles[x]["single"][length] for x in ("64x16+sink", "full"))
+        assert all(x <= y for x, y in zip(*both, strict=True))
     assert f"keeps {two[0]} of {two[1]} needles; with a quarter, {four[0]} of {four[1]}" in text
     assert f"kept {two[0]} of {two[1]} needles, and {four[0]} of {four[1]} with a quarter" in text
     assert f"it finds {four[0]} of 25 with 64 x 16, and {four[1]} with full" in text
