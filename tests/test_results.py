@@ -129,10 +129,15 @@ def test_the_table_of_conversion_is_that_of_the_results(settings):
     assert table("## Convert") == expected + [row for _, row in sorted(found)]
 
 
-def test_the_table_of_sub_blocks_is_that_of_the_results(settings):
+@pytest.fixture(scope="module")
+def finer():
+    """Returns the losses of SmolLM2 with sub-blocks by setting, from the JSON file."""
     file = DOCS / "results" / "smollm2-sub-blocks-8k-h200.json"
     report = json.loads(file.read_text())
-    finer = {json.dumps(x["setting"], sort_keys=True): x["texts"] for x in report["settings"]}
+    return {json.dumps(x["setting"], sort_keys=True): x["texts"] for x in report["settings"]}
+
+
+def test_the_table_of_sub_blocks_is_that_of_the_results(settings, finer):
     shared = finer.keys() & settings.keys()
     assert len(shared) == 2  # full attention, and one setting, on the same contexts
     for x in shared:
@@ -154,6 +159,15 @@ def test_the_table_of_sub_blocks_is_that_of_the_results(settings):
     assert f"remove {min(removed):.0f} to {max(removed):.0f} % of the increase" in page()
     finest = increases(both, block_size=32, topk=32, sink_blocks=1, gate_block_size=4)
     assert max(finest) < 1  # "stays within 1 %"
+
+
+@pytest.mark.parametrize("name", ["docs/transformers.md",
+                                  "flexmoba/integrations/transformers/convert.py"])  # fmt: skip
+def test_pages_quote_the_sub_blocks(settings, finer, name):
+    sizes = {"block_size": 64, "topk": 16, "sink_blocks": 1, "gate_block_size": 8}
+    prose, source = increases(settings | finer, **sizes)
+    text = re.sub(r"\s+", " ", (ROOT / name).read_text())
+    assert f"to {prose:.1f} and {source:.1f} %" in text
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +208,10 @@ def test_the_numbers_of_the_text_on_needles_are_those_of_the_results(needles):
         [sum(needles[x]["single"][length]) for x in ("64x16+sink", "full")]
         for length in ("2048", "4096", "8192")
     )
-    assert f"finds {eight[0]} of the {eight[1]} needles" in text
+    assert f"finds {eight[0]} needles where full attention finds {eight[1]}." in text
+    for length in ("2048", "4096"):  # "keeps": it finds none that full attention does not find
+        both = (needles[x]["single"][length] for x in ("64x16+sink", "full"))
+        assert all(x <= y for x, y in zip(*both, strict=True))
     assert f"keeps {two[0]} of {two[1]} needles; with a quarter, {four[0]} of {four[1]}" in text
     assert f"kept {two[0]} of {two[1]} needles, and {four[0]} of {four[1]} with a quarter" in text
     assert f"it finds {four[0]} of 25 with 64 x 16, and {four[1]} with full" in text
