@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from flexmoba import moba_block_mask, moba_select
 from flexmoba.backends.flex.block_masks import full_mask, selection_mask, window_mask
+from flexmoba.backends.flex.range_mask import range_mask
 from flexmoba.reference import reference_mask, reference_selection
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal
 from tests.problems import DTYPES, Problem, problems
@@ -116,11 +117,50 @@ def test_windows_within_documents(length, count, longest, seed):
     assert_lists_are_exact(mask, dense)
 
 
+@given(
+    *(st.integers(1, 600), st.integers(1, 600), st.integers(0, 600), st.integers(0, 4)),
+    st.integers(0, 2**32 - 1),
+)
+def test_ranges(q_len, kv_len, blind, count, seed):
+    """Tests ranges as of compressed keys: some queries see none, some rows have documents."""
+    generator = torch.Generator().manual_seed(seed)
+    position = torch.arange(q_len, dtype=torch.int32)
+    end = ((position - blind) * kv_len // q_len).clamp(max=kv_len)
+    first = torch.zeros(1, q_len, dtype=torch.int32)
+    if count:
+        starts = torch.randint(q_len, (2, count, 1), generator=generator)
+        first = torch.where(starts <= position, end[starts.squeeze(-1)][..., None].clamp(min=0), 0)
+        first = first.amax(1).int() + 2  # the first two keys of a document belong to none
+    key = torch.arange(kv_len)
+    dense = ((key < end[:, None]) & (key >= first[..., None]))[:, None]
+    mask = range_mask(first if count else None, end, kv_len)
+    problem = Problem(batch=len(first), q_len=q_len, kv_len=kv_len)
+    dense = dense.expand(-1, 2, -1, -1)
+    assert_bitwise_equal(evaluate(mask, problem).expand_as(dense), dense)
+    if not count:
+        assert_lists_are_exact(mask, dense[:, :1])
+        return
+    # A tile of queries of two documents may visit the keys between their ranges.
+    rows, columns = by_tile(dense, mask.BLOCK_SIZE).shape[2:4]
+    partial = listed(mask.kv_num_blocks, mask.kv_indices, columns)
+    full = listed(mask.full_kv_num_blocks, mask.full_kv_indices, columns)
+    tiles = by_tile(dense[:, :1], mask.BLOCK_SIZE)
+    assert not (partial & full).any()
+    assert (partial | full | ~tiles.any(-1)).all()
+    assert (tiles.all(-1) | ~full).all()
+    for lists, expected in (
+        ((mask.q_num_blocks, mask.q_indices), partial),
+        ((mask.full_q_num_blocks, mask.full_q_indices), full),
+    ):
+        assert_bitwise_equal(listed(*lists, rows).mT, expected)
+
+
 def test_lists_that_differ_between_rows_have_a_fixed_layout():
     """Inductor lays out the result of an operator as it is, other lists with heads outermost."""
     selection = torch.zeros(2, 1, 300, 2, dtype=torch.int32)
     for mask_of, is_fixed in (
         (lambda: window_mask(selection[:, 0, :, 0], 100), True),
+        (lambda: range_mask(selection[:, 0, :, 0], selection[0, 0, :, 0], 300), True),
         (lambda: selection_mask(selection, 300, 64, is_causal=True), True),
         (lambda: full_mask(300, 300, selection.device, is_causal=True), False),  # one list for all
     ):

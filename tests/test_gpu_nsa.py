@@ -43,6 +43,7 @@ def variant(**changes) -> Problem:
 
 PROBLEMS = {
     "paper": PAPER,
+    "full tiles": variant(q_len=1024, kv_len=1024, batch=2),
     "float16": variant(dtype=torch.float16, batch=2),
     "float32": variant(dtype=torch.float32, group=4, head_dim=64, value_dim=64),
     "groups of 1": variant(group=1),

@@ -106,6 +106,22 @@ def test_every_row_has_documents_of_its_own(problem, lengths):
 
 
 @few
+@given(problems(), st.lists(st.integers(1, 60), min_size=2, max_size=4))
+def test_documents_by_the_masked_backend(problem, lengths):
+    total = sum(lengths)
+    problem = replace(problem, batch=2, q_len=total, kv_len=total)
+    ids = [
+        torch.arange(len(x)).repeat_interleave(torch.tensor(x)) for x in (lengths, lengths[::-1])
+    ]
+    where = {"document_ids": torch.stack(ids)}
+    tensors = problem.tensors()
+    with torch.no_grad():
+        expected = nsa_of(problem, **where)(*tensors)
+        actual = nsa_of(problem, impl="masked", **where)(*tensors)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+@few
 @given(self_attention, st.sampled_from(("left", "right", "anywhere")), st.integers(0, 2**32 - 1))
 def test_padding_changes_nothing(problem, where, seed):
     generator = torch.Generator().manual_seed(seed)

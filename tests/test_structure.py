@@ -124,6 +124,7 @@ MANY_PARAMETERS = {
     "flexmoba.backends.flex.masked._attend_over_tile_gate_mask": COMPILED,
     "flexmoba.backends.flex.masked._attend_fully": COMPILED,
     "flexmoba.backends.flex.masked._attend_within_windows": COMPILED,
+    "flexmoba.backends.flex.masked._attend_within_ranges": COMPILED,
     "flexmoba.backends.flex.routed._attend_routed_tiles": COMPILED,
     "flexmoba.backends.dense.operator._differentiate_here": OPERATOR,
     "flexmoba.backends.fused.operator._differentiate_here": OPERATOR,

@@ -8,6 +8,7 @@ from flexmoba.backends.attend import (
     attend,
     attend_selected,
     check_selected_values,
+    range_attention,
     window_attention,
 )
 from flexmoba.backends.choice import resolve, resolve_shared, why_not
@@ -27,6 +28,7 @@ __all__ = [
     "check_selected_values",
     "full_mask",
     "merge_two",
+    "range_attention",
     "resolve",
     "resolve_shared",
     "run_compiled",

@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexmoba.attention import flex_moba, selected_attention
-from flexmoba.backends import AttentionOptions, ImplName, resolve, window_attention
+from flexmoba.backends import (
+    AttentionOptions,
+    ImplName,
+    range_attention,
+    resolve,
+    window_attention,
+)
 from flexmoba.blocks import TILE
 from flexmoba.nsa.sizes import NsaSizes
 
@@ -39,22 +45,47 @@ def compressed_branch(
 ) -> tuple[Tensor, Tensor]:
     """Computes attention to the compressed blocks that end at or before each query (Eq. 7).
 
-    The ``cmp_stride`` queries from the end of one compressed block to before the end of the next
-    one see the same compressed keys. As query heads of one token, they turn the branch into causal
-    full attention over the compressed keys, which computes each pair once. The queries of each
-    place in a stride get their own copy of the compressed keys, as KV heads, because FlexAttention
-    computes the gradients of a tile of keys of one KV head in one program. With packed documents,
-    ``first_block (B, Lq)`` is the first block of each query's document, and the branch is attention
-    to windows that begin with the document.
+    With packed documents, ``first_block (B, Lq)`` is the first block of each query's document.
     """
-    stride, first_seeing = sizes.cmp_stride, sizes.cmp_block - 1
-    q_len, (kv_heads, n_compressed) = q.shape[2], k_cmp.shape[1:3]
-    offset = kv_len - q_len
-    if n_compressed == 0:
+    if k_cmp.shape[2] == 0:
         nothing = k_cmp.sum() + v_cmp.sum()  # 0, with gradients
         out = q.new_zeros((*q.shape[:3], v_cmp.shape[-1])) + nothing
         precise = torch.promote_types(q.dtype, torch.float32)
         return out, q.new_full(q.shape[:3], float("-inf"), dtype=precise) + nothing
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    options = AttentionOptions(resolve(impl, q, k_cmp, v_cmp), factor)
+    if options.impl == "portable":
+        return _attend_by_strides(q, k_cmp, v_cmp, kv_len, first_block, sizes, scale, options)
+    position = torch.arange(kv_len - q.shape[2], kv_len, dtype=torch.int32, device=q.device)
+    end_key = (position + 1) // sizes.cmp_stride - (sizes.cmp_block // sizes.cmp_stride - 1)
+    first_key = None
+    if first_block is not None:
+        first_key = (first_block * (sizes.block_size // sizes.cmp_stride)).expand(q.shape[0], -1)
+    out, lse = range_attention(q, k_cmp, v_cmp, first_key, end_key, options)
+    sees_none = end_key <= (0 if first_key is None else first_key[:, None])
+    return out, lse.masked_fill(sees_none, float("-inf"))  # without a gradient
+
+
+def _attend_by_strides(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    kv_len: int,
+    first_block: Tensor | None,
+    sizes: NsaSizes,
+    scale: float | None,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor]:
+    """Computes `compressed_branch` by the portable backend, from at least one compressed key.
+
+    The ``cmp_stride`` queries from the end of one compressed block to before the end of the next
+    one see the same compressed keys. As query heads of one token, they turn the branch into causal
+    full attention over the compressed keys, which computes each pair once. With packed documents,
+    it is attention to windows that begin with the document.
+    """
+    stride, first_seeing = sizes.cmp_stride, sizes.cmp_block - 1
+    q_len, n_compressed = q.shape[2], k_cmp.shape[2]
+    offset = kv_len - q_len
     if first_block is not None:
         position = torch.arange(q_len, device=q.device) - first_block * sizes.block_size
         sees_none = (position < first_seeing)[:, None]
@@ -66,15 +97,12 @@ def compressed_branch(
     tokens = n_compressed - first_token
     after = tokens * stride - before - (q_len - blind)
     seeing = F.pad(q[:, :, blind:], (0, 0, before, after))
-    heads = rearrange(seeing, "b (h g) (t s) d -> b (h s g) t d", h=kv_heads, s=stride)
-    k_cmp, v_cmp = (
-        x[:, :, None].expand(-1, -1, stride, -1, -1).flatten(1, 2) for x in (k_cmp, v_cmp)
-    )
+    heads = rearrange(seeing, "b h (t s) d -> b (h s) t d", s=stride)
     if first_block is None:
         out, aux = flex_moba(
             *(heads, k_cmp, v_cmp, TILE, None),
             scale=scale,
-            impl=impl,
+            impl="portable",
             return_aux=AuxRequest(lse=True),
         )
         assert aux.lse is not None
@@ -83,15 +111,10 @@ def compressed_branch(
         # The queries of one token are of one document, but for those that see nothing.
         first_key = first_block[:, first_seeing::stride] * (sizes.block_size // stride)
         key = torch.arange(tokens, dtype=torch.int32, device=q.device)
-        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        options = AttentionOptions(resolve(impl, heads, k_cmp, v_cmp), scale)
         out, lse = window_attention(
             heads, k_cmp, v_cmp, torch.minimum(first_key, key), tokens, options
         )
-    out, lse = (
-        rearrange(x, "b (h s g) t d -> b (h g) (t s) d", s=stride, h=kv_heads)
-        for x in (out, lse[..., None])
-    )
+    out, lse = (rearrange(x, "b (h s) t d -> b h (t s) d", s=stride) for x in (out, lse[..., None]))
     out, lse = (x[:, :, before : before + q_len - blind] for x in (out, lse[..., 0]))
     out = F.pad(out, (0, 0, blind, 0))
     lse = F.pad(lse, (blind, 0), value=float("-inf"))

@@ -5,6 +5,7 @@ from flexmoba.backends.flex.compiled import run_compiled, why_not_flex
 from flexmoba.backends.flex.masked import (
     full_attention,
     masked_attention,
+    range_attention,
     tile_gate_attention,
     window_attention,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "full_attention",
     "full_mask",
     "masked_attention",
+    "range_attention",
     "routed_attention",
     "run_compiled",
     "selection_mask",

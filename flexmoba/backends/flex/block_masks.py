@@ -77,7 +77,9 @@ def selection_mask(
             visible = visible & (key <= last_key[query])
         return visible if is_key is None else visible & is_key[b, key]
 
-    return block_mask_of((q_len, kv_len), mask_mod, _lists(visited), None, _lists(visited.mT), None)
+    return block_mask_of(
+        (q_len, kv_len), mask_mod, lists_of(visited), None, lists_of(visited.mT), None
+    )
 
 
 def full_mask(q_len: int, kv_len: int, device: torch.device, *, is_causal: bool) -> BlockMask:
@@ -106,10 +108,10 @@ def full_mask(q_len: int, kv_len: int, device: torch.device, *, is_causal: bool)
     return block_mask_of(
         (q_len, kv_len),
         mask_mod,
-        _lists(partial),
-        _lists(full),
-        _lists(partial.mT),
-        _lists(full.mT),
+        lists_of(partial),
+        lists_of(full),
+        lists_of(partial.mT),
+        lists_of(full.mT),
     )
 
 
@@ -244,7 +246,7 @@ def routed_mask(
         width = min(tile_in_block.shape[0] + ceil_div(group * q_len, TILE), n_tiles)
 
         def transposed(own_visits: Tensor, past_visits: Tensor) -> tuple[Tensor, Tensor]:
-            own_count, own_list = _lists(own_visits)  # (stretches,), (stretches, own tiles)
+            own_count, own_list = lists_of(own_visits)  # (stretches,), (stretches, own tiles)
             own_count = torch.where(has_own[:, None], own_count, 0)
             past_count = torch.where(past_visits, tiles.tiles_of_block[:, None], 0)
             i = torch.arange(width, device=device)
@@ -292,7 +294,7 @@ def last_key_of_query(q_len: int, kv_len: int, device: torch.device) -> Tensor:
 Lists = tuple[Tensor, Tensor]  # the number of entries of each row, and the entries
 
 
-def _lists(visited: Tensor) -> Lists:
+def lists_of(visited: Tensor) -> Lists:
     """Returns the number of True columns and their indices for bools ``(..., rows, columns)``."""
     return visited.sum(-1), visited.int().argsort(dim=-1, descending=True, stable=True)
 

@@ -1,0 +1,42 @@
+"""The mask of queries that each see a range of keys, such as the compressed branch of NSA."""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexmoba.backends.flex.block_masks import block_mask_of, lists_of, materialize
+from flexmoba.blocks import TILE, ceil_div
+
+
+def range_mask(first_key: Tensor | None, end_key: Tensor, kv_len: int) -> BlockMask:
+    """Returns the mask of ranges of keys, which neither begin nor end earlier for later queries.
+
+    Args:
+        first_key: ``(B, Lq)`` int32, the first key that each query sees, or None for key 0.
+        end_key: ``(Lq,)`` int32, the end of the keys that each query sees. A query whose range ends
+            at or before its first key sees none.
+        kv_len: Number of keys, at least as many as the last query sees.
+    """
+    q_len, device = end_key.shape[0], end_key.device
+    first_row = torch.arange(ceil_div(q_len, TILE), device=device) * TILE
+    last_row = (first_row + TILE - 1).clamp(max=q_len - 1)
+    begin = torch.arange(ceil_div(kv_len, TILE), device=device) * TILE  # of the stretches of keys
+    zero = torch.zeros_like(end_key)[None]
+    first = zero if first_key is None else first_key
+    lowest, highest = (first[:, None, rows, None] for rows in (first_row, last_row))
+    visited = (begin < end_key[last_row, None]) & (begin + TILE > lowest)
+    visited = visited & (lowest < end_key[last_row, None])
+    is_full = (begin + TILE <= end_key[first_row, None]) & (begin >= highest)
+    # Short tiles and stretches at the ends are partial, so that the kernel checks their bounds.
+    is_full = is_full & (begin + TILE <= kv_len) & (first_row[:, None] + TILE <= q_len)
+    partial = visited & ~is_full
+
+    end = materialize(end_key)  # see `selection_mask`
+    start = None if first_key is None else materialize(first_key)
+
+    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        visible: Tensor = key < end[query]
+        return visible if start is None else visible & (key >= start[b, query])
+
+    lists = (lists_of(x) for x in (partial, is_full, partial.mT, is_full.mT))
+    return block_mask_of((q_len, kv_len), mask_mod, *lists)
