@@ -125,6 +125,16 @@ def compressed_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _weights(score_ptr, score_row, compressed, is_head, seen, lse):
+    """Returns the softmax weights of compressed blocks, summed over the heads of a unit."""
+    mask = is_head[:, None] & seen[None, :]
+    score = tl.load(
+        score_ptr + score_row[:, None] + compressed[None, :], mask=mask, other=float("-inf")
+    )
+    return tl.sum(tl.where(mask, tl.exp2(score - lse[:, None]), 0.0), 0)
+
+
 @kernel
 def select_kernel(
     score_ptr, partial_lse_ptr, positions_ptr, best_ptr,
@@ -132,10 +142,13 @@ def select_kernel(
     GROUP: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr, STRIDE: tl.constexpr,
     IN_BLOCK: tl.constexpr, IN_COMPRESSED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SINKS: tl.constexpr, LOCALS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
-    SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILE_BLOCKS: tl.constexpr,
+    SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILE_BLOCKS: tl.constexpr, ROOM: tl.constexpr,
     CMP_PARTS: tl.constexpr, ALL_CMP_PARTS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Keeps the most important blocks of one split for one unit."""
+    """Keeps the most important blocks of one split for one unit.
+
+    A tile has ROOM places for the compressed blocks that begin in each of TILE_BLOCKS blocks.
+    """
     split, unit = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
     position = _position_of(positions_ptr, unit, kv_heads, Q_LEN)
     seen_end = _seen_end(position, n_compressed, STRIDE, IN_COMPRESSED)
@@ -150,24 +163,23 @@ def select_kernel(
     score_row = (unit.to(tl.int64) * GROUP + tl.arange(0, ROWS)) * n_compressed
     candidates_end = tl.minimum(tl.maximum(position, 0) // BLOCK_SIZE, n_blocks) - LOCALS
     slot, best = nothing_yet(1, COUNT, SLOTS)
+    place, in_block = tl.arange(0, TILE_BLOCKS * ROOM), tl.arange(0, ROOM)
     end = tl.minimum(candidates_end, (split + 1) * SPLIT)
     for start in range(split * SPLIT, end, TILE_BLOCKS):
         block = start + tl.arange(0, TILE_BLOCKS)
-        importance = tl.zeros([TILE_BLOCKS], tl.float32)
-        # Every block sums its overlaps in the same order, so that equal weights give equal
-        # importances.
-        for i in tl.static_range(IN_BLOCK + IN_COMPRESSED - 1):
-            compressed = block * IN_BLOCK - (IN_COMPRESSED - 1) + i
+        # Every block sums its overlaps, in strides, in the same order, so that equal weights give
+        # equal importances: first those of the compressed blocks that begin in the block.
+        compressed = (start + place // ROOM) * IN_BLOCK + place % ROOM
+        seen = (place % ROOM < IN_BLOCK) & (compressed < seen_end)
+        weight = _weights(score_ptr, score_row, compressed, is_head, seen, lse)
+        overlap = tl.minimum(in_block + IN_COMPRESSED, IN_BLOCK) - in_block
+        weight = tl.reshape(weight, [TILE_BLOCKS, ROOM])
+        importance = tl.sum(weight * overlap.to(tl.float32)[None, :], 1)
+        for before in tl.static_range(1, IN_COMPRESSED):
+            compressed = block * IN_BLOCK - before
             seen = (compressed >= 0) & (compressed < seen_end)
-            mask = is_head[:, None] & seen[None, :]
-            score = tl.load(
-                score_ptr + score_row[:, None] + compressed[None, :], mask=mask, other=float("-inf")
-            )
-            weight = tl.where(mask, tl.exp2(score - lse[:, None]), 0.0)
-            # The overlap of the compressed block and the block, in strides.
-            overlap = tl.minimum(tl.minimum(i + 1, IN_BLOCK + IN_COMPRESSED - 1 - i), IN_BLOCK)
-            overlap = tl.minimum(overlap, IN_COMPRESSED)
-            importance += tl.sum(weight, 0) * overlap
+            weight = _weights(score_ptr, score_row, compressed, is_head, seen, lse)
+            importance += weight * tl.minimum(IN_COMPRESSED - before, IN_BLOCK)
         # Importances are not negative, so their bits are in the order of their values.
         bits = importance.to(tl.int32, bitcast=True)
         bits = tl.where(importance != importance, 0x7FFFFFFF, bits)

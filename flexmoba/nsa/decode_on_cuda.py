@@ -21,7 +21,8 @@ from flexmoba.runtime.triton_launch import launch, packed
 _MAX_GROUP = 64
 _PROGRAMS, _MOST_PARTS = 1024, 64  # of `compressed_kernel`
 _LEAST_SPLIT, _MOST_SPLITS = 128, 16  # blocks of a split, and splits, of `select_kernel`
-_TILE_BLOCKS = 64
+_TILE_PLACES = 128  # compressed blocks of a tile of `select_kernel`
+_ROWS_OF_WARP = 16  # rows of a warp of `select_kernel`; one warp needs no barriers
 _CHUNK, _KEYS = 128, 64
 _STAGES = 2  # copies of keys and values to shared memory
 
@@ -74,7 +75,7 @@ def attend_step_on_cuda(
                 select_kernel,
                 units * splits,
                 (scores, partials[1], positions, best, kv_heads, n_compressed, n_blocks),
-                constants,
+                constants | {"num_warps": constants["ROWS"] // _ROWS_OF_WARP},
                 dtypes,
             )
         launch(
@@ -112,6 +113,7 @@ def _constants(
     parts = cmp_parts + sizes.topk * chunks + window_parts
     split = max(_LEAST_SPLIT, next_power_of_2(ceil_div(n_blocks, _MOST_SPLITS)))
     splits = ceil_div(n_blocks, split)
+    room = next_power_of_2(block_size // sizes.cmp_stride)
     return {
         "GROUP": heads // kv_heads,
         "ROWS": max(16, next_power_of_2(heads // kv_heads)),
@@ -127,7 +129,8 @@ def _constants(
         "SPLIT": split,
         "SPLITS": splits,
         "ALL_SPLITS": next_power_of_2(splits),
-        "TILE_BLOCKS": _TILE_BLOCKS,
+        "TILE_BLOCKS": max(4, _TILE_PLACES // room),
+        "ROOM": room,
         "BLOCK_SIZE": block_size,
         "WINDOW": window,
         "RING": cache.k_win.shape[2] - 1,
