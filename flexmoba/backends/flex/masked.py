@@ -76,6 +76,7 @@ def window_attention(
         longest=longest,
         scale=options.scale,
         kernel_options=options.kernel_options,
+        divisible=_has_full_tiles(q),
     )
 
 
@@ -94,8 +95,7 @@ def range_attention(
         None if first_key is None else first_key[:, None],
         scale=options.scale,
         kernel_options=options.kernel_options,
-        # Keys are padded to full stretches. Without checks of bounds, the kernels are faster.
-        divisible=bool(q.shape[2] % TILE == 0) or None,
+        divisible=_has_full_tiles(q),  # keys are padded to full stretches
     )
 
 
@@ -129,6 +129,11 @@ def tile_gate_attention(
     )
     length = q.shape[2] - missing
     return out[:, :, :length], lse[:, :, :length]
+
+
+def _has_full_tiles(q: Tensor) -> bool | None:
+    """Returns True if all tiles of queries are full, so that kernels need not check bounds."""
+    return bool(q.shape[2] % TILE == 0) or None
 
 
 def _run(
@@ -203,10 +208,11 @@ def _attend_within_windows(
     longest: int,
     scale: float,
     kernel_options: Mapping[str, Any],
+    divisible: bool | None,
 ) -> tuple[Tensor, Tensor]:
     mask = window_mask(first_key[:, 0], longest)
     score_mod = _remap_indices(score_mod, q, k, query_indices, key_position)
-    return call_flex(q, k, v, mask, scale, kernel_options, score_mod)
+    return call_flex(q, k, v, mask, scale, kernel_options, score_mod, divisible=divisible)
 
 
 def _attend_within_ranges(
