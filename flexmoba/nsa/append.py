@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flexmoba.cache import MAX_STEP_QUERIES, has_kernels, next_positions
+from flexmoba.nsa.branches import block_means_of
 from flexmoba.nsa.sizes import NsaSizes
 from flexmoba.nsa.tensors import BranchTensors, CacheState, Compress, Pair
 from flexmoba.runtime import has_values
@@ -18,7 +19,7 @@ def append(
     mask: Tensor | None,
     sizes: NsaSizes,
     window: int,
-    compress: Compress,
+    compress: Compress | None,
 ) -> tuple[Tensor, Pair | None]:
     """Appends tokens to every row.
 
@@ -29,7 +30,7 @@ def append(
         mask: ``(B, n)`` bool, False for padding, or None.
         sizes: Sizes of the blocks.
         window: Tokens in a window.
-        compress: The compression, as in `NsaCache`.
+        compress: The compression, as in `NsaCache`; None for means.
 
     Returns:
         The positions of the tokens, ``(B, n)`` int32, -1 for padding. For a chunk, also the keys
@@ -50,9 +51,14 @@ def append_scattered(
     mask: Tensor | None,
     sizes: NsaSizes,
     window: int,
-    compress: Compress,
+    compress: Compress | None,
 ) -> tuple[Tensor, Pair | None]:
     """Computes `append` by plain tensor operations."""
+    if compress is None:
+
+        def compress(k: Tensor, v: Tensor, positions: Tensor) -> Pair:
+            return block_means_of(k, sizes), block_means_of(v, sizes)
+
     branches, lengths = state.branches, state.lengths
     n = new.k.shape[2]
     positions = next_positions(lengths, n, mask)

@@ -52,10 +52,10 @@ def compressed_branch(
         out = q.new_zeros((*q.shape[:3], v_cmp.shape[-1])) + nothing
         precise = torch.promote_types(q.dtype, torch.float32)
         return out, q.new_full(q.shape[:3], float("-inf"), dtype=precise) + nothing
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    options = AttentionOptions(resolve(impl, q, k_cmp, v_cmp), scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    options = AttentionOptions(resolve(impl, q, k_cmp, v_cmp), factor)
     if options.impl == "portable":
-        return _attend_by_strides(q, k_cmp, v_cmp, kv_len, first_block, sizes, options)
+        return _attend_by_strides(q, k_cmp, v_cmp, kv_len, first_block, sizes, scale, options)
     position = torch.arange(kv_len - q.shape[2], kv_len, dtype=torch.int32, device=q.device)
     end_key = (position + 1) // sizes.cmp_stride - (sizes.cmp_block // sizes.cmp_stride - 1)
     first_key = None
@@ -73,6 +73,7 @@ def _attend_by_strides(
     kv_len: int,
     first_block: Tensor | None,
     sizes: NsaSizes,
+    scale: float | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Computes `compressed_branch` by the portable backend, from at least one compressed key.
@@ -100,7 +101,7 @@ def _attend_by_strides(
     if first_block is None:
         out, aux = flex_moba(
             *(heads, k_cmp, v_cmp, TILE, None),
-            scale=options.scale,
+            scale=scale,
             impl="portable",
             return_aux=AuxRequest(lse=True),
         )

@@ -17,7 +17,6 @@ from flexmoba.cache import (
 from flexmoba.checks import check_options, check_positive, check_tensor
 from flexmoba.nsa.append import append
 from flexmoba.nsa.attention import NsaCall, attend_in_branches
-from flexmoba.nsa.branches import block_means_of
 from flexmoba.nsa.checks import check_gates, check_sizes
 from flexmoba.nsa.decode import attend_step
 from flexmoba.nsa.sizes import NsaSizes
@@ -107,7 +106,7 @@ class NsaCache:
             check_positive(name, size, "pass a number of rows, heads, features or tokens")
         self.window = window
         self.grows = max_len is None
-        self._compress = self._means if compress is None else compress
+        self._compress = compress
         self._branches = self._storage(
             (batch, kv_heads), (head_dim, value_dim), self.sizes.blocks(max_len or 1), dtype, device
         )
@@ -253,9 +252,6 @@ class NsaCache:
         """
         for x in (*self._branches, *self._tail, self.lengths):
             x.copy_(x.index_select(0, rows))
-
-    def _means(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return block_means_of(k, self.sizes), block_means_of(v, self.sizes)
 
     def _attend_chunk(
         self, q: Tensor, gates: Tensor, positions: Tensor, sizes: NsaSizes, scale: float

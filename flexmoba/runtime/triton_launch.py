@@ -99,4 +99,15 @@ def packed(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
+def aligned(x: Tensor) -> Tensor:
+    """Returns ``x (B, H, L, D)``, or a copy of it if its memory does not suit the kernels.
+
+    They require rows without gaps, of which the first begins at a multiple of 16 bytes. The other
+    strides are arbitrary.
+    """
+    if x.stride(3) != 1 and x.shape[3] > 1:
+        x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
 _compiled: dict[Hashable, tuple[Any, Callable[..., None], list[int]]] = {}

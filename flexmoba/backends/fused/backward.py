@@ -24,14 +24,14 @@ from flexmoba.backends.fused.routing import (
     sort_pairs,
 )
 from flexmoba.backends.fused.schedule import Sizes, SortGroup, sort_groups
-from flexmoba.backends.fused.strides import aligned, head_strides, token_stride
+from flexmoba.backends.fused.strides import head_strides, token_stride
 from flexmoba.backends.fused.tile_sizes import (
     DELTA_ROWS,
     backward_constants,
     has_large_shared_memory,
 )
 from flexmoba.blocks import ceil_div
-from flexmoba.runtime.triton_launch import launch, on_device_of, packed
+from flexmoba.runtime.triton_launch import aligned, launch, on_device_of, packed
 from flexmoba.selection import BlockSelection
 
 # An item holds this many times the average number of rows of a block. The factor is large enough

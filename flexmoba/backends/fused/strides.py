@@ -1,18 +1,6 @@
-"""The alignment and the strides that the fused kernels require of tensors."""
+"""The strides that the fused kernels require of tensors."""
 
-import torch
 from torch import Tensor
-
-
-def aligned(x: Tensor) -> Tensor:
-    """Returns ``x (B, H, L, D)``, or a copy of it if its memory does not suit the kernels.
-
-    They require rows without gaps, of which the first begins at a multiple of 16 bytes. The other
-    strides are arbitrary.
-    """
-    if x.stride(3) != 1 and x.shape[3] > 1:
-        x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def token_stride(x: Tensor) -> int:

@@ -14,11 +14,11 @@ from flexmoba.backends.fused.routing import (
     sort_pairs,
 )
 from flexmoba.backends.fused.schedule import Sizes, SortGroup
-from flexmoba.backends.fused.strides import aligned, head_strides, token_stride
+from flexmoba.backends.fused.strides import head_strides, token_stride
 from flexmoba.backends.fused.tile_sizes import has_large_shared_memory
 from flexmoba.backends.grouped.kernels import attend_kernel, key_grads_kernel, query_grads_kernel
 from flexmoba.blocks import ceil_div
-from flexmoba.runtime.triton_launch import launch, packed
+from flexmoba.runtime.triton_launch import aligned, launch, packed
 
 # An item holds this many times the average number of tokens of a block, as in the fused backward
 # pass: few blocks need a second item, and a block that most tokens select has many.
