@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flexmoba import MobaCache, gate, moba_select, selected_attention
 from flexmoba.backends.fused import backward as backward_pass
+from flexmoba.backends.fused import forward as forward_pass
 from flexmoba.backends.fused import fused_attention, routing, schedule
 from flexmoba.backends.grouped import grouped_attention
 from flexmoba.backends.options import AttentionOptions
@@ -177,6 +178,26 @@ def test_plain_calls_and_operators_give_equal_results():
     counts = counter.get_flop_counts()["Global"]
     operators = torch.ops.flexmoba
     assert {operators.attend_fused, operators.attend_fused_backward} <= set(counts)
+    for name, x in observed.items():
+        assert_bitwise_equal(x, plain[name])
+
+
+def test_the_backward_pass_of_a_plain_call_uses_the_sorted_pairs(monkeypatch):
+    sorts = []
+
+    def sort(*arguments):
+        sorts.append(arguments)
+        return sort_pairs(*arguments)
+
+    sort_pairs = routing.sort_pairs
+    for module in (forward_pass, backward_pass):
+        monkeypatch.setattr(module, "sort_pairs", sort)
+    inputs = [*SMALL.tensors(), gated(SMALL)[..., 1:]]
+    plain = results_of(*inputs, SMALL.block_size)
+    assert len(sorts) == 1
+    with FlopCounterMode(display=False):  # observes operators, which keep no pairs
+        observed = results_of(*inputs, SMALL.block_size)
+    assert len(sorts) == 3
     for name, x in observed.items():
         assert_bitwise_equal(x, plain[name])
 

@@ -1,5 +1,7 @@
 """Sorts the pairs of a sort group by block, and divides the rows of each block into items."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,18 @@ from flexmoba.backends.fused.schedule import Sizes, SortGroup
 from flexmoba.runtime.triton_launch import launch
 
 _BIN_ROWS = 1024
+
+
+class Rows(NamedTuple):
+    """The sorted pairs of a sort group.
+
+    Attributes:
+        pairs: ``(rows,)`` int32, the pair of each row.
+        first_rows: ``(bins + 1,)`` int32, the first row of each bin.
+    """
+
+    pairs: Tensor
+    first_rows: Tensor
 
 
 def sort_pairs(routed: Tensor, group: SortGroup, sizes: Sizes) -> tuple[Tensor, Tensor]:
