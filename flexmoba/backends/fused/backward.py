@@ -21,7 +21,6 @@ from flexmoba.backends.fused.routing import (
     Rows,
     blocks_of_items,
     first_items_of_blocks,
-    first_rows_of_bins,
     sort_pairs,
 )
 from flexmoba.backends.fused.schedule import Sizes, SortGroup, sort_groups
@@ -81,8 +80,8 @@ def _sorted_rows(routed: Tensor, group: SortGroup, sizes: Sizes, rows: Rows | No
     """Returns the sorted pairs of a sort group: those of the forward pass, or sorts them."""
     if rows is not None and group.n_queries == sizes.batch * sizes.heads * sizes.q_len:
         return rows
-    bins, pairs = sort_pairs(routed, group, sizes)
-    return Rows(pairs, first_rows_of_bins(bins, group, sizes))
+    _, rows = sort_pairs(routed, group, sizes)
+    return rows
 
 
 def _item_rows(sizes: Sizes) -> int:

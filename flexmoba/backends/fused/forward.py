@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flexmoba.backends.fused import hopper
 from flexmoba.backends.fused.forward_kernels import attend_kernel, finish_kernel
-from flexmoba.backends.fused.routing import Rows, first_rows_of_bins, sort_pairs
+from flexmoba.backends.fused.routing import Rows, sort_pairs
 from flexmoba.backends.fused.schedule import Sizes, sort_groups
 from flexmoba.backends.fused.strides import aligned, head_strides, token_stride
 from flexmoba.backends.fused.tile_sizes import forward_constants, has_large_shared_memory
@@ -50,8 +50,7 @@ def attend_on_cuda(
         groups = sort_groups(sizes, (2 * sizes.value_dim + 4) * sizes.count)
         for group in groups:
             if sizes.count:
-                bins, pairs = sort_pairs(routed, group, sizes)
-                first_rows = first_rows_of_bins(bins, group, sizes)
+                bins, (pairs, first_rows) = sort_pairs(routed, group, sizes)
                 if use_hopper:
                     tiles = hopper.tiles_of(first_rows, group, sizes)
             # Allocated after the sort, which has then freed its buffers.
