@@ -9,11 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from flexmoba import MobaCache, gate, moba_select, selected_attention
 from flexmoba.backends.fused import backward as backward_pass
+from flexmoba.backends.fused import forward as forward_pass
 from flexmoba.backends.fused import fused_attention, routing, schedule
 from flexmoba.backends.grouped import grouped_attention
 from flexmoba.backends.options import AttentionOptions
@@ -50,6 +53,12 @@ SMALL = Problem(
     kv_heads=2, group=2, q_len=200, kv_len=290, head_dim=16, value_dim=16, block_size=64, topk=3,
     dtype=torch.float16,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def sorts_by_torch(monkeypatch):
+    """Sorts pairs by torch, since Triton's interpreter takes long; tests of the sort reset it."""
+    monkeypatch.setattr(routing, "_MAX_COUNTS", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +190,26 @@ def test_plain_calls_and_operators_give_equal_results():
         assert_bitwise_equal(x, plain[name])
 
 
+def test_the_backward_pass_of_a_plain_call_uses_the_sorted_pairs(monkeypatch):
+    sorts = []
+
+    def sort(*arguments):
+        sorts.append(arguments)
+        return sort_pairs(*arguments)
+
+    sort_pairs = routing.sort_pairs
+    for module in (forward_pass, backward_pass):
+        monkeypatch.setattr(module, "sort_pairs", sort)
+    inputs = [*SMALL.tensors(), gated(SMALL)[..., 1:]]
+    plain = results_of(*inputs, SMALL.block_size)
+    assert len(sorts) == 1
+    with FlopCounterMode(display=False):  # observes operators, which keep no pairs
+        observed = results_of(*inputs, SMALL.block_size)
+    assert len(sorts) == 3
+    for name, x in observed.items():
+        assert_bitwise_equal(x, plain[name])
+
+
 def test_compiled_calls_give_the_results_of_plain_calls():
     inputs = [*SMALL.tensors(), gated(SMALL)[..., 1:]]
     plain = results_of(*inputs, SMALL.block_size)
@@ -207,14 +236,58 @@ def test_plain_calls_have_no_second_derivatives():
         grad.sum().backward()
 
 
+@given(st.integers(0, 2**31), st.data())
+@settings(max_examples=4, deadline=None)
+def test_pairs_sorted_by_counting_are_those_of_the_sort(seed, data):
+    group, kv_heads, batch = (data.draw(st.integers(1, 2)) for _ in range(3))
+    q_len, count = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 4))
+    n_blocks = data.draw(st.integers(1, 40))
+    generator = torch.Generator().manual_seed(seed)
+    shape = batch, group * kv_heads, q_len, count
+    routed = torch.randint(-1, n_blocks, shape, generator=generator, dtype=torch.int32)
+    problem = variant(
+        batch=batch, kv_heads=kv_heads, group=group, q_len=q_len, kv_len=max(q_len, 16 * n_blocks)
+    )
+    sizes = schedule.Sizes.of(*problem.tensors(), routed, -(-problem.kv_len // n_blocks))
+    routed = routed.clamp(max=sizes.n_blocks - 1)
+    share = data.draw(st.sampled_from((0.01, 0.6, 9.0)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "_SMALL", 0)
+        patch.setattr(schedule, "_SORTING_SHARE", share)
+        patch.setattr(schedule, "_TOTAL_SHARE", share)
+        schedule.sort_groups.cache_clear()
+        groups = schedule.sort_groups(sizes, 50)
+    schedule.sort_groups.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "_CHUNK", 64)
+        for step in groups:
+            by_sort = routing.sort_pairs(routed, step, sizes)
+            patch.setattr(routing, "_MAX_COUNTS", 2**13)
+            by_counting = routing.sort_pairs(routed, step, sizes)
+            patch.setattr(routing, "_MAX_COUNTS", 0)
+            for x, y in zip(
+                (by_counting[0], *by_counting[1]), (by_sort[0], *by_sort[1]), strict=True
+            ):
+                assert_bitwise_equal(x, y)
+
+
+def test_a_call_with_pairs_sorted_by_counting(monkeypatch):
+    problem = variant(kv_heads=1, q_len=100, kv_len=190)
+    inputs = [*problem.tensors(), gated(problem)[..., 1:]]
+    expected = results_of(*inputs, problem.block_size)
+    monkeypatch.setattr(routing, "_MAX_COUNTS", 2**13)
+    monkeypatch.setattr(routing, "_CHUNK", 128)
+    for name, x in results_of(*inputs, problem.block_size).items():
+        assert_bitwise_equal(x, expected[name])
+
+
 @pytest.mark.parametrize("rows", [3, 16, 64])
 def test_the_tiles_of_blocks_hold_all_rows_once(rows):
     problem = variant(block_size=20)
     routed = gated(problem)[..., 1:].contiguous()
     sizes = schedule.Sizes.of(*problem.tensors(), routed, 20)
     (group,) = schedule.sort_groups(sizes, 0)
-    bins, _ = routing.sort_pairs(routed, group, sizes)
-    first_rows = routing.first_rows_of_bins(bins, group, sizes)
+    bins, (_, first_rows) = routing.sort_pairs(routed, group, sizes)
     every_bin = torch.arange(group.n_kv_heads * (sizes.n_blocks + 1) + 1)
     assert_bitwise_equal(first_rows, torch.searchsorted(bins.long(), every_bin, out_int32=True))
     first_tile, block, begin, end = routing.tiles_of_blocks(first_rows, rows, group, sizes)

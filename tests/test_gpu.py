@@ -21,7 +21,7 @@ from flexmoba import (
 )
 from flexmoba.backends.flex import compiled as compiled_flex
 from flexmoba.backends.flex import routed
-from flexmoba.backends.fused import forward, hopper, operator, schedule
+from flexmoba.backends.fused import forward, hopper, operator, routing, schedule
 from flexmoba.gate import (
     GateOptions,
     GateSizes,
@@ -104,6 +104,24 @@ FUSED = {
     "not causal, long blocks": variant(is_causal=False, block_size=300, q_len=700, kv_len=1111),
     "not causal, full blocks": variant(is_causal=False, block_size=256, dtype=torch.float16),
 }
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "length", "block_size", "count"),
+    [(16, 16, 8192, 128, 7), (16, 16, 16384, 512, 2), (8, 2, 1000, 64, 3), (4, 4, 5000, 128, 8)],
+)
+def test_pairs_sorted_by_counting(heads, kv_heads, length, block_size, count, monkeypatch):
+    q, k = (torch.empty(1, n, length, 128, device="cuda") for n in (heads, kv_heads))
+    n_blocks = -(-length // block_size)
+    shape = 1, heads, length, count
+    routed = torch.randint(-1, n_blocks, shape, device="cuda", dtype=torch.int32)
+    sizes = schedule.Sizes.of(q, k, k, routed, block_size)
+    (group,) = schedule.sort_groups(sizes, 260 * count)
+    bins, rows = routing.sort_pairs(routed, group, sizes)
+    monkeypatch.setattr(routing, "_MAX_COUNTS", 0)
+    other_bins, other_rows = routing.sort_pairs(routed, group, sizes)
+    for x, y in zip((bins, *rows), (other_bins, *other_rows), strict=True):
+        assert_bitwise_equal(x, y)
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -1,6 +1,6 @@
 """The registrations that the attention operators share: fake results and the backward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from flexmoba.runtime import is_plain_call, no_second_derivatives
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
+AttentionAndKept = Callable[..., tuple[Tensor, ...]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -39,7 +40,7 @@ def register_attention(
 def without_operator(
     operator: Any,
     backward: Any,
-    function: Attention,
+    function: AttentionAndKept,
     backward_function: Backward,
     *,
     n_tensors: int,
@@ -51,11 +52,12 @@ def without_operator(
     Args:
         operator: The operator, as in `register_attention`.
         backward: The operator of its backward pass.
-        function: The function of ``operator``.
-        backward_function: The function of ``backward``.
+        function: The function of ``operator``. It may return further tensors.
+        backward_function: The function of ``backward``, with the further tensors, if any, as the
+            keyword argument ``kept``.
         n_tensors: Number of leading tensors among the inputs.
     """
-    derivative = _derivative(backward_function)
+    derivative = _derivative(backward_function, passes_kept=True)
     derivative_by_operator = _derivative(backward)
 
     save = _saving(n_tensors)
@@ -65,9 +67,9 @@ def without_operator(
         # `forward` at every call.
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-            output = function(*inputs)
-            save(ctx, inputs, output)
-            return output
+            out, lse, *kept = function(*inputs)
+            save(ctx, inputs, (out, lse), kept)
+            return out, lse
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -81,28 +83,33 @@ def without_operator(
             return operator(*inputs)  # type: ignore[no-any-return]
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3]):
             return Eager.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
-        return function(*inputs)
+        out, lse, *_ = function(*inputs)
+        return out, lse
 
     return attend
 
 
-def _saving(n_tensors: int) -> Callable[[Any, tuple[Any, ...], Any], None]:
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _saving(n_tensors: int) -> Callable[..., None]:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any, kept: Sequence[Tensor] = ()) -> None:
         ctx.set_materialize_grads(False)  # zeros for the log-sum-exp would cost a launch
-        ctx.save_for_backward(*output, *inputs[:n_tensors])
-        ctx.numbers = inputs[n_tensors:]
+        ctx.save_for_backward(*output, *inputs[:n_tensors], *kept)
+        ctx.numbers, ctx.n_kept = inputs[n_tensors:], len(kept)
 
     return save
 
 
-def _derivative(backward: Backward) -> Callable[..., tuple[Tensor | None, ...]]:
+def _derivative(
+    backward: Backward, *, passes_kept: bool = False
+) -> Callable[..., tuple[Tensor | None, ...]]:
     def differentiate(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once, because a checkpoint recomputes them
+        saved, kept = saved[: len(saved) - ctx.n_kept], saved[len(saved) - ctx.n_kept :]
         if grad_out is None:
             grad_out = torch.zeros_like(saved[0])
-        grads = backward(grad_out, grad_lse, *saved, *ctx.numbers)
+        further = {"kept": kept} if passes_kept and kept else {}
+        grads = backward(grad_out, grad_lse, *saved, *ctx.numbers, **further)
         n_inputs = len(saved) - 2 + len(ctx.numbers)
         return (*grads, *(None for _ in range(n_inputs - 3)))
 

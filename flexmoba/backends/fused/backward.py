@@ -18,9 +18,9 @@ from flexmoba.backends.fused.backward_kernels import (
     sum_extra_kernel,
 )
 from flexmoba.backends.fused.routing import (
+    Rows,
     blocks_of_items,
     first_items_of_blocks,
-    first_rows_of_bins,
     sort_pairs,
 )
 from flexmoba.backends.fused.schedule import Sizes, SortGroup, sort_groups
@@ -61,10 +61,9 @@ class _Items(NamedTuple):
 
 
 def _items_of(
-    routed: Tensor, group: SortGroup, sizes: Sizes, query_rows: int, *, for_queries: bool
+    all_rows: Rows, group: SortGroup, sizes: Sizes, query_rows: int, *, for_queries: bool
 ) -> _Items:
-    bins, pairs = sort_pairs(routed, group, sizes)
-    first_rows = first_rows_of_bins(bins, group, sizes)
+    pairs, first_rows = all_rows
     rows = _item_rows(sizes)
     first_item, first_extra, first_query_item = first_items_of_blocks(
         first_rows, rows, query_rows, group, sizes
@@ -75,6 +74,14 @@ def _items_of(
         block_of_item = blocks_of_items(first_query_item, query_rows, group, sizes)
         of_queries = first_query_item, block_of_item
     return _Items(pairs, first_rows, of_keys, first_extra, of_queries)
+
+
+def _sorted_rows(routed: Tensor, group: SortGroup, sizes: Sizes, rows: Rows | None) -> Rows:
+    """Returns the sorted pairs of a sort group: those of the forward pass, or sorts them."""
+    if rows is not None and group.n_queries == sizes.batch * sizes.heads * sizes.q_len:
+        return rows
+    _, rows = sort_pairs(routed, group, sizes)
+    return rows
 
 
 def _item_rows(sizes: Sizes) -> int:
@@ -124,25 +131,26 @@ def _passes(sizes: Sizes) -> Iterator[_Pass]:
 def attend_backward_on_cuda(
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    results: tuple[Tensor, Tensor],
     inputs: tuple[Tensor, Tensor, Tensor],
     selection: BlockSelection,
     scale: float,
     is_causal: bool,
+    rows: Rows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the gradients of q, k and v.
 
     Args:
         grad_out: ``(B, Hq, Lq, Dv)``, the gradient of the output.
         grad_lse: ``(B, Hq, Lq)`` float32, the gradient of the log-sum-exp, or None for zeros.
-        out: ``(B, Hq, Lq, Dv)``, the output.
-        lse: ``(B, Hq, Lq)`` float32, the log-sum-exp.
+        results: The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)`` float32.
         inputs: Queries ``(B, Hq, Lq, D)``, keys ``(B, Hkv, Lk, D)``, values ``(B, Hkv, Lk, Dv)``.
         selection: The blocks of each query.
         scale: Factor on the scores, at least 0.
         is_causal: Whether queries attend to their own blocks.
+        rows: The sorted pairs of all queries from the forward pass, or None.
     """
+    out, lse = results
     q, k, v, grad_out = (aligned(x) for x in (*inputs, grad_out))
     routed, own = packed(selection.routed), None if selection.own is None else packed(selection.own)
     sizes = Sizes.of(q, k, v, routed, selection.block_size)
@@ -171,7 +179,7 @@ def attend_backward_on_cuda(
         for group, for_keys, for_queries in _passes(sizes):
             in_one_kernel = for_keys and for_queries and tiles_per_block == 1
             items = _items_of(
-                *(routed, group, sizes, query_tile["ROWS"]),
+                *(_sorted_rows(routed, group, sizes, rows), group, sizes, query_tile["ROWS"]),
                 for_queries=for_queries and not in_one_kernel,
             )
             max_extra = _max_extra(group.max_queries, sizes) if for_keys else 0

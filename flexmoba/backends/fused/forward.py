@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flexmoba.backends.fused import hopper
 from flexmoba.backends.fused.forward_kernels import attend_kernel, finish_kernel
-from flexmoba.backends.fused.routing import first_rows_of_bins, sort_pairs
+from flexmoba.backends.fused.routing import Rows, sort_pairs
 from flexmoba.backends.fused.schedule import Sizes, sort_groups
 from flexmoba.backends.fused.strides import head_strides, token_stride
 from flexmoba.backends.fused.tile_sizes import forward_constants, has_large_shared_memory
@@ -18,7 +18,7 @@ from flexmoba.selection import BlockSelection
 
 def attend_on_cuda(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Rows | None]:
     """Computes `fused_attention` for a scale that is not negative.
 
     Args:
@@ -30,7 +30,8 @@ def attend_on_cuda(
         is_causal: Whether queries attend to their own blocks.
 
     Returns:
-        The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)`` float32.
+        The output ``(B, Hq, Lq, Dv)``, the log-sum-exp ``(B, Hq, Lq)`` float32, and the sorted
+        pairs of all queries, or None if they were not sorted together.
     """
     q, k, v = (aligned(x) for x in (q, k, v))
     routed, own = packed(selection.routed), None if selection.own is None else packed(selection.own)
@@ -46,10 +47,10 @@ def attend_on_cuda(
     use_hopper = hopper.supports(k, v, sizes, is_causal=is_causal)
     with on_device_of(q):
         # A partial output in half precision and a float32 log-sum-exp for each pair.
-        for group in sort_groups(sizes, (2 * sizes.value_dim + 4) * sizes.count):
+        groups = sort_groups(sizes, (2 * sizes.value_dim + 4) * sizes.count)
+        for group in groups:
             if sizes.count:
-                bins, pairs = sort_pairs(routed, group, sizes)
-                first_rows = first_rows_of_bins(bins, group, sizes)
+                bins, (pairs, first_rows) = sort_pairs(routed, group, sizes)
                 if use_hopper:
                     tiles = hopper.tiles_of(first_rows, group, sizes)
             # Allocated after the sort, which has then freed its buffers.
@@ -89,4 +90,4 @@ def attend_on_cuda(
                     (q.dtype,),
                 )
             del partial_out, partial_lse  # before the next sort group allocates its buffers
-    return out, lse
+    return out, lse, Rows(pairs, first_rows) if sizes.count and len(groups) == 1 else None

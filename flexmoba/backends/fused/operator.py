@@ -1,6 +1,6 @@
 """The fused backend as an operator with a backward pass, and the inputs that it supports."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,27 @@ def fused_attention(
     return out, lse
 
 
+def _attend_and_keep(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routed: Tensor,
+    own: Tensor | None,
+    block_size: int,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, ...]:
+    """Returns the output, the log-sum-exp, and the sorted pairs if the backward pass can use them.
+
+    The operator does not return the pairs, because their number depends on the sizes of a call.
+    """
+    from flexmoba.backends.fused.forward import attend_on_cuda
+
+    selection = BlockSelection(routed, block_size, own)
+    out, lse, rows = attend_on_cuda(q, k, v, selection, scale, is_causal)
+    return (out, lse) if rows is None else (out, lse, *rows)
+
+
 def _attend_here(
     q: Tensor,
     k: Tensor,
@@ -86,9 +107,8 @@ def _attend_here(
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    from flexmoba.backends.fused.forward import attend_on_cuda
-
-    return attend_on_cuda(q, k, v, BlockSelection(routed, block_size, own), scale, is_causal)
+    out, lse, *_ = _attend_and_keep(q, k, v, routed, own, block_size, scale, is_causal)
+    return out, lse
 
 
 def _differentiate_here(
@@ -105,11 +125,27 @@ def _differentiate_here(
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from flexmoba.backends.fused.backward import attend_backward_on_cuda
+    return _differentiate_kept(
+        *(grad_out, grad_lse, out, lse, q, k, v, routed, own, block_size, scale, is_causal)
+    )
 
+
+def _differentiate_kept(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *inputs: Any,
+    kept: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flexmoba.backends.fused.backward import attend_backward_on_cuda
+    from flexmoba.backends.fused.routing import Rows
+
+    q, k, v, routed, own, block_size, scale, is_causal = inputs
     return attend_backward_on_cuda(
-        *(grad_out, grad_lse, out, lse, (q, k, v)),
+        *(grad_out, grad_lse, (out, lse), (q, k, v)),
         *(BlockSelection(routed, block_size, own), scale, is_causal),
+        Rows(*kept) if kept else None,
     )
 
 
@@ -121,5 +157,5 @@ _differentiate = torch.library.custom_op(
 )
 register_attention(_attend, _differentiate, n_tensors=5)
 _attend_if_plain = without_operator(
-    _attend, _differentiate, _attend_here, _differentiate_here, n_tensors=5
+    _attend, _differentiate, _attend_and_keep, _differentiate_kept, n_tensors=5
 )

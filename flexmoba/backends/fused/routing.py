@@ -1,23 +1,43 @@
 """Sorts the pairs of a sort group by block, and divides the rows of each block into items."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from flexmoba.backends.fused.routing_kernels import (
     bin_kernel,
+    count_kernel,
     first_items_kernel,
     first_rows_kernel,
     list_items_kernel,
     list_tiles_kernel,
+    scatter_kernel,
 )
 from flexmoba.backends.fused.schedule import Sizes, SortGroup
+from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.runtime.triton_launch import launch
 
 _BIN_ROWS = 1024
+# Pairs of a chunk of `count_kernel`, and the most chunks times bins of a KV head for which two
+# launches replace a sort of ten. Every chunk reads the counts of all chunks of its KV head.
+_CHUNK, _MAX_COUNTS = 1024, 2**13
 
 
-def sort_pairs(routed: Tensor, group: SortGroup, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """Returns the bin and the pair of every row of a sort group.
+class Rows(NamedTuple):
+    """The sorted pairs of a sort group.
+
+    Attributes:
+        pairs: ``(rows,)`` int32, the pair of each row.
+        first_rows: ``(bins + 1,)`` int32, the first row of each bin.
+    """
+
+    pairs: Tensor
+    first_rows: Tensor
+
+
+def sort_pairs(routed: Tensor, group: SortGroup, sizes: Sizes) -> tuple[Tensor, Rows]:
+    """Sorts the pairs of a sort group by bin.
 
     The sort is stable, so the rows of a bin keep the order of their queries.
 
@@ -27,11 +47,15 @@ def sort_pairs(routed: Tensor, group: SortGroup, sizes: Sizes) -> tuple[Tensor, 
         sizes: The sizes of the call.
 
     Returns:
-        The bins ``(rows,)``, int16 or int32, in ascending order, and the pairs ``(rows,)`` int32.
+        The bin of each row ``(rows,)``, int16 or int32, in ascending order, and the rows.
     """
     n_pairs = group.n_queries * sizes.count
     # A radix sort of two-byte keys is twice as fast as one of four-byte keys.
     dtype = torch.int16 if group.n_kv_heads * (sizes.n_blocks + 1) < 2**15 else torch.int32
+    head_pairs = n_pairs // group.n_kv_heads  # a group of several KV heads holds all their queries
+    n_counts = ceil_div(head_pairs, _CHUNK) * next_power_of_2(sizes.n_blocks + 2)
+    if 0 < n_counts <= _MAX_COUNTS:
+        return _sort_by_counting(routed, group, sizes, dtype)
     bins = routed.new_empty(n_pairs, dtype=dtype)
     launch(
         bin_kernel,
@@ -44,7 +68,26 @@ def sort_pairs(routed: Tensor, group: SortGroup, sizes: Sizes) -> tuple[Tensor, 
         (dtype,),
     )
     bins, pairs = torch.sort(bins, stable=True)
-    return bins, pairs.int()
+    return bins, Rows(pairs.int(), first_rows_of_bins(bins, group, sizes))
+
+
+def _sort_by_counting(
+    routed: Tensor, group: SortGroup, sizes: Sizes, dtype: torch.dtype
+) -> tuple[Tensor, Rows]:
+    """Computes `sort_pairs` for few pairs, where the host limits the speed."""
+    n_pairs = group.n_queries * sizes.count
+    head_pairs = n_pairs // group.n_kv_heads
+    n_chunks, width = ceil_div(head_pairs, _CHUNK), next_power_of_2(sizes.n_blocks + 2)
+    n_programs = group.n_kv_heads * n_chunks
+    counts = routed.new_empty(n_programs, width)
+    bins, pairs = routed.new_empty(n_pairs, dtype=dtype), routed.new_empty(n_pairs)
+    first_rows = routed.new_empty(group.n_kv_heads * (sizes.n_blocks + 1) + 1)
+    numbers = group.first_query * sizes.count, n_pairs, head_pairs, n_chunks, sizes.n_blocks
+    constants = {"CHUNK": _CHUNK, "BINS": width, "CHUNKS": 16}
+    launch(count_kernel, n_programs, (routed, counts, *numbers), constants, ())
+    tensors = routed, counts, bins, pairs, first_rows
+    launch(scatter_kernel, n_programs, (*tensors, *numbers), constants, (dtype,))
+    return bins, Rows(pairs, first_rows)
 
 
 def first_rows_of_bins(bins: Tensor, group: SortGroup, sizes: Sizes) -> Tensor:

@@ -3,6 +3,7 @@
 `kernel_parts` defines the terms and sizes.
 """
 
+import triton
 import triton.language as tl
 
 from flexmoba.runtime.triton_launch import kernel
@@ -23,6 +24,84 @@ def bin_kernel(
     kv_head -= first_query // queries_per_kv_head
     bin = kv_head * (n_blocks + 1) + tl.where(block >= 0, block, n_blocks)
     tl.store(bin_ptr + pair, bin.to(bin_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def blocks_of_chunk(
+    routed_ptr, chunk, n_chunks, first_pair, n_pairs, head_pairs, n_blocks,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Returns the blocks of the pairs of a chunk, and which pairs are in its KV head.
+
+    A KV head has ``n_chunks`` chunks. A pair without a block has the block ``n_blocks``.
+    """
+    row = chunk % n_chunks * CHUNK + tl.arange(0, CHUNK)
+    pair = chunk // n_chunks * head_pairs + row
+    block = tl.load(routed_ptr + first_pair + tl.minimum(pair, n_pairs - 1))
+    return tl.where(block >= 0, block, n_blocks), row < head_pairs
+
+
+@kernel
+def count_kernel(
+    routed_ptr, count_ptr,
+    first_pair: tl.int64, n_pairs: tl.int32, head_pairs: tl.int32, n_chunks: tl.int32,
+    n_blocks: tl.int32,
+    CHUNK: tl.constexpr, BINS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Writes the number of pairs of every block in a chunk of the pairs of a KV head."""
+    chunk = tl.program_id(0)
+    block, real = blocks_of_chunk(
+        routed_ptr, chunk, n_chunks, first_pair, n_pairs, head_pairs, n_blocks, CHUNK
+    )
+    counts = tl.histogram(tl.where(real, block, BINS - 1), BINS)
+    tl.store(count_ptr + chunk * BINS + tl.arange(0, BINS), counts)
+
+
+@kernel
+def scatter_kernel(
+    routed_ptr, count_ptr, bin_ptr, pair_ptr, first_row_ptr,
+    first_pair: tl.int64, n_pairs: tl.int32, head_pairs: tl.int32, n_chunks: tl.int32,
+    n_blocks: tl.int32,
+    CHUNK: tl.constexpr, BINS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Writes the pairs of a chunk, and their bins, to their places in the order of bins.
+
+    The first chunk of a KV head also writes the first row of each of its bins.
+    """
+    chunk = tl.program_id(0)
+    kv_head, chunk_of_head = chunk // n_chunks, chunk % n_chunks
+    bin = tl.arange(0, BINS)
+    # Pairs of each bin in all chunks of the KV head, and in the chunks before this one.
+    total, before = tl.zeros([BINS], tl.int32), tl.zeros([BINS], tl.int32)
+    for start in range(0, n_chunks, CHUNKS):
+        other = start + tl.arange(0, CHUNKS)
+        counts = tl.load(
+            count_ptr + (kv_head * n_chunks + other)[:, None] * BINS + bin[None, :],
+            mask=(other < n_chunks)[:, None] & (bin <= n_blocks)[None, :],
+            other=0,
+        )
+        total += tl.sum(counts, 0)
+        before += tl.sum(tl.where((other < chunk_of_head)[:, None], counts, 0), 0)
+    first_row = kv_head * head_pairs + tl.cumsum(total) - total
+    if chunk_of_head == 0:
+        bins_before = kv_head * (n_blocks + 1)
+        tl.store(first_row_ptr + bins_before + bin, first_row, mask=bin <= n_blocks)
+        if (kv_head + 1) * head_pairs == n_pairs:
+            tl.store(first_row_ptr + bins_before + n_blocks + 1, n_pairs)
+    own = tl.load(count_ptr + chunk * BINS + bin)
+    shift = first_row + before - (tl.cumsum(own) - own)
+    block, real = blocks_of_chunk(
+        routed_ptr, chunk, n_chunks, first_pair, n_pairs, head_pairs, n_blocks, CHUNK
+    )
+    # Sorts blocks and rows together: of equal blocks, the earlier row comes first.
+    key = tl.where(real, block, BINS - 1) * CHUNK + tl.arange(0, CHUNK)
+    key = tl.sort(key)
+    block, row = key // CHUNK, key % CHUNK + chunk_of_head * CHUNK
+    place = tl.gather(shift, block, 0) + tl.arange(0, CHUNK)
+    real = row < head_pairs
+    tl.store(pair_ptr + place, kv_head * head_pairs + row, mask=real)
+    bins = kv_head * (n_blocks + 1) + block
+    tl.store(bin_ptr + place, bins.to(bin_ptr.dtype.element_ty), mask=real)
 
 
 @kernel

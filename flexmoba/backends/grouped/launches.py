@@ -10,7 +10,6 @@ from flexmoba.backends.fused.backward_kernels import sum_extra_kernel
 from flexmoba.backends.fused.routing import (
     blocks_of_items,
     first_items_of_blocks,
-    first_rows_of_bins,
     sort_pairs,
 )
 from flexmoba.backends.fused.schedule import Sizes, SortGroup
@@ -104,8 +103,7 @@ def attend_backward_on_cuda(
         tokens = replace(sizes, heads=sizes.kv_heads)
         n_kv_heads = sizes.batch * sizes.kv_heads
         group = SortGroup(0, n_kv_heads * sizes.q_len, 0, n_kv_heads, [])
-        bins, pairs = sort_pairs(selected, group, tokens)
-        first_rows = first_rows_of_bins(bins, group, tokens)
+        _, (pairs, first_rows) = sort_pairs(selected, group, tokens)
         all_blocks = n_kv_heads * sizes.n_blocks
         item_rows = max(_LEAST_ITEM, _ITEM_FACTOR * (pairs.shape[0] // all_blocks))
         first_item, first_extra, _ = first_items_of_blocks(first_rows, item_rows, 64, group, tokens)
