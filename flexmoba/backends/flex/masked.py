@@ -99,26 +99,6 @@ def range_attention(
     )
 
 
-def range_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first_key: Tensor | None,
-    end_key: Tensor,
-    options: AttentionOptions,
-) -> tuple[Tensor, Tensor]:
-    """Computes attention of each query to a range of keys; see `attend.range_attention`."""
-    return _run(
-        _attend_within_ranges,
-        *(q, k, v, end_key[None, None], None),  # lengths vary in the third dimension
-        None if first_key is None else first_key[:, None],
-        scale=options.scale,
-        kernel_options=options.kernel_options,
-        # Keys are padded to full stretches. Without checks of bounds, the kernels are faster.
-        divisible=bool(q.shape[2] % TILE == 0) or None,
-    )
-
-
 def tile_gate_attention(
     q: Tensor,
     k: Tensor,
@@ -233,34 +213,6 @@ def _attend_within_windows(
     mask = window_mask(first_key[:, 0], longest)
     score_mod = _remap_indices(score_mod, q, k, query_indices, key_position)
     return call_flex(q, k, v, mask, scale, kernel_options, score_mod, divisible=divisible)
-
-
-def _attend_within_ranges(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    end_key: Tensor,
-    query_indices: None,
-    key_position: None,
-    first_key: Tensor | None,
-    *,
-    score_mod: None,
-    scale: float,
-    kernel_options: Mapping[str, Any],
-    divisible: bool | None,
-) -> tuple[Tensor, Tensor]:
-    # One program of the backward pass computes the gradients of a stretch of keys from all heads
-    # that share it. With few keys for many queries, these would be few programs with much work.
-    group = q.shape[1] // k.shape[1]
-    k, v = (
-        F.pad(x, (0, 0, 0, -x.shape[2] % TILE))[:, :, None]
-        .expand(-1, -1, group, -1, -1)
-        .flatten(1, 2)
-        .contiguous()  # one KV head would be a view without a stride over heads
-        for x in (k, v)
-    )
-    mask = range_mask(None if first_key is None else first_key[:, 0], end_key[0, 0], k.shape[2])
-    return call_flex(q, k, v, mask, scale, kernel_options, divisible=divisible)
 
 
 def _attend_within_ranges(
