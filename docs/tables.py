@@ -160,7 +160,12 @@ def rates() -> str:
 def scaling() -> str:
     """Returns the measured results, a table for each number of GPUs."""
     runs = [[x for x in (name, f"{name}-4m") if has(x)] for name in RUNS]
-    return "\n\n".join(measured(*map(read, names)) for names in runs if names)
+    return "\n\n".join(f"{measured(*map(read, x))}\n\n{sources(x)}" for x in runs if x)
+
+
+def sources(names: list[str]) -> str:
+    """Returns links to reports of docs/scaling/."""
+    return f"Raw results: {', '.join(f'[`{x}.json`](scaling/{x}.json)' for x in names)}."
 
 
 def modeled(report: dict[str, Any], x: dict[str, Any]) -> Cost:
@@ -213,7 +218,8 @@ def measured(*reports: dict[str, Any]) -> str:
 
 def training() -> str:
     """Returns the measured training steps, and the first steps of runs that had no other."""
-    reports = [read(f"{name}-training") for name in RUNS if has(f"{name}-training")]
+    names = [f"{name}-training" for name in RUNS if has(f"{name}-training")]
+    reports, links = [read(name) for name in names], sources(names)
     rows, more = [], ""
     for x in reports:
         o = x["options"]
@@ -228,14 +234,14 @@ def training() -> str:
                 f"\n\nA run with {tokens} tokens on {gpus} GPUs made only its first step, which "
                 f"compiles: {first[2]:.0f} s, with a peak of {peak:.1f} GiB on a GPU."
             )
-    names = ["parameters", "GPUs", "tokens", "block, topk", "seconds of a step", "tokens/s"]
+    columns = ["parameters", "GPUs", "tokens", "block, topk", "seconds of a step", "tokens/s"]
     x = reports[0]
     about = (
         f"One context of random bytes on {x['device']}, torch {x['versions']['torch']}, bfloat16 "
         f"autocast, {x['options']['layers']} layers of width {x['options']['dim']}, with "
         '`--fsdp --recompute` and `exchange="gather"`:'
     )
-    return f"{about}\n\n{table([*names, 'peak GiB of a GPU'], rows)}{more}"
+    return f"{about}\n\n{table([*columns, 'peak GiB of a GPU'], rows)}{more}\n\n{links}"
 
 
 def ms(seconds: float) -> str:

@@ -98,5 +98,8 @@ def test_measured_results_fill_a_table(tables):
 def test_measured_training_steps_fill_a_table(tables):
     lines = tables["training"]().splitlines()
     assert lines[4] == "| 1.01B | 2 | 512K | 4096, 12 | 25.5 | 20,560 | 70.0 |"
-    assert "1M tokens on 4 GPUs made only its first step" in lines[-1]
-    assert "77 s, with a peak of 60.0 GiB" in lines[-1]
+    assert "1M tokens on 4 GPUs made only its first step" in lines[-3]
+    assert "77 s, with a peak of 60.0 GiB" in lines[-3]
+    assert lines[-1].endswith(
+        "(scaling/x2-training.json), [`x4-training.json`](scaling/x4-training.json)."
+    )
