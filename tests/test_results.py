@@ -218,6 +218,23 @@ def test_the_numbers_of_the_text_on_needles_are_those_of_the_results(needles):
     assert f"finds {eight[0]} of 25 needles at 8,192 tokens, and {eight[1]} with" in text
 
 
+def test_the_table_of_remedies_is_that_of_the_results():
+    file = DOCS / "results" / "smollm2-retrieval-2k-cpu.json"
+    report = json.loads(file.read_text())
+    o = report["options"]
+    assert (o["tasks"], o["lengths"], o["samples"]) == (["single"], [2048], 25)
+    names = {"full": "full", "64x8": "64 x 8", "sub8": "sub-blocks of 8"}
+    names["full-decode"] = "full attention in decoding"
+    rows = []
+    for attention, tasks in report["right"].items():
+        name = ", ".join(names.get(x, x) for x in attention.split("+"))
+        rows.append([name, str(sum(tasks["single"]["2048"]))])
+    assert table("Two remedies") == rows
+    _, plain, finer, decoded = (count for _, count in rows)
+    assert f"find {finer} needles instead of {plain}," in page()
+    assert f"**Full attention in decoding** finds {decoded}." in page()
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/transformers.md"])
 def test_pages_quote_the_needles(needles, name):
     moba, full = (sum(needles[x]["single"]["8192"]) for x in ("64x16+sink", "full"))
