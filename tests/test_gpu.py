@@ -785,7 +785,7 @@ def test_chunks_of_one_length(n):
     torch.testing.assert_close(torch.cat(parts, 2), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("length", [1, 100, 130])
+@pytest.mark.parametrize("length", [1, 100, 130, 256])
 def test_windows_of_few_tiles(length):
     problem = variant(batch=1, q_len=length, kv_len=length)
     inputs = problem.tensors("cuda")
