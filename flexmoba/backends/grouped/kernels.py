@@ -152,6 +152,52 @@ def query_grads_kernel(
     store_rows(d_q_ptr, row * DIM, valid, d_q * scale, DIM, TILE_DIM)
 
 
+@triton.jit
+def first_pair_from(pair_ptr, begin, end, token, COUNT: tl.constexpr):
+    """Returns the index of the first pair whose token, over all KV heads, is at least ``token``."""
+    while begin < end:
+        middle = (begin + end) // 2
+        if tl.load(pair_ptr + middle) // COUNT < token:
+            begin = middle + 1
+        else:
+            end = middle
+    return begin
+
+
+@triton.jit
+def add_tokens(
+    q_ptr, grad_ptr, lse_ptr, delta_ptr, pair_ptr, k, v, key, kv_head, q_len, kv_len,
+    q_stride_h, grad_stride_h, begin, end, start, d_k, d_v, factor,
+    GROUP: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr,
+    DIM: tl.constexpr, TILE_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, TILE_VALUE_DIM: tl.constexpr,
+    Q_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds the contribution of a tile of query heads of tokens to the gradients of keys.
+
+    The rows are the query heads of the tokens of the pairs from ``begin`` to ``end``; ``start`` is
+    the first row.
+    """
+    n_rows = (end - begin) * GROUP
+    row = start + tl.arange(0, ROWS)
+    valid = row < n_rows
+    row = tl.minimum(row, n_rows - 1)
+    head = row % GROUP
+    query = tl.load(pair_ptr + begin + row // GROUP) // COUNT - kv_head * q_len
+    token = query.to(tl.int64)
+    offset = head * q_stride_h * UNIT + token * Q_STRIDE
+    q = load_rows(q_ptr, offset, DIM, TILE_DIM)
+    offset = head * grad_stride_h * UNIT + token * GRAD_STRIDE
+    grad = load_rows(grad_ptr, offset, VALUE_DIM, TILE_VALUE_DIM)
+    flat = (kv_head.to(tl.int64) * GROUP + head) * q_len + token
+    # Repetitions of a clamped row get weight 0.
+    lse = tl.where(valid, tl.load(lse_ptr + flat) * LOG2_E, float("inf"))
+    delta = tl.load(delta_ptr + flat)
+    visible = key[:, None] <= (query + kv_len - q_len)[None, :]
+    d_k, d_v, _ = add_key_grads(q, k, v, grad, lse, delta, visible, d_k, d_v, factor, MASKED)
+    return d_k, d_v
+
+
 @kernel
 def key_grads_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, d_k_ptr, d_v_ptr, extra_ptr,
@@ -187,28 +233,28 @@ def key_grads_kernel(
     v = load_rows(v_ptr, real_key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
     q_ptr += head_offset(kv_head, kv_heads, q_stride_b, q_stride_h * GROUP, UNIT)
     grad_ptr += head_offset(kv_head, kv_heads, grad_stride_b, grad_stride_h * GROUP, UNIT)
-    first_flat = kv_head.to(tl.int64) * GROUP * q_len
     d_k = tl.zeros([KEYS, TILE_DIM], tl.float32)
     d_v = tl.zeros([KEYS, TILE_VALUE_DIM], tl.float32)
-    n_rows = (end - begin) * GROUP
-    for start in range(0, n_rows, ROWS):
-        row = start + tl.arange(0, ROWS)
-        valid = row < n_rows
-        row = tl.minimum(row, n_rows - 1)
-        head = row % GROUP
-        query = tl.load(pair_ptr + begin + row // GROUP) // COUNT - kv_head * q_len
-        token = query.to(tl.int64)
-        offset = head * q_stride_h * UNIT + token * Q_STRIDE
-        q = load_rows(q_ptr, offset, DIM, TILE_DIM)
-        offset = head * grad_stride_h * UNIT + token * GRAD_STRIDE
-        grad = load_rows(grad_ptr, offset, VALUE_DIM, TILE_VALUE_DIM)
-        flat = first_flat + head.to(tl.int64) * q_len + token
-        lse = tl.load(lse_ptr + flat) * LOG2_E
-        delta = tl.load(delta_ptr + flat)
-        visible = real[:, None] & valid[None, :]
-        if IS_CAUSAL:
-            visible = visible & (key[:, None] <= (query + kv_len - q_len)[None, :])
-        d_k, d_v, _ = add_key_grads(q, k, v, grad, lse, delta, visible, d_k, d_v, factor, True)
+    # Tokens of a block ascend. Those from its last key on see all keys, and a mask takes registers.
+    middle = begin
+    if IS_CAUSAL:
+        middle = first_pair_from(
+            pair_ptr, begin, end, kv_head * q_len + block_end - 1 - (kv_len - q_len), COUNT
+        )
+        for start in range(0, (middle - begin) * GROUP, ROWS):
+            d_k, d_v = add_tokens(
+                q_ptr, grad_ptr, lse_ptr, delta_ptr, pair_ptr, k, v, key, kv_head, q_len, kv_len,
+                q_stride_h, grad_stride_h, begin, middle, start, d_k, d_v, factor,
+                GROUP, COUNT, ROWS, DIM, TILE_DIM, VALUE_DIM, TILE_VALUE_DIM,
+                Q_STRIDE, GRAD_STRIDE, UNIT, True,
+            )  # fmt: skip
+    for start in range(0, (end - middle) * GROUP, ROWS):
+        d_k, d_v = add_tokens(
+            q_ptr, grad_ptr, lse_ptr, delta_ptr, pair_ptr, k, v, key, kv_head, q_len, kv_len,
+            q_stride_h, grad_stride_h, middle, end, start, d_k, d_v, factor,
+            GROUP, COUNT, ROWS, DIM, TILE_DIM, VALUE_DIM, TILE_VALUE_DIM,
+            Q_STRIDE, GRAD_STRIDE, UNIT, False,
+        )  # fmt: skip
     if tl.load(first_item_ptr + block + 1) - tl.load(first_item_ptr + block) == 1:
         offset = kv_head.to(tl.int64) * kv_len + key
         store_rows(d_k_ptr, offset * DIM, real, d_k * scale, DIM, TILE_DIM)
