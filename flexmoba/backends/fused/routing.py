@@ -20,7 +20,7 @@ from flexmoba.runtime.triton_launch import launch
 
 _BIN_ROWS = 1024
 # Pairs of a chunk of `count_kernel`, and the most bins, and chunks times bins, of a KV head for
-# which two launches replace a sort of ten. Every chunk reads the counts of all chunks of its KV
+# which two launches replace those of a sort. Every chunk reads the counts of all chunks of its KV
 # head, and keeps those of some chunks in registers.
 _CHUNK, _MAX_BINS, _MAX_COUNTS, _COUNTS_AT_ONCE = 1024, 512, 2**13, 4096
 
