@@ -19,9 +19,10 @@ from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.runtime.triton_launch import launch
 
 _BIN_ROWS = 1024
-# Pairs of a chunk of `count_kernel`, and the most chunks times bins of a KV head for which two
-# launches replace a sort of ten. Every chunk reads the counts of all chunks of its KV head.
-_CHUNK, _MAX_COUNTS = 1024, 2**13
+# Pairs of a chunk of `count_kernel`, and the most bins, and chunks times bins, of a KV head for
+# which two launches replace those of a sort. Every chunk reads the counts of all chunks of its KV
+# head, and keeps those of some chunks in registers.
+_CHUNK, _MAX_BINS, _MAX_COUNTS, _COUNTS_AT_ONCE = 1024, 512, 2**13, 4096
 
 
 class Rows(NamedTuple):
@@ -53,8 +54,8 @@ def sort_pairs(routed: Tensor, group: SortGroup, sizes: Sizes) -> tuple[Tensor, 
     # A radix sort of two-byte keys is twice as fast as one of four-byte keys.
     dtype = torch.int16 if group.n_kv_heads * (sizes.n_blocks + 1) < 2**15 else torch.int32
     head_pairs = n_pairs // group.n_kv_heads  # a group of several KV heads holds all their queries
-    n_counts = ceil_div(head_pairs, _CHUNK) * next_power_of_2(sizes.n_blocks + 2)
-    if 0 < n_counts <= _MAX_COUNTS:
+    width = next_power_of_2(sizes.n_blocks + 2)
+    if width <= _MAX_BINS and 0 < ceil_div(head_pairs, _CHUNK) * width <= _MAX_COUNTS:
         return _sort_by_counting(routed, group, sizes, dtype)
     bins = routed.new_empty(n_pairs, dtype=dtype)
     launch(
@@ -83,7 +84,7 @@ def _sort_by_counting(
     bins, pairs = routed.new_empty(n_pairs, dtype=dtype), routed.new_empty(n_pairs)
     first_rows = routed.new_empty(group.n_kv_heads * (sizes.n_blocks + 1) + 1)
     numbers = group.first_query * sizes.count, n_pairs, head_pairs, n_chunks, sizes.n_blocks
-    constants = {"CHUNK": _CHUNK, "BINS": width, "CHUNKS": 16}
+    constants = {"CHUNK": _CHUNK, "BINS": width, "CHUNKS": min(16, _COUNTS_AT_ONCE // width)}
     launch(count_kernel, n_programs, (routed, counts, *numbers), constants, ())
     tensors = routed, counts, bins, pairs, first_rows
     launch(scatter_kernel, n_programs, (*tensors, *numbers), constants, (dtype,))
