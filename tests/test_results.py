@@ -230,9 +230,11 @@ def test_the_table_of_remedies_is_that_of_the_results():
         name = ", ".join(names.get(x, x) for x in attention.split("+"))
         rows.append([name, str(sum(tasks["single"]["2048"]))])
     assert table("Two remedies") == rows
-    _, plain, finer, decoded = (count for _, count in rows)
+    full, plain, finer, decoded, together = (count for _, count in rows)
     assert f"find {finer} needles instead of {plain}," in page()
     assert f"**Full attention in decoding** finds {decoded}." in page()
+    assert together == full
+    assert f"**Both together** find {together}, as many as full attention." in page()
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/transformers.md"])
