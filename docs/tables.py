@@ -189,8 +189,7 @@ def measured(*reports: dict[str, Any]) -> str:
         "exposed": lambda x: f"{x['both_exposed']:.1%}",
         "imbalance": lambda x: f"{x['both_imbalance']:.1%}",
         "peak GiB": lambda x: f"{(x.get('both_MiB') or x['forward_MiB']) / 1024:.1f}",
-        "modeled ms": lambda x: ms(x["modeled"].total),
-        "modeled exposed": lambda x: f"{x['modeled'].exposed:.1%}",
+        "modeled": lambda x: f"{ms(x['modeled'].total)} ({x['modeled'].exposed:.1%})",
     }
     results = [
         x | ({"modeled": modeled(report, x)} if x["ranks"] > 1 else {})

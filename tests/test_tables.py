@@ -83,15 +83,15 @@ def test_measured_results_fill_a_table(tables):
     lines = tables["scaling"]().splitlines()
     assert "2 NVIDIA H100 of one host, torch 2.11.0" in lines[0]
     assert "150 to 160 GB/s" in lines[0]
-    assert lines[2].endswith("| exposed | imbalance | peak GiB | modeled ms | modeled exposed |")
+    assert lines[2].endswith("| exposed | imbalance | peak GiB | modeled |")
     cost = estimate(SpreadCall(32, 8, 2**20, 4096, 12), 2, tables["machine"](), "gather")
     two = reports()["x2"]["results"][1]
     both, exposed = two["both_ms"], 1 - two["compute_both_ms"] / two["both_ms"]
     assert lines[5] == (
         f"| 2 | 1M | gather | {cost.total * 1e3:,.0f} | {both:,.0f} | 1.95 | 0.95 | 0.4% |  | 68.0 "
-        f"| {both:,.0f} | {exposed:.1%} |"
+        f"| {both:,.0f} ({exposed:.1%}) |"
     )
-    assert lines[6] == "| 1 | 4M | out of memory |  |  |  |  |  |  |  |  |  |"
+    assert lines[6] == "| 1 | 4M | out of memory |  |  |  |  |  |  |  |  |"
     assert lines[7].startswith("| 2 | 4M | gather | 3,714 |  |  | 0.90 |  |  | 55.0 |")
 
 
