@@ -8,11 +8,10 @@ from flexmoba.backends.attend import (
     attend,
     attend_selected,
     check_selected_values,
-    range_attention,
     window_attention,
 )
 from flexmoba.backends.choice import resolve, resolve_shared, why_not
-from flexmoba.backends.flex import full_mask, run_compiled, selection_mask
+from flexmoba.backends.flex import full_mask, range_attention, run_compiled, selection_mask
 from flexmoba.backends.merge import merge_two
 from flexmoba.backends.options import IMPLS, AttentionOptions, ImplName
 from flexmoba.backends.score_mod import ScoreMod, apply_score_mod

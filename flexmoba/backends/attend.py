@@ -226,32 +226,6 @@ def window_attention(
     return portable_attention(q, k, v, selection, options, modifier, first_key=first_key)
 
 
-def range_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first_key: Tensor | None,
-    end_key: Tensor,
-    options: AttentionOptions,
-) -> tuple[Tensor, Tensor]:
-    """Computes attention of each query to a range of keys, by FlexAttention.
-
-    Args:
-        q: Queries, ``(B, Hq, Lq, D)``.
-        k: Keys, ``(B, Hkv, Lk, D)``.
-        v: Values, ``(B, Hkv, Lk, Dv)``.
-        first_key: ``(B, Lq)`` int32, the first key of each query, or None for key 0; it never
-            decreases along a row.
-        end_key: ``(Lq,)`` int32, the end of the keys of each query; it never decreases.
-        options: The options; the backend is not ``"portable"``.
-
-    Returns:
-        The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``; zeros and -inf for a
-        query without keys.
-    """
-    return flex.range_attention(q, k, v, first_key, end_key, options)
-
-
 def in_place_attention(
     q: Tensor,
     k: Tensor,

@@ -59,7 +59,6 @@ def without_operator(
     """
     derivative = _derivative(backward_function, passes_kept=True)
     derivative_by_operator = _derivative(backward)
-
     save = _saving(n_tensors)
 
     class Eager(torch.autograd.Function):

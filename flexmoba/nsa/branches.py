@@ -101,7 +101,7 @@ def _attend_by_strides(
     if first_block is None:
         out, aux = flex_moba(
             *(heads, k_cmp, v_cmp, TILE, None),
-            scale=scale,
+            scale=scale,  # not options.scale, which is symbolic in a traced call with None
             impl="portable",
             return_aux=AuxRequest(lse=True),
         )

@@ -88,7 +88,21 @@ def range_attention(
     end_key: Tensor,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Computes attention of each query to a range of keys; see `attend.range_attention`."""
+    """Computes attention of each query to a range of keys.
+
+    Args:
+        q: Queries, ``(B, Hq, Lq, D)``.
+        k: Keys, ``(B, Hkv, Lk, D)``.
+        v: Values, ``(B, Hkv, Lk, Dv)``.
+        first_key: ``(B, Lq)`` int32, the first key of each query, or None for key 0; it never
+            decreases along a row.
+        end_key: ``(Lq,)`` int32, the end of the keys of each query; it never decreases.
+        options: The options; the backend is not ``"portable"``.
+
+    Returns:
+        The output ``(B, Hq, Lq, Dv)`` and the log-sum-exp ``(B, Hq, Lq)``; zeros and -inf for a
+        query without keys.
+    """
     return _run(
         _attend_within_ranges,
         *(q, k, v, end_key[None, None], None),  # lengths vary in the third dimension

@@ -76,22 +76,15 @@ def fused_attention(
     return out, lse
 
 
-def _attend_and_keep(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routed: Tensor,
-    own: Tensor | None,
-    block_size: int,
-    scale: float,
-    is_causal: bool,
-) -> tuple[Tensor, ...]:
+def _attend_and_keep(*inputs: Any) -> tuple[Tensor, ...]:
     """Returns the output, the log-sum-exp, and the sorted pairs if the backward pass can use them.
 
-    The operator does not return the pairs, because their number depends on the sizes of a call.
+    The inputs are those of `_attend_here`, which leaves out the pairs: an operator cannot return
+    tensors whose number depends on the sizes of a call.
     """
     from flexmoba.backends.fused.forward import attend_on_cuda
 
+    q, k, v, routed, own, block_size, scale, is_causal = inputs
     selection = BlockSelection(routed, block_size, own)
     out, lse, rows = attend_on_cuda(q, k, v, selection, scale, is_causal)
     return (out, lse) if rows is None else (out, lse, *rows)
