@@ -273,7 +273,7 @@ def reference_attention(
             torch.arange(q.shape[1], device=q.device)[:, None, None],
             query_positions[:, None],
             key_positions,
-        )
+        ).to(q.dtype)  # a score_mod that adds float32 tensors promotes lower precisions
     scores = scores.masked_fill(~mask, float("-inf"))
     # The softmax of a query without keys would be NaN; it is defined as zeros here.
     blind = ~mask.any(-1, keepdim=True)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flexmoba import MobaCache, flex_moba, moba_reference, moba_select, selected_attention
 from flexmoba.backends.flex.block_masks import materialize, materialize_all
+from flexmoba.backends.flex.range_mask import range_lists
 from flexmoba.backends.grouped import grouped_attention
 from flexmoba.flops import pairs
 from flexmoba.nsa import NsaCache, flex_nsa, nsa_select
@@ -259,6 +260,9 @@ def test_operators():
         flex_moba(*inputs, 16, 3, key_padding_mask=real).sum().backward()
         materialize(real)
         materialize_all([real, real.mT])
+        range_lists(
+            torch.arange(300, dtype=torch.int32).repeat(2, 1) // 2, torch.arange(300).int(), 299
+        )
         cache = MobaCache(1, 2, 8, block_size=16, dtype=torch.float64)
         flex_moba(*(x.detach() for x in inputs), 16, 3, cache=cache)
         cache.next_positions(1)

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flexmoba import moba_reference
 from flexmoba.reference import reference_attention, reference_mask, reference_selection
-from tests.problems import problems
+from tests.problems import Problem, problems
 
 double = st.just(torch.float64)
 
@@ -188,3 +188,18 @@ def test_mask_is_selected_blocks_and_causality(problem):
             visible = not problem.is_causal or key <= i + problem.offset
             seen = selected[:, i, key // problem.block_size] & visible
             assert mask[0, :, i, key].tolist() == seen.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_score_mod_of_float32_keeps_the_dtype(dtype):
+    q, k, v = Problem(q_len=5, kv_len=5, dtype=dtype).tensors()
+    bias = torch.ones(5)
+    mask = torch.ones(*q.shape[:2], 5, 5, dtype=torch.bool)
+    out, lse = reference_attention(
+        q, k, v, mask, score_mod=lambda score, b, h, query, key: score + bias[key]
+    )
+    plain, plain_lse = reference_attention(q, k, v, mask)
+    assert out.dtype == lse.dtype == dtype
+    tolerance = {torch.bfloat16: 0.05, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(out, plain, atol=tolerance, rtol=0)
+    torch.testing.assert_close(lse, plain_lse + 1, atol=tolerance, rtol=0)

@@ -17,20 +17,7 @@ def range_mask(first_key: Tensor | None, end_key: Tensor, kv_len: int) -> BlockM
             at or before its first key sees none.
         kv_len: Number of keys, at least as many as the last query sees.
     """
-    q_len, device = end_key.shape[0], end_key.device
-    first_row = torch.arange(ceil_div(q_len, TILE), device=device) * TILE
-    last_row = (first_row + TILE - 1).clamp(max=q_len - 1)
-    begin = torch.arange(ceil_div(kv_len, TILE), device=device) * TILE  # of the stretches of keys
-    zero = torch.zeros_like(end_key)[None]
-    first = zero if first_key is None else first_key
-    lowest, highest = (first[:, None, rows, None] for rows in (first_row, last_row))
-    visited = (begin < end_key[last_row, None]) & (begin + TILE > lowest)
-    visited = visited & (lowest < end_key[last_row, None])
-    is_full = (begin + TILE <= end_key[first_row, None]) & (begin >= highest)
-    # Short tiles and stretches at the ends are partial, so that the kernel checks their bounds.
-    is_full = is_full & (begin + TILE <= kv_len) & (first_row[:, None] + TILE <= q_len)
-    partial = visited & ~is_full
-
+    lists = iter(range_lists(first_key, end_key, kv_len))
     end = materialize(end_key)  # see `selection_mask`
     start = None if first_key is None else materialize(first_key)
 
@@ -38,5 +25,37 @@ def range_mask(first_key: Tensor | None, end_key: Tensor, kv_len: int) -> BlockM
         visible: Tensor = key < end[query]
         return visible if start is None else visible & (key >= start[b, query])
 
+    return block_mask_of((end_key.shape[0], kv_len), mask_mod, *zip(lists, lists, strict=True))
+
+
+# An operator, because Inductor of torch 2.11 fuses the count of the visited stretches with their
+# conversion for argsort, and cannot split the loop if both numbers of tiles are symbolic.
+@torch.library.custom_op("flexmoba::range_lists", mutates_args=())
+def range_lists(first_key: Tensor | None, end_key: Tensor, kv_len: int) -> list[Tensor]:
+    """Returns count and entries of the partial and the full lists, and of their transposed ones."""
+    q_len, device = end_key.shape[0], end_key.device
+    first_row = torch.arange(ceil_div(q_len, TILE), device=device) * TILE
+    last_row = (first_row + TILE - 1).clamp(max=q_len - 1)
+    begin = torch.arange(ceil_div(kv_len, TILE), device=device) * TILE  # of the stretches of keys
+    first = torch.zeros_like(end_key)[None] if first_key is None else first_key
+    lowest, highest = (first[:, None, rows, None] for rows in (first_row, last_row))
+    visited = (begin < end_key[last_row, None]) & (begin + TILE > lowest)
+    visited = visited & (lowest < end_key[last_row, None])
+    is_full = (begin + TILE <= end_key[first_row, None]) & (begin >= highest)
+    # Short tiles and stretches at the ends are partial, so that the kernel checks their bounds.
+    is_full = is_full & (begin + TILE <= kv_len) & (first_row[:, None] + TILE <= q_len)
+    partial = visited & ~is_full
     lists = (lists_of(x) for x in (partial, is_full, partial.mT, is_full.mT))
-    return block_mask_of((q_len, kv_len), mask_mod, *lists)
+    return [x.int().contiguous() for pair in lists for x in pair]
+
+
+@range_lists.register_fake
+def _(first_key: Tensor | None, end_key: Tensor, kv_len: int) -> list[Tensor]:
+    tiles, stretches = ceil_div(end_key.shape[0], TILE), ceil_div(kv_len, TILE)
+    batch = 1 if first_key is None else first_key.shape[0]
+
+    return [
+        end_key.new_empty(batch, 1, *sizes)
+        for rows, columns in [(tiles, stretches)] * 2 + [(stretches, tiles)] * 2
+        for sizes in [(rows,), (rows, columns)]
+    ]
