@@ -24,7 +24,9 @@ from flexmoba.distributed.cost import Cost
 DOCS = Path(__file__).parent
 PAGE = DOCS / "distributed.md"
 SCALING = runpy.run_path(str(DOCS.parent / "examples" / "scaling.py"))
-RUNS = ("h200-x2", "h200-x4", "h200-x8")
+RUNS = ("h100-x2", "h100-x4")  # runs of one kind of GPU, which the model is fitted to
+LONG_RUNS = ("h200-x2-4m", "h200-x4-4m")
+TRAINING = ("h200-x2-training", "h100-x4-training")
 SELECTED = DOCS / "scaling" / "selected-blocks-smollm2-8k.json"
 NETWORK = 5e10  # bytes per second, an assumption: InfiniBand of 400 Gbit/s for each GPU
 CALL = SpreadCall(heads=32, kv_heads=8, length=2**20, block_size=4096, topk=12)
@@ -43,11 +45,6 @@ def read(name: str) -> dict[str, Any]:
     return report
 
 
-def has(name: str) -> bool:
-    """Returns whether docs/scaling/ has a report."""
-    return (DOCS / "scaling" / f"{name}.json").is_file()
-
-
 def options_of(report: dict[str, Any]) -> Namespace:
     """Returns the options of a run of `examples/scaling.py` that its model needs."""
     names = ("heads", "kv_heads", "head_dim", "block_size", "topk")
@@ -57,8 +54,8 @@ def options_of(report: dict[str, Any]) -> Namespace:
 
 @functools.cache
 def machine() -> Machine:
-    """Returns the rates that fit all measured runs, with the assumed network."""
-    reports = [read(name) for name in RUNS if has(name)]
+    """Returns the rates that fit the runs of `RUNS`, with the assumed network."""
+    reports = [read(name) for name in RUNS]
     results = [x for report in reports for x in report["results"]]
     found: Machine = SCALING["machine_of"](results, options_of(reports[0]))
     return found._replace(network=NETWORK)
@@ -158,12 +155,21 @@ def rates() -> str:
 
 
 def scaling() -> str:
-    """Returns the measured results, a table for each number of GPUs."""
-    runs = [[x for x in (name, f"{name}-4m") if has(x)] for name in RUNS]
-    return "\n\n".join(f"{measured(*map(read, x))}\n\n{sources(x)}" for x in runs if x)
+    """Returns the measured results: one table for each run of `RUNS`, one for the long runs."""
+    (sizes,) = {tuple(vars(options_of(read(x))).items()) for x in (*RUNS, *LONG_RUNS)}
+    o = Namespace(**dict(sizes))
+    about = (
+        f"All runs: {o.heads} query heads, {o.kv_heads} KV heads, head dim {o.head_dim}, block "
+        f"{o.block_size}, topk {o.topk}, bfloat16."
+    )
+    runs = [
+        f"{measured(list(map(read, names)), is_modeled=names != LONG_RUNS)}\n\n{sources(names)}"
+        for names in (*((name,) for name in RUNS), LONG_RUNS)
+    ]
+    return "\n\n".join([about, *runs])
 
 
-def sources(names: list[str]) -> str:
+def sources(names: tuple[str, ...]) -> str:
     """Returns links to reports of docs/scaling/."""
     return f"Raw results: {', '.join(f'[`{x}.json`](scaling/{x}.json)' for x in names)}."
 
@@ -175,8 +181,8 @@ def modeled(report: dict[str, Any], x: dict[str, Any]) -> Cost:
     return estimate(call, x["ranks"], machine(), x["exchange"], backward=backward)
 
 
-def measured(*reports: dict[str, Any]) -> str:
-    """Returns the results of runs of `examples/scaling.py` on the same GPUs."""
+def measured(reports: list[dict[str, Any]], *, is_modeled: bool) -> str:
+    """Returns the results of runs of `examples/scaling.py`, without columns that are empty."""
     rows = []
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "GPUs": lambda x: str(x["ranks"]),
@@ -192,7 +198,7 @@ def measured(*reports: dict[str, Any]) -> str:
         "modeled": lambda x: f"{ms(x['modeled'].total)} ({x['modeled'].exposed:.1%})",
     }
     results = [
-        x | ({"modeled": modeled(report, x)} if x["ranks"] > 1 else {})
+        x | ({"modeled": modeled(report, x)} if is_modeled and x["ranks"] > 1 else {})
         for report in reports
         for x in report["results"]
     ]
@@ -204,43 +210,36 @@ def measured(*reports: dict[str, Any]) -> str:
             except KeyError:  # not measured
                 row.append("")
         rows.append(row)
-    first = reports[0]
-    o, links = first["options"], [x["link_GB_per_s"] for x in results if "link_GB_per_s" in x]
+    used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    names, rows = ([[row[i] for i in used] for row in x] for x in ([list(columns)], rows))
+    first, gpus = reports[0], " and ".join(str(x["processes"]) for x in reports)
+    links = [x["link_GB_per_s"] for x in results if "link_GB_per_s" in x]
     about = (
-        f"{first['processes']} {first['device']} of one host, torch {first['torch']}, Triton "
-        f"{first['triton']}, flexmoba {first['commit'][:7]}, {first['date']}; {o['heads']} query "
-        f"heads, {o['kv_heads']} KV heads, head dim {o['head_dim']}, block {o['block_size']}, "
-        f"topk {o['topk']}, bfloat16; a rank receives {min(links):.0f} to {max(links):.0f} GB/s."
+        f"{gpus} {first['device']} of one host, torch {first['torch']}, Triton {first['triton']}, "
+        f"flexmoba {first['commit'][:7]}, {first['date']}; a rank receives {min(links):.0f} to "
+        f"{max(links):.0f} GB/s."
     )
-    return f"{about}\n\n{table(list(columns), rows)}"
+    return f"{about}\n\n{table(names[0], rows)}"
 
 
 def training() -> str:
-    """Returns the measured training steps, and the first steps of runs that had no other."""
-    names = [f"{name}-training" for name in RUNS if has(f"{name}-training")]
-    reports, links = [read(name) for name in names], sources(names)
-    rows, more = [], ""
-    for x in reports:
+    """Returns the measured training steps."""
+    rows = []
+    for x in map(read, TRAINING):
         o = x["options"]
-        gpus, tokens, peak = o["context_parallel"], size(o["length"]), x["peak_MiB"] / 1024
-        if "step_ms" in x:
-            row = [f"{x['parameters'] / 1e9:.2f}B", str(gpus), tokens]
-            row += [f"{o['block_size']}, {o['topk']}", f"{x['step_ms'] / 1e3:.1f}"]
-            rows.append([*row, f"{x['tokens_per_second']:,.0f}", f"{peak:.1f}"])
-        else:
-            (first,) = x["history"]["times"]
-            more += (
-                f"\n\nA run with {tokens} tokens on {gpus} GPUs made only its first step, which "
-                f"compiles: {first[2]:.0f} s, with a peak of {peak:.1f} GiB on a GPU."
-            )
-    columns = ["parameters", "GPUs", "tokens", "block, topk", "seconds of a step", "tokens/s"]
-    x = reports[0]
+        gpus = o["context_parallel"]
+        row = [f"{x['parameters'] / 1e9:.2f}B", f"{gpus} {x['device']}"]
+        row += [str(o.get("fsdp_processes") or gpus), size(o["length"])]
+        row += [f"{o['block_size']}, {o['topk']}", f"{x['step_ms'] / 1e3:.1f}"]
+        rows.append([*row, f"{x['tokens_per_second']:,.0f}", f"{x['peak_MiB'] / 1024:.1f}"])
+    columns = ["parameters", "GPUs", "FSDP over", "tokens", "block, topk", "seconds of a step"]
     about = (
-        f"One context of random bytes on {x['device']}, torch {x['versions']['torch']}, bfloat16 "
-        f"autocast, {x['options']['layers']} layers of width {x['options']['dim']}, with "
-        '`--fsdp --recompute` and `exchange="gather"`:'
+        f"One context of random bytes, torch {x['versions']['torch']}, bfloat16 autocast, "
+        f"{o['layers']} layers of width {o['dim']}, with `--fsdp --recompute` and "
+        '`exchange="gather"`; `--fsdp-processes 2` on four GPUs:'
     )
-    return f"{about}\n\n{table([*columns, 'peak GiB of a GPU'], rows)}{more}\n\n{links}"
+    lines = table([*columns, "tokens/s", "peak GiB of a GPU"], rows)
+    return f"{about}\n\n{lines}\n\n{sources(TRAINING)}"
 
 
 def ms(seconds: float) -> str:

@@ -1129,7 +1129,8 @@ def shape_of(
         (32, 8, 4, "token", "heads"),
         (8, 8, 2, "token", "heads"),
         (32, 4, 2, "token", "gather"),
-        (32, 4, 4, "token", "heads"),
+        (32, 4, 4, "token", "gather"),
+        (32, 4, 8, "token", "heads"),
         (32, 8, 8, "token", "heads"),
         (32, 8, 16, "token", "heads"),  # two ranks share a KV head
         (32, 8, 16, "group", "gather"),

@@ -11,9 +11,9 @@ EXCHANGES: tuple[ExchangeName, ...] = get_args(ExchangeName)
 NESTED: tuple[NestedExchange, ...] = (("gather", "heads"), ("blocks", "heads"))
 
 
-# Bytes per second on NVIDIA H200 GPUs of one node: received by a rank, and copied into place by
+# Bytes per second on NVIDIA H100 GPUs of one node: received by a rank, and copied into place by
 # "gather". docs/distributed.md has the measurements and the model that is fitted to them.
-_LINK, _ARRANGE = 3.1e11, 1.4e11
+_LINK, _ARRANGE = 3.0e11, 1.8e11
 
 
 class Shape(NamedTuple):
