@@ -1061,7 +1061,7 @@ def test_a_load_is_served_with_each_attention(example, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == printed.strip()
 
 
-@pytest.mark.parametrize("name", ["serving-cpu", "serving-h200", "serving-small-h200"])
+@pytest.mark.parametrize("name", ["serving-cpu", "serving-h100", "serving-small-h200"])
 def test_the_documented_loads_are_those_of_the_results(example, name):
     module, page = example("serving_load"), (DOCS / "serving.md").read_text()
     report = json.loads((DOCS / "results" / f"{name}.json").read_text())
@@ -1069,6 +1069,7 @@ def test_the_documented_loads_are_those_of_the_results(example, name):
     if name != "serving-cpu":
         versions = [report[x] for x in ("torch", "triton", "transformers")]
         assert "torch {}, Triton {} and transformers {}".format(*versions) in page
+        assert f"on one {report['device']} at {report['commit'][:7]}" in page
     source = page if name == "serving-cpu" else module.__doc__
     lines = re.findall(r"python examples/serving_load.py (--.*)", source.replace("\\\n", ""))
     commands = [{k: int(v) for k, v in re.findall(r"--([a-z-]+) (\d+)", x)} for x in lines]

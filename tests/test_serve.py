@@ -17,7 +17,7 @@ from flexmoba.integrations.transformers import convert, serve
 from tests.servers import running
 from tests.tiny_models import VOCABULARY, model_of
 
-SERVER = ("fastapi", "uvicorn", "openai")  # in the environment of make servers
+SERVER = ("fastapi", "uvicorn", "openai")  # of flexmoba[serve]
 
 
 def save(model, folder) -> str:

@@ -30,7 +30,7 @@ def times(results, block_size, chunk=0):
 def test_the_numbers_of_the_text_on_loads_are_those_of_the_results():
     large, small = (
         json.loads((DOCS / "results" / f"{name}.json").read_text())
-        for name in ("serving-h200", "serving-small-h200")
+        for name in ("serving-h100", "serving-small-h200")
     )
     text = page()
     options, (moba, dense) = large["options"], (large["results"][x] for x in ("moba", "dense"))
@@ -40,8 +40,11 @@ def test_the_numbers_of_the_text_on_loads_are_those_of_the_results():
     first = [x["first_token"]["median"] for x in (moba, dense)]
     assert f"after {first[0]:.1f} s in place of {first[1]:.1f} s" in text
     assert f"take {moba['seconds']:.1f} s in place of {dense['seconds']:.1f} s" in text
-    assert f"39.6 s with MoBA, in place of {moba['seconds']:.1f} s" in text
-    assert moba["decoding_tokens_per_second"] is dense["decoding_tokens_per_second"] is None
+    assert moba["evicted"] == dense["evicted"] == 0
+    rates = [x["decoding_tokens_per_second"] for x in (moba, dense)]
+    assert f"decode {rates[0] / rates[1]:.1f} times as fast" in text
+    steps = [1e3 * options["requests"] / x for x in rates]
+    assert "takes {:.1f} ms with MoBA and {:.1f} ms with `dense`".format(*steps) in text
     for x in (moba, dense):
         assert f"Both attentions took {x['peak_GiB']:.0f} GiB" in text
     moba, dense = (small["results"][x] for x in ("moba", "dense"))
@@ -89,3 +92,22 @@ def test_the_comparison_with_the_cache_is_that_of_the_results(results):
         # The timed steps of the cache read 6 to 55 keys of their own block.
         more = 8 * block_size / (7 * block_size + (6 + 55) / 2) - 1
         assert f"{100 * more:.0f} % more" in text
+
+
+def test_the_comparison_at_the_same_token_is_that_of_the_results():
+    report = json.loads((DOCS / "results" / "pages-and-cache-h100.json").read_text())
+    text, rows, ratios = (DOCS / "benchmarks.md").read_text(), [], {}
+    for name, pairs in report["results"].items():
+        cells = []
+        for kind in ("last", "middle", "unlike"):
+            ours, cache = pairs[kind]["flex_moba"], pairs[kind]["MobaCache"]
+            ratios.setdefault(kind, []).append(ours / cache)
+            cells += [f"{ours:.3f}", f"{cache:.3f}", f"{ours / cache:.2f}"]
+        rows.append(f"| {' | '.join([name, *cells[:6], cells[-1]])} |")
+    assert "\n".join(["", *rows, "", ""]) in text
+    same = ratios["last"] + ratios["middle"]
+    assert max(same) <= 1.1  # the target
+    assert f"takes {min(same):.2f} to {max(same):.2f} times as long" in text
+    more = [f"{100 * x - 100:.0f}" for x in (min(ratios["unlike"]), max(ratios["unlike"]))]
+    assert "whole excess of {} to {} %".format(*more) in text
+    assert f"one {report['device']}, the same versions, at {report['commit'][:7]}" in text
