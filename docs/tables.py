@@ -224,8 +224,8 @@ def measured(reports: list[dict[str, Any]], *, is_modeled: bool) -> str:
 
 def training() -> str:
     """Returns the measured training steps."""
-    rows = []
-    for x in map(read, TRAINING):
+    reports, rows = [read(name) for name in TRAINING], []
+    for x in reports:
         o = x["options"]
         gpus = o["context_parallel"]
         row = [f"{x['parameters'] / 1e9:.2f}B", f"{gpus} {x['device']}"]
@@ -233,10 +233,12 @@ def training() -> str:
         row += [f"{o['block_size']}, {o['topk']}", f"{x['step_ms'] / 1e3:.1f}"]
         rows.append([*row, f"{x['tokens_per_second']:,.0f}", f"{x['peak_MiB'] / 1024:.1f}"])
     columns = ["parameters", "GPUs", "FSDP over", "tokens", "block, topk", "seconds of a step"]
+    first = reports[0]
     about = (
-        f"One context of random bytes, torch {x['versions']['torch']}, bfloat16 autocast, "
-        f"{o['layers']} layers of width {o['dim']}, with `--fsdp --recompute` and "
-        '`exchange="gather"`; `--fsdp-processes 2` on four GPUs:'
+        f"One context of random bytes, torch {first['versions']['torch']}, bfloat16 autocast, "
+        f"{first['options']['layers']} layers of width {first['options']['dim']}, with `--fsdp "
+        '--recompute` and `exchange="gather"`. `--fsdp-processes` is the number of GPUs under '
+        "*FSDP over*:"
     )
     lines = table([*columns, "tokens/s", "peak GiB of a GPU"], rows)
     return f"{about}\n\n{lines}\n\n{sources(TRAINING)}"

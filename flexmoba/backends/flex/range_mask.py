@@ -28,8 +28,8 @@ def range_mask(first_key: Tensor | None, end_key: Tensor, kv_len: int) -> BlockM
     return block_mask_of((end_key.shape[0], kv_len), mask_mod, *zip(lists, lists, strict=True))
 
 
-# An operator, because Inductor of torch 2.11 fuses the count of the visited stretches with their
-# conversion for argsort, and cannot split the loop if both numbers of tiles are symbolic.
+# An operator, because Inductor of torch 2.11 does not compile these lists for CUDA if the number of
+# stretches is symbolic: it fails with CantSplit (tests/test_gpu_nsa.py, "long compressed blocks").
 @torch.library.custom_op("flexmoba::range_lists", mutates_args=())
 def range_lists(first_key: Tensor | None, end_key: Tensor, kv_len: int) -> list[Tensor]:
     """Returns count and entries of the partial and the full lists, and of their transposed ones."""
