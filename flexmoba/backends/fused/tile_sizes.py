@@ -55,7 +55,7 @@ def _constants(
 def _forward_tiles(
     sizes: Sizes, is_causal: bool, large_shared_memory: bool
 ) -> Iterator[dict[str, int]]:
-    """Yields the tile sizes of `attend_kernel` and `finish_kernel`, tuned on an H200 and an H100."""
+    """Yields the tile sizes of `attend_kernel` and `finish_kernel`, tuned on H200 and H100."""
     finish_keys = min(64, max(16, next_power_of_2(sizes.block_size)))
     if _is_wide(sizes):
         attend, finish = _wide_forward_tiles(sizes, finish_keys, large_shared_memory)
