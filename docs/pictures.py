@@ -377,7 +377,7 @@ def shards() -> None:
 
 def times() -> None:
     """Draws time against length in two pictures, from the GPU results of MoBA with 16 heads."""
-    file = Path(__file__).parent / "benchmarks" / "h200-targets.json"
+    file = Path(__file__).parent / "benchmarks" / "h100-targets.json"
     results = [
         x
         for x in json.loads(file.read_text())["results"]
