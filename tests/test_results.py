@@ -3,12 +3,11 @@
 import json
 import re
 import statistics
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
+from tests.results import DOCS, ROOT, error_of, own, page, runs_of, table, with_increase
+
 LIMITS = (1, 3, 10)  # percent
 LENGTH = 8192
 SHARED = {"sink_blocks": 1, "local_blocks": 1}
@@ -38,17 +37,6 @@ def sparsity(block_size, topk, length=LENGTH):
     return 100 * (1 - read / (length * (length + 1) / 2))
 
 
-def page():
-    return (DOCS / "results.md").read_text()
-
-
-def table(heading):
-    """Returns the cells of the first table after a line that begins with ``heading``."""
-    lines = page().split(f"\n{heading}", 1)[1].split("\n\n")
-    rows = next(x for x in lines if x.startswith("|")).splitlines()[2:]
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-
-
 @pytest.fixture(scope="module")
 def trained():
     """Returns the runs of models that were trained from scratch, from the JSON file."""
@@ -71,11 +59,6 @@ def continued():
     return json.loads(file.read_text())["runs"]
 
 
-def runs_of(name):
-    """Returns the runs of a JSON file of sweep.py."""
-    return json.loads((DOCS / "results" / f"{name}.json").read_text())["runs"]
-
-
 TRAINED_WITH = {
     "full": "full",
     "64x16 sink": "64 x 16, sink",
@@ -91,21 +74,6 @@ def read_with(continued):
         both = [("full", "full"), (moba, "moba")]
         for served, kind in both[:: -1 if run["options"]["attention"] == "moba" else 1]:
             yield [TRAINED_WITH[name], served], run["final"][kind]
-
-
-def own(run):
-    """Returns the losses of a run by the attention that it was trained with."""
-    return run["final"]["full" if run["options"]["attention"] == "full" else "moba"]
-
-
-def with_increase(loss, full):
-    return f"{loss:.4f}" + (f" ({loss - full:+.3f})" if loss != full else "")
-
-
-def error_of(x, full, part="by_window"):
-    """Returns the standard error, over contexts, of the difference of two losses."""
-    found = [a - b for a, b in zip(x[part], full[part], strict=True)]
-    return statistics.stdev(found) / len(found) ** 0.5
 
 
 def test_the_table_of_conversion_is_that_of_the_results(settings):
@@ -168,81 +136,6 @@ def test_pages_quote_the_sub_blocks(settings, finer, name):
     prose, source = increases(settings | finer, **sizes)
     text = re.sub(r"\s+", " ", (ROOT / name).read_text())
     assert f"to {prose:.1f} and {source:.1f} %" in text
-
-
-@pytest.fixture(scope="module")
-def needles():
-    """Returns the answers of SmolLM2 by attention, task and length, from the JSON file."""
-    file = DOCS / "results" / "smollm2-retrieval-8k-h200.json"
-    report = json.loads(file.read_text())
-    assert report["options"]["samples"] == 25
-    return report["right"]
-
-
-NEEDLES = {"full": "full", "64x16": "64 x 16", "64x16+sink": "64 x 16, sink"}
-NEEDLES["128x8+sink"] = "128 x 8, sink"
-
-
-def test_the_tables_of_needles_are_those_of_the_results(needles):
-    rows, depths = [], []
-    for task in ("single", "multi-key"):
-        for length in ("1024", "2048", "4096", "8192"):
-            counts = [str(sum(needles[x][task][length])) for x in NEEDLES]
-            rows.append([task, f"{int(length):,}", *counts])
-    for x, name in NEEDLES.items():
-        both = [needles[x]["single"][length] for length in ("4096", "8192")]
-        fifths = [sum(sum(y[i : i + 5]) for y in both) for i in range(0, 25, 5)]
-        depths.append([name, *map(str, fifths)])
-    assert table("### Needles") == rows
-    assert table("*Sink* is `sink_blocks=1`. A query") == depths
-
-
-def test_the_numbers_of_the_text_on_needles_are_those_of_the_results(needles):
-    text, full = page(), needles["full"]
-    for x in needles.values():
-        for task, by_length in x.items():
-            assert by_length["1024"] == full[task]["1024"]  # every block is selected
-    for task in ("multi-value", "tracking", "counting"):
-        assert not any(sum(y) for y in full[task].values())
-    two, four, eight = (
-        [sum(needles[x]["single"][length]) for x in ("64x16+sink", "full")]
-        for length in ("2048", "4096", "8192")
-    )
-    assert f"finds {eight[0]} needles where full attention finds {eight[1]}." in text
-    for length in ("2048", "4096"):  # "keeps": it finds none that full attention does not find
-        both = (needles[x]["single"][length] for x in ("64x16+sink", "full"))
-        assert all(x <= y for x, y in zip(*both, strict=True))
-    assert f"keeps {two[0]} of {two[1]} needles; with a quarter, {four[0]} of {four[1]}" in text
-    assert f"kept {two[0]} of {two[1]} needles, and {four[0]} of {four[1]} with a quarter" in text
-    assert f"it finds {four[0]} of 25 with 64 x 16, and {four[1]} with full" in text
-    assert f"finds {eight[0]} of 25 needles at 8,192 tokens, and {eight[1]} with" in text
-
-
-def test_the_table_of_remedies_is_that_of_the_results():
-    file = DOCS / "results" / "smollm2-retrieval-2k-cpu.json"
-    report = json.loads(file.read_text())
-    o = report["options"]
-    assert (o["tasks"], o["lengths"], o["samples"]) == (["single"], [2048], 25)
-    names = {"full": "full", "64x8": "64 x 8", "sub8": "sub-blocks of 8"}
-    names["full-decode"] = "full attention in decoding"
-    rows = []
-    for attention, tasks in report["right"].items():
-        name = ", ".join(names.get(x, x) for x in attention.split("+"))
-        rows.append([name, str(sum(tasks["single"]["2048"]))])
-    assert table("Two remedies") == rows
-    full, plain, finer, decoded, together = (count for _, count in rows)
-    assert f"find {finer} needles instead of {plain}," in page()
-    assert f"**Full attention in decoding** finds {decoded}." in page()
-    assert together == full
-    assert f"**Both together** find {together}, as many as full attention." in page()
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/transformers.md"])
-def test_pages_quote_the_needles(needles, name):
-    moba, full = (sum(needles[x]["single"]["8192"]) for x in ("64x16+sink", "full"))
-    text = (ROOT / name).read_text()
-    assert f"{moba} of 25 needles" in text
-    assert f"full attention finds {full}" in text
 
 
 def test_the_table_of_options_is_that_of_the_results(settings):

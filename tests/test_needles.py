@@ -1,0 +1,164 @@
+"""Tests that the tables and numbers on retrieval are those of the JSON files."""
+
+import itertools
+import re
+
+import pytest
+
+from tests.results import page, report_of, section, table
+
+LENGTHS = ("2048", "4096", "8192")
+TASKS = ("single", "multi-key")
+NAMES = {"full": "full", "sink": "sink", "full-decode": "full decoding", "sub8": "sub-blocks of 8"}
+NAMES["sub4"] = "sub-blocks of 4"
+
+
+def name_of(attention):
+    """Returns the name of an attention of retrieval.py in the tables."""
+    parts = [NAMES.get(x, x.replace("x", " x ")) for x in attention.split("+")]
+    return ", ".join(parts)
+
+
+def counts(answers, lengths=LENGTHS):
+    return [sum(answers[task][x]) for task in TASKS for x in lengths]
+
+
+def by_depth(answers, lengths):
+    """Returns the right answers of ``single`` at some lengths together, by fifths of the depth."""
+    found = [answers["single"][x] for x in lengths]
+    size = len(found[0]) // 5
+    return [sum(sum(x[i : i + size]) for x in found) for i in range(0, 5 * size, size)]
+
+
+def difference(a, b):
+    """Returns how many more of the questions ``a`` answers than ``b``, and its standard error."""
+    pairs = list(zip(a, b, strict=True))
+    more, less = (sum(x > y for x, y in z) for z in (pairs, [(y, x) for x, y in pairs]))
+    return more - less, (more + less - (more - less) ** 2 / len(pairs)) ** 0.5
+
+
+def largest_error(*models):
+    """Returns the greatest standard error of the difference of two counts of a column."""
+    attentions = [x for model in models for x in model.values()]
+    return max(
+        difference(a[task][x], b[task][x])[1]
+        for a, b in itertools.combinations(attentions, 2)
+        for task in a
+        for x in a[task]
+    )
+
+
+def answers_of(model, tasks=TASKS):
+    """Returns the answers to the questions of all lengths."""
+    return [y for task in tasks for answers in model[task].values() for y in answers]
+
+
+@pytest.fixture(scope="module")
+def converted():
+    """Returns the answers of SmolLM2 without training, by attention, task and length."""
+    report = report_of("smollm2-retrieval-8k-h100")
+    assert report["options"]["samples"] == 50
+    return report["right"]
+
+
+def test_the_tables_of_needles_are_those_of_the_results(converted):
+    rows = [[name_of(x), *map(str, counts(answers))] for x, answers in converted.items()]
+    assert table("### Needles\n") == rows
+    some = ("full", "64x16+sink", "64x16+sink+sub8", "32x32+sink+sub4")
+    depths = [[name_of(x), *map(str, by_depth(converted[x], LENGTHS[1:]))] for x in some]
+    assert table("The next table shows the right answers of *single*") == depths
+    assert f"column is at most {largest_error(converted):.1f}" in section("### Needles", "### Opt")
+
+
+def test_the_numbers_of_the_text_on_needles_are_those_of_the_results(converted):
+    text = section("### Needles", "### Options")
+    four, eight = ({x: sum(y["single"][n]) for x, y in converted.items()} for n in LENGTHS[1:])
+    plain, finer, finest = "64x16+sink", "64x16+sink+sub8", "32x32+sink+sub4"
+    decoded, both = plain + "+full-decode", finer + "+full-decode"
+    assert f"finds {eight[plain]} needles where full attention finds {eight['full']}." in text
+    assert f"find {four[finer]} needles instead of {four[plain]}," in text
+    assert f"they find {eight[finer]}. 32 x 32" in text
+    assert f"finds {eight[finest]} there, of the {eight['full']} of full attention" in text
+    assert max(eight[x] for x in eight if x != "full") == eight[finest]
+    key = [sum(converted[x]["multi-key"]["4096"]) for x in (finest, "full")]
+    assert f"finds {key[0]} where full attention finds {key[1]}" in text
+    sums = [sum(answers_of(converted[x])) for x in ("full", finest, both, finer, plain)]
+    assert f"Of all 300 questions, full attention answers {sums[0]}, 32 x 32" in text
+    assert f"of 4 {sums[1]}, 64 x 16" in text
+    assert "{} with full decoding and {} without, and 64 x 16".format(*sums[2:4]) in text
+    assert f"sub-blocks {sums[4]}." in text
+    assert f"finds {eight['64x32+sink']} at 8,192 tokens" in text
+    assert f"finds {four[decoded]} and {eight[decoded]} needles" in text
+    assert f"{four[both]} and {eight[both]} with sub-blocks" in text
+    halves = [sum(converted[x]["single"]["2048"]) for x in (plain, "full")]
+    assert f"finds {halves[0]} of full attention's {halves[1]} needles; with a quarter" in text
+    assert f"with a quarter, {four[plain]} of {four['full']}; with an eighth" in text
+    assert f"with an eighth, {eight[plain]} of {eight['full']}." in text
+    for x in ("64x32+sink", "128x16+sink"):  # 2,048 keys select every block
+        for task in TASKS:
+            assert converted[x][task]["2048"] == converted["full"][task]["2048"]
+
+
+def test_the_numbers_of_the_earlier_questions_are_those_of_the_results():
+    report = report_of("smollm2-retrieval-8k-h200")
+    assert report["options"]["samples"] == 25
+    right, text = report["right"], section("### Needles", "### Options")
+    for x in right.values():
+        for task, by_length in x.items():
+            assert by_length["1024"] == right["full"][task]["1024"]  # every block is selected
+    for task in ("multi-value", "tracking", "counting"):
+        assert not any(sum(x) for x in right["full"][task].values())
+    for attention, words in (("64x16", "sink block finds"), ("full", "full attention")):
+        single = [str(sum(right[attention]["single"][x])) for x in LENGTHS]
+        assert f"{words} {single[0]}, {single[1]} and {single[2]}" in text
+
+
+def test_other_sections_quote_the_needles(converted):
+    text = page()
+    eight = {x: sum(y["single"]["8192"]) for x, y in converted.items()}
+    plain, finest = "64x16+sink", "32x32+sink+sub4"
+    quote = f"it finds {eight[plain]} of 50 with 64 x 16, {eight['full']} with full attention, and"
+    assert f"{quote} {eight[finest]} with 32 x 32" in text
+    assert f"finds {eight[plain]} of 50 needles at 8,192 tokens, {eight['full']} with full" in text
+    assert f"kept {eight[finest]} of {eight['full']} needles at 8,192 tokens" in text
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/transformers.md"])
+def test_pages_quote_the_needles(converted, name):
+    plain, full, finest = (
+        sum(converted[x]["single"]["8192"]) for x in ("64x16+sink", "full", "32x32+sink+sub4")
+    )
+    text = re.sub(r"\s+", " ", page(name))
+    assert f"{plain} of 50 needles at 8K tokens" in text
+    assert f"full attention finds {full}" in text
+    assert f"find {finest}" in text
+
+
+@pytest.mark.parametrize("name", ["docs/choosing.md", "docs/gates.md", "docs/transformers.md"])
+def test_pages_quote_the_sub_blocks(converted, name):
+    finest, full = (sum(converted[x]["single"]["8192"]) for x in ("32x32+sink+sub4", "full"))
+    assert f"{finest} of the {full} needles" in page(name)
+    whole = sum(converted["32x32+sink"]["single"]["8192"])
+    assert name != "docs/gates.md" or f"and {whole} without sub-blocks" in page(name)
+
+
+def test_the_tables_of_the_cost_of_sub_blocks_are_those_of_the_results():
+    report = report_of("sub-blocks-time-h100")
+    rows, results = {}, report["results"]
+    for x in results:
+        rows.setdefault((x["block_size"], x["gate_block_size"]), {})[x["call"]] = x["ms"]
+    fine, coarse = [], []
+    for (size, part), ms in rows.items():
+        row = [str(part), str(size // part), f"{ms['gate']:.2f}"]
+        if size == 128:
+            fine.append([*row, f"{ms['forward']:.2f}"])
+        else:
+            coarse.append([*row, f"{ms['group gate']:.2f}", f"{ms['step']:.4f}"])
+    assert table("### Cost of sub-blocks", "docs/gates.md") == fine
+    assert table("With 32 query heads", "docs/gates.md") == coarse
+    assert report["integers_equal_cpu"]
+    assert f"{min(report['equal_rows'].values()):.4%}".replace("%", " %") in page("docs/gates.md")
+    times = [rows[128, x]["forward"] for x in (8, 128)]
+    assert f"{times[0] / times[1]:.1f} times as long" in page()
+    steps = [rows[512, x]["step"] for x in (64, 512)]
+    assert f"{steps[0] / steps[1]:.1f} times as long" in page()
