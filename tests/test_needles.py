@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.results import page, report_of, section, table
+from tests.results import page, report_of, runs_of, section, table
 
 LENGTHS = ("2048", "4096", "8192")
 TASKS = ("single", "multi-key")
@@ -78,7 +78,7 @@ def test_the_numbers_of_the_text_on_needles_are_those_of_the_results(converted):
     assert f"finds {eight[plain]} needles where full attention finds {eight['full']}." in text
     assert f"find {four[finer]} needles instead of {four[plain]}," in text
     assert f"they find {eight[finer]}. 32 x 32" in text
-    assert f"finds {eight[finest]} there, of the {eight['full']} of full attention" in text
+    assert f"finds {eight[finest]} there, and full attention {eight['full']}." in text
     assert max(eight[x] for x in eight if x != "full") == eight[finest]
     key = [sum(converted[x]["multi-key"]["4096"]) for x in (finest, "full")]
     assert f"finds {key[0]} where full attention finds {key[1]}" in text
@@ -88,12 +88,12 @@ def test_the_numbers_of_the_text_on_needles_are_those_of_the_results(converted):
     assert "{} with full decoding and {} without, and 64 x 16".format(*sums[2:4]) in text
     assert f"sub-blocks {sums[4]}." in text
     assert f"finds {eight['64x32+sink']} at 8,192 tokens" in text
-    assert f"finds {four[decoded]} and {eight[decoded]} needles" in text
+    assert f"64 x 16 finds {four[decoded]} and {eight[decoded]} needles" in text
     assert f"{four[both]} and {eight[both]} with sub-blocks" in text
     halves = [sum(converted[x]["single"]["2048"]) for x in (plain, "full")]
-    assert f"finds {halves[0]} of full attention's {halves[1]} needles; with a quarter" in text
-    assert f"with a quarter, {four[plain]} of {four['full']}; with an eighth" in text
-    assert f"with an eighth, {eight[plain]} of {eight['full']}." in text
+    assert f"finds {halves[0]} needles where full attention finds {halves[1]}; with a" in text
+    assert f"a quarter, {four[plain]} and {four['full']}; with an eighth" in text
+    assert f"with an eighth, {eight[plain]} and {eight['full']}." in text
     for x in ("64x32+sink", "128x16+sink"):  # 2,048 keys select every block
         for task in TASKS:
             assert converted[x][task]["2048"] == converted["full"][task]["2048"]
@@ -120,7 +120,7 @@ def test_other_sections_quote_the_needles(converted):
     quote = f"it finds {eight[plain]} of 50 with 64 x 16, {eight['full']} with full attention, and"
     assert f"{quote} {eight[finest]} with 32 x 32" in text
     assert f"finds {eight[plain]} of 50 needles at 8,192 tokens, {eight['full']} with full" in text
-    assert f"kept {eight[finest]} of {eight['full']} needles at 8,192 tokens" in text
+    assert f"finds {eight[finest]} needles, and full attention {eight['full']}." in text
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/transformers.md"])
@@ -136,10 +136,87 @@ def test_pages_quote_the_needles(converted, name):
 
 @pytest.mark.parametrize("name", ["docs/choosing.md", "docs/gates.md", "docs/transformers.md"])
 def test_pages_quote_the_sub_blocks(converted, name):
-    finest, full = (sum(converted[x]["single"]["8192"]) for x in ("32x32+sink+sub4", "full"))
-    assert f"{finest} of the {full} needles" in page(name)
-    whole = sum(converted["32x32+sink"]["single"]["8192"])
-    assert name != "docs/gates.md" or f"and {whole} without sub-blocks" in page(name)
+    finest, full, whole, plain = (
+        sum(converted[x]["single"]["8192"])
+        for x in ("32x32+sink+sub4", "full", "32x32+sink", "64x16+sink")
+    )
+    quotes = {
+        "docs/choosing.md": f"finds {finest} [needles](results.md#needles) where full attention "
+        f"finds {full} and 16 blocks of 64 find {plain}",
+        "docs/gates.md": f"{finest} needles at 8,192 tokens, where full attention finds {full}, "
+        f"and the same blocks without sub-blocks {whole}.",
+        "docs/transformers.md": f"they find {finest} needles.",
+    }
+    assert quotes[name] in page(name)
+
+
+TRAINED = {"none": "not trained", "full": "full", "64x16 sink": "64 x 16, sink"}
+
+
+@pytest.fixture(scope="module")
+def trained(converted):
+    """Returns the answers after continued training, and without, by training and attention."""
+    report, base = report_of("smollm2-retrieval-trained-8k-h100"), "smollm2-retrieval-8k-h100"
+    for part in ("options", "device", "versions"):
+        assert report[part] == report_of(base)[part]
+    models = report["models"]
+    asked = [x for x in converted if any(x in answers for answers in models.values())]
+    return {"none": {x: converted[x] for x in asked}, **models}
+
+
+def test_the_table_of_needles_after_training_is_that_of_the_results(trained):
+    rows = [
+        [TRAINED[model], name_of(x), *map(str, counts(answers))]
+        for model, attentions in trained.items()
+        for x, answers in attentions.items()
+    ]
+    assert table("### Needles after") == rows
+    text = section("### Needles after continued training", "### Copies")
+    assert f"column is at most {largest_error(*trained.values()):.1f}." in text
+
+
+def test_the_numbers_of_the_text_on_needles_after_training_are_those_of_the_results(trained):
+    text = section("### Needles after continued training", "### Copies")
+    plain, moba, full = "64x16+sink", trained["64x16 sink"], trained["full"]
+    sums = {
+        (model, x): sum(answers_of(answers))
+        for model, attentions in trained.items()
+        for x, answers in attentions.items()
+    }
+    assert f"trained with MoBA answers {sums['64x16 sink', plain]} with MoBA. The" in text
+    assert f"full attention answers {sums['full', plain]} with MoBA. The difference" in text
+    more, error = difference(answers_of(moba[plain]), answers_of(full[plain]))
+    assert f"The difference, {more}, has a standard error of {error:.0f}." in text
+    assert f"without training, {sums['none', plain]}, and so" in text
+    assert f"attention: {sums['full', 'full']} instead of {sums['none', 'full']}." in text
+    single = difference(*(answers_of(x["full"], ("single",)) for x in (moba, full)))
+    assert abs(single[0]) <= 2 * single[1]  # "as many"
+    many = [answers_of(x["full"], ("multi-key",)) for x in (moba, full)]
+    assert f"answers {sum(many[0])} of {len(many[0])} questions, and the" in text
+    assert f"other one {sum(many[1])}. The" in text
+    assert f"difference has a standard error of {difference(*many)[1]:.0f}" in text
+    eight = {x: sum(y["single"]["8192"]) for x, y in moba.items()}
+    assert (
+        f"finds {eight[plain]} needles with 64 x 16, {eight[plain + '+full-decode']} with" in text
+    )
+    assert f"decoding and {eight['64x32+sink']} with 64 x 32." in text
+    of_full = sum(full["full"]["single"]["8192"])
+    assert f"it finds {eight[plain]} of 50 [needles](#needles-after-continued-training)" in page()
+    assert f"at 8,192 tokens, where full attention finds {of_full}. With" in page()
+    for name in ("README.md", "docs/index.md"):
+        quote = (
+            f"finds {eight[plain]} of 50 needles at 8K tokens with MoBA (block 64, topk 16), and"
+        )
+        assert f"{quote} {eight['full']} with full attention" in page(name)
+
+
+def test_repeated_runs_have_equal_losses():
+    first, again = (runs_of(f"smollm2-continued-{x}8k-h100") for x in ("", "again-"))
+    for name, run in again.items():
+        assert run["final"] == first[name]["final"]
+        for part in ("loss_of_10_steps", "checks"):
+            assert run["history"][part] == first[name]["history"][part]
+        assert run["versions"]["commit"] != first[name]["versions"]["commit"]
 
 
 def test_the_tables_of_the_cost_of_sub_blocks_are_those_of_the_results():
