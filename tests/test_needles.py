@@ -5,7 +5,16 @@ import re
 
 import pytest
 
-from tests.results import page, report_of, runs_of, section, table
+from tests.results import (
+    error_of,
+    own,
+    page,
+    report_of,
+    runs_of,
+    section,
+    table,
+    with_increase,
+)
 
 LENGTHS = ("2048", "4096", "8192")
 TASKS = ("single", "multi-key")
@@ -208,6 +217,67 @@ def test_the_numbers_of_the_text_on_needles_after_training_are_those_of_the_resu
             f"finds {eight[plain]} of 50 needles at 8K tokens with MoBA (block 64, topk 16), and"
         )
         assert f"{quote} {eight['full']} with full attention" in page(name)
+
+
+LONG_LENGTHS = ("4096", "8192", "16384", "32768", "65536")
+LONG = {"full 32K": "full", "64x16 sink 32K": "64 x 16, sink"}
+
+
+@pytest.fixture(scope="module")
+def long():
+    """Returns the answers of the models that were trained with 32K of context."""
+    report = report_of("smollm2-retrieval-64k-h100")
+    assert report["options"]["samples"] == 25
+    return report["models"]
+
+
+def test_the_tables_of_long_contexts_are_those_of_the_results(long):
+    needles, depths = [], []
+    for model, attentions in long.items():
+        for x, answers in attentions.items():
+            cells = [LONG[model], name_of(x)]
+            needles.append([*cells, *map(str, counts(answers, LONG_LENGTHS))])
+            depths.append([*cells, *map(str, by_depth(answers, LONG_LENGTHS[2:4]))])
+    assert table("The next table shows how many of 25 [needles]") == needles
+    text = "The standard error of the difference of two counts of a column is at most"
+    assert table(f"{text} {largest_error(*long.values()):.1f}, so a difference of up") == depths
+    runs, losses = runs_of("smollm2-32k-h100"), []
+    full = own(runs["full 32K"])
+    for name, run in runs.items():
+        for served, kind in (("full", "full"), ("64 x 16, sink", "moba")):
+            x = run["final"][kind]
+            ends = [with_increase(x[part], full[part]) for part in ("loss", "last")]
+            between = [f"{x[part]:.4f}" for part in ("first", "middle")]
+            losses.append([LONG[name], served, ends[0], *between, ends[1]])
+    assert table("## Extend the context") == losses
+
+
+def test_the_numbers_of_the_text_on_long_contexts_are_those_of_the_results(long):
+    text, runs = section("## Extend the context", "## Train"), runs_of("smollm2-32k-h100")
+    full, moba = runs["full 32K"]["final"], runs["64x16 sink 32K"]["final"]
+    others = [full["moba"], moba["moba"], moba["full"]]
+    errors = [
+        max(error_of(x, full["full"], part) for x in others)
+        for part in ("by_window", "last_by_window")
+    ]
+    assert len(full["full"]["by_window"]) == 16
+    assert f"{errors[0]:.3f} nats of the mean and {errors[1]:.3f} of the last 4,096" in text
+    untrained, gap, switched = (x["loss"] - full["full"]["loss"] for x in others)
+    assert f"{gap:.3f} nats or {100 * gap / full['full']['loss']:.1f} % above full" in text
+    assert f"has a loss {untrained:.3f} higher" in text
+    assert 0.2 < 1 - gap / untrained < 0.3  # "a quarter"
+    assert f"Its loss is {switched:.3f} higher." in text
+    assert f"the loss is {100 * gap / full['full']['loss']:.1f} % higher than with full" in page()
+    plain = "64x16+sink"
+    found = [long[x][y]["single"]["32768"] for x, y in zip(LONG, ("full", plain), strict=True)]
+    few, most = sum(found[1]), sum(found[0])
+    assert f"finds {few} needles at 32K, where full attention finds {most}." in text
+    single, many = ([answers_of(long[x]["full"], (y,)) for x in LONG] for y in TASKS)
+    more, error = difference(*single)
+    assert abs(more) <= 2 * error  # "as many"
+    quote = f"answers {sum(many[1])} of {len(many[1])} questions, and the other one {sum(many[0])}"
+    assert quote in text
+    assert not any(sum(y["65536"]) for x in long.values() for z in x.values() for y in z.values())
 
 
 def test_repeated_runs_have_equal_losses():
