@@ -181,7 +181,7 @@ def test_the_table_of_needles_after_training_is_that_of_the_results(trained):
     ]
     assert table("### Needles after") == rows
     text = section("### Needles after continued training", "### Copies")
-    assert f"column is at most {largest_error(*trained.values()):.1f}." in text
+    assert f"column is at most {largest_error(*trained.values()):.1f}, so a" in text
 
 
 def test_the_numbers_of_the_text_on_needles_after_training_are_those_of_the_results(trained):
