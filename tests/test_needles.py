@@ -128,7 +128,8 @@ def test_other_sections_quote_the_needles(converted):
     plain, finest = "64x16+sink", "32x32+sink+sub4"
     quote = f"it finds {eight[plain]} of 50 with 64 x 16, {eight['full']} with full attention, and"
     assert f"{quote} {eight[finest]} with 32 x 32" in text
-    assert f"finds {eight[plain]} of 50 needles at 8,192 tokens, {eight['full']} with full" in text
+    claim = f"finds {eight[plain]} of 50 needles at 8,192 tokens, {eight['full']} with full"
+    assert f"{claim} attention, and {eight[finest]} with sub-blocks of 4 in" in text
     assert f"finds {eight[finest]} needles, and full attention {eight['full']}." in text
 
 
@@ -272,6 +273,8 @@ def test_the_numbers_of_the_text_on_long_contexts_are_those_of_the_results(long)
     found = [long[x][y]["single"]["32768"] for x, y in zip(LONG, ("full", plain), strict=True)]
     few, most = sum(found[1]), sum(found[0])
     assert f"finds {few} needles at 32K, where full attention finds {most}." in text
+    quote = f"finds {few} of 25 needles at 32K, where full attention finds {most}"
+    assert page().count(quote) == page().count("of 25 needles") == 2
     single, many = ([answers_of(long[x]["full"], (y,)) for x in LONG] for y in TASKS)
     more, error = difference(*single)
     assert abs(more) <= 2 * error  # "as many"

@@ -149,6 +149,25 @@ def test_pages_quote_the_sub_blocks(settings, finer, name):
     assert f"to {prose:.1f} and {source:.1f} %" in text
 
 
+def test_the_summary_and_the_claims_quote_the_results(settings, continued, trained, timed):
+    text, shared = page(), [x for x in map(json.loads, settings) if len(x) == 4]
+    more = [y for x in shared if x.items() >= SHARED.items() for y in increases(settings, **x)]
+    assert f"increases by {min(more):.1f} to {max(more):.0f} %" in text
+    plain = increases(settings, block_size=64, topk=16, sink_blocks=1)
+    assert f"raises the loss by {plain[0]:.1f} and {plain[1]:.1f} %, and finds" in text
+    full, hybrid = own(continued["full"]), continued["64x16 sink hybrid"]["final"]["full"]
+    left = f"{hybrid['loss'] - full['loss']:.3f}"
+    assert f"leave {left} nats in [continued training]" in text
+    assert f"in continued training, a gap of {left} is left" in text
+    finer = own(trained["128 x 8"])["loss"] - own(trained["64 x 16"])["loss"]
+    assert f"Confirmed: {finer:.3f} between 8 of 128 blocks and 16 of 256" in text
+    less = own(timed[0])["loss"] - timed[1]["final"]["full"]["loss"]
+    times = timed[1]["tokens"] / timed[0]["tokens"]
+    assert f"with {times:.2f} times the tokens in the time of full attention, the loss is " in text
+    assert f"time of full attention, the loss is {less:.3f} lower |" in text
+    assert f"If the difference at the end, {less:.3f}, holds" in text
+
+
 def test_the_table_of_options_is_that_of_the_results(settings):
     both = {"first_full": 2, "last_full": 3}
     options = {
