@@ -38,8 +38,7 @@ def set_attention(
         model: A model that contains `FlexMoba` modules. A layer is such a module; layers are
             numbered in the order of ``model.modules()``.
         topk: Blocks that each query attends to, its own block included, at least 1; None for full
-            attention, whose gradients on CUDA may differ between two runs, see `flex_moba`;
-            ``"unchanged"`` for the present value.
+            attention; ``"unchanged"`` for the present value.
         eval_topk: ``topk`` outside training (``module.eval()``); ``"same"`` for the value of
             ``topk``.
         block_size: Keys in a block, at least 1. Existing caches keep the old block size and then

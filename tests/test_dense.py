@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexmoba import flex_moba
-from flexmoba.backends.dense import on_cuda, supports_dense
-from flexmoba.backends.dense.operator import needs_equal_gradients
+from flexmoba.backends.dense import supports_dense
 from flexmoba.backends.options import AttentionOptions
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal, with_lse
 from tests.problems import Problem, problems
@@ -28,13 +27,6 @@ def operators_of(attend, *inputs: Tensor) -> set[str]:
     with Recorder() as recorder:
         attend(*inputs)
     return set(recorder.calls)
-
-
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @given(problems(), st.sampled_from((None, 0.7, -0.4, 0.0)))
@@ -161,88 +153,9 @@ def test_inputs_on_cuda(options, dims, dtype, major, supported, monkeypatch):
     call = AttentionOptions(**({"impl": "fused", "scale": 1.0} | options))
     assert supports_dense(q, q, v, call, has_score_mod=False) == supported
     with_gradients = v.clone().requires_grad_()
-    assert supports_dense(q, q, with_gradients, call, has_score_mod=False) == supported
-    options = {"has_score_mod": False, "is_deterministic": True}
-    assert not supports_dense(q, q, with_gradients, call, **options)
-    assert supports_dense(q, q, v, call, **options) == supported
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert not supports_dense(q, q, with_gradients, call, has_score_mod=False)
     with torch.no_grad():
         assert supports_dense(q, q, with_gradients, call, has_score_mod=False) == supported
-
-
-@pytest.mark.parametrize("uses_lse", [False, True])
-@pytest.mark.parametrize("by_cudnn", [True, False], ids=["cuDNN", "FlashAttention"])
-@pytest.mark.parametrize("group", [1, 2])
-def test_the_backward_call_on_cuda(uses_lse, by_cudnn, group, monkeypatch):
-    """The arguments of the operators, which a plain computation of the gradients replaces."""
-    calls = []
-
-    def backward(grad, q, k, v, out, lse, *rest, scale):
-        rest = [x for x in rest if not isinstance(x, Tensor)]
-        calls.append((lse.shape, rest, scale))
-        lse = lse.reshape(q.shape[:3])
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        with torch.enable_grad():
-            keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-            mask = torch.ones(q.shape[2], q.shape[2]).triu(1).bool()
-            scores = (q @ keys.mT * scale).masked_fill(mask, float("-inf"))
-            torch.testing.assert_close(scores.logsumexp(-1), lse)
-            result = scores.softmax(-1) @ values
-        if out.any():
-            torch.testing.assert_close(out, result.detach())
-            return torch.autograd.grad(result, (q, k, v), grad)
-        # With an output of zero, the kernels do not subtract the mean of the gradients.
-        weights = scores.softmax(-1).detach() * (grad @ values.mT)
-        return (*torch.autograd.grad(scores, (q, k), weights), torch.zeros_like(v))
-
-    name = f"_scaled_dot_product_{'cudnn' if by_cudnn else 'flash'}_attention_backward"
-    monkeypatch.setattr(on_cuda, "_aten", types.SimpleNamespace(**{name: backward}))
-    monkeypatch.setattr(on_cuda, "_can_use_cudnn", lambda *_: by_cudnn)
-    problem = Problem(
-        batch=2, kv_heads=2, group=group, q_len=24, kv_len=24, value_dim=16, head_dim=16
-    )
-    inputs = problem.tensors(requires_grad=True)
-    attend = with_lse(flex_moba, 4, None, scale=0.3)
-    results = attend(*inputs)
-    upstream = torch.randn_like(results[0]), torch.randn_like(results[1]) * uses_lse
-    expected = torch.autograd.grad(results, inputs, upstream)
-    out, lse = (x.detach() for x in results)
-    grad_lse = upstream[1] if uses_lse else None
-    grads = on_cuda.attend_backward_on_cuda(upstream[0], grad_lse, out, lse, inputs, 0.3, True)
-    for x, y in zip(grads, expected, strict=True):
-        torch.testing.assert_close(x, y)
-    shape = (*lse.shape, 1) if by_cudnn else lse.shape
-    rest = [None] * (3 if by_cudnn else 2) + [24, 24, 0.0, True]
-    assert calls == [(shape, rest, 0.3)] * (2 if uses_lse else 1)
-
-
-@pytest.mark.parametrize(
-    "function", [on_cuda._by_cudnn, on_cuda._by_flash], ids=["cuDNN", "FlashAttention"]
-)
-def test_operators_of_the_backward_call_accept_the_arguments(function):
-    problem = Problem(kv_heads=2, group=2, head_dim=16, value_dim=16)
-    q, k, v = (x.to("meta", torch.bfloat16) for x in problem.tensors())
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    grads = function(q, q, (q, k, v), lse, 0.3, True)
-    assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
-
-
-def test_compiled_functions_notice_deterministic_algorithms():
-    compiled = torch.compile(
-        lambda x: x + needs_equal_gradients(x, x, x, False), backend="eager", fullgraph=True
-    )
-    x = torch.zeros(2)
-    trained = x.clone().requires_grad_()
-    for enabled in (False, True, False):
-        torch.use_deterministic_algorithms(enabled)
-        try:
-            assert compiled(trained).tolist() == [enabled, enabled]
-            assert compiled(x).tolist() == [0, 0]
-            with torch.no_grad():
-                assert compiled(trained).tolist() == [0, 0]
-        finally:
-            torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -292,54 +205,11 @@ def test_on_cuda(changes, layout):
     assert operators_of(attend, *inputs) == {"attend_dense"}
     mask = everything(problem, "cuda")
     assert_as_exact_as_dense(attend, *inputs, mask)
-    assert_as_exact_as_dense(attend, *inputs, mask, gradients=True)
+    assert_as_exact_as_dense(attend, *inputs, mask, gradients=True)  # by FlexAttention
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_on_cuda_by_flash_attention(is_causal):
-    """Also takes gradients of cuDNN's results, as if determinism were enabled after the forward."""
-    problem = replace(CUDA, is_causal=is_causal)
-    inputs, mask = problem.tensors("cuda"), everything(problem, "cuda")
-    attend = with_lse(flex_moba, 128, None, is_causal=is_causal)
-
-    def enable_cudnn_in(forward: bool, backward: bool):
-        def attend_and_switch(*inputs):
-            torch.backends.cuda.enable_cudnn_sdp(forward)
-            results = attend(*inputs)
-            torch.backends.cuda.enable_cudnn_sdp(backward)
-            return results
-
-        return attend_and_switch
-
-    try:
-        for switches in ((False, False), (True, False), (False, True)):
-            assert_as_exact_as_dense(enable_cudnn_in(*switches), *inputs, mask, gradients=True)
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_on_cuda_with_deterministic_algorithms(is_causal):
-    problem = replace(CUDA, is_causal=is_causal)
-    inputs, mask = problem.tensors("cuda"), everything(problem, "cuda")
-
-    def attend(*inputs):  # the plain computation beside it multiplies by cuBLAS, which may refuse
-        torch.use_deterministic_algorithms(True)
-        try:
-            return with_lse(flex_moba, 128, None, is_causal=is_causal)(*inputs)
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-    assert_as_exact_as_dense(attend, *inputs, mask, gradients=True)
-    trained = problem.tensors("cuda", requires_grad=True)
-    assert operators_of(attend, *inputs) == {"attend_dense"}
-    assert "attend_dense" not in operators_of(attend, *trained)
-
-
-@pytest.mark.gpu
-def test_on_cuda_two_runs_are_bitwise_equal(deterministic):
+def test_on_cuda_two_runs_are_bitwise_equal():
     problem = replace(CUDA, q_len=4096, kv_len=4096)
     attend = with_lse(flex_moba, 128, None)
     inputs, trained = problem.tensors("cuda"), problem.tensors("cuda", requires_grad=True)
@@ -362,5 +232,3 @@ def test_on_cuda_compiled(layout):
             inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
         for x, y in zip(compiled(*inputs), attend(*inputs), strict=True):
             assert_bitwise_equal(x, y)
-        mask = everything(replace(CUDA, q_len=length, kv_len=length), "cuda")
-        assert_as_exact_as_dense(compiled, *inputs, mask, gradients=True)

@@ -98,7 +98,7 @@ def attend_selected(
     modifier = score_modifier(score_mod, q, k, layout.token_of_slot)
     selected = layout.spread_selection(_existing(selected, k, layout.block_size))
     if layout.block_size >= k.shape[2] and layout.keys_of_block is None:  # one block
-        out, lse = full_attention(q, k, v, options, modifier, is_deterministic=True)
+        out, lse = full_attention(q, k, v, options, modifier)
         is_selected = (selected == 0).any(-1)
         out = torch.where(is_selected[..., None], out, 0.0)
         return out, torch.where(is_selected, lse, float("-inf"))
@@ -178,18 +178,9 @@ def full_attention(
     v: Tensor,
     options: AttentionOptions,
     modifier: ScoreModifier | None = None,
-    *,
-    is_deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Computes full attention; the arguments and results are those of `block_attention`.
-
-    With ``is_deterministic``, gradients are equal in two runs, which is slower on CUDA.
-    """
-    if supports_dense(
-        *(q, k, v, options),
-        has_score_mod=modifier is not None,
-        is_deterministic=is_deterministic,
-    ):
+    """Computes full attention; the arguments and results are those of `block_attention`."""
+    if supports_dense(q, k, v, options, has_score_mod=modifier is not None):
         return dense_attention(q, k, v, options)
     if options.impl == "portable":
         return portable.full_attention(q, k, v, options, modifier)

@@ -32,8 +32,7 @@ class MobaAttention(nn.Module):
         kv_heads: KV heads ``Hkv``, a divisor of ``heads`` (grouped-query attention); ``heads`` by
             default.
         block_size: Keys in a block, at least 1.
-        topk: Blocks that each query attends to, its own block included; None for full attention,
-            whose gradients on CUDA may differ between two runs, see `flex_moba`.
+        topk: Blocks that each query attends to, its own block included; None for full attention.
         head_dim: Head dim ``D`` of queries, keys and values; ``dim / heads`` by default.
         rope_base: Base of a rotary position embedding, such as 10000; None for no embedding. The
             embedding rotates dim ``i`` with dim ``i + D / 2``. Positions begin at 0 in every

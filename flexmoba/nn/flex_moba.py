@@ -29,7 +29,7 @@ class FlexMoba(nn.Module):
     Args:
         block_size: Keys in a block, at least 1.
         topk: Blocks that each query attends to, its own block included, at least 1; None for full
-            attention, whose gradients on CUDA may differ between two runs, see `flex_moba`.
+            attention.
         eval_topk: ``topk`` outside training (``module.eval()``); ``"same"`` for the value of
             ``topk``.
         options: Keyword arguments for every call of `flex_moba`, such as ``gate="tile"`` or

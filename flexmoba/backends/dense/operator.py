@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexmoba.backends.dense.on_cpu import attend_backward_on_cpu, attend_on_cpu
-from flexmoba.backends.dense.on_cuda import attend_backward_on_cuda, attend_on_cuda
+from flexmoba.backends.dense.on_cuda import attend_on_cuda
 from flexmoba.backends.operators import register_attention, without_operator
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.runtime import without_autocast
@@ -16,18 +16,12 @@ _MAX_HEAD_DIM_ON_CUDA = 256
 
 
 def supports_dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    options: AttentionOptions,
-    *,
-    has_score_mod: bool,
-    is_deterministic: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *, has_score_mod: bool
 ) -> bool:
     """Returns whether torch's dense kernels support a full attention call.
 
     ``impl="masked"`` never uses them: it names a FlexAttention call. On CUDA, neither does a call
-    with gradients that must be equal in two runs.
+    with gradients.
 
     Args:
         q: Queries, ``(B, Hq, Lq, D)``.
@@ -35,8 +29,6 @@ def supports_dense(
         v: Values, ``(B, Hkv, Lk, Dv)``.
         options: The backend and its options.
         has_score_mod: Whether the call has a ``score_mod``.
-        is_deterministic: Whether gradients must be equal in two runs, even if
-            `torch.use_deterministic_algorithms` does not require it.
     """
     # The kernels align the first query to the first key. They mask scores, or take their maximum,
     # before they scale.
@@ -46,9 +38,10 @@ def supports_dense(
     if q.device.type == "cpu":
         return options.impl == "portable"
     dim, value_dim = q.shape[-1], v.shape[-1]
+    has_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     return (
         q.is_cuda
-        and not needs_equal_gradients(q, k, v, is_deterministic)
+        and not has_gradients
         and options.impl in ("fused", "routed")
         and not options.kernel_options
         and q.dtype in _DTYPES_ON_CUDA
@@ -58,15 +51,6 @@ def supports_dense(
         and not torch.version.hip
         and torch.cuda.get_device_properties(q.device).major >= 8
     )
-
-
-def needs_equal_gradients(q: Tensor, k: Tensor, v: Tensor, is_deterministic: bool) -> bool:
-    """Returns whether a call has gradients that must be equal in two runs.
-
-    A compiled function compiles again if this changes.
-    """
-    has_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return has_gradients and (is_deterministic or torch.are_deterministic_algorithms_enabled())
 
 
 def dense_attention(
@@ -109,8 +93,8 @@ def _differentiate_here(
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    differentiate = attend_backward_on_cuda if q.is_cuda else attend_backward_on_cpu
-    grads = differentiate(grad_out, grad_lse, out, lse, (q, k, v), scale, is_causal)
+    assert q.device.type == "cpu", "calls with gradients on CUDA have another backend"
+    grads = attend_backward_on_cpu(grad_out, grad_lse, out, lse, (q, k, v), scale, is_causal)
     empty = (torch.empty_like(x, device="meta") for x in (q, k, v))
     d_q, d_k, d_v = (_laid_out(x, like) for x, like in zip(grads, empty, strict=True))
     return d_q, d_k, d_v
