@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flexmoba import MobaCache, gate, moba_select, selected_attention
 from flexmoba.backends.fused import backward as backward_pass
 from flexmoba.backends.fused import forward as forward_pass
-from flexmoba.backends.fused import fused_attention, routing, schedule
+from flexmoba.backends.fused import fused_attention, hopper, routing, schedule
 from flexmoba.backends.grouped import grouped_attention
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.cache.append import append_scattered
@@ -40,7 +40,7 @@ from flexmoba.paged.attention import attend_steps_gathered
 from flexmoba.paged.kernels import attend_steps_on_cuda
 from flexmoba.selection import BlockSelection
 from flexmoba.sequence.kernel import move_on_cuda
-from tests import bounds
+from tests import bounds, emulated
 from tests.conftest import (
     assert_as_exact_as,
     assert_as_exact_as_dense,
@@ -133,6 +133,88 @@ def test_some_queries_do_not_attend_to_their_own_block():
     drop = torch.rand(selection[..., 1:].shape, generator=problem.generator()) < 0.3
     selection[..., 1:] = torch.where(drop, -1, selection[..., 1:])
     check(problem, selection, own)
+
+
+@pytest.fixture
+def launches_on_hopper(monkeypatch):
+    """Emulates the warp-specialised kernels from block 128 on, and lists their names."""
+    names = []
+
+    def launch(kernel, *arguments):
+        names.append(kernel.fn.__name__)
+        emulated.launch(kernel, *arguments, seed=len(names))
+
+    def descriptor(x, place, keys):
+        strides = hopper.token_stride(x), 1
+        return emulated.Descriptor(x.as_strided(place[:2], strides), (keys, x.shape[3]))
+
+    monkeypatch.setattr(hopper, "_is_hopper", lambda _: True)
+    monkeypatch.setattr(hopper, "_programs", lambda _: 3)
+    monkeypatch.setattr(hopper, "_descriptor", descriptor)
+    monkeypatch.setattr(hopper, "launch", launch)
+    monkeypatch.setattr(hopper, "least_block", 128)
+    monkeypatch.setattr(hopper, "least_backward_block", 128)
+    return names
+
+
+HOPPER = variant(q_len=400, kv_len=700, head_dim=64, value_dim=64, block_size=256, topk=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "item_rows"),
+    [
+        ({}, 1024),
+        ({"group": 1, "head_dim": 128, "value_dim": 128}, 1024),
+        ({"q_len": 230, "kv_len": 900, "kv_heads": 1, "group": 4}, 128),  # blocks of several items
+        ({"batch": 2, "block_size": 384, "q_len": 500, "kv_len": 820, "kv_heads": 1}, 1024),
+        ({"is_causal": False, "q_len": 150, "kv_len": 512}, 64),
+    ],
+)
+def test_warp_specialised(changes, item_rows, launches_on_hopper, monkeypatch):
+    monkeypatch.setattr(backward_pass, "_ITEM_FACTOR", 0)
+    monkeypatch.setattr(backward_pass, "_LEAST_ITEM", item_rows)
+    problem = replace(HOPPER, **changes)
+    check(problem, gated(problem))
+    assert set(launches_on_hopper) == {
+        "hopper_attend_kernel", "hopper_key_grads_kernel", "hopper_query_grads_kernel"
+    }  # fmt: skip
+
+
+def test_warp_specialised_with_queries_that_do_not_attend_to_their_own_block(launches_on_hopper):
+    selection = gated(HOPPER)
+    own = torch.rand(selection.shape[:3], generator=HOPPER.generator()) < 0.6
+    drop = torch.rand(selection[..., 1:].shape, generator=HOPPER.generator()) < 0.3
+    selection[..., 1:] = torch.where(drop, -1, selection[..., 1:])
+    check(HOPPER, selection, own)
+    assert "hopper_key_grads_kernel" in launches_on_hopper
+
+
+def test_warp_specialised_in_pieces(launches_on_hopper, monkeypatch):
+    for share in ("_SORTING_SHARE", "_TOTAL_SHARE"):
+        monkeypatch.setattr(schedule, share, 0.01)
+    monkeypatch.setattr(schedule, "_SMALL", 0)
+    schedule.sort_groups.cache_clear()
+    problem = replace(HOPPER, group=1, q_len=130, kv_len=600)
+    check(problem, gated(problem))
+    schedule.sort_groups.cache_clear()
+    assert launches_on_hopper.count("hopper_query_grads_kernel") > 2
+
+
+def test_warp_specialised_with_any_strides(launches_on_hopper):
+    problem = replace(HOPPER, batch=2, kv_heads=1, q_len=350, kv_len=350)
+    strided = [torch.nn.functional.pad(x, (0, 8))[..., :-8] for x in problem.tensors()]
+    strided[0] = strided[0].transpose(1, 2).contiguous().transpose(1, 2)  # tokens first
+    strided[1:] = (x[:1].expand(2, -1, -1, -1) for x in strided[1:])
+    routed = gated(problem)[..., 1:]
+    results = []
+    for inputs in ([x.contiguous() for x in strided], strided):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        selection = BlockSelection(routed, problem.block_size)
+        out, lse = fused_attention(*inputs, selection, AttentionOptions("fused", 0.3, True))
+        results.append((out, *torch.autograd.grad((out, lse), inputs, (out.cos(), lse.cos()))))
+    for x, y in zip(*results, strict=True):
+        assert_bitwise_equal(x, y)
+    assert launches_on_hopper.count("hopper_query_grads_kernel") == 2
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexmoba.backends.fused import hopper
 from flexmoba.backends.fused.backward_kernels import (
     delta_kernel,
     finish_query_grads_kernel,
@@ -163,6 +164,7 @@ def attend_backward_on_cuda(
     factor, dtypes = scale / math.log(2), (q.dtype,)
     grad_lse = None if grad_lse is None else packed(grad_lse)
     tiles_per_block = ceil_div(sizes.block_size, key_tile["KEYS"])
+    use_hopper = hopper.supports_backward((q, k, v), grad_out, sizes, is_causal=is_causal)
     with on_device_of(q):
         delta = torch.empty_like(lse)
         launch(
@@ -176,6 +178,7 @@ def attend_backward_on_cuda(
             dtypes,
         )
         tensors: tuple[Any, ...] = (q, k, v, grad_out, lse, delta)
+        call = hopper.BackwardCall((q, k, v, grad_out), lse, delta, own, sizes, is_causal, scale)
         for group, for_keys, for_queries in _passes(sizes):
             in_one_kernel = for_keys and for_queries and tiles_per_block == 1
             items = _items_of(
@@ -194,7 +197,16 @@ def attend_backward_on_cuda(
                     (piece.first_query - group.first_query) * sizes.count,
                     *(sizes.kv_heads, sizes.q_len, sizes.kv_len, sizes.n_blocks, factor, scale),
                 )
-                if for_keys:
+                if for_keys and use_hopper:
+                    hopper.key_grads_on_hopper(
+                        call,
+                        (d_k, d_v, extra),
+                        (items.pairs, items.first_rows, *items.of_keys, items.first_extra),
+                        group,
+                        piece,
+                        _item_rows(sizes),
+                    )
+                elif for_keys:
                     launch(
                         key_grads_kernel,
                         (n_pairs // _item_rows(sizes) + piece.n_blocks) * tiles_per_block,
@@ -218,7 +230,15 @@ def attend_backward_on_cuda(
                         key_tile,
                         dtypes,
                     )
-                if items.of_queries is not None:
+                if items.of_queries is not None and use_hopper:
+                    hopper.query_grads_on_hopper(
+                        call,
+                        partial_grads,
+                        (items.pairs, items.first_rows, *items.of_queries),
+                        group,
+                        piece,
+                    )
+                elif items.of_queries is not None:
                     launch(
                         item_query_grads_kernel,
                         n_pairs // query_tile["ROWS"] + piece.n_blocks if n_pairs else 0,

@@ -44,7 +44,7 @@ def attend_on_cuda(
         sizes, layout, is_causal, own is not None, has_large_shared_memory(q.device)
     )
     factor = scale / math.log(2)
-    use_hopper = hopper.supports(k, v, sizes, is_causal=is_causal)
+    use_hopper = hopper.supports(q, k, v, sizes, is_causal=is_causal)
     with on_device_of(q):
         # A partial output in half precision and a float32 log-sum-exp for each pair.
         groups = sort_groups(sizes, (2 * sizes.value_dim + 4) * sizes.count)

@@ -1,4 +1,4 @@
-"""Launches the warp-specialised attention of routed blocks, where it supports the inputs.
+"""Launches the warp-specialised kernels, where they support the inputs.
 
 Gluon is an experimental part of Triton: this module and the kernels of Hopper alone use it, with
 versions of Triton that compiled them.
@@ -6,6 +6,7 @@ versions of Triton that compiled them.
 
 import functools
 import importlib.util
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,11 @@ from flexmoba.runtime.triton_launch import launch
 
 # Measured at 512, where the kernel is slower than `attend_kernel`, and at 4096, where it is faster.
 least_block = 4096
+# The least block size of the backward pass. Measured at 512 and 4096.
+least_backward_block = 512
 
 _KEYS, _ROWS = 128, 128  # in a tile
+_BOX_KEYS = 64  # that one copy of the backward pass moves
 _HEAD_DIMS = (64, 128)
 # From this block size on, an enforced order of softmax and product is faster.
 _LEAST_ORDERED_BLOCK = 1024
@@ -45,14 +49,40 @@ class _Place(NamedTuple):
     column_of_head: int
 
 
-def supports(k: Tensor, v: Tensor, sizes: Sizes, *, is_causal: bool) -> bool:
+def supports(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, *, is_causal: bool) -> bool:
     """Returns whether the kernel supports a call.
 
-    It attends to full blocks of full tiles of keys, whose rows the copy engine can address.
+    It attends to full blocks of full tiles of keys, whose rows the copy engine can address. The
+    compiler must know that rows of queries begin at multiples of 16 bytes.
     """
+    _, unit = head_strides(q)
     return (
         sizes.block_size >= least_block
-        and sizes.count > 0
+        and _is_supported(k, v, sizes, is_causal=is_causal)
+        and unit == 16
+        and token_stride(q) % 8 == 0
+    )
+
+
+def supports_backward(
+    inputs: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, sizes: Sizes, *, is_causal: bool
+) -> bool:
+    """Returns whether the kernels of the backward pass support a call, as `supports` does.
+
+    The kernels of `backward_kernels` serve blocks of one tile, and write all gradients at once.
+    Rows of queries must begin at multiples of 16 bytes, which the offsets of rows count.
+    """
+    q, k, v = inputs
+    return (
+        sizes.block_size >= max(least_backward_block, 2 * _KEYS)
+        and _is_supported(k, v, sizes, is_causal=is_causal)
+        and all(_has_short_offsets(x, sizes.group) for x in (q, grad_out))
+    )
+
+
+def _is_supported(k: Tensor, v: Tensor, sizes: Sizes, *, is_causal: bool) -> bool:
+    return (
+        sizes.count > 0
         and sizes.block_size % _KEYS == 0
         and sizes.dim == sizes.value_dim
         and sizes.dim in _HEAD_DIMS
@@ -61,6 +91,13 @@ def supports(k: Tensor, v: Tensor, sizes: Sizes, *, is_causal: bool) -> bool:
         and _place(k) is not None
         and _place(v) is not None
     )
+
+
+def _has_short_offsets(x: Tensor, group: int) -> bool:
+    """Returns whether the offsets within a KV head are int32 in units of 16 bytes."""
+    strides = [x.stride(dim) if x.shape[dim] > 1 else 0 for dim in (0, 1)] + [token_stride(x)]
+    last = (group - 1) * strides[1] + (x.shape[2] - 1) * strides[2]
+    return all(stride % 8 == 0 for stride in strides) and last < 2**34
 
 
 def tiles_of(first_rows: Tensor, group: SortGroup, sizes: Sizes) -> Tiles:
@@ -99,9 +136,10 @@ def attend_on_hopper(
 
     launch(
         hopper_attend_kernel,
-        torch.cuda.get_device_properties(q.device).multi_processor_count,
+        _programs(q),
         (
-            *(q, _descriptor(k, k_place), _descriptor(v, v_place), *partial, pairs, *tiles),
+            *(q, _descriptor(k, k_place, _KEYS), _descriptor(v, v_place, _KEYS)),
+            *(*partial, pairs, *tiles),
             *(q_stride_b, q_stride_h, *k_place[2:], *v_place[2:]),
             *(piece.first_block, piece.first_block + piece.n_blocks),
             *(group.first_query, group.first_kv_head),
@@ -110,6 +148,135 @@ def attend_on_hopper(
         ),
         _constants(sizes) | {"Q_STRIDE": token_stride(q), "UNIT": unit},
         (q.dtype,),
+    )
+
+
+class BackwardCall(NamedTuple):
+    """The tensors and sizes that the launches of a backward pass share.
+
+    Attributes:
+        inputs: q, k, v and the gradient of the output, for which `supports_backward` is True.
+        lse: ``(B, Hq, Lq)`` float32, the log-sum-exp.
+        delta: ``(B, Hq, Lq)`` float32, of `delta_kernel`.
+        own: Which queries attend to their own blocks, or None for all.
+        sizes: The sizes of the call.
+        is_causal: Whether queries attend to their own blocks.
+        scale: The scale.
+    """
+
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor]
+    lse: Tensor
+    delta: Tensor
+    own: Tensor | None
+    sizes: Sizes
+    is_causal: bool
+    scale: float
+
+    def arguments(self, group: SortGroup, piece: Piece) -> tuple[tuple[Any, ...], list[int]]:
+        """Returns the first five arguments of a kernel, and its numbers up to the last block."""
+        q, k, v, grad = self.inputs
+        k_place, v_place = _place(k), _place(v)
+        assert k_place is not None
+        assert v_place is not None
+        descriptors = (_descriptor(k, k_place, _BOX_KEYS), _descriptor(v, v_place, _BOX_KEYS))
+        strides = [
+            x.stride(dim) // 8 if x.shape[dim] > 1 else 0 for x in (q, grad) for dim in (0, 1)
+        ]
+        numbers = [
+            *(*k_place[2:], *v_place[2:], *strides, group.first_query, group.first_kv_head),
+            *(piece.first_block, piece.first_block + piece.n_blocks),
+        ]
+        return (q, *descriptors, grad, self.lse, self.delta), numbers
+
+    def constants(self) -> dict[str, int]:
+        """Returns the constants of both kernels."""
+        q, *_, grad = self.inputs
+        sizes = self.sizes
+        return {
+            "IS_CAUSAL": self.is_causal,
+            "HAS_OWN": self.own is not None,
+            "GROUP": sizes.group,
+            "COUNT": sizes.count,
+            "BLOCK_SIZE": sizes.block_size,
+            "DIM": sizes.dim,
+            "Q_STRIDE": token_stride(q),
+            "GRAD_STRIDE": token_stride(grad),
+            "STAGES": 4,
+            "num_warps": 4,
+            "maxnreg": 168,
+        }
+
+
+def key_grads_on_hopper(
+    call: BackwardCall,
+    grads: tuple[Tensor, Tensor, Tensor],
+    tables: tuple[Tensor, ...],
+    group: SortGroup,
+    piece: Piece,
+    item_rows: int,
+) -> None:
+    """Computes `key_grads_kernel` for a piece.
+
+    Args:
+        call: The call.
+        grads: The gradients of k and v to write, and the buffer ``extra``.
+        tables: The pairs, the first row of each bin, the first item of each block, the block of
+            each item, and the first extra buffer of each block, all int32.
+        group: The sort group.
+        piece: The piece.
+        item_rows: The number of rows of an item.
+    """
+    from flexmoba.backends.fused.hopper_key_grads_kernels import hopper_key_grads_kernel
+
+    sizes = call.sizes
+    tensors, numbers = call.arguments(group, piece)
+    items = piece.n_queries * sizes.count // item_rows + piece.n_blocks
+    launch(
+        hopper_key_grads_kernel,
+        items * (sizes.block_size // _KEYS),
+        (
+            *(*tensors, call.own, *grads, *tables, *numbers),
+            *(sizes.kv_heads, sizes.q_len, sizes.kv_len, sizes.n_blocks),
+            *(call.scale / math.log(2), call.scale, item_rows),
+        ),
+        call.constants() | {"ROWS": 64, "KEYS": _KEYS, "REGISTERS": 232, "COPY_REGISTERS": 40},
+        (tensors[0].dtype,),
+    )
+
+
+def query_grads_on_hopper(
+    call: BackwardCall,
+    partial_grads: Tensor,
+    tables: tuple[Tensor, ...],
+    group: SortGroup,
+    piece: Piece,
+) -> None:
+    """Computes `item_query_grads_kernel` for a piece.
+
+    Args:
+        call: The call.
+        partial_grads: ``(rows, D)``, the gradients of pairs to write.
+        tables: The pairs, the first row of each bin, the first item of each block, and the block
+            of each item, all int32. An item has 128 rows.
+        group: The sort group.
+        piece: The piece.
+    """
+    from flexmoba.backends.fused.hopper_query_grads_kernels import hopper_query_grads_kernel
+
+    sizes = call.sizes
+    tensors, numbers = call.arguments(group, piece)
+    launch(
+        hopper_query_grads_kernel,
+        _programs(call.lse),
+        (
+            *(*tensors, partial_grads, *tables, *numbers),
+            (piece.first_query - group.first_query) * sizes.count,
+            *(sizes.kv_heads, sizes.q_len, sizes.n_blocks),
+            *(call.scale / math.log(2), call.scale),
+        ),
+        call.constants()
+        | {"ROWS": _ROWS, "KEYS": _BOX_KEYS, "REGISTERS": 216, "COPY_REGISTERS": 72},
+        (tensors[0].dtype,),
     )
 
 
@@ -141,6 +308,11 @@ def _is_hopper(device: torch.device) -> bool:
     return is_hopper and has_gluon and (3, 6) <= version <= (3, 7)
 
 
+def _programs(x: Tensor) -> int:
+    """Returns the number of programs of a kernel whose programs process one item after another."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
 def _place(x: Tensor) -> _Place | None:
     """Returns the place of each head of ``x (B, H, L, D)``, or None if the layout has no matrix."""
     batch, heads, length, dim = x.shape
@@ -158,7 +330,7 @@ def _place(x: Tensor) -> _Place | None:
     return None
 
 
-def _descriptor(x: Tensor, place: _Place) -> Any:
+def _descriptor(x: Tensor, place: _Place, keys: int) -> Any:
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -167,6 +339,6 @@ def _descriptor(x: Tensor, place: _Place) -> Any:
         x,
         [place.n_rows, place.n_columns],
         [token_stride(x), 1],
-        [_KEYS, dim],
+        [keys, dim],
         NVMMASharedLayout(128, 16, 2),
     )

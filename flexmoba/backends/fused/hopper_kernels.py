@@ -24,6 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flexmoba.runtime.triton_launch import kernel
 
+LOG2_E = gl.constexpr(1.4426950408889634)
+
 
 @gluon.jit
 def allocate_barriers(N: gl.constexpr, COUNT: gl.constexpr):
@@ -69,6 +71,22 @@ def query_offsets(
     head_in_group = query // q_len
     offset = (batch * q_stride_b + head + head_in_group * q_stride_h) * UNIT
     return offset + (query - head_in_group * q_len).to(gl.int64) * Q_STRIDE
+
+
+@gluon.jit
+def copy_rows(
+    ptr, buffer, query, head_in_group, q_len, stride_h, STRIDE: gl.constexpr, WARPS: gl.constexpr
+):
+    """Starts copies of queries of a KV head, each by the threads that hold a part of its row.
+
+    A thread finds the offset of one row, in units of 16 bytes, and hands it to the others.
+    """
+    DIM: gl.constexpr = buffer.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [WARPS, 1], [1, 0])
+    offset = query * (STRIDE // 8) + head_in_group * (stride_h - q_len * (STRIDE // 8))
+    offset = gl.convert_layout(offset, gl.SliceLayout(1, LAYOUT)).to(gl.int64) * 8
+    dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
+    async_copy.async_copy_global_to_shared(buffer, ptr + offset[:, None] + dim[None, :])
 
 
 @gluon.jit
