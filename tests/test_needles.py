@@ -70,42 +70,115 @@ def converted():
     return report["right"]
 
 
-def test_the_tables_of_needles_are_those_of_the_results(converted):
-    rows = [[name_of(x), *map(str, counts(answers))] for x, answers in converted.items()]
+@pytest.fixture(scope="module")
+def second():
+    """Returns the answers to 50 other questions."""
+    report, base = (report_of(f"smollm2-retrieval-{x}8k-h100") for x in ("seed-1-", ""))
+    assert report["options"] == base["options"] | {"seed": 1}
+    assert report["device"] == base["device"]
+    return report["right"]
+
+
+@pytest.fixture(scope="module")
+def both(converted, second):
+    """Returns the answers to both sets of questions, of the attentions that answered both."""
+    return {
+        x: {task: {n: converted[x][task][n] + y[task][n] for n in LENGTHS} for task in TASKS}
+        for x, y in second.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def settings(converted):
+    """Returns the answers of all settings to the first 50 questions."""
+    report, base = (report_of(f"smollm2-retrieval-{x}8k-h100") for x in ("gates-", ""))
+    assert all(report[x] == base[x] for x in ("options", "device"))
+    return converted | report["right"]
+
+
+def keys_of(attention):
+    """Returns how many keys a query reads at most."""
+    sizes = re.match(r"(\d+)x(\d+)", attention)
+    return int(sizes[1]) * int(sizes[2]) if sizes else None
+
+
+ONLY_FIRST = "Other settings answered the first 50 of these questions."
+IN_BOTH_TABLES = ("full", "32x32+sink+sub4")
+
+
+def test_the_tables_of_needles_are_those_of_the_results(converted, second, both, settings):
+    rows = [[name_of(x), *map(str, counts(answers))] for x, answers in both.items()]
     assert table("### Needles\n") == rows
-    some = ("full", "64x16+sink", "64x16+sink+sub8", "32x32+sink+sub4")
-    depths = [[name_of(x), *map(str, by_depth(converted[x], LENGTHS[1:]))] for x in some]
-    assert table("The next table shows the right answers of *single*") == depths
-    assert f"column is at most {largest_error(converted):.1f}" in section("### Needles", "### Opt")
-
-
-def test_the_numbers_of_the_text_on_needles_are_those_of_the_results(converted):
     text = section("### Needles", "### Options")
-    four, eight = ({x: sum(y["single"][n]) for x, y in converted.items()} for n in LENGTHS[1:])
+    assert f"column is at most {largest_error(both):.1f}, so" in text
+    assert f"difference of up to {2 * largest_error(both):.0f} may be chance" in text
+    some, depths = ("full", "64x16+sink", "64x16+sink+sub8", "32x32+sink+sub4"), []
+    for x in some:
+        pairs = zip(*(by_depth(y[x], LENGTHS[1:]) for y in (converted, second)), strict=True)
+        depths.append([name_of(x), *(str(a + b) for a, b in pairs)])
+    assert table("The next table shows the right answers of *single*") == depths
+    first = {x: y for x, y in settings.items() if x not in both or x in IN_BOTH_TABLES}
+    rows = {
+        name_of(x): [f"{keys_of(x):,}" if keys_of(x) else "all", *map(str, counts(answers))]
+        for x, answers in first.items()
+    }
+    assert {x: cells for x, *cells in table(ONLY_FIRST)} == rows
+    assert f"difference is at most {largest_error(first):.1f} here." in text
+    assert all(keys_of(x) in (None, 1024) for x in both)  # "at most 1,024 keys"
+
+
+def test_settings_that_select_every_block_answer_as_full_attention(settings):
+    equal = [x for x in settings if (keys_of(x) or 0) >= 2048]
+    assert len(equal) == 4
+    for x in equal:
+        for task in TASKS:
+            assert settings[x][task]["2048"] == settings["full"][task]["2048"]
+
+
+def test_the_numbers_of_the_text_on_needles_are_those_of_the_results(converted, second, both):
+    text = section("### Needles", "### Options")
+    two, four, eight = ({x: sum(y["single"][n]) for x, y in both.items()} for n in LENGTHS)
     plain, finer, finest = "64x16+sink", "64x16+sink+sub8", "32x32+sink+sub4"
-    decoded, both = plain + "+full-decode", finer + "+full-decode"
-    assert f"finds {eight[plain]} needles where full attention finds {eight['full']}." in text
-    assert f"find {four[finer]} needles instead of {four[plain]}," in text
-    assert f"they find {eight[finer]}. 32 x 32" in text
-    assert f"finds {eight[finest]} there, and full attention {eight['full']}." in text
-    assert max(eight[x] for x in eight if x != "full") == eight[finest]
-    key = [sum(converted[x]["multi-key"]["4096"]) for x in (finest, "full")]
-    assert f"finds {key[0]} where full attention finds {key[1]}" in text
-    sums = [sum(answers_of(converted[x])) for x in ("full", finest, both, finer, plain)]
-    assert f"Of all 300 questions, full attention answers {sums[0]}, 32 x 32" in text
-    assert f"of 4 {sums[1]}, 64 x 16" in text
-    assert "{} with full decoding and {} without, and 64 x 16".format(*sums[2:4]) in text
-    assert f"sub-blocks {sums[4]}." in text
-    assert f"finds {eight['64x32+sink']} at 8,192 tokens" in text
-    assert f"64 x 16 finds {four[decoded]} and {eight[decoded]} needles" in text
-    assert f"{four[both]} and {eight[both]} with sub-blocks" in text
-    halves = [sum(converted[x]["single"]["2048"]) for x in (plain, "full")]
-    assert f"finds {halves[0]} needles where full attention finds {halves[1]}; with a" in text
+    decoded = plain + "+full-decode"
+    assert (
+        f"finds {eight[plain]} of 100 needles where full attention finds {eight['full']}." in text
+    )
+    assert f"finds {two[plain]} needles where full attention finds {two['full']}; with a" in text
     assert f"a quarter, {four[plain]} and {four['full']}; with an eighth" in text
     assert f"with an eighth, {eight[plain]} and {eight['full']}." in text
-    for x in ("64x32+sink", "128x16+sink"):  # 2,048 keys select every block
-        for task in TASKS:
-            assert converted[x][task]["2048"] == converted["full"][task]["2048"]
+    assert f"find {eight[finer]} needles instead of {eight[plain]}," in text
+    assert f"finds {eight[finest]}, and full attention {eight['full']}." in text
+    firsts, seconds = (
+        {x: sum(y["single"]["8192"]) for x, y in z.items()} for z in (converted, second)
+    )
+    assert max(firsts[x] for x in firsts if x != "full") == firsts[finest]
+    assert len(firsts) == 9  # "the best of eight settings"
+    quote = f"with {firsts[finest]} needles where full attention found {firsts['full']}. On"
+    assert quote in text
+    assert f"it found {seconds[finest]}, and full attention {seconds['full']}." in text
+    sums = {x: sum(answers_of(y)) for x, y in both.items()}
+    assert f"Of all 600 questions, full attention answers {sums['full']} and 32 x 32" in text
+    assert f"sub-blocks of 4 {sums[finest]}. The difference" in text
+    more, error = difference(*(answers_of(both[x]) for x in ("full", finest)))
+    assert f"The difference, {more}, has a standard error of {error:.0f}." in text
+    assert f"answers {sums[finer]} with sub-blocks of 8, and {sums[plain]} without." in text
+    assert f"64 x 16 finds {four[decoded]} and {eight[decoded]} of 100 needles" in text
+    assert f"of 8 instead, {four[finer]} and {eight[finer]}." in text
+
+
+def test_the_numbers_of_the_text_on_other_settings_are_those_of_the_results(settings):
+    text = section("### Needles", "### Options")
+    eight = {x: sum(y["single"]["8192"]) for x, y in settings.items()}
+    assert f"in blocks of 64 find {eight['64x16+sink+sub4']}, sub-blocks of 8" in text
+    assert f"of 8 in blocks of 32 find {eight['32x32+sink+sub8']}, and sub" in text
+    assert f"of 4 in blocks of 32 find {eight['32x32+sink+sub4']}, with as many keys." in text
+    assert f"finds {eight['64x32+sink']} of the first 50 needles at 8,192 tokens, and " in text
+    assert f"and {eight['64x32+sink+sub8']} with sub-blocks of 8. With" in text
+    assert f"32 x 64 finds {eight['32x64+sink+sub4']}, and 32 x 16, with" in text
+    assert f"{keys_of('32x16')} keys, {eight['32x16+sink+sub4']}. Of" in text
+    few, most = (sum(answers_of(settings[x])) for x in ("32x16+sink+sub4", "64x32+sink"))
+    assert f"Of the first 300 questions, 32 x 16 with sub-blocks of 4 answers {few}," in text
+    assert f"with four times the keys, {most}." in text
 
 
 def test_the_numbers_of_the_earlier_questions_are_those_of_the_results():
@@ -122,42 +195,59 @@ def test_the_numbers_of_the_earlier_questions_are_those_of_the_results():
         assert f"{words} {single[0]}, {single[1]} and {single[2]}" in text
 
 
-def test_other_sections_quote_the_needles(converted):
+@pytest.fixture(scope="module")
+def eight(both):
+    """Returns how many of 100 answers to ``single`` are right at 8,192 tokens."""
+    assert all(len(x["single"]["8192"]) == 100 for x in both.values())
+    return {x: sum(y["single"]["8192"]) for x, y in both.items()}
+
+
+def test_other_sections_quote_the_needles(eight):
     text = page()
-    eight = {x: sum(y["single"]["8192"]) for x, y in converted.items()}
-    plain, finest = "64x16+sink", "32x32+sink+sub4"
-    quote = f"it finds {eight[plain]} of 50 with 64 x 16, {eight['full']} with full attention, and"
-    assert f"{quote} {eight[finest]} with 32 x 32" in text
-    claim = f"finds {eight[plain]} of 50 needles at 8,192 tokens, {eight['full']} with full"
-    assert f"{claim} attention, and {eight[finest]} with sub-blocks of 4 in" in text
-    assert f"finds {eight[finest]} needles, and full attention {eight['full']}." in text
+    plain, finest, full = (eight[x] for x in ("64x16+sink", "32x32+sink+sub4", "full"))
+    quote = f"it finds {plain} of 100 with 64 x 16, {full} with full attention, and {finest} with"
+    assert quote in text
+    quote = (
+        f"finds {plain} of 100 needles at 8,192 tokens, {full} with full attention, and {finest}"
+    )
+    assert quote in text
+    assert f"finds {finest} of 100 needles, and full attention {full}. Then" in text
+    assert f"sub-blocks of 4 find {finest} of 100 at 8,192 tokens, where they" in text
+    assert f"an eighth of the keys and full attention finds {full}." in text
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/transformers.md"])
-def test_pages_quote_the_needles(converted, name):
-    plain, full, finest = (
-        sum(converted[x]["single"]["8192"]) for x in ("64x16+sink", "full", "32x32+sink+sub4")
-    )
-    text = re.sub(r"\s+", " ", page(name))
-    assert f"{plain} of 50 needles at 8K tokens" in text
-    assert f"full attention finds {full}" in text
-    assert f"find {finest}" in text
+def test_pages_quote_the_needles(eight, name):
+    text = re.sub(r"\s+|\[|\]\([^)]*\)", " ", page(name)).replace("  ", " ")
+    assert f"{eight['64x16+sink']} of 100 needles at 8K tokens" in text
+    assert f"full attention finds {eight['full']}." in text
+    assert f"find {eight['32x32+sink+sub4']}" in text
 
 
-@pytest.mark.parametrize("name", ["docs/choosing.md", "docs/gates.md", "docs/transformers.md"])
-def test_pages_quote_the_sub_blocks(converted, name):
-    finest, full, whole, plain = (
-        sum(converted[x]["single"]["8192"])
-        for x in ("32x32+sink+sub4", "full", "32x32+sink", "64x16+sink")
+QUOTES = {
+    "docs/choosing.md": "finds {finest} of 100 [needles](results.md#needles) where full attention "
+    "finds {full} and 16 blocks of 64 find {plain}.",
+    "docs/gates.md": "{finest} of 100 needles at 8,192 tokens, where full attention finds {full}, "
+    "and the same blocks without sub-blocks {whole}.",
+    "docs/transformers.md": "they find {finest} needles. With `block_size=64, topk=16`, full "
+    "attention [in decoding](hybrid.md#results-of-the-paper) finds {decoded}, and "
+    "`gate_block_size=8` {finer}.",
+    "docs/examples.md": "finds {finest} of 100 needles at 8,192 tokens, where full attention "
+    "finds {full}.",
+}
+
+
+@pytest.mark.parametrize("name", QUOTES)
+def test_pages_quote_the_sub_blocks(eight, name):
+    quote = QUOTES[name].format(
+        plain=eight["64x16+sink"],
+        decoded=eight["64x16+sink+full-decode"],
+        finer=eight["64x16+sink+sub8"],
+        whole=eight["32x32+sink"],
+        finest=eight["32x32+sink+sub4"],
+        full=eight["full"],
     )
-    quotes = {
-        "docs/choosing.md": f"finds {finest} [needles](results.md#needles) where full attention "
-        f"finds {full} and 16 blocks of 64 find {plain}",
-        "docs/gates.md": f"{finest} needles at 8,192 tokens, where full attention finds {full}, "
-        f"and the same blocks without sub-blocks {whole}.",
-        "docs/transformers.md": f"they find {finest} needles.",
-    }
-    assert quotes[name] in page(name)
+    assert quote in page(name)
 
 
 TRAINED = {"none": "not trained", "full": "full", "64x16 sink": "64 x 16, sink"}
@@ -214,10 +304,8 @@ def test_the_numbers_of_the_text_on_needles_after_training_are_those_of_the_resu
     assert f"it finds {eight[plain]} of 50 [needles](#needles-after-continued-training)" in page()
     assert f"at 8,192 tokens, where full attention finds {of_full}. With" in page()
     for name in ("README.md", "docs/index.md"):
-        quote = (
-            f"finds {eight[plain]} of 50 needles at 8K tokens with MoBA (block 64, topk 16), and"
-        )
-        assert f"{quote} {eight['full']} with full attention" in page(name)
+        quote = f"finds {eight[plain]} of 50 needles with MoBA, and {eight['full']} with full"
+        assert quote in page(name)
 
 
 LONG_LENGTHS = ("4096", "8192", "16384", "32768", "65536")
