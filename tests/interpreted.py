@@ -508,6 +508,9 @@ def test_the_gate_kernel_selects_among_8192_blocks():
         ({}, (8, 4, 16, 6, 1, 1)),
         ({"group": 3, "kv_heads": 1, "q_len": 70}, (6, 6, 6, 9, 2, 0)),
         ({"group": 1, "head_dim": 40, "dtype": torch.float32}, (12, 2, 8, 5, 0, 2)),
+        ({"group": 1, "head_dim": 40}, (12, 2, 8, 5, 0, 2)),  # overlaps of two later blocks
+        ({"group": 1, "kv_len": 520, "q_len": 20}, (4, 2, 4, 14, 1, 1)),  # three tiles
+        ({"group": 1, "q_len": 70}, (4, 2, 4, 20, 1, 1)),  # more blocks than a list holds
         ({"q_len": 1, "batch": 2}, (32, 16, 64, 5, 1, 1)),
         ({"q_len": 150, "head_dim": 32}, (18, 6, 18, 5, 1, 1)),  # three places for each block
         ({"q_len": 140, "kv_len": 140, "head_dim": 136}, (4, 4, 64, 3, 0, 0)),
