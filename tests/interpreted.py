@@ -510,7 +510,10 @@ def test_the_gate_kernel_selects_among_8192_blocks():
         ({"group": 1, "head_dim": 40, "dtype": torch.float32}, (12, 2, 8, 5, 0, 2)),
         ({"group": 1, "head_dim": 40}, (12, 2, 8, 5, 0, 2)),  # overlaps of two later blocks
         ({"group": 1, "kv_len": 520, "q_len": 20}, (4, 2, 4, 14, 1, 1)),  # three tiles
-        ({"group": 1, "q_len": 70}, (4, 2, 4, 20, 1, 1)),  # more blocks than a list holds
+        (
+            {"group": 1, "kv_heads": 1, "q_len": 30, "kv_len": 150},
+            (4, 2, 4, 20, 1, 1),
+        ),  # more blocks than a list holds
         ({"q_len": 1, "batch": 2}, (32, 16, 64, 5, 1, 1)),
         ({"q_len": 150, "head_dim": 32}, (18, 6, 18, 5, 1, 1)),  # three places for each block
         ({"q_len": 140, "kv_len": 140, "head_dim": 136}, (4, 4, 64, 3, 0, 0)),
@@ -568,6 +571,7 @@ def test_ties_and_nan_in_the_selection_kernels_of_nsa():
 def test_the_decoding_kernels_of_nsa(monkeypatch, changes, sizes, window):
     """Tests rows of different lengths, padding, a query beyond the capacity, and NaN after rows."""
     monkeypatch.setattr(decode_on_cuda, "_PROGRAMS", 32)
+    monkeypatch.setattr(decode_on_cuda, "_is_captured", lambda _: True)  # fixed parts on their own
     problem = variant(**({"batch": 3, "q_len": 1, "dtype": torch.float32} | changes))
     sizes, n = NsaSizes(*sizes), problem.q_len
     capacity = problem.kv_len // sizes.block_size * sizes.block_size
@@ -600,9 +604,10 @@ def test_the_decoding_kernels_of_nsa(monkeypatch, changes, sizes, window):
     step = decode_on_cuda.attend_step_on_cuda(*call)
     for actual, x in zip(step, expected, strict=True):
         torch.testing.assert_close(actual, x, equal_nan=True)
-    monkeypatch.setattr(decode_on_cuda, "_is_captured", lambda _: True)  # two launches
-    for actual, x in zip(decode_on_cuda.attend_step_on_cuda(*call), step, strict=True):
-        torch.testing.assert_close(actual, x, rtol=0, atol=0, equal_nan=True)
+    if heads == 1:  # few cases, since the interpreter takes seconds
+        monkeypatch.setattr(decode_on_cuda, "_is_captured", lambda _: False)
+        for actual, x in zip(decode_on_cuda.attend_step_on_cuda(*call), step, strict=True):
+            torch.testing.assert_close(actual, x, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
