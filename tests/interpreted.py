@@ -106,6 +106,7 @@ def gated(problem: Problem) -> torch.Tensor:
         {"block_size": 50, "head_dim": 24, "value_dim": 33},
         {"block_size": 100, "head_dim": 192, "value_dim": 128, "q_len": 130, "kv_len": 220},
         {"block_size": 32, "head_dim": 144, "value_dim": 256, "q_len": 130, "kv_len": 220},
+        {"block_size": 70, "head_dim": 160, "value_dim": 136, "q_len": 130, "kv_len": 220},
         {"block_size": 150, "topk": 2, "batch": 2, "kv_heads": 1},  # blocks of several tiles
         {"block_size": 7, "topk": 5, "group": 1},
         {"topk": 1},

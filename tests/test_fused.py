@@ -166,7 +166,9 @@ print(max(shared_memory(kernel, constants, capability) for kernel, constants in 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize(("capability", "most"), [(90, 227), (89, 99)])
-@pytest.mark.parametrize("sizes", [(192, 128, 512), (256, 256, 64), (256, 256, 512)])
+@pytest.mark.parametrize(
+    "sizes", [(192, 128, 512), (128, 256, 512), (256, 256, 64), (256, 256, 512)]
+)
 def test_kernels_for_large_head_dims_fit_in_shared_memory(capability, most, sizes, tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     (tmp_path / "compile.py").write_text(COMPILE_WIDE)

@@ -596,6 +596,14 @@ def test_twice_the_same_bits():
         assert_bitwise_equal(first, second)
 
 
+def test_gradients_do_not_change_the_result():
+    """Tests the order of the branches, which depends on gradients."""
+    problem = Problem(kv_heads=2, topk=5, block_size=16, dtype=torch.bfloat16)
+    with_gradients = nsa_of(problem)(*problem.tensors(requires_grad=True))
+    for x, y in zip(nsa_of(problem)(*problem.tensors()), with_gradients, strict=True):
+        assert_bitwise_equal(x, y)
+
+
 def test_autocast_does_not_change_the_result():
     options = {"cmp_block": 4, "cmp_stride": 2, "block_size": 4, "topk": 9}
     problem = Problem(group=1, q_len=200, kv_len=200, **options, dtype=torch.float32)

@@ -3,12 +3,22 @@
 import json
 import re
 import statistics
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
+from tests.results import (
+    DOCS,
+    ROOT,
+    error_of,
+    own,
+    page,
+    report_of,
+    runs_of,
+    section,
+    table,
+    with_increase,
+)
+
 LIMITS = (1, 3, 10)  # percent
 LENGTH = 8192
 SHARED = {"sink_blocks": 1, "local_blocks": 1}
@@ -38,17 +48,6 @@ def sparsity(block_size, topk, length=LENGTH):
     return 100 * (1 - read / (length * (length + 1) / 2))
 
 
-def page():
-    return (DOCS / "results.md").read_text()
-
-
-def table(heading):
-    """Returns the cells of the first table after a line that begins with ``heading``."""
-    lines = page().split(f"\n{heading}", 1)[1].split("\n\n")
-    rows = next(x for x in lines if x.startswith("|")).splitlines()[2:]
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-
-
 @pytest.fixture(scope="module")
 def trained():
     """Returns the runs of models that were trained from scratch, from the JSON file."""
@@ -71,11 +70,6 @@ def continued():
     return json.loads(file.read_text())["runs"]
 
 
-def runs_of(name):
-    """Returns the runs of a JSON file of sweep.py."""
-    return json.loads((DOCS / "results" / f"{name}.json").read_text())["runs"]
-
-
 TRAINED_WITH = {
     "full": "full",
     "64x16 sink": "64 x 16, sink",
@@ -91,21 +85,6 @@ def read_with(continued):
         both = [("full", "full"), (moba, "moba")]
         for served, kind in both[:: -1 if run["options"]["attention"] == "moba" else 1]:
             yield [TRAINED_WITH[name], served], run["final"][kind]
-
-
-def own(run):
-    """Returns the losses of a run by the attention that it was trained with."""
-    return run["final"]["full" if run["options"]["attention"] == "full" else "moba"]
-
-
-def with_increase(loss, full):
-    return f"{loss:.4f}" + (f" ({loss - full:+.3f})" if loss != full else "")
-
-
-def error_of(x, full, part="by_window"):
-    """Returns the standard error, over contexts, of the difference of two losses."""
-    found = [a - b for a, b in zip(x[part], full[part], strict=True)]
-    return statistics.stdev(found) / len(found) ** 0.5
 
 
 def test_the_table_of_conversion_is_that_of_the_results(settings):
@@ -170,79 +149,23 @@ def test_pages_quote_the_sub_blocks(settings, finer, name):
     assert f"to {prose:.1f} and {source:.1f} %" in text
 
 
-@pytest.fixture(scope="module")
-def needles():
-    """Returns the answers of SmolLM2 by attention, task and length, from the JSON file."""
-    file = DOCS / "results" / "smollm2-retrieval-8k-h200.json"
-    report = json.loads(file.read_text())
-    assert report["options"]["samples"] == 25
-    return report["right"]
-
-
-NEEDLES = {"full": "full", "64x16": "64 x 16", "64x16+sink": "64 x 16, sink"}
-NEEDLES["128x8+sink"] = "128 x 8, sink"
-
-
-def test_the_tables_of_needles_are_those_of_the_results(needles):
-    rows, depths = [], []
-    for task in ("single", "multi-key"):
-        for length in ("1024", "2048", "4096", "8192"):
-            counts = [str(sum(needles[x][task][length])) for x in NEEDLES]
-            rows.append([task, f"{int(length):,}", *counts])
-    for x, name in NEEDLES.items():
-        both = [needles[x]["single"][length] for length in ("4096", "8192")]
-        fifths = [sum(sum(y[i : i + 5]) for y in both) for i in range(0, 25, 5)]
-        depths.append([name, *map(str, fifths)])
-    assert table("### Needles") == rows
-    assert table("*Sink* is `sink_blocks=1`. A query") == depths
-
-
-def test_the_numbers_of_the_text_on_needles_are_those_of_the_results(needles):
-    text, full = page(), needles["full"]
-    for x in needles.values():
-        for task, by_length in x.items():
-            assert by_length["1024"] == full[task]["1024"]  # every block is selected
-    for task in ("multi-value", "tracking", "counting"):
-        assert not any(sum(y) for y in full[task].values())
-    two, four, eight = (
-        [sum(needles[x]["single"][length]) for x in ("64x16+sink", "full")]
-        for length in ("2048", "4096", "8192")
-    )
-    assert f"finds {eight[0]} needles where full attention finds {eight[1]}." in text
-    for length in ("2048", "4096"):  # "keeps": it finds none that full attention does not find
-        both = (needles[x]["single"][length] for x in ("64x16+sink", "full"))
-        assert all(x <= y for x, y in zip(*both, strict=True))
-    assert f"keeps {two[0]} of {two[1]} needles; with a quarter, {four[0]} of {four[1]}" in text
-    assert f"kept {two[0]} of {two[1]} needles, and {four[0]} of {four[1]} with a quarter" in text
-    assert f"it finds {four[0]} of 25 with 64 x 16, and {four[1]} with full" in text
-    assert f"finds {eight[0]} of 25 needles at 8,192 tokens, and {eight[1]} with" in text
-
-
-def test_the_table_of_remedies_is_that_of_the_results():
-    file = DOCS / "results" / "smollm2-retrieval-2k-cpu.json"
-    report = json.loads(file.read_text())
-    o = report["options"]
-    assert (o["tasks"], o["lengths"], o["samples"]) == (["single"], [2048], 25)
-    names = {"full": "full", "64x8": "64 x 8", "sub8": "sub-blocks of 8"}
-    names["full-decode"] = "full attention in decoding"
-    rows = []
-    for attention, tasks in report["right"].items():
-        name = ", ".join(names.get(x, x) for x in attention.split("+"))
-        rows.append([name, str(sum(tasks["single"]["2048"]))])
-    assert table("Two remedies") == rows
-    full, plain, finer, decoded, together = (count for _, count in rows)
-    assert f"find {finer} needles instead of {plain}," in page()
-    assert f"**Full attention in decoding** finds {decoded}." in page()
-    assert together == full
-    assert f"**Both together** find {together}, as many as full attention." in page()
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/transformers.md"])
-def test_pages_quote_the_needles(needles, name):
-    moba, full = (sum(needles[x]["single"]["8192"]) for x in ("64x16+sink", "full"))
-    text = (ROOT / name).read_text()
-    assert f"{moba} of 25 needles" in text
-    assert f"full attention finds {full}" in text
+def test_the_summary_and_the_claims_quote_the_results(settings, continued, trained, timed):
+    text, shared = page(), [x for x in map(json.loads, settings) if len(x) == 4]
+    more = [y for x in shared if x.items() >= SHARED.items() for y in increases(settings, **x)]
+    assert f"increases by {min(more):.1f} to {max(more):.0f} %" in text
+    plain = increases(settings, block_size=64, topk=16, sink_blocks=1)
+    assert f"raises the loss by {plain[0]:.1f} and {plain[1]:.1f} %, and finds" in text
+    full, hybrid = own(continued["full"]), continued["64x16 sink hybrid"]["final"]["full"]
+    left = f"{hybrid['loss'] - full['loss']:.3f}"
+    assert f"leave {left} nats in [continued training]" in text
+    assert f"in continued training, a gap of {left} is left" in text
+    finer = own(trained["128 x 8"])["loss"] - own(trained["64 x 16"])["loss"]
+    assert f"Confirmed: {finer:.3f} between 8 of 128 blocks and 16 of 256" in text
+    less = own(timed[0])["loss"] - timed[1]["final"]["full"]["loss"]
+    times = timed[1]["tokens"] / timed[0]["tokens"]
+    assert f"with {times:.2f} times the tokens in the time of full attention, the loss is " in text
+    assert f"time of full attention, the loss is {less:.3f} lower |" in text
+    assert f"If the difference at the end, {less:.3f}, holds" in text
 
 
 def test_the_table_of_options_is_that_of_the_results(settings):
@@ -367,20 +290,28 @@ def test_pages_quote_the_continued_training(continued, name):
     assert f"{hybrid:.1f} % higher" in text
 
 
+def second_seeds():
+    """Returns the runs from scratch with seed 1 by their names in the table."""
+    runs = runs_of("from-scratch-16k-seed-1-h100")
+    assert {x["options"]["seed"] for x in runs.values()} == {1}
+    return {f"{ROWS[name.removesuffix(' seed 1')]}, seed 1": run for name, run in runs.items()}
+
+
 def test_the_table_of_training_is_that_of_the_results(trained):
     full, expected = own(trained["full"]), []
-    for name, run in trained.items():
+    for name, run in (trained | second_seeds()).items():
         options, losses = run["options"], own(run)
         sizes = options["block_size"], options["topk"], options["length"]
         share = 0 if name == "full" else sparsity(*sizes)
+        base = full if options["seed"] == 0 else losses  # full attention has one seed
         expected.append(
             [
                 name,
                 f"{share:.0f} %",
-                with_increase(losses["loss"], full["loss"]),
+                with_increase(losses["loss"], base["loss"]),
                 f"{losses['first']:.4f}",
                 f"{losses['middle']:.4f}",
-                with_increase(losses["last"], full["last"]),
+                with_increase(losses["last"], base["last"]),
                 f"{run['tokens_per_second']:,.0f}",
                 f"{run['history']['seconds'][-1] / 60:.1f}",
             ]
@@ -420,7 +351,14 @@ def test_the_numbers_of_the_text_on_training_are_those_of_the_results(trained):
     assert f"and {max(errors['last_by_window']):.3f} of the last" in text
     fine, coarse, convolution = (own(trained[x]) for x in list(ROWS.values())[1:])
     assert f"64 x 16 is {coarse['loss'] - fine['loss']:.3f} nats below" in text
-    assert f"takes {coarse['loss'] - convolution['loss']:.3f} nats off" in text
+    again, with_convolution = (own(x)["loss"] for x in second_seeds().values())
+    gains = coarse["loss"] - convolution["loss"], again - with_convolution
+    assert (
+        f"takes {gains[0]:.3f} nats off the loss of 128 x 8 with seed 0 and {gains[1]:.3f}" in text
+    )
+    assert f"{gains[0]:.3f} and {gains[1]:.3f} with block 128, two seeds" in text
+    changes = again - coarse["loss"], with_convolution - convolution["loss"]
+    assert f"changes the loss by {min(changes):.3f} to {max(changes):.3f}" in text
     untrained = trained["full"]["final"]["moba"]["loss"]
     assert f"{untrained:.4f} with 128 x 8, {untrained - full['loss']:.3f} above" in text
     assert f"leaves {coarse['loss'] - full['loss']:.3f}." in text
@@ -461,9 +399,22 @@ def timed():
     return runs["full 32K"], runs["128x8 hybrid 32K longer"]
 
 
-def test_the_table_of_equal_time_is_that_of_the_results(timed):
+@pytest.fixture(scope="module")
+def equal(timed):
+    """Returns the hybrid that read as many tokens as full attention, on another GPU."""
+    run = runs_of("from-scratch-32k-h100")["128x8 hybrid 32K"]
+    full = timed[0]
+    assert (run["tokens"], run["options"]["seed"]) == (full["tokens"], full["options"]["seed"])
+    corpora = [report_of(f"from-scratch-32k-{x}")["corpus"] for x in ("h100", "h200")]
+    assert corpora[0] == corpora[1]
+    assert run["device"] != full["device"]
+    return run
+
+
+def test_the_table_of_equal_time_is_that_of_the_results(timed, equal):
     full, rows = own(timed[0]), []
-    for name, run in zip(("full", "hybrid"), timed, strict=True):
+    for name, run in zip(("full", "hybrid", "hybrid"), (*timed, equal), strict=True):
+        seconds, speed = run["history"]["seconds"][-1], run["tokens_per_second"]
         for served, kind in (("full", "full"), ("128 x 8", "moba")):
             x = run["final"][kind]
             ends = [with_increase(x[part], full[part]) for part in ("loss", "last")]
@@ -471,15 +422,15 @@ def test_the_table_of_equal_time_is_that_of_the_results(timed):
                 [
                     name,
                     f"{run['tokens'] / 1e6:.0f}M",
-                    f"{run['history']['seconds'][-1]:.0f}",
-                    f"{run['tokens_per_second']:,.0f}",
+                    f"{seconds:.0f}" if run is not equal else "",
+                    f"{speed:,.0f}" if run is not equal else "",
                     *(served, ends[0], f"{x['first']:.4f}", f"{x['middle']:.4f}", ends[1]),
                 ]
             )
     assert table("### Loss in equal time") == rows
 
 
-def test_the_numbers_of_the_text_on_equal_time_are_those_of_the_results(timed):
+def test_the_numbers_of_the_text_on_equal_time_are_those_of_the_results(timed, equal):
     text = page().split("### Loss in equal time\n", 1)[1].split("\n### One KV", 1)[0]
     full, hybrid = timed
     assert full["options"]["seed"] == hybrid["options"]["seed"]
@@ -492,9 +443,19 @@ def test_the_numbers_of_the_text_on_equal_time_are_those_of_the_results(timed):
     assert f"{steps[0]:.0f} ms with full attention and {steps[1]:.0f} ms with" in text
     compiled = [run["history"]["compile_seconds"] for run in timed]
     assert f"{compiled[0]:.0f} and {compiled[1]:.0f} seconds of compilation" in text
-    errors = [error_of(hybrid["final"][x], own(full)) for x in ("full", "moba")]
-    assert f"is {errors[0]:.3f} nats for the hybrid" in text
+    errors = [
+        max(error_of(run["final"][x], own(full)) for run in (hybrid, equal))
+        for x in ("full", "moba")
+    ]
+    assert f"is at most {errors[0]:.3f} nats for the hybrids" in text
     assert f"and {errors[1]:.3f} with 128 x 8" in text
+    gaps = [equal["final"][x]["loss"] - own(full)["loss"] for x in ("full", "moba")]
+    assert f"the hybrid ends {gaps[0]:.3f} nats higher** with full" in text
+    assert f"and {gaps[1]:.3f} with 128 x 8." in text
+    assert f"and {gaps[0]:.3f} [from scratch](#loss-in-equal-time)" in page()
+    assert f"from scratch at 32K, a gap of {gaps[0]:.3f};" in page()
+    near, far = (equal["final"]["full"]["copied"][x] for x in ("90%", "75%"))
+    assert f"as many tokens has {far:.2f} and {near:.2f}." in text
 
     def check(run, step):
         loss = next(y for x, y, _ in run["history"]["checks"] if x == step)
@@ -512,7 +473,7 @@ def test_the_numbers_of_the_text_on_equal_time_are_those_of_the_results(timed):
     # If the hybrid ends as far below full attention on the 8 contexts as on all.
     assert after[0] < hybrid["history"]["checks"][-1][1] + less
     copied = [run["final"]["full"]["copied"] for run in (hybrid, full)]
-    assert "loss of {:.2f} with the hybrid".format(copied[0]["75%"]) in text
+    assert "loss of {:.2f} with the longer hybrid".format(copied[0]["75%"]) in text
     assert "of {:.2f} with the model".format(copied[1]["75%"]) in text
     assert "both have {:.2f} and {:.2f}".format(*(x["90%"] for x in copied)) in text
     speeds = [run["tokens_per_second"] for run in timed]
@@ -530,34 +491,74 @@ def test_pages_quote_the_equal_time(timed, name):
     assert f"{more:.1f} % higher" in text
 
 
-def test_the_table_of_one_kv_head_is_that_of_the_results(trained):
-    runs = runs_of("one-kv-head-16k-h200")
-    names = {"full": "full 1 KV head", "64 x 16": "64x16 1 KV head", "NSA": "nsa 1 KV head"}
-    full, rows, losses = own(runs[names["full"]]), [], {}
-    for name, key in names.items():
-        run = runs[key]
-        x = run["final"]["nsa"] if name == "NSA" else own(run)
-        losses[name] = x
-        rows.append(
-            [
-                name,
-                f"{run['parameters'] / 1e6:.1f}M",
-                with_increase(x["loss"], full["loss"]),
-                f"{x['first']:.4f}",
-                with_increase(x["last"], full["last"]),
-                *(f"{x['copied'][depth]:.2f}" for depth in ("50%", "90%")),
-                f"{run['tokens_per_second']:,.0f}",
-            ]
-        )
+ONE_KV_HEAD = {
+    "full": ("full 1 KV head", "all"),
+    "64 x 16": ("64x16 1 KV head", "1,024"),
+    "NSA, 4 blocks": ("nsa 1 KV head", "1,024"),
+    "64 x 32": ("64x32 1 KV head", "2,048"),
+    "NSA, 16 blocks": ("nsa 64x16 1 KV head", "2,048"),
+}
+
+
+@pytest.fixture(scope="module")
+def one_kv_head():
+    """Returns the runs with one KV head by their names in the table."""
+    names = [f"one-kv-head-16k-{card}" for card in ("h200", "h100")]
+    corpora = [report_of(x)["corpus"] for x in names]
+    assert corpora[0] == corpora[1]
+    runs = runs_of(names[0]) | runs_of(names[1])
+    return {name: runs[key] for name, (key, _) in ONE_KV_HEAD.items()}
+
+
+def speed_of(run):
+    card = " (H100)" if "H100" in run["device"] else ""
+    return f"{run['tokens_per_second']:,.0f}{card}"
+
+
+def test_the_tables_of_one_kv_head_are_those_of_the_results(one_kv_head):
+    full, rows, short = own(one_kv_head["full"]), [], []
+    for name, run in one_kv_head.items():
+        x, keys = own(run), ONE_KV_HEAD[name][1]
+        losses = [with_increase(x[part], full[part]) for part in ("loss", "last")]
+        copied = [f"{x['copied'][depth]:.2f}" for depth in ("50%", "90%")]
+        cells = [f"{run['parameters'] / 1e6:.1f}M", losses[0], f"{x['first']:.4f}", losses[1]]
+        rows.append([name, keys, *cells, *copied, speed_of(run)])
+        name = name.replace("64 x", "MoBA, 64 x")
+        short.append([name, keys, f"{x['loss']:.4f}", speed_of(run)])
     assert table("### One KV head") == rows
-    text = page().split("### One KV head, with NSA\n", 1)[1].split("\n### Compare", 1)[0]
-    copied = losses["NSA"]["copied"].values()
-    assert f"are {min(copied):.2f} to {max(copied):.2f} at every depth" in text
-    few = losses["64 x 16"]["loss"] - full["loss"]
+    assert table("## Quality after", "docs/nsa.md") == short
+
+
+def test_the_numbers_of_the_text_on_one_kv_head_are_those_of_the_results(trained, one_kv_head):
+    text = section("### One KV head, with NSA", "### Compare")
+    losses = {name: own(run) for name, run in one_kv_head.items()}
+    full = losses["full"]
+    gaps = {name: x["loss"] - full["loss"] for name, x in losses.items()}
+    copies = []
+    for name in ("NSA, 16 blocks", "NSA, 4 blocks"):
+        copied = losses[name]["copied"].values()
+        copies.append(f"{min(copied):.2f} to {max(copied):.2f}")
+    assert f"are {copies[0]} at every depth; with 4 blocks, they are {copies[1]}." in text
+    nsa = f"are {copies[0]} with 16 blocks and {copies[1]} with 4, at every depth"
+    assert nsa in page("docs/nsa.md")
+    assert f"has {losses['64 x 32']['copied']['90%']:.2f} at 90 %" in text
+    assert f"NSA's loss is {gaps['NSA, 16 blocks']:.3f} above" in text
+    assert f"the loss of 64 x 32 {gaps['64 x 32']:.3f}." in text
+    assert f"NSA has {losses['NSA, 16 blocks']['first']:.4f} and full attention " in text
+    assert f"full attention {full['first']:.4f}. The" in text
+    more = f"{gaps['NSA, 16 blocks']:.3f} more at these sizes, and {gaps['NSA, 4 blocks']:.3f}"
+    assert more in page()
+    rounded = [f"{gaps[x]:.2f}" for x in ("NSA, 16 blocks", "64 x 32", "NSA, 4 blocks", "64 x 16")]
+    found = re.findall(
+        r"0\.\d\d", page("docs/nsa.md").split("At the sizes of the paper, the loss")[1]
+    )
+    assert found[:4] == rounded
+    assert f"{gaps['64 x 32']:.3f} instead of {gaps['64 x 16']:.3f} nats" in text
     many = own(trained["64 x 16"])["loss"] - own(trained["full"])["loss"]
-    assert f"{few:.3f} instead of {many:.3f} nats" in text
+    assert f"{gaps['64 x 16']:.3f} instead of {many:.3f} nats" in text
     checks = zip(*(trained[x]["history"]["checks"] for x in ("full", "64 x 16")), strict=True)
     gap = next(b[1] - a[1] for a, b in checks if a[0] == 2000)
     assert f"the gap was {gap:.3f} after {2000 * 65536 / 1e6:.0f} million" in text
-    switched = runs[names["64 x 16"]]["final"]["full"]["loss"]
-    assert f"a loss of {switched:.4f}, {switched - full['loss']:.3f} higher" in text
+    for name in ("64 x 16", "64 x 32"):
+        switched = one_kv_head[name]["final"]["full"]["loss"]
+        assert f"a loss of {switched:.4f}, {switched - full['loss']:.3f} higher" in text

@@ -16,7 +16,7 @@ from flexmoba.bench.inputs import inputs_of
 from flexmoba.gate import GateOptions, GateSizes, moba_select, select_rows
 from flexmoba.reporting import median_ms, versions
 
-call_ms = functools.partial(median_ms, seconds=1)
+call_ms = functools.partial(median_ms, seconds=0.4)
 
 SAMPLED_QUERIES = 32
 # Allowed error in machine epsilons of the largest sampled output. Half precision rounds each

@@ -285,13 +285,19 @@ def attend_in_branches(
     sizes, window, scale, impl = call
     kv_len = k.shape[2]
     first_token = None if first_block is None else first_block * sizes.block_size
-    # On CUDA, the window is computed while the host launches the kernels of the compressed branch's
-    # mask, which are many and short.
-    windowed = attend_to_window(q, k_win, v_win, window, first_token, scale, impl)
+    windowed = None
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, *tensors))):
+        # On CUDA, the window is computed while the host launches the kernels of the compressed
+        # branch's mask, which are many and short.
+        windowed = attend_to_window(q, k_win, v_win, window, first_token, scale, impl)
     compressed = compressed_branch(q, k_cmp, v_cmp, kv_len, first_block, sizes, scale, impl)
     if selection is None:
         selection = select_in_slots(q, k_cmp, kv_len, first_block, sizes, scale, compressed[1])
     selected = selected_branch(q, k, v, selection, sizes.block_size, scale, impl)
+    if windowed is None:
+        # With gradients, the window comes last: autograd then differentiates it first, and frees
+        # its tensors before the selected branch, whose backward pass needs the most memory.
+        windowed = attend_to_window(q, k_win, v_win, window, first_token, scale, impl)
     outs, lses = zip(compressed, selected, windowed, strict=True)
     if q.is_cuda:  # compiled, the merge is one pass over memory, and so is its gradient
         return run_compiled(_merge, *outs, *lses, gates, kernel_options=None)

@@ -55,7 +55,7 @@ def _constants(
 def _forward_tiles(
     sizes: Sizes, is_causal: bool, large_shared_memory: bool
 ) -> Iterator[dict[str, int]]:
-    """Yields the tile sizes of `attend_kernel` and `finish_kernel`, tuned on one NVIDIA H200."""
+    """Yields the tile sizes of `attend_kernel` and `finish_kernel`, tuned on H200 and H100."""
     finish_keys = min(64, max(16, next_power_of_2(sizes.block_size)))
     if _is_wide(sizes):
         attend, finish = _wide_forward_tiles(sizes, finish_keys, large_shared_memory)
@@ -107,29 +107,40 @@ def _is_wide(sizes: Sizes) -> bool:
 def _wide_forward_tiles(sizes: Sizes, keys: int, large_shared_memory: bool) -> list[dict[str, int]]:
     """Returns the tile sizes of `_forward_tiles` for large head dims, with at most ``keys`` keys.
 
-    Compiled for an H100, the largest use 192 of 227 KiB of shared memory, and few registers spill.
+    Compiled for an H100, the largest use 208 of 227 KiB of shared memory.
     """
+    few = min(32, keys)
     if large_shared_memory:
-        tile = {"KEYS": keys, "num_warps": 8, "num_stages": 2}
+        attend = {"KEYS": keys, "num_warps": 8, "num_stages": 2}
+        finish = {"KEYS": few, "num_warps": 4, "num_stages": 2}  # two programs fit in an SM
     else:  # 99 KiB
-        tile = {"KEYS": min(32, keys), "num_warps": 8, "num_stages": 1}
-    if sizes.block_size <= tile["KEYS"]:
-        attend = {"SHARE": 1024, "ROWS": 64}
+        attend = finish = {"KEYS": few, "num_warps": 8, "num_stages": 1}
+    if sizes.block_size <= attend["KEYS"]:
+        attend = attend | {"SHARE": 1024, "ROWS": 64}
+    elif large_shared_memory:
+        attend = attend | {"SHARE": 256, "ROWS": 128, "num_stages": 2 if _is_wider(sizes) else 3}
     else:
-        attend = {"SHARE": 256, "ROWS": 128 if large_shared_memory else 64}
-    return [attend | tile, {"ROWS": QUERY_TILE} | tile]
+        attend = attend | {"SHARE": 256, "ROWS": 64}
+    return [attend, finish | {"ROWS": QUERY_TILE}]
 
 
 def _wide_backward_tiles(
     sizes: Sizes, keys: int, large_shared_memory: bool
 ) -> list[dict[str, int]]:
     """Returns the tile sizes of `_backward_tiles` for large head dims; arguments as above."""
+    few = min(32, keys)
     if large_shared_memory:
         tile = {"KEYS": keys, "num_warps": 8, "num_stages": 2}
         key = {"ROWS": 32 if sizes.block_size <= keys else 64}
-        return [key | tile, {"ROWS": 64} | tile, {"ROWS": QUERY_TILE} | tile]
-    tile = {"KEYS": min(32, keys), "num_warps": 8, "num_stages": 1}
+        query = {"ROWS": 128, "num_warps": 8} if _is_wider(sizes) else {"ROWS": 64, "num_warps": 4}
+        return [key | tile, tile | {"KEYS": few} | query, {"ROWS": QUERY_TILE} | tile]
+    tile = {"KEYS": few, "num_warps": 8, "num_stages": 1}
     return [{"ROWS": 32} | tile, {"ROWS": 32} | tile, tile | {"ROWS": QUERY_TILE, "KEYS": 16}]
+
+
+def _is_wider(sizes: Sizes) -> bool:
+    """Returns whether both head dims are large, where 192/128 has one."""
+    return min(sizes.dim, sizes.value_dim) > 128
 
 
 def _is_ragged(sizes: Sizes, keys: int, is_causal: bool) -> bool:
