@@ -194,7 +194,6 @@ def select_kernel(
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, k_win_ptr, v_win_ptr, positions_ptr, best_ptr, partial_out_ptr,
     partial_lse_ptr, kv_heads: tl.int32, n_blocks: tl.int32, factor: tl.float32,
-    first_part: tl.int32, n_parts: tl.int32, skip_from: tl.int32, skip: tl.int32,
     GROUP: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SINKS: tl.constexpr, LOCALS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
     SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr,
@@ -202,14 +201,9 @@ def attend_kernel(
     PARTS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
     VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
 ):  # fmt: skip
-    """Attends from one unit to at most ``CHUNK`` keys of a selected block or of the window.
-
-    A launch computes ``n_parts`` parts of each unit from ``first_part`` on, without the ``skip``
-    parts from ``skip_from`` on. Parts are the chunks of the columns of the selection, and then
-    those of the window.
-    """
-    part, unit = first_part + tl.program_id(0) % n_parts, tl.program_id(0) // n_parts
-    part = tl.where(part >= skip_from, part + skip, part)
+    """Attends from one unit to at most ``CHUNK`` keys of a selected block or of the window."""
+    part = tl.program_id(0) % (PARTS - CMP_PARTS)
+    unit = tl.program_id(0) // (PARTS - CMP_PARTS)
     position = _position_of(positions_ptr, unit, kv_heads, Q_LEN)
     kv_head = (unit // Q_LEN).to(tl.int64)
     is_window = part >= COLUMNS * CHUNKS

@@ -1,6 +1,5 @@
 """The launches of the Triton kernels of a decoding step."""
 
-import functools
 import math
 from typing import Any
 
@@ -71,29 +70,6 @@ def attend_step_on_cuda(
             constants,
             dtypes,
         )
-
-        def attend(parts: tuple[int, int, int, int]) -> None:
-            launch(
-                attend_kernel,
-                units * parts[1],
-                (
-                    *(q, cache.k, cache.v, cache.k_win, cache.v_win, positions, best, *partials),
-                    *(kv_heads, n_blocks, factor, *parts),
-                ),
-                constants,
-                dtypes,
-            )
-
-        every, fixed, scored = _parts(constants)
-        # The parts that need no selection run beside it. Outside of a graph, a second stream takes
-        # the host time.
-        divided = sizes.scored > 0 and _is_captured(q)
-        beside = _second_stream(q.device) if divided and q.is_cuda else None
-        if divided:
-            if beside is not None:
-                beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
-                attend(fixed)
         if sizes.scored > 0:
             launch(
                 select_kernel,
@@ -102,9 +78,16 @@ def attend_step_on_cuda(
                 constants | {"num_warps": constants["ROWS"] // _ROWS_OF_WARP},
                 dtypes,
             )
-        attend(scored if divided else every)
-        if beside is not None:
-            torch.cuda.current_stream().wait_stream(beside)
+        launch(
+            attend_kernel,
+            units * (parts - constants["CMP_PARTS"]),
+            (
+                *(q, cache.k, cache.v, cache.k_win, cache.v_win, positions, best, *partials),
+                *(kv_heads, n_blocks, factor),
+            ),
+            constants,
+            dtypes,
+        )
         launch(
             merge_kernel,
             rows,
@@ -113,28 +96,6 @@ def attend_step_on_cuda(
             dtypes,
         )
     return out, lse
-
-
-def _is_captured(q: Tensor) -> bool:
-    """Returns whether the step becomes part of a CUDA graph."""
-    return q.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-@functools.cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def _parts(constants: dict[str, Any]) -> list[tuple[int, int, int, int]]:
-    """Returns ranges of parts for `attend_kernel`: all, the fixed parts, and the scored blocks.
-
-    Fixed parts belong to the own, local and sink blocks and to the window. A range is the first
-    part, the number of parts, and the place and number of parts to skip.
-    """
-    n = constants["PARTS"] - constants["CMP_PARTS"]
-    scored = constants["COUNT"] * constants["CHUNKS"]
-    first = constants["COLUMNS"] * constants["CHUNKS"] - scored
-    return [(0, n, n, 0), (0, n - scored, first, scored), (first, scored, n, 0)]
 
 
 def _constants(
