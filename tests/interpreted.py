@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +18,7 @@ from flexmoba import MobaCache, gate, moba_select, selected_attention
 from flexmoba.backends.fused import backward as backward_pass
 from flexmoba.backends.fused import forward as forward_pass
 from flexmoba.backends.fused import fused_attention, hopper, routing, schedule
-from flexmoba.backends.grouped import grouped_attention
+from flexmoba.backends.grouped import grouped_attention, launches
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.cache.append import append_scattered
 from flexmoba.cache.decode import attend_gathered
@@ -438,6 +438,59 @@ def test_gradients_of_the_output_alone():
         assert_bitwise_equal(first, second)
 
 
+@given(st.integers(0, 2**31), st.integers(1, 20), st.integers(0, 40), st.data())
+@settings(max_examples=8, deadline=None, phases=[Phase.generate])  # shrinking takes minutes
+def test_a_token_does_not_depend_on_its_neighbors(seed, q_len, before, data):
+    """Compares bits after all other tokens, the keys that they see, and the columns change."""
+    block_size, group = data.draw(st.sampled_from((3, 16, 20))), data.draw(st.sampled_from((2, 16)))
+    problem = variant(
+        batch=1, kv_heads=1, group=group, q_len=q_len, kv_len=q_len + before,
+        block_size=block_size, topk=data.draw(st.integers(1, 4)), seed=seed,
+    )  # fmt: skip
+    q, k, v = problem.tensors()
+    selection = problem.selection()[:, :1].contiguous()
+    selection[..., 0] = torch.where((selection == 0).any(-1), -1, 0)  # most share a block
+    token = data.draw(st.integers(0, q_len - 1))
+    alone, others = torch.arange(q_len) == token, torch.arange(q_len) != token
+    # The interpreter takes two seconds for the gradients.
+    attend = data.draw(st.sampled_from((attend_with_grads, *3 * [grouped_attention])))
+    options = (block_size, 0.3, True)
+    expected = attend(q, k, v, selection, *options)
+
+    unseen = ~problem.mask_of(selection)[0, 0, token]
+    k, v = (x.masked_fill(unseen[:, None], torch.nan) for x in (k, v))
+    q = q.masked_fill(others[:, None], torch.nan)
+    changed = replace(problem, seed=seed + 1).selection()[:, :1]
+    selection = torch.where(alone[:, None], selection.flip(-1), changed).contiguous()
+    for x, y in zip(attend(q, k, v, selection, *options), expected, strict=True):
+        assert_bitwise_equal(x[:, :, token], y[:, :, token])
+
+
+def attend_with_grads(q, *arguments) -> tuple[torch.Tensor, ...]:
+    """Returns the output, the log-sum-exp, and the gradients of the queries."""
+    q = q.detach().requires_grad_()
+    out, lse = grouped_attention(q, *arguments)
+    (d_q,) = torch.autograd.grad(out.square().sum() + lse.sum(), q)
+    return out.detach(), lse.detach(), d_q
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(1, 3), (4, 5), (8, 2)])
+def test_the_blocks_of_a_tile_are_listed_once(tokens, count):
+    problem = variant(batch=2, kv_heads=1, group=1, q_len=21, kv_len=400, topk=count, block_size=16)
+    selection = problem.selection()
+    sizes = {"COUNT": count, "TOKENS": tokens, "LIST": tokens * 8, "num_stages": 1}
+    entries, lengths = launches._listed_blocks(selection, sizes)
+    tiles = [tile for rows in selection[:, 0] for tile in rows.split(tokens)]
+    assert lengths.shape == (len(tiles),)
+    for tile, row, length in zip(tiles, entries, lengths, strict=True):
+        blocks = sorted(set(tile[tile >= 0].tolist()))
+        expected = [
+            (block << tokens) + sum(1 << i for i, own in enumerate(tile) if block in own)
+            for block in blocks
+        ]
+        assert row[:length].tolist() == expected
+
+
 def test_the_kernels_for_shared_selections_are_called(monkeypatch):
     """Tests documents in a layout, and head dims above 128."""
     counted = Counted()
@@ -538,6 +591,12 @@ def test_the_gate_kernel_selects_among_8192_blocks():
         ({}, (8, 4, 16, 6, 1, 1)),
         ({"group": 3, "kv_heads": 1, "q_len": 70}, (6, 6, 6, 9, 2, 0)),
         ({"group": 1, "head_dim": 40, "dtype": torch.float32}, (12, 2, 8, 5, 0, 2)),
+        ({"group": 1, "head_dim": 40}, (12, 2, 8, 5, 0, 2)),  # overlaps of two later blocks
+        ({"group": 1, "kv_len": 520, "q_len": 20}, (4, 2, 4, 14, 1, 1)),  # three tiles
+        (
+            {"group": 1, "kv_heads": 1, "q_len": 30, "kv_len": 150},
+            (4, 2, 4, 20, 1, 1),
+        ),  # more blocks than a list holds
         ({"q_len": 1, "batch": 2}, (32, 16, 64, 5, 1, 1)),
         ({"q_len": 150, "head_dim": 32}, (18, 6, 18, 5, 1, 1)),  # three places for each block
         ({"q_len": 140, "kv_len": 140, "head_dim": 136}, (4, 4, 64, 3, 0, 0)),

@@ -14,13 +14,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexmoba.gate.kernel import MAX_COUNT, MAX_HEAD_DIM, NOTHING, keep_best, nothing_yet
+from flexmoba.gate.kernel import (
+    MAX_COUNT,
+    MAX_HEAD_DIM,
+    NOTHING,
+    best_of_lists,
+    blocks_of_keys,
+    from_halves,
+    halves,
+    keep_best,
+    merge_half,
+    merge_lists,
+    nothing_yet,
+    sort_runs,
+)
 from flexmoba.nsa.sizes import NsaSizes
 from flexmoba.runtime.triton_launch import kernel, launch, packed
 
 _LN_2 = tl.constexpr(math.log(2))
 _LOG2_E = tl.constexpr(1 / math.log(2))
 _LEAST_TILE, _TILE = 64, 128  # compressed blocks of a tile
+_LISTS = tl.constexpr(4)  # of a row, one in each of the threads that hold the row of a product
+_MAX_LIST = 16  # keys of a list that fits in registers
 
 
 def supports(q: Tensor, sizes: NsaSizes) -> bool:
@@ -63,6 +78,7 @@ def select_on_cuda(
     first = q if first_block is None else packed(first_block.expand(batch, -1).int())
     r, s = sizes.block_size // sizes.cmp_stride, sizes.cmp_block // sizes.cmp_stride
     is_large = dim > 128 or q.element_size() > 2
+    slots, room = triton.next_power_of_2(sizes.scored), _room(sizes)
     constants = {
         "DIM": dim,
         "GROUP": heads // kv_heads,
@@ -74,8 +90,9 @@ def select_on_cuda(
         "TILE_N": _LEAST_TILE if is_large else _TILE,
         "TILE_D": max(16, triton.next_power_of_2(dim)),
         "COUNT": sizes.scored,
-        "SLOTS": triton.next_power_of_2(sizes.scored),
-        "ROOM": _room(sizes),
+        "SLOTS": slots,
+        "ROOM": room,
+        "USE_LISTS": not is_large and slots <= _MAX_LIST and room <= _TILE // int(_LISTS),
         "SINKS": sizes.sink_blocks,
         "LOCALS": sizes.local_blocks,
         "num_warps": 4,
@@ -98,7 +115,8 @@ def select_on_cuda(
             importance_kernel,
             tiles * batch * kv_heads,
             (q, k_cmp, first, packed(lse), selected, *numbers),
-            constants,
+            # With three tiles of queries, one is copied during the exponentials of another.
+            constants | {"num_stages": 2 if is_large else 3},
             (q.dtype,),
         )
     return selected
@@ -173,6 +191,91 @@ def lse_kernel(
     tl.store(out, (base + tl.log2(total)) * _LN_2, mask=row < q_len)
 
 
+@triton.jit
+def _importance(
+    weights,
+    TILE_Q: tl.constexpr, TILE_N: tl.constexpr, ROOM: tl.constexpr, MARGIN: tl.constexpr,
+    IN_BLOCK: tl.constexpr, IN_COMPRESSED: tl.constexpr,
+):  # fmt: skip
+    """Returns the importances ``(TILE_Q, blocks)`` of the blocks of a tile."""
+    TILE_BLOCKS: tl.constexpr = TILE_N // ROOM
+    in_block = tl.arange(0, ROOM)
+    block_in_tile = tl.arange(0, TILE_BLOCKS)
+    weights = tl.reshape(weights, [TILE_Q, TILE_BLOCKS, ROOM])
+    importance = tl.zeros([TILE_Q, TILE_BLOCKS], tl.float32)
+    for later in tl.static_range(MARGIN + 1):
+        # The overlap, in strides, of a compressed block with the block that is `later` blocks
+        # after the block in which it begins.
+        overlap = tl.minimum(in_block + IN_COMPRESSED, (later + 1) * IN_BLOCK)
+        overlap = tl.maximum(overlap - tl.maximum(in_block, later * IN_BLOCK), 0)
+        part = tl.sum(weights * overlap.to(tl.float32)[None, None, :], 2)
+        if later > 0:
+            source = tl.maximum(block_in_tile - later, 0)[None, :]
+            part = tl.gather(part, tl.broadcast_to(source, [TILE_Q, TILE_BLOCKS]), 1)
+        importance += part
+    return importance
+
+
+@triton.jit
+def _shifted(x, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
+    """Returns ``x (A, B, N)``, as rows of ``B * N``, shifted by one place, with 0 in the first.
+
+    The place before ``i`` is ``i`` with all bits up to its lowest set bit flipped. Elements of the
+    last dimension only change their names in the registers of a thread.
+    """
+    index = tl.arange(0, N)[None, None, :]
+    last = tl.sum(tl.where(index == N - 1, x, 0.0), 2)
+    previous = tl.arange(0, B)[:, None] == tl.arange(0, B)[None, :] - 1
+    last = tl.sum(tl.where(previous[None, :, :], last[:, :, None], 0.0), 1)
+    y = tl.broadcast_to(last[:, :, None], [A, B, N])
+    for bit in tl.static_range(6):
+        if 1 << bit < N:
+            low, high = halves(x, A, B, N, 1 << bit)
+            x = from_halves(high, low, A, B, N)
+            y = tl.where((index & ((2 << bit) - 1)) == (1 << bit), x, y)
+    return y
+
+
+@triton.jit
+def _importance_in_lists(
+    weights,
+    TILE_Q: tl.constexpr, TILE_N: tl.constexpr, ROOM: tl.constexpr, MARGIN: tl.constexpr,
+    IN_BLOCK: tl.constexpr, IN_COMPRESSED: tl.constexpr,
+):  # fmt: skip
+    """Returns the importances of the blocks of a tile, ``(TILE_Q, _LISTS, blocks of a list)``.
+
+    Of every 8 columns of a matrix product, a thread holds two neighbors. These columns are the
+    compressed blocks of consecutive blocks, so that a thread adds their weights by itself.
+    """
+    BLOCKS: tl.constexpr = TILE_N // (_LISTS * ROOM)
+    in_block = tl.arange(0, ROOM)
+    weights = tl.reshape(weights, [TILE_Q, TILE_N // (2 * _LISTS), _LISTS, 2])
+    weights = tl.reshape(tl.permute(weights, [0, 2, 1, 3]), [TILE_Q, _LISTS, BLOCKS, ROOM])
+    importance = tl.zeros([TILE_Q, _LISTS, BLOCKS], tl.float32)
+    for i in tl.static_range(MARGIN + 1):
+        later = MARGIN - i
+        overlap = tl.minimum(in_block + IN_COMPRESSED, (later + 1) * IN_BLOCK)
+        overlap = tl.maximum(overlap - tl.maximum(in_block, later * IN_BLOCK), 0)
+        if i > 0:
+            importance = _shifted(importance, TILE_Q, _LISTS, BLOCKS)
+        importance += tl.sum(weights * overlap.to(tl.float32)[None, None, None, :], 3)
+    return importance
+
+
+@triton.jit
+def _keep_best_in_lists(best, key, TILE_Q: tl.constexpr, BLOCKS: tl.constexpr, SLOTS: tl.constexpr):
+    """Merges sort keys ``(TILE_Q, _LISTS, BLOCKS)`` into lists ``(TILE_Q, _LISTS, SLOTS)``."""
+    key = sort_runs(key, TILE_Q, _LISTS, BLOCKS, min(BLOCKS, SLOTS))
+    for i in tl.static_range(6):
+        if BLOCKS >> i > SLOTS:
+            key = merge_half(key, TILE_Q, _LISTS, BLOCKS >> i, SLOTS)
+        if BLOCKS << i < SLOTS:
+            key = tl.reshape(key, [TILE_Q, _LISTS, 1, BLOCKS << i])
+            nothing = tl.full([TILE_Q, _LISTS, 1, BLOCKS << i], NOTHING, tl.int64)
+            key = from_halves(key, nothing, TILE_Q, _LISTS, BLOCKS << (i + 1))
+    return merge_lists(best, key, TILE_Q, _LISTS, SLOTS)
+
+
 @kernel
 def importance_kernel(
     q_ptr, k_ptr, first_ptr, lse_ptr, selected_ptr,
@@ -181,7 +284,7 @@ def importance_kernel(
     DIM: tl.constexpr, GROUP: tl.constexpr, HAS_FIRST: tl.constexpr, STRIDE: tl.constexpr,
     IN_BLOCK: tl.constexpr, IN_COMPRESSED: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
-    COUNT: tl.constexpr, SLOTS: tl.constexpr, ROOM: tl.constexpr,
+    COUNT: tl.constexpr, SLOTS: tl.constexpr, ROOM: tl.constexpr, USE_LISTS: tl.constexpr,
     SINKS: tl.constexpr, LOCALS: tl.constexpr,
 ):  # fmt: skip
     """Selects the most important blocks of a tile of tokens of one KV head.
@@ -204,9 +307,13 @@ def importance_kernel(
     end_candidate = position // (STRIDE * IN_BLOCK) - LOCALS
     k_ptr += kv_head.to(tl.int64) * n_compressed * DIM
     place = tl.arange(0, TILE_N)
-    in_block = tl.arange(0, ROOM)
     block_in_tile = tl.arange(0, TILE_BLOCKS)
-    slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
+    if USE_LISTS:
+        # A list has consecutive blocks, in the columns that one thread holds.
+        place = place // 2 % _LISTS * (TILE_N // _LISTS) + place // (2 * _LISTS) * 2 + place % 2
+        best = tl.full([TILE_Q, _LISTS, SLOTS], NOTHING, tl.int64)
+    else:
+        slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
     for first_block in range(
         tl.min(first_candidate, 0) - MARGIN, tl.max(end_candidate, 0), TILE_BLOCKS - MARGIN
     ):
@@ -222,34 +329,37 @@ def importance_kernel(
         seen = (compressed[None, :] >= begin[:, None]) & (compressed[None, :] < end[:, None])
         if ROOM != IN_BLOCK:
             seen = seen & (place % ROOM < IN_BLOCK)[None, :]
-        weights = tl.reshape(tl.where(seen, weights, 0.0), [TILE_Q, TILE_BLOCKS, ROOM])
-        importance = tl.zeros([TILE_Q, TILE_BLOCKS], tl.float32)
-        for later in tl.static_range(MARGIN + 1):
-            # The overlap, in strides, of a compressed block with the block that is `later` blocks
-            # after the block in which it begins.
-            overlap = tl.minimum(in_block + IN_COMPRESSED, (later + 1) * IN_BLOCK)
-            overlap = tl.maximum(overlap - tl.maximum(in_block, later * IN_BLOCK), 0)
-            part = tl.sum(weights * overlap.to(tl.float32)[None, None, :], 2)
-            if later > 0:
-                source = tl.maximum(block_in_tile - later, 0)[None, :]
-                part = tl.gather(part, tl.broadcast_to(source, [TILE_Q, TILE_BLOCKS]), 1)
-            importance += part
-        block = first_block + block_in_tile
+        weights = tl.where(seen, weights, 0.0)
+        if USE_LISTS:
+            importance = _importance_in_lists(
+                weights, TILE_Q, TILE_N, ROOM, MARGIN, IN_BLOCK, IN_COMPRESSED
+            )
+            tile_block = tl.reshape(block_in_tile, [1, _LISTS, TILE_BLOCKS // _LISTS])
+            first_of, end_of = first_candidate[:, None, None], end_candidate[:, None, None]
+        else:
+            importance = _importance(weights, TILE_Q, TILE_N, ROOM, MARGIN, IN_BLOCK, IN_COMPRESSED)
+            tile_block = tl.reshape(block_in_tile, [1, TILE_BLOCKS])
+            first_of, end_of = first_candidate[:, None], end_candidate[:, None]
+        block = first_block + tile_block
         # Importances are not negative, so their bits are in the order of their values.
         bits = importance.to(tl.int32, bitcast=True)
         bits = tl.where(importance != importance, 0x7FFFFFFF, bits)
-        key = (bits.to(tl.int64) << 32) | block.to(tl.int64)[None, :]
-        candidate = (block[None, :] >= first_candidate[:, None]) & (block_in_tile >= MARGIN)[
-            None, :
-        ]
-        candidate = candidate & (block[None, :] < end_candidate[:, None])
-        best = keep_best(best, tl.where(candidate, key, NOTHING))
-    best = tl.sort(best, descending=True)  # unused slots come first
-    selected = tl.where(best < NOTHING + SLOTS, -1, (best & 0xFFFFFFFF).to(tl.int32))
-    column = slot - (SLOTS - COUNT)
+        key = (bits.to(tl.int64) << 32) | block.to(tl.int64)
+        candidate = (block >= first_of) & (block < end_of) & (tile_block >= MARGIN)
+        key = tl.where(candidate, key, NOTHING)
+        if USE_LISTS:
+            best = _keep_best_in_lists(best, key, TILE_Q, TILE_BLOCKS // _LISTS, SLOTS)
+        else:
+            best = keep_best(best, key)
+    if USE_LISTS:
+        best = best_of_lists(best, TILE_Q, _LISTS, SLOTS)
+        column = tl.arange(0, SLOTS)[None, :]
+    else:
+        best = tl.sort(best, descending=True)  # unused slots come first
+        column = slot - (SLOTS - COUNT)
     selected_row = kv_head.to(tl.int64) * q_len + row
     tl.store(
         selected_ptr + selected_row[:, None] * COUNT + column,
-        selected,
-        mask=(row < q_len)[:, None] & (column >= 0),
+        blocks_of_keys(best),
+        mask=(row < q_len)[:, None] & (column >= 0) & (column < COUNT),
     )

@@ -15,7 +15,12 @@ from flexmoba.backends.fused.routing import (
 from flexmoba.backends.fused.schedule import Sizes, SortGroup
 from flexmoba.backends.fused.strides import head_strides, token_stride
 from flexmoba.backends.fused.tile_sizes import has_large_shared_memory
-from flexmoba.backends.grouped.kernels import attend_kernel, key_grads_kernel, query_grads_kernel
+from flexmoba.backends.grouped.key_kernels import key_grads_kernel
+from flexmoba.backends.grouped.query_kernels import (
+    attend_kernel,
+    list_blocks_kernel,
+    query_grads_kernel,
+)
 from flexmoba.blocks import ceil_div
 from flexmoba.runtime.triton_launch import aligned, launch, packed
 
@@ -40,16 +45,18 @@ def attend_on_cuda(
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     strides, unit = head_strides(q, k, v)
-    constants = _constants(sizes, is_causal=is_causal, unit=unit, q=q, k=k, v=v)
+    tile = _constants(sizes, is_causal=is_causal, unit=unit, q=q, k=k, v=v)
+    tile |= _forward_tile(sizes, q.device)
     with torch.cuda.device_of(q):
+        lists = _listed_blocks(selected, tile)
         launch(
             attend_kernel,
-            sizes.batch * sizes.kv_heads * sizes.q_len,
+            lists[1].shape[0],
             (
-                *(q, k, v, selected, out, lse, *strides),
+                *(q, k, v, *lists, out, lse, *strides),
                 *(sizes.kv_heads, sizes.q_len, sizes.kv_len, scale / math.log(2)),
             ),
-            constants | _token_tile(sizes),
+            tile,
             (q.dtype,),
         )
     return out, lse
@@ -89,16 +96,20 @@ def attend_backward_on_cuda(
     lengths = sizes.kv_heads, sizes.q_len, sizes.kv_len
     with torch.cuda.device_of(q):
         delta = torch.empty_like(lse)
+        tile = constants | _query_grads_tile(sizes, q.device)
+        tile["HAS_GRAD_LSE"] = grad_lse is not None
+        lists = _listed_blocks(selected, tile)
         launch(
             query_grads_kernel,
-            sizes.batch * sizes.kv_heads * sizes.q_len,
+            lists[1].shape[0],
             (
-                *(q, k, v, grad_out, out, lse, grad_lse, selected, d_q, delta),
+                *(q, k, v, grad_out, out, lse, grad_lse, *lists, d_q, delta),
                 *(*strides, *lengths, factor, scale),
             ),
-            constants | _token_tile(sizes) | {"HAS_GRAD_LSE": grad_lse is not None},
+            tile,
             dtypes,
         )
+        del lists
         # Route the tokens of each KV head to the blocks that they selected.
         tokens = replace(sizes, heads=sizes.kv_heads)
         n_kv_heads = sizes.batch * sizes.kv_heads
@@ -158,11 +169,58 @@ def _constants(
     }
 
 
-def _token_tile(sizes: Sizes) -> dict[str, int]:
-    """Returns the tile sizes of the kernels that process one token."""
-    rows = max(16, _next_power_of_2(sizes.group))
-    keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
-    return {"ROWS": rows, "KEYS": keys, "num_warps": 2 if rows == 16 else 4, "num_stages": 2}
+def _forward_tile(sizes: Sizes, device: torch.device) -> dict[str, int]:
+    """Returns the tile sizes of `attend_kernel`.
+
+    The query heads of a tile fill a matrix product of 64 rows, which the matrix units of an H100
+    compute at their highest rate. With three tiles of keys and values in shared memory, two
+    programs fit on a multiprocessor of an H100, and two tiles are copied while one is in use.
+    """
+    return _token_tile(sizes, device, rows=64, stages=3)
+
+
+def _query_grads_tile(sizes: Sizes, device: torch.device) -> dict[str, int]:
+    """Returns the tile sizes of `query_grads_kernel`.
+
+    Its three products wait for one another. More programs of fewer rows overlap these waits better:
+    on an H100, 32 rows take less time than 64.
+    """
+    is_wide = max(sizes.dim, sizes.value_dim) > 128  # not timed with 32 rows
+    return _token_tile(sizes, device, rows=64 if is_wide else 32, stages=2)
+
+
+def _token_tile(sizes: Sizes, device: torch.device, *, rows: int, stages: int) -> dict[str, int]:
+    """Returns the tile sizes of a kernel that processes a tile of tokens.
+
+    A tile has ``rows`` query heads, padding included, or those of one token if they are more.
+    ``stages`` tiles of keys and values are for head dims up to 128 and the shared memory of an
+    H100; fewer or smaller tiles fit elsewhere.
+    """
+    heads = max(8, _next_power_of_2(sizes.group))
+    tokens = max(1, rows // heads)
+    is_wide = max(sizes.dim, sizes.value_dim) > 128
+    is_large = has_large_shared_memory(device)
+    if is_wide or not is_large:
+        stages = 1 + (is_large or not is_wide)
+    return {
+        "HEADS": heads,
+        "TOKENS": tokens,
+        "LIST": tokens * _next_power_of_2(sizes.count),
+        "KEYS": min(32 if is_wide else 64, max(16, _next_power_of_2(sizes.block_size))),
+        "num_warps": min(8, tokens * heads // (8 if is_wide else 16)),
+        "num_stages": stages,
+    }
+
+
+def _listed_blocks(selected: Tensor, tile: dict[str, int]) -> tuple[Tensor, Tensor]:
+    """Returns the list of blocks of every tile of tokens, ``(tiles, LIST)``, and its length."""
+    batch, kv_heads, q_len, _ = selected.shape
+    tiles = batch * kv_heads * ceil_div(q_len, tile["TOKENS"])
+    entries = torch.empty(tiles, tile["LIST"], dtype=torch.int64, device=selected.device)
+    lengths = torch.empty(tiles, dtype=torch.int32, device=selected.device)
+    options = tile | {"num_warps": 1}
+    launch(list_blocks_kernel, tiles, (selected, entries, lengths, q_len), options, ())
+    return entries, lengths
 
 
 def _key_tile(sizes: Sizes, *, large_shared_memory: bool = True) -> dict[str, int]:
