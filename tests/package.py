@@ -35,7 +35,7 @@ def test_the_page_links_to_nothing_that_it_does_not_have(metadata):
     assert links
     assert all(link.startswith("https://") for link in links)
     sentences = re.sub(r"[^\w.]+", " ", re.sub(r"\]\([^)]*\)", "", page))
-    for words in ("exact MoBA not exact attention", "In the needle example contexts", "python"):
+    for words in ("exact MoBA not exact attention", "Needle example of a tiny model", "python"):
         assert words in sentences
 
 
