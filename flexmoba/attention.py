@@ -116,9 +116,11 @@ def flex_moba(
     block. ``topk`` of at least the number of blocks, or None, is full causal attention.
 
     The output and the log-sum-exp are differentiable in q, k and v by reverse mode. Forward and
-    backward are deterministic. The call does not break the graph of ``torch.compile``. Outside
-    ``torch.compile``, the first call of each configuration on CUDA compiles its kernels: some
-    seconds for the kernels of flexmoba, 10 to 20 seconds for each kernel of FlexAttention.
+    backward are deterministic, except for gradients of full attention on CUDA: they may differ
+    between two runs unless ``torch.use_deterministic_algorithms(True)`` is set. The call does not
+    break the graph of ``torch.compile``. Outside ``torch.compile``, the first call of each
+    configuration on CUDA compiles its kernels: some seconds for the kernels of flexmoba, 10 to 20
+    seconds for each kernel of FlexAttention.
 
     Args:
         q: Queries, ``(B, Hq, Lq, D)``, float16, bfloat16, float32 or float64. Query ``i`` has the

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
-from flexmoba.backends import AttentionOptions, ImplName, ScoreMod, attend, resolve
+from flexmoba.backends import (
+    AttentionOptions,
+    ImplName,
+    ScoreMod,
+    attend,
+    attend_without_lse,
+    resolve,
+)
 from flexmoba.blocks import ceil_div
 from flexmoba.cache import MobaCache
 from flexmoba.checks import (
@@ -110,8 +117,13 @@ def attend_on_one_device(
         is_full=topk == n_blocks,
         per_tile=use_tile_gate and impl == "masked",
     )
-    out, lse = attend(q, k, v, selection, layout, options, score_mod)
-    return with_aux(*layout.collect_results(out, lse), return_aux)
+    call = q, k, v, selection, layout, options, score_mod
+    results: tuple[Tensor, Tensor | None]
+    if return_aux is not None and return_aux.lse:
+        results = attend(*call)
+    else:
+        results = attend_without_lse(*call), None
+    return with_aux(*layout.collect_results(*results), return_aux)
 
 
 def _check_no_documents(**given: Tensor | None) -> None:

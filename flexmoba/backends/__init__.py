@@ -7,6 +7,7 @@ uses Triton kernels, and `portable` uses plain tensor operations.
 from flexmoba.backends.attend import (
     attend,
     attend_selected,
+    attend_without_lse,
     check_selected_values,
     window_attention,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "apply_score_mod",
     "attend",
     "attend_selected",
+    "attend_without_lse",
     "check_selected_values",
     "full_mask",
     "merge_two",

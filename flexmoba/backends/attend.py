@@ -4,7 +4,12 @@ import torch
 from torch import Tensor
 
 from flexmoba.backends import flex, portable
-from flexmoba.backends.dense import dense_attention, supports_dense
+from flexmoba.backends.dense import (
+    dense_attention,
+    dense_with_gradients,
+    supports_dense,
+    supports_dense_gradients,
+)
 from flexmoba.backends.flex import run_compiled
 from flexmoba.backends.fused import fused_attention
 from flexmoba.backends.grouped import grouped_attention, supports_grouped
@@ -58,6 +63,29 @@ def attend(
     if selection.per_tile:
         return flex.tile_gate_attention(q, k, v, selection, options, modifier)
     return block_attention(q, k, v, selection, options, modifier)
+
+
+def attend_without_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection | None,
+    layout: Sequences,
+    options: AttentionOptions,
+    score_mod: ScoreMod | None,
+) -> Tensor:
+    """Computes the output of `attend` for a caller that does not use the log-sum-exp.
+
+    The arguments are those of `attend`. torch's fastest kernels of full attention have no gradient
+    of the log-sum-exp, so they compute calls with gradients only here.
+    """
+    if (
+        selection is None
+        and isinstance(layout, Layout)
+        and supports_dense_gradients(q, k, v, options, has_score_mod=score_mod is not None)
+    ):
+        return dense_with_gradients(q, k, v, options)
+    return attend(q, k, v, selection, layout, options, score_mod)[0]
 
 
 def attend_selected(

@@ -51,11 +51,14 @@ class Layout(NamedTuple):
             return x
         return _move(x, self.slot_of_token, self.token_of_slot)
 
-    def collect_results(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    def collect_results(self, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Moves output and log-sum-exp from slots to tokens, zeros and -inf for padding."""
         if self.slot_of_token is None:
             return out, lse
-        out, lse = self.collect(out), self.collect(lse[..., None])[..., 0]
+        out = self.collect(out)
+        if lse is None:
+            return out, None
+        lse = self.collect(lse[..., None])[..., 0]
         return out, lse.masked_fill((self.slot_of_token < 0)[:, None], float("-inf"))
 
     def keys_of_block_and_head(self, kv_heads: int) -> Tensor | None:
@@ -110,7 +113,7 @@ class InPlaceLayout(NamedTuple):
         """Returns ``x``, because tokens stay in place."""
         return x
 
-    def collect_results(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    def collect_results(self, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns both, because tokens stay in place."""
         return out, lse
 
@@ -130,7 +133,7 @@ class WindowLayout(NamedTuple):
         """Returns ``x``, because tokens stay in place."""
         return x
 
-    def collect_results(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    def collect_results(self, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns both, because tokens stay in place."""
         return out, lse
 

@@ -1,9 +1,4 @@
-"""Full attention without gradients by cuDNN and FlashAttention.
-
-cuDNN is the fastest forward pass on Hopper. Its gradients differ between two runs, and
-FlashAttention's deterministic backward pass takes longer than FlexAttention's, which therefore
-computes calls with gradients.
-"""
+"""Full attention with its log-sum-exp, without gradients, by cuDNN and FlashAttention."""
 
 from typing import Any
 
@@ -21,9 +16,9 @@ def attend_on_cuda(
     q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Computes `dense_attention` with cuDNN where it can, and else with FlashAttention."""
-    q, k, v = (_with_dense_rows(x.detach()) for x in (q, k, v))
+    q, k, v = (with_dense_rows(x.detach()) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    if (torch.backends.cudnn.version() or 0) >= _LEAST_CUDNN and can_use_cudnn_attention(
+    if has_exact_cudnn() and can_use_cudnn_attention(
         SDPAParams(q, k, v, None, 0.0, is_causal, grouped)
     ):
         options: Any = None, True, 0.0, is_causal, False
@@ -34,5 +29,12 @@ def attend_on_cuda(
     return results[0], results[1]
 
 
-def _with_dense_rows(x: Tensor) -> Tensor:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_exact_cudnn() -> bool:
+    """Returns whether cuDNN's attention is exact for every length."""
+    return (torch.backends.cudnn.version() or 0) >= _LEAST_CUDNN
+
+
+def with_dense_rows(x: Tensor) -> Tensor:
+    """Returns ``x``, or a copy if the head dim is not the innermost one in memory."""
     return x if x.stride(3) == 1 else x.contiguous()

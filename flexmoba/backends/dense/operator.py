@@ -18,10 +18,9 @@ _MAX_HEAD_DIM_ON_CUDA = 256
 def supports_dense(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *, has_score_mod: bool
 ) -> bool:
-    """Returns whether torch's dense kernels support a full attention call.
+    """Returns whether `dense_attention` supports a full attention call.
 
-    ``impl="masked"`` never uses them: it names a FlexAttention call. On CUDA, neither does a call
-    with gradients.
+    On CUDA, it does not support gradients.
 
     Args:
         q: Queries, ``(B, Hq, Lq, D)``.
@@ -29,6 +28,18 @@ def supports_dense(
         v: Values, ``(B, Hkv, Lk, Dv)``.
         options: The backend and its options.
         has_score_mod: Whether the call has a ``score_mod``.
+    """
+    fits = fits_dense_kernels(q, k, v, options, has_score_mod=has_score_mod)
+    return fits and not (q.is_cuda and has_gradients(q, k, v))
+
+
+def fits_dense_kernels(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *, has_score_mod: bool
+) -> bool:
+    """Returns whether torch's dense kernels compute a full attention call.
+
+    ``impl="masked"`` never uses them: it names a FlexAttention call. The arguments are those of
+    `supports_dense`.
     """
     # The kernels align the first query to the first key. They mask scores, or take their maximum,
     # before they scale.
@@ -38,10 +49,8 @@ def supports_dense(
     if q.device.type == "cpu":
         return options.impl == "portable"
     dim, value_dim = q.shape[-1], v.shape[-1]
-    has_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     return (
         q.is_cuda
-        and not has_gradients
         and options.impl in ("fused", "routed")
         and not options.kernel_options
         and q.dtype in _DTYPES_ON_CUDA
@@ -51,6 +60,11 @@ def supports_dense(
         and not torch.version.hip
         and torch.cuda.get_device_properties(q.device).major >= 8
     )
+
+
+def has_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Returns whether autograd records a call."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
 
 
 def dense_attention(

@@ -107,13 +107,15 @@ def attention(
     if layer is not None or (is_continuation and not _needs_gradients(*inputs)):
         out, lse = _attend_with_cache(layer, inputs, attention_mask, block_size, topk, options)
     else:
-        out, lse = _attend(module, inputs, attention_mask, documents, (block_size, topk), options)
+        blocks, aux = (block_size, topk), AuxRequest(lse=s_aux is not None)
+        out, lse = _attend(module, inputs, attention_mask, documents, blocks, aux, options)
     return _with_sinks(out, lse, s_aux), None
 
 
-def _with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor | None) -> Tensor:
+def _with_sinks(out: Tensor, lse: Tensor | None, s_aux: Tensor | None) -> Tensor:
     """Returns the output as transformers expects it, ``(B, L, Hq, Dv)``, with attention sinks."""
     if s_aux is not None:
+        assert lse is not None
         # The sink adds one term to the sum of the softmax. The keys keep this share of the weight.
         share = torch.sigmoid(lse - s_aux.reshape(-1, 1))
         out = (out * share[..., None]).to(out.dtype)
@@ -155,8 +157,9 @@ def _attend(
     real: Tensor | None,
     documents: dict[str, Any],
     blocks: tuple[int, int | None],
+    aux: AuxRequest,
     options: Mapping[str, Any],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attends by `flex_moba`; ``blocks`` holds the block size and topk."""
     query, key, value = inputs
     earlier = 0 if real is None else key.shape[2] - query.shape[2]
@@ -177,13 +180,11 @@ def _attend(
     keywords: dict[str, Any] = {**documents, **options}
     shards = shards_of(module)
     attend: Any = flex_moba if shards is None else shards.attend
-    result = attend(
-        query, key, value, block_size, topk, return_aux=AuxRequest(lse=True), **keywords
-    )
-    out, lse = result[0], result[1].lse[..., None]
+    out, results = attend(query, key, value, block_size, topk, return_aux=aux, **keywords)
+    lse = results.lse
     if layout is not None:
-        out, lse = layout.collect(out), layout.collect(lse)
-    return out[:, :, earlier:], lse[:, :, earlier:, 0]
+        out, lse = layout.collect_results(out, lse)
+    return out[:, :, earlier:], None if lse is None else lse[:, :, earlier:]
 
 
 def _layer_of(module: nn.Module, key: Tensor, value: Tensor) -> MobaLayer | None:
