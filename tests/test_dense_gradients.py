@@ -104,7 +104,8 @@ def test_the_call_with_gradients_is_exact(problem, scale, has_strided_rows):
 
 
 def test_the_call_with_gradients_under_autocast():
-    q, k, v = Problem(kv_heads=2, group=2, value_dim=16, head_dim=16).tensors()
+    sizes = {"kv_heads": 2, "group": 2, "value_dim": 16, "head_dim": 16}
+    q, k, v = Problem(**sizes, dtype=torch.float32).tensors()
     options = AttentionOptions("fused", 0.3)
     expected = dense_with_gradients(q, k, v, options)
     with torch.autocast("cpu", torch.bfloat16):
