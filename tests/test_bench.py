@@ -429,6 +429,15 @@ def result_of(length, ours, *dense, **changes):
     return asdict(replace(SMALL, length=length, **changes)) | timed | {"error": 0, "allowed": 1}
 
 
+def test_shows_the_time_of_a_call_on_an_idle_gpu():
+    timed = result_of(1024, 3) | {"forward_alone_ms": 3.456, "both_alone_ms": 9.0}
+    results = [result_of(512, 2), timed, result_of(2048, 5) | {"forward_alone_ms": 5.0}]
+    text = bench.tables({"results": results, "matrix_tflops": 1.0, "dtype": "bfloat16"})
+    _, _, headings, _, *rows = text[text.index("One call") :].splitlines()[:6]
+    assert headings == "| batch x heads x length, block, topk | forward | forward + backward |"
+    assert rows == ["| 1 x 2/1 x 1K, 64, 3 | 3.46 | 9.00 |", "| 1 x 2/1 x 2K, 64, 3 | 5.00 |  |"]
+
+
 def test_says_where_it_begins_to_pay():
     results = [result_of(1024, 3, 4, 2), result_of(4096, 3, 5, 4, dense="SDPA")]
     results += [result_of(1024, 3, 4, topk=2), result_of(2048, 3, 2, topk=2)]

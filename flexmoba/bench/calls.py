@@ -14,7 +14,7 @@ from flexmoba.bench.baselines import baselines, edges_of, flash_of, try_to_time
 from flexmoba.bench.configs import Config
 from flexmoba.bench.inputs import inputs_of
 from flexmoba.gate import GateOptions, GateSizes, moba_select, select_rows
-from flexmoba.reporting import median_ms, versions
+from flexmoba.reporting import median_ms, median_ms_alone, versions
 
 call_ms = functools.partial(median_ms, seconds=0.4)
 
@@ -103,6 +103,8 @@ def time_forward(
     """Returns the peak memory of a forward call, and its time and those of its baselines."""
     result: dict[str, Any] = {"forward_MiB": _peak(call, device)}
     result["forward_ms"] = {config.name: call_ms(call, device)}
+    if device.type == "cuda":
+        result["forward_alone_ms"] = median_ms_alone(call, device)
     for name, other in baselines(config, device).items():
         result["forward_ms"] |= _time(name, functools.partial(other, *qkv), device)
     return result
@@ -124,6 +126,8 @@ def time_both(
     ours()  # compiles
     result: dict[str, Any] = {"both_MiB": _peak(ours, device)}
     result["both_ms"] = {config.name: call_ms(ours, device)}
+    if device.type == "cuda":
+        result["both_alone_ms"] = median_ms_alone(ours, device)
     for name, other in baselines(config, device).items():
         both = both_ways(functools.partial(other, *inputs[:3]), inputs[:3])
         result["both_ms"] |= _time(name, both, device)

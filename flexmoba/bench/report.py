@@ -52,6 +52,14 @@ def tables(report: dict[str, Any]) -> str:
     if splits:
         stages = list(dict.fromkeys(stage for row in splits for stage in row))
         parts.append(f"Forward time by stage, in ms\n\n{_table(stages, splits)}")
+    alone = [
+        {_CONFIG: str(config)}
+        | {way: f"{result[key]:.2f}" for way, key in _ALONE.items() if key in result}
+        for config, result in results
+        if any(key in result for key in _ALONE.values())
+    ]
+    if alone:
+        parts.append(f"One call on an idle GPU, in ms\n\n{_table([_CONFIG, *_ALONE], alone)}")
     if rows := targets(report):
         parts.append(f"Targets\n\n{_table(list(rows[0]), rows)}")
     parts += _break_even_texts(report["results"])
@@ -67,6 +75,7 @@ def targets(report: dict[str, Any]) -> list[dict[str, str]]:
 # With a cache in place of pages, and with other backends of flex_moba.
 _BASELINES = ("MobaCache", *DENSE, "routed", "masked")
 _CONFIG = "batch x heads x length, block, topk"
+_ALONE = {"forward": "forward_alone_ms", "forward + backward": "both_alone_ms"}
 _SHARE, _MIB = "of matmul", "peak MiB"
 _STEP = "batch x heads x context, block, topk"
 _NSA, _PAGES = ", Native Sparse Attention", ", pages"

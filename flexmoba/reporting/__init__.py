@@ -17,7 +17,7 @@ from flexmoba.reporting.console import (
     write_json,
 )
 from flexmoba.reporting.figure import can_draw, log_scale, mpl, new_figure
-from flexmoba.reporting.timing import faster_from, median_ms
+from flexmoba.reporting.timing import faster_from, median_ms, median_ms_alone
 from flexmoba.reporting.versions import versions
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "faster_from",
     "log_scale",
     "median_ms",
+    "median_ms_alone",
     "mpl",
     "new_figure",
     "note",
