@@ -282,7 +282,8 @@ def _language(scheduler: Scheduler, program: int, n_programs: int) -> dict[str, 
         scheduler.pause(lambda: True)
 
     gl = types.SimpleNamespace(
-        **{x: getattr(torch, x) for x in ("int32", "int64", "float32", "exp2", "log2", "where")},
+        **{x: getattr(torch, x) for x in ("int32", "int64", "float32", "exp2", "log2")},
+        where=lambda condition, x, y: torch.where(*map(_tensor, (condition, x, y))),
         arange=lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32),
         full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
         max=lambda x, axis: x.amax(axis),

@@ -189,6 +189,25 @@ def test_warp_specialised_with_queries_that_do_not_attend_to_their_own_block(lau
     assert "hopper_key_grads_kernel" in launches_on_hopper
 
 
+@pytest.mark.parametrize(("block_size", "programs"), [(128, 3), (256, 40)])
+def test_warp_specialised_items_do_not_mix(block_size, programs, launches_on_hopper, monkeypatch):
+    """The first weights of an item are computed beside the last values of its predecessor."""
+    monkeypatch.setattr(hopper, "_programs", lambda _: programs)  # 40: some have no item
+    problem = replace(HOPPER, block_size=block_size)
+    q, k, v = problem.tensors()
+    selection = BlockSelection(gated(problem)[..., 1:], block_size)
+    is_nan = torch.zeros(q.shape[:3], dtype=torch.bool)
+    is_nan[..., ::60] = True
+    results = [
+        fused_attention(x, k, v, selection, AttentionOptions("fused", 0.3, True))
+        for x in (q, q.masked_fill(is_nan[..., None], float("nan")))
+    ]
+    for x, y in zip(*results, strict=True):
+        assert_bitwise_equal(x[~is_nan], y[~is_nan])
+        assert y[is_nan].isnan().all()
+    assert launches_on_hopper == ["hopper_attend_kernel"] * 2
+
+
 def test_warp_specialised_in_pieces(launches_on_hopper, monkeypatch):
     for share in ("_SORTING_SHARE", "_TOTAL_SHARE"):
         monkeypatch.setattr(schedule, share, 0.01)
@@ -365,7 +384,7 @@ def test_a_call_with_pairs_sorted_by_counting(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [3, 16, 64])
-def test_the_tiles_of_blocks_hold_all_rows_once(rows):
+def test_the_items_of_blocks_hold_all_rows_once(rows):
     problem = variant(block_size=20)
     routed = gated(problem)[..., 1:].contiguous()
     sizes = schedule.Sizes.of(*problem.tensors(), routed, 20)
@@ -373,15 +392,15 @@ def test_the_tiles_of_blocks_hold_all_rows_once(rows):
     bins, (_, first_rows) = routing.sort_pairs(routed, group, sizes)
     every_bin = torch.arange(group.n_kv_heads * (sizes.n_blocks + 1) + 1)
     assert_bitwise_equal(first_rows, torch.searchsorted(bins.long(), every_bin, out_int32=True))
-    first_tile, block, begin, end = routing.tiles_of_blocks(first_rows, rows, group, sizes)
-    tiles = zip(*(x[: first_tile[-1]].tolist() for x in (block, begin, end)), strict=True)
+    *_, first_item = routing.first_items_of_blocks(first_rows, rows, rows, group, sizes)
+    block_of_item = routing.blocks_of_items(first_item, rows, group, sizes)
     expected = []
     for i in range(group.n_kv_heads * sizes.n_blocks):
         bin = i + i // sizes.n_blocks
         row, last = first_rows[bin : bin + 2].tolist()
-        assert int(first_tile[i]) == len(expected)
-        expected += [(i, x, min(x + rows, last)) for x in range(row, last, rows)]
-    assert [*tiles] == expected
+        assert int(first_item[i]) == len(expected)
+        expected += [i] * len(range(row, last, rows))
+    assert block_of_item[: first_item[-1]].tolist() == expected
     assert len(expected) > 10
 
 

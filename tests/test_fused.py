@@ -46,15 +46,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from flexmoba.backends.fused.hopper_kernels import hopper_attend_kernel as tiles
+from flexmoba.backends.fused.hopper_kernels import hopper_attend_kernel as attention
 from flexmoba.backends.fused.hopper_key_grads_kernels import hopper_key_grads_kernel as keys
 from flexmoba.backends.fused.hopper_query_grads_kernels import hopper_query_grads_kernel as queries
 from flexmoba.gate.kernel import _select_kernel as gate
 
-HOPPER = dict(GROUP=4, COUNT=2, Q_STRIDE=1024, UNIT=16, STAGES=2, REGISTERS=216, COPY_REGISTERS=56)
+FORWARD = dict(GROUP=4, COUNT=2, Q_STRIDE=1024, STAGES=2, REGISTERS=216, COPY_REGISTERS=72)
 BACKWARD = dict(GROUP=4, COUNT=2, BLOCK_SIZE=512, Q_STRIDE=1024, GRAD_STRIDE=128, STAGES=4)
 CONSTANTS = {
-    tiles: dict(HOPPER, ROWS=128, KEYS=128),
+    attention: dict(FORWARD, BLOCK_SIZE=512, ROWS=128, KEYS=128),
     keys: dict(BACKWARD, IS_CAUSAL=True, HAS_OWN=False, own_ptr=None, ROWS=64, KEYS=128,
                REGISTERS=232, COPY_REGISTERS=40),
     queries: dict(BACKWARD, ROWS=128, KEYS=64, REGISTERS=216, COPY_REGISTERS=72),
@@ -63,25 +63,24 @@ CONSTANTS = {
                LISTS=4, TILE_Q=64, TILE_N=32, TILE_D=128, SLOTS=8),
 }
 POINTERS = dict.fromkeys(("partial_lse_ptr", "lse_ptr", "delta_ptr", "extra_ptr"), "*fp32") | {
-    x: "*i32" for x in ("pair_ptr", "first_tile_ptr", "block_ptr", "begin_ptr", "end_ptr",
-                        "selected_ptr", "first_row_ptr", "first_item_ptr", "block_of_item_ptr",
-                        "first_extra_ptr")}
+    x: "*i32" for x in ("pair_ptr", "selected_ptr", "first_row_ptr", "first_item_ptr",
+                        "block_of_item_ptr", "first_extra_ptr")}
 
-def type_of(parameter, constants):
+def type_of(parameter, constants, box):
     name, annotation = parameter.name, parameter.annotation
     if name in constants:
         return "constexpr"
     if name.endswith("_desc"):
         layout = gl.NVMMASharedLayout(128, 16, 2)
-        rows = 128 if "ORDERED" in constants else 64
-        return f"tensordesc<bf16[{rows}, {constants['DIM']}],{layout!r}>"
+        return f"tensordesc<bf16[{box}, {constants['DIM']}],{layout!r}>"
     if name.endswith("_ptr"):
         return POINTERS.get(name, "*bf16")
     return {"int32": "i32", "int64": "i64"}.get(str(annotation), str(annotation))
 
 def resources(kernel, **more):
     constants = CONSTANTS[kernel] | more
-    signature = {p.name: type_of(p, constants)
+    box = 128 if kernel is attention else 64
+    signature = {p.name: type_of(p, constants, box)
                  for p in inspect.signature(kernel.fn).parameters.values()}
     index = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     aligned = {index[x]: [["tt.divisibility", 16]] for x in index if signature[x][0] == "*"}
@@ -100,7 +99,7 @@ name, dim = sys.argv[1], int(sys.argv[2])
 if name == "gate":
     print(resources(gate))
 elif name == "attention":
-    print(resources(tiles, BLOCK_SIZE=4096, DIM=dim, ORDERED=True))
+    print(resources(attention, DIM=dim))
 else:
     print(resources(keys if name == "keys" else queries, DIM=dim))
 """

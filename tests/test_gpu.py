@@ -324,6 +324,21 @@ def test_warp_specialised_with_any_strides(layout, launches_on_hopper, monkeypat
         assert (x - y).float().norm() <= 0.01 * y.float().norm()
 
 
+@pytest.mark.parametrize("name", ["256", "512, 64", "4096"])
+def test_warp_specialised_items_do_not_mix(name, launches_on_hopper):
+    problem = HOPPER[name]
+    q, k, v = problem.tensors("cuda")
+    selection = moba_select(q, k, problem.block_size, problem.topk)
+    attend = with_lse(selected_attention, selection, problem.block_size, impl="fused")
+    is_nan = torch.zeros(q.shape[:3], dtype=torch.bool, device="cuda")
+    is_nan[..., ::60] = True
+    results = attend(q, k, v), attend(q.masked_fill(is_nan[..., None], float("nan")), k, v)
+    for x, y in zip(*results, strict=True):
+        assert_bitwise_equal(x[~is_nan], y[~is_nan])
+        assert y[is_nan].isnan().all()
+    assert launches_on_hopper == ["hopper_attend_kernel"] * 2
+
+
 def test_warp_specialised_in_pieces_and_given_any_selection(launches_on_hopper, monkeypatch):
     block_size = 256
     problem = variant(block_size=block_size, kv_heads=3, q_len=1800, kv_len=2200, topk=5)

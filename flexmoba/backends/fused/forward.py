@@ -52,16 +52,15 @@ def attend_on_cuda(
             if sizes.count:
                 bins, (pairs, first_rows) = sort_pairs(routed, group, sizes)
                 if use_hopper:
-                    tiles = hopper.tiles_of(first_rows, group, sizes)
+                    tables = (pairs, first_rows, *hopper.items_of(first_rows, group, sizes))
             # Allocated after the sort, which has then freed its buffers.
             rows = group.max_queries * sizes.count
             partial_out, partial_lse = q.new_empty(rows, sizes.value_dim), lse.new_empty(rows)
             for piece in group.pieces:
                 if use_hopper:
-                    hopper.attend_on_hopper(
-                        *((q, k, v), (partial_out, partial_lse), pairs, tiles),
-                        *(group, piece, sizes, factor),
-                    )
+                    partial = partial_out, partial_lse
+                    hopper.attend_on_hopper((q, k, v), partial, tables, group, piece, sizes, factor)
+                    del partial  # or the buffers live until the next ones are allocated
                 elif sizes.count:
                     first_row = (piece.first_query - group.first_query) * sizes.count
                     n_rows = piece.n_queries * sizes.count

@@ -13,30 +13,19 @@ import torch
 import triton
 from torch import Tensor
 
-from flexmoba.backends.fused.routing import tiles_of_blocks
+from flexmoba.backends.fused.routing import blocks_of_items, first_items_of_blocks
 from flexmoba.backends.fused.schedule import Piece, Sizes, SortGroup
-from flexmoba.backends.fused.strides import head_strides, token_stride
+from flexmoba.backends.fused.strides import token_stride
 from flexmoba.runtime.triton_launch import launch
 
-# Measured at 512, where the kernel is slower than `attend_kernel`, and at 4096, where it is faster.
-least_block = 4096
-# The least block size of the backward pass. Measured at 512 and 4096.
+# The least block sizes of the forward pass, by a prediction, and of the backward pass, measured at
+# 512 and 4096.
+least_block = 512
 least_backward_block = 512
 
-_KEYS, _ROWS = 128, 128  # in a tile
+_KEYS, _ROWS = 128, 128  # of a tile of keys, and of an item
 _BOX_KEYS = 64  # that one copy of the backward pass moves
 _HEAD_DIMS = (64, 128)
-# From this block size on, an enforced order of softmax and product is faster.
-_LEAST_ORDERED_BLOCK = 1024
-
-
-class Tiles(NamedTuple):
-    """The tiles of rows of a sort group, as `tiles_of_blocks` returns them."""
-
-    first_of_block: Tensor
-    block: Tensor
-    begin: Tensor
-    end: Tensor
 
 
 class _Place(NamedTuple):
@@ -52,15 +41,13 @@ class _Place(NamedTuple):
 def supports(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, *, is_causal: bool) -> bool:
     """Returns whether the kernel supports a call.
 
-    It attends to full blocks of full tiles of keys, whose rows the copy engine can address. The
-    compiler must know that rows of queries begin at multiples of 16 bytes.
+    It attends to full blocks of full tiles of keys, whose rows the copy engine can address. Rows of
+    queries must begin at multiples of 16 bytes, which the offsets of rows count.
     """
-    _, unit = head_strides(q)
     return (
         sizes.block_size >= least_block
         and _is_supported(k, v, sizes, is_causal=is_causal)
-        and unit == 16
-        and token_stride(q) % 8 == 0
+        and _has_short_offsets(q, sizes.group)
     )
 
 
@@ -70,7 +57,6 @@ def supports_backward(
     """Returns whether the kernels of the backward pass support a call, as `supports` does.
 
     The kernels of `backward_kernels` serve blocks of one tile, and write all gradients at once.
-    Rows of queries must begin at multiples of 16 bytes, which the offsets of rows count.
     """
     q, k, v = inputs
     return (
@@ -100,16 +86,25 @@ def _has_short_offsets(x: Tensor, group: int) -> bool:
     return all(stride % 8 == 0 for stride in strides) and last < 2**34
 
 
-def tiles_of(first_rows: Tensor, group: SortGroup, sizes: Sizes) -> Tiles:
-    """Divides the rows of each block into tiles."""
-    return Tiles(*tiles_of_blocks(first_rows, _ROWS, group, sizes))
+def _short_strides(x: Tensor) -> list[int]:
+    """Returns the strides of batch and heads in units of 16 bytes."""
+    return [x.stride(dim) // 8 if x.shape[dim] > 1 else 0 for dim in (0, 1)]
+
+
+def items_of(first_rows: Tensor, group: SortGroup, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Divides the rows of each block into items of the forward pass.
+
+    Returns:
+        The first item of each block and the block of each item, both int32.
+    """
+    *_, first_item = first_items_of_blocks(first_rows, _ROWS, _ROWS, group, sizes)
+    return first_item, blocks_of_items(first_item, _ROWS, group, sizes)
 
 
 def attend_on_hopper(
     inputs: tuple[Tensor, Tensor, Tensor],
     partial: tuple[Tensor, Tensor],
-    pairs: Tensor,
-    tiles: Tiles,
+    tables: tuple[Tensor, ...],
     group: SortGroup,
     piece: Piece,
     sizes: Sizes,
@@ -120,33 +115,30 @@ def attend_on_hopper(
     Args:
         inputs: q, k and v, for which `supports` is True.
         partial: The partial outputs ``(rows, D)`` and log-sum-exps ``(rows,)`` to write.
-        pairs: ``(rows,)`` int32, the pair of each row.
-        tiles: The tiles of the sort group.
+        tables: The pairs, the first row of each bin, and the two of `items_of`, all int32.
         group: The sort group.
         piece: The piece.
         sizes: The sizes of the call.
         factor: The scale in base 2.
     """
+    from flexmoba.backends.fused.hopper_kernels import hopper_attend_kernel
+
     q, k, v = inputs
-    (q_stride_b, q_stride_h), unit = head_strides(q)
     k_place, v_place = _place(k), _place(v)
     assert k_place is not None
     assert v_place is not None
-    from flexmoba.backends.fused.hopper_kernels import hopper_attend_kernel
-
     launch(
         hopper_attend_kernel,
         _programs(q),
         (
             *(q, _descriptor(k, k_place, _KEYS), _descriptor(v, v_place, _KEYS)),
-            *(*partial, pairs, *tiles),
-            *(q_stride_b, q_stride_h, *k_place[2:], *v_place[2:]),
-            *(piece.first_block, piece.first_block + piece.n_blocks),
+            *(*partial, *tables, *k_place[2:], *v_place[2:], *_short_strides(q)),
             *(group.first_query, group.first_kv_head),
+            *(piece.first_block, piece.first_block + piece.n_blocks),
             (piece.first_query - group.first_query) * sizes.count,
             *(sizes.kv_heads, sizes.q_len, sizes.n_blocks, factor),
         ),
-        _constants(sizes) | {"Q_STRIDE": token_stride(q), "UNIT": unit},
+        _constants(sizes) | {"Q_STRIDE": token_stride(q)},
         (q.dtype,),
     )
 
@@ -179,11 +171,9 @@ class BackwardCall(NamedTuple):
         assert k_place is not None
         assert v_place is not None
         descriptors = (_descriptor(k, k_place, _BOX_KEYS), _descriptor(v, v_place, _BOX_KEYS))
-        strides = [
-            x.stride(dim) // 8 if x.shape[dim] > 1 else 0 for x in (q, grad) for dim in (0, 1)
-        ]
         numbers = [
-            *(*k_place[2:], *v_place[2:], *strides, group.first_query, group.first_kv_head),
+            *(*k_place[2:], *v_place[2:], *_short_strides(q), *_short_strides(grad)),
+            *(group.first_query, group.first_kv_head),
             *(piece.first_block, piece.first_block + piece.n_blocks),
         ]
         return (q, *descriptors, grad, self.lse, self.delta), numbers
@@ -290,11 +280,10 @@ def _constants(sizes: Sizes) -> dict[str, int]:
         "BLOCK_SIZE": sizes.block_size,
         "ROWS": _ROWS,
         "KEYS": _KEYS,
-        "ORDERED": sizes.block_size >= _LEAST_ORDERED_BLOCK,
         "DIM": sizes.dim,
         "STAGES": 2,
         "REGISTERS": 216,
-        "COPY_REGISTERS": 56,
+        "COPY_REGISTERS": 72,
         "num_warps": 4,
         "maxnreg": 168,
     }

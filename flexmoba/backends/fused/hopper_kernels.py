@@ -1,10 +1,12 @@
 """The attention of routed blocks on Hopper, in Gluon, with a role for each warp.
 
-Each program processes one tile of 128 rows after another. One warp copies the keys and values of
-the tile's block, another gathers its queries, and two groups of four warps each attend from 64 rows
-to the keys, so that the softmax of one overlaps the products of the other. Buffers in shared memory
-hold two tiles of keys, of values and of queries. A pair of barriers for each buffer, ``full`` and
-``free``, hands it from one role to the other; a role waits for the phase of its n-th use.
+Each program processes one item of 128 rows after another. One warp copies the keys and values of
+the item's block, two warps gather its queries, and two groups of four warps each attend from 64
+rows. While a group adds the values of a tile of keys, it computes the weights of the next tile,
+across the end of an item too, and the softmax of one group overlaps the products of the other.
+Shared memory holds the queries of two items and a ring of tiles of keys and of values. A pair of
+barriers for each buffer, ``full`` and ``free``, hands it from one role to the other; a role waits
+for the phase of its n-th use.
 
 `kernel_parts` defines the terms and sizes.
 """
@@ -37,10 +39,13 @@ def allocate_barriers(N: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def load_tile(tile, table):
-    """Returns the block of a tile, counted over all KV heads, and the range of its rows."""
-    block_ptr, begin_ptr, end_ptr = table
-    return gl.load(block_ptr + tile), gl.load(begin_ptr + tile), gl.load(end_ptr + tile)
+def rows_of_item(item, table, n_blocks, ROWS: gl.constexpr):
+    """Returns the block of an item, counted over all KV heads, and the range of its rows."""
+    first_row_ptr, first_item_ptr, block_of_item_ptr = table
+    block = gl.load(block_of_item_ptr + item)
+    bin = block + block // n_blocks
+    begin = gl.load(first_row_ptr + bin) + (item - gl.load(first_item_ptr + block)) * ROWS
+    return block, begin, gl.minimum(begin + ROWS, gl.load(first_row_ptr + bin + 1))
 
 
 @gluon.jit
@@ -55,22 +60,6 @@ def place_of_block(block, places, n_blocks, first_kv_head, kv_heads, BLOCK_SIZE:
         batch * k_row_b + head * k_row_h + key, head * k_column_h,
         batch * v_row_b + head * v_row_h + key, head * v_column_h,
     )  # fmt: skip
-
-
-@gluon.jit
-def query_offsets(
-    block, index, pair_ptr, q_stride_b, q_stride_h, n_blocks, first_query, first_kv_head, kv_heads,
-    q_len,
-    GROUP: gl.constexpr, COUNT: gl.constexpr, Q_STRIDE: gl.constexpr, UNIT: gl.constexpr,
-):  # fmt: skip
-    """Returns the offsets of the queries of rows, given by their indices, of a block."""
-    kv_head = first_kv_head + block // n_blocks
-    batch = kv_head // kv_heads
-    head = (kv_head - batch * kv_heads) * GROUP * q_stride_h
-    query = first_query - kv_head * GROUP * q_len + gl.load(pair_ptr + index) // COUNT
-    head_in_group = query // q_len
-    offset = (batch * q_stride_b + head + head_in_group * q_stride_h) * UNIT
-    return offset + (query - head_in_group * q_len).to(gl.int64) * Q_STRIDE
 
 
 @gluon.jit
@@ -91,16 +80,15 @@ def copy_rows(
 
 @gluon.jit
 def copy_keys(
-    k_desc, v_desc, k_buffer, v_buffer, k_full, k_free, v_full, v_free, table, places, first_tile,
-    last_tile, n_blocks, first_kv_head, kv_heads,
+    k_desc, v_desc, k_buffer, v_buffer, k_full, k_free, v_full, v_free, block_of_item_ptr, places,
+    first_item, last_item, n_blocks, first_kv_head, kv_heads,
     BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copies the keys and values of each tile's block to shared memory."""
+    """Copies the keys and values of each item's block to shared memory."""
     n = 0
-    for tile in range(first_tile + gl.program_id(0), last_tile, gl.num_programs(0)):
-        block, _, _ = load_tile(tile, table)
+    for item in range(first_item + gl.program_id(0), last_item, gl.num_programs(0)):
         k_row, k_column, v_row, v_column = place_of_block(
-            block, places, n_blocks, first_kv_head, kv_heads, BLOCK_SIZE
+            gl.load(block_of_item_ptr + item), places, n_blocks, first_kv_head, kv_heads, BLOCK_SIZE
         )
         for start in range(0, BLOCK_SIZE, KEYS):
             stage = n % STAGES
@@ -108,48 +96,48 @@ def copy_keys(
             mbarrier.wait(k_free.index(stage), phase)
             mbarrier.expect(k_full.index(stage), KEYS * DIM * 2)
             tma.async_copy_global_to_shared(
-                k_desc, [k_row + start, k_column], k_full.index(stage),
-                k_buffer.index(stage),
-            )  # fmt: skip
+                k_desc, [k_row + start, k_column], k_full.index(stage), k_buffer.index(stage)
+            )
             mbarrier.wait(v_free.index(stage), phase)
             mbarrier.expect(v_full.index(stage), KEYS * DIM * 2)
             tma.async_copy_global_to_shared(
-                v_desc, [v_row + start, v_column], v_full.index(stage),
-                v_buffer.index(stage),
-            )  # fmt: skip
+                v_desc, [v_row + start, v_column], v_full.index(stage), v_buffer.index(stage)
+            )
             n += 1
 
 
 @gluon.jit
 def gather_queries(
-    q_ptr, pair_ptr, q_buffer, q_full, q_free, table, first_tile, last_tile, sizes,
-    GROUP: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr,
-    Q_STRIDE: gl.constexpr, UNIT: gl.constexpr, STAGES: gl.constexpr,
+    q_ptr, pair_ptr, q_buffer, pairs_buffer, q_full, q_free, table, first_item, last_item, n_blocks,
+    first_query, first_kv_head, piece_pair, kv_heads, q_len, q_stride_b, q_stride_h,
+    GROUP: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, Q_STRIDE: gl.constexpr,
 ):  # fmt: skip
-    """Copies the queries of each tile to shared memory; rows beyond its end repeat the last one."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [1, 1], [1, 0])
-    row = gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
-    dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
-    q_stride_b, q_stride_h, n_blocks, first_query, first_kv_head, kv_heads, q_len = sizes
+    """Copies the queries of each item to shared memory; rows beyond its end repeat the last one.
+
+    ``pairs_buffer`` receives their pairs, counted from the first pair of the piece, and -1 beyond
+    the end.
+    """
     n = 0
-    for tile in range(first_tile + gl.program_id(0), last_tile, gl.num_programs(0)):
-        block, begin, end = load_tile(tile, table)
-        stage = n % STAGES
-        mbarrier.wait(q_free.index(stage), n // STAGES & 1 ^ 1)
+    row = gl.arange(0, ROWS // 2, layout=gl.BlockedLayout([1], [32], [2], [0]))
+    for item in range(first_item + gl.program_id(0), last_item, gl.num_programs(0)):
+        block, begin, end = rows_of_item(item, table, n_blocks, ROWS)
+        kv_head = first_kv_head + block // n_blocks
+        batch = kv_head // kv_heads
+        head = (kv_head - batch * kv_heads) * GROUP
+        q_head = q_ptr + (batch * q_stride_b + head * q_stride_h) * 8
+        stage = n & 1
+        mbarrier.wait(q_free.index(stage), n // 2 & 1 ^ 1)
         for half in gl.static_range(2):
-            for part in gl.static_range(ROWS // 32):
-                index = gl.minimum(begin + half * (ROWS // 2) + part * 16 + row, end - 1)
-                offset = query_offsets(
-                    block, index, pair_ptr, q_stride_b, q_stride_h, n_blocks, first_query,
-                    first_kv_head, kv_heads, q_len, GROUP, COUNT, Q_STRIDE, UNIT,
-                )  # fmt: skip
-                async_copy.async_copy_global_to_shared(
-                    q_buffer.index(stage * 2 + half).slice(part * 16, 16),
-                    q_ptr + offset[:, None] + dim[None, :],
-                )
-        async_copy.commit_group()
-        async_copy.wait_group(0)
-        fence_async_shared()
+            index = begin + half * (ROWS // 2) + row
+            pair = gl.load(pair_ptr + gl.minimum(index, end - 1))
+            query = first_query - kv_head * GROUP * q_len + pair // COUNT
+            copy_rows(
+                q_head, q_buffer.index(stage * 2 + half), query, query // q_len, q_len, q_stride_h,
+                Q_STRIDE, 2,
+            )  # fmt: skip
+            pair = gl.where(index < end, pair - piece_pair, -1)
+            pairs_buffer.index(stage * 2 + half).store(pair)
+        async_copy.mbarrier_arrive(q_full.index(stage), increment_count=False)
         mbarrier.arrive(q_full.index(stage), count=1)
         n += 1
 
@@ -164,125 +152,113 @@ def add_scores(scores, highest, total, factor):
 
 
 @gluon.jit
-def attend_half(
-    q_buffer, k_buffer, v_buffer, q_full, q_free, k_full, k_free, v_full, v_free,
-    partial_ptr, partial_lse_ptr, pair_ptr, table, first_tile, last_tile, piece_pair, factor,
-    HALF: gl.constexpr, BLOCK_SIZE: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
-    DIM: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+def store_partial(
+    out, lse, buffer, pairs_buffer, partial_ptr, partial_lse_ptr,
+    ROWS: gl.constexpr, STORED: gl.constexpr,
 ):  # fmt: skip
-    """Computes the partial outputs of one half of the rows of each tile."""
+    """Writes partial outputs through shared memory, so that rows are written whole.
+
+    ``ROWS`` is the layout of ``lse``, and ``STORED`` that in which ``out`` is written.
+    """
+    DIM: gl.constexpr = buffer.shape[1]
+    pair = pairs_buffer.load(ROWS)
+    gl.store(partial_lse_ptr + pair, lse, mask=pair >= 0)
+    buffer.store(out.to(buffer.dtype))
+    pair = pairs_buffer.load(gl.SliceLayout(1, STORED))
+    dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, STORED))
+    offset = pair.to(gl.int64)[:, None] * DIM + dim[None, :]
+    gl.store(partial_ptr + offset, buffer.load(STORED), mask=(pair >= 0)[:, None])
+
+
+@gluon.jit
+def attend_half(
+    q_buffer, pairs_buffer, q_full, q_free, k_buffer, k_full, k_free, v_buffer, v_full, v_free,
+    partial_ptr, partial_lse_ptr, first_item, last_item, factor,
+    HALF: gl.constexpr, BLOCK_SIZE: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
+    DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Computes the partial outputs of one half of the rows of each item.
+
+    An iteration adds the values of tile ``n`` to the output, and meanwhile computes the weights of
+    the next tile, which may belong to the next item. The last one computes weights from an old
+    buffer, which nothing uses.
+    """
     M: gl.constexpr = ROWS // 2
+    TILES: gl.constexpr = BLOCK_SIZE // KEYS
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
-    n = 0
-    n_queries = 0
-    for tile in range(first_tile + gl.program_id(0), last_tile, gl.num_programs(0)):
-        q_stage = n_queries % STAGES
-        q = q_buffer.index(q_stage * 2 + HALF)
-        zeros = gl.full([M, KEYS], 0.0, gl.float32, SCORES)
-        highest = gl.full([M], float("-inf"), gl.float32, SCORE_ROWS)
-        total = gl.full([M], 0.0, gl.float32, SCORE_ROWS)
-        out = gl.full([M, DIM], 0.0, gl.float32, OUT)
-        mbarrier.wait(q_full.index(q_stage), n_queries // STAGES & 1)
-        mbarrier.wait(k_full.index(n % STAGES), n // STAGES & 1)
-        k = k_buffer.index(n % STAGES).permute((1, 0))
+    steps = gl.num_programs(0)
+    n_items = (last_item - first_item - gl.program_id(0) + steps - 1) // steps
+    n_tiles = gl.maximum(n_items, 0) * TILES
+    zeros = gl.full([M, KEYS], 0.0, gl.float32, SCORES)
+    highest = gl.full([M], float("-inf"), gl.float32, SCORE_ROWS)
+    total = gl.full([M], 0.0, gl.float32, SCORE_ROWS)
+    out = gl.full([M, DIM], 0.0, gl.float32, OUT)
+    mbarrier.wait(q_full.index(0), 0, pred=n_tiles > 0)
+    fence_async_shared()  # the products read what other warps have copied
+    mbarrier.wait(k_full.index(0), 0, pred=n_tiles > 0)
+    k = k_buffer.index(0).permute((1, 0))
+    scores = warpgroup_mma(q_buffer.index(HALF), k, zeros, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(k_free.index(0), count=1)
+    weights, highest, total, _ = add_scores(scores, highest, total, factor)
+    weights = gl.convert_layout(weights.to(v_buffer.dtype), WEIGHTS)
+    mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=n_tiles > 1)
+    for n in range(n_tiles):
+        m = n + 1
+        item = m // TILES
+        is_last = m % TILES == 0
+        if is_last:
+            mbarrier.wait(q_full.index(item & 1), item // 2 & 1, pred=m < n_tiles)
+            fence_async_shared()
+        q = q_buffer.index((item & 1) * 2 + HALF)
+        k = k_buffer.index(m % STAGES).permute((1, 0))
         scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=[scores])
-        mbarrier.arrive(k_free.index(n % STAGES), count=1)
-        weights, highest, total, decay = add_scores(scores, highest, total, factor)
-        weights = gl.convert_layout(weights.to(v_buffer.dtype), WEIGHTS)
-        if ORDERED:
-            mbarrier.wait(k_full.index((n + 1) % STAGES), (n + 1) // STAGES & 1)
-        for start in range(KEYS, BLOCK_SIZE, KEYS):
-            m = n + 1
-            if not ORDERED:
-                mbarrier.wait(k_full.index(m % STAGES), m // STAGES & 1)
-            k = k_buffer.index(m % STAGES).permute((1, 0))
-            scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
-            out = warpgroup_mma(weights, v_buffer.index(n % STAGES), out, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=[scores])
-            mbarrier.arrive(k_free.index(m % STAGES), count=1)
-            new_weights, highest, total, decay = add_scores(scores, highest, total, factor)
-            new_weights = gl.convert_layout(new_weights.to(v_buffer.dtype), WEIGHTS)
-            # The compiler would move the softmax behind the wait for the second product. The loop
-            # of a wait for a barrier ends a basic block, which keeps the order. The new weights
-            # are among the dependencies for the same reason.
-            if ORDERED:
-                mbarrier.wait(
-                    k_full.index((m + 1) % STAGES), (m + 1) // STAGES & 1,
-                    pred=start + KEYS < BLOCK_SIZE,
-                )  # fmt: skip
-            out, weights, new_weights = warpgroup_mma_wait(0, deps=[out, weights, new_weights])
-            mbarrier.arrive(v_free.index(n % STAGES), count=1)
-            out = out * gl.convert_layout(decay, OUT_ROWS)[:, None]
-            weights = new_weights
-            n = m
         mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
         out = warpgroup_mma(weights, v_buffer.index(n % STAGES), out, is_async=True)
-        out, weights = warpgroup_mma_wait(0, deps=[out, weights])
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        mbarrier.arrive(k_free.index(m % STAGES), count=1)
+        new_weights, new_highest, new_total, decay = add_scores(
+            scores, gl.where(is_last, float("-inf"), highest), gl.where(is_last, 0.0, total), factor
+        )
+        new_weights = gl.convert_layout(new_weights.to(v_buffer.dtype), WEIGHTS)
+        # The compiler would move the softmax behind the wait for the second product. The loop of a
+        # wait for a barrier ends a basic block, which keeps the order. The new weights are among
+        # the dependencies for the same reason.
+        mbarrier.wait(k_full.index((m + 1) % STAGES), (m + 1) // STAGES & 1, pred=m + 1 < n_tiles)
+        out, weights, new_weights = warpgroup_mma_wait(0, deps=[out, weights, new_weights])
         mbarrier.arrive(v_free.index(n % STAGES), count=1)
-        n += 1
-
-        out = out * gl.convert_layout(1.0 / total, OUT_ROWS)[:, None]
-        _, begin, end = load_tile(tile, table)
-        begin += HALF * M
-        store_partial(
-            out, highest + gl.log2(total), q,
-            load_pairs(begin, end, pair_ptr, piece_pair, M, SCORE_ROWS),
-            load_pairs(begin, end, pair_ptr, piece_pair, M, gl.SliceLayout(1, STORED)),
-            partial_ptr, partial_lse_ptr, DIM, STORED,
-        )  # fmt: skip
-        mbarrier.arrive(q_free.index(q_stage), count=1)
-        n_queries += 1
-
-
-@gluon.jit
-def load_pairs(begin, end, pair_ptr, piece_pair, N: gl.constexpr, LAYOUT: gl.constexpr):
-    """Loads the pairs of rows, counted from the first pair of the piece, and a mask of rows."""
-    row = begin + gl.arange(0, N, layout=LAYOUT)
-    return gl.load(pair_ptr + gl.minimum(row, end - 1)) - piece_pair, row < end
-
-
-@gluon.jit
-def store_partial(
-    out, lse, buffer, lse_pairs, out_pairs, partial_ptr, partial_lse_ptr,
-    DIM: gl.constexpr, STORED: gl.constexpr,
-):  # fmt: skip
-    """Writes partial outputs through shared memory, so that rows are written whole.
-
-    ``lse_pairs`` and ``out_pairs`` are from `load_pairs`, in the layout of ``lse`` and of the rows
-    of ``STORED``.
-    """
-    partial, valid = lse_pairs
-    gl.store(partial_lse_ptr + partial, lse, mask=valid)
-    buffer.store(out.to(buffer.dtype))
-    out_rows = buffer.load(STORED)
-    partial, valid = out_pairs
-    dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, STORED))
-    offset = partial.to(gl.int64)[:, None] * DIM + dim[None, :]
-    gl.store(partial_ptr + offset, out_rows, mask=valid[:, None])
-    fence_async_shared()
+        if is_last:
+            stage = item & 1 ^ 1
+            store_partial(
+                out * gl.convert_layout(1.0 / total, OUT_ROWS)[:, None], highest + gl.log2(total),
+                q_buffer.index(stage * 2 + HALF), pairs_buffer.index(stage * 2 + HALF), partial_ptr,
+                partial_lse_ptr, SCORE_ROWS, STORED,
+            )  # fmt: skip
+            mbarrier.arrive(q_free.index(stage), count=1)
+            out = gl.full([M, DIM], 0.0, gl.float32, OUT)
+        else:
+            out = out * gl.convert_layout(decay, OUT_ROWS)[:, None]
+        weights, highest, total = new_weights, new_highest, new_total
 
 
 @functools.partial(kernel, jit=gluon.jit)
 def hopper_attend_kernel(
-    q_ptr, k_desc, v_desc, partial_ptr, partial_lse_ptr, pair_ptr, first_tile_ptr, block_ptr,
-    begin_ptr, end_ptr,
-    q_stride_b: gl.int64, q_stride_h: gl.int64,
+    q_ptr, k_desc, v_desc, partial_ptr, partial_lse_ptr, pair_ptr, first_row_ptr, first_item_ptr,
+    block_of_item_ptr,
     k_row_b: gl.int32, k_row_h: gl.int32, k_column_h: gl.int32,
     v_row_b: gl.int32, v_row_h: gl.int32, v_column_h: gl.int32,
-    first_block: gl.int32, last_block: gl.int32, first_query: gl.int32, first_kv_head: gl.int32,
+    q_stride_b: gl.int64, q_stride_h: gl.int32,
+    first_query: gl.int32, first_kv_head: gl.int32, first_block: gl.int32, last_block: gl.int32,
     piece_pair: gl.int32, kv_heads: gl.int32, q_len: gl.int32, n_blocks: gl.int32,
     factor: gl.float32,
     GROUP: gl.constexpr, COUNT: gl.constexpr, BLOCK_SIZE: gl.constexpr, ROWS: gl.constexpr,
-    KEYS: gl.constexpr, DIM: gl.constexpr, Q_STRIDE: gl.constexpr, UNIT: gl.constexpr,
-    STAGES: gl.constexpr, ORDERED: gl.constexpr, REGISTERS: gl.constexpr,
-    COPY_REGISTERS: gl.constexpr,
+    KEYS: gl.constexpr, DIM: gl.constexpr, Q_STRIDE: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Computes the partial outputs of a piece, with their log-sum-exps in base 2.
 
@@ -291,27 +267,30 @@ def hopper_attend_kernel(
     """
     DTYPE: gl.constexpr = q_ptr.dtype.element_ty
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_buffer = gl.allocate_shared_memory(DTYPE, [STAGES * 2, ROWS // 2, DIM], SHARED)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_buffer = gl.allocate_shared_memory(DTYPE, [4, ROWS // 2, DIM], SHARED)
     k_buffer = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, DIM], SHARED)
     v_buffer = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, DIM], SHARED)
-    q_full, q_free = allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 2)
+    pairs_buffer = gl.allocate_shared_memory(gl.int32, [4, ROWS // 2], FLAT)
+    # Each of 64 threads ends its copies, and one of them the stores of all.
+    q_full, q_free = allocate_barriers(2, 65), allocate_barriers(2, 2)
     k_full, k_free = allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 2)
     v_full, v_free = allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 2)
-    table = (block_ptr, begin_ptr, end_ptr)
+    table = (first_row_ptr, first_item_ptr, block_of_item_ptr)
     places = (k_row_b, k_row_h, k_column_h, v_row_b, v_row_h, v_column_h)
-    sizes = (q_stride_b, q_stride_h, n_blocks, first_query, first_kv_head, kv_heads, q_len)
-    first_tile = gl.load(first_tile_ptr + first_block)
-    last_tile = gl.load(first_tile_ptr + last_block)
+    first_item = gl.load(first_item_ptr + first_block)
+    last_item = gl.load(first_item_ptr + last_block)
     gl.warp_specialize([
-        (attend_half, (q_buffer, k_buffer, v_buffer, q_full, q_free, k_full, k_free, v_full, v_free,
-                       partial_ptr, partial_lse_ptr, pair_ptr, table, first_tile, last_tile,
-                       piece_pair, factor, 0, BLOCK_SIZE, ROWS, KEYS, DIM, STAGES, ORDERED)),
-        (attend_half, (q_buffer, k_buffer, v_buffer, q_full, q_free, k_full, k_free, v_full, v_free,
-                       partial_ptr, partial_lse_ptr, pair_ptr, table, first_tile, last_tile,
-                       piece_pair, factor, 1, BLOCK_SIZE, ROWS, KEYS, DIM, STAGES, ORDERED)),
-        (copy_keys, (k_desc, v_desc, k_buffer, v_buffer, k_full, k_free, v_full, v_free, table,
-                     places, first_tile, last_tile, n_blocks, first_kv_head, kv_heads,
-                     BLOCK_SIZE, KEYS, DIM, STAGES)),
-        (gather_queries, (q_ptr, pair_ptr, q_buffer, q_full, q_free, table, first_tile, last_tile,
-                          sizes, GROUP, COUNT, ROWS, DIM, Q_STRIDE, UNIT, STAGES)),
-    ], [4, 1, 1], [REGISTERS, COPY_REGISTERS, COPY_REGISTERS])  # fmt: skip
+        (attend_half, (q_buffer, pairs_buffer, q_full, q_free, k_buffer, k_full, k_free, v_buffer,
+                       v_full, v_free, partial_ptr, partial_lse_ptr, first_item, last_item, factor,
+                       0, BLOCK_SIZE, ROWS, KEYS, DIM, STAGES)),
+        (attend_half, (q_buffer, pairs_buffer, q_full, q_free, k_buffer, k_full, k_free, v_buffer,
+                       v_full, v_free, partial_ptr, partial_lse_ptr, first_item, last_item, factor,
+                       1, BLOCK_SIZE, ROWS, KEYS, DIM, STAGES)),
+        (gather_queries, (q_ptr, pair_ptr, q_buffer, pairs_buffer, q_full, q_free, table,
+                          first_item, last_item, n_blocks, first_query, first_kv_head, piece_pair,
+                          kv_heads, q_len, q_stride_b, q_stride_h, GROUP, COUNT, ROWS, Q_STRIDE)),
+        (copy_keys, (k_desc, v_desc, k_buffer, v_buffer, k_full, k_free, v_full, v_free,
+                     block_of_item_ptr, places, first_item, last_item, n_blocks, first_kv_head,
+                     kv_heads, BLOCK_SIZE, KEYS, DIM, STAGES)),
+    ], [4, 2, 1], [REGISTERS, COPY_REGISTERS, COPY_REGISTERS])  # fmt: skip

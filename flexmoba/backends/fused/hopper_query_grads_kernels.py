@@ -26,18 +26,9 @@ from flexmoba.backends.fused.hopper_kernels import (
     allocate_barriers,
     copy_rows,
     place_of_block,
+    rows_of_item,
 )
 from flexmoba.runtime.triton_launch import kernel
-
-
-@gluon.jit
-def rows_of_query_item(item, table, n_blocks, ROWS: gl.constexpr):
-    """Returns the block of an item, counted over all KV heads, and the range of its rows."""
-    first_row_ptr, first_item_ptr, block_of_item_ptr = table
-    block = gl.load(block_of_item_ptr + item)
-    bin = block + block // n_blocks
-    begin = gl.load(first_row_ptr + bin) + (item - gl.load(first_item_ptr + block)) * ROWS
-    return block, begin, gl.minimum(begin + ROWS, gl.load(first_row_ptr + bin + 1))
 
 
 @gluon.jit
@@ -83,7 +74,7 @@ def gather_items(
     n = 0
     row = gl.arange(0, ROWS // 2, layout=gl.BlockedLayout([1], [32], [2], [0]))
     for item in range(first_item + gl.program_id(0), last_item, gl.num_programs(0)):
-        block, begin, end = rows_of_query_item(item, table, n_blocks, ROWS)
+        block, begin, end = rows_of_item(item, table, n_blocks, ROWS)
         kv_head = first_kv_head + block // n_blocks
         batch = kv_head // kv_heads
         head = (kv_head - batch * kv_heads) * GROUP

@@ -11,7 +11,6 @@ from flexmoba.backends.fused.routing_kernels import (
     first_items_kernel,
     first_rows_kernel,
     list_items_kernel,
-    list_tiles_kernel,
     scatter_kernel,
 )
 from flexmoba.backends.fused.schedule import Sizes, SortGroup
@@ -137,27 +136,3 @@ def blocks_of_items(first_item: Tensor, item_rows: int, group: SortGroup, sizes:
     block_of_item = first_item.new_empty(max_items)
     launch(list_items_kernel, n_blocks, (first_item, block_of_item), {"TILE": 128}, ())
     return block_of_item
-
-
-def tiles_of_blocks(
-    first_rows: Tensor, rows: int, group: SortGroup, sizes: Sizes
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Divides the rows of each block into tiles.
-
-    Returns:
-        The first tile of each block ``(blocks + 1,)``, and of each tile its block, its first row
-        and the end of its rows, all int32. The last three are as long as the largest possible
-        number of tiles.
-    """
-    *_, first_tile = first_items_of_blocks(first_rows, rows, rows, group, sizes)
-    n_blocks = group.n_kv_heads * sizes.n_blocks
-    max_tiles = group.n_queries * sizes.count // rows + n_blocks
-    block, begin, end = (first_rows.new_empty(max_tiles) for _ in range(3))
-    launch(
-        list_tiles_kernel,
-        n_blocks,
-        (first_rows, first_tile, block, begin, end, sizes.n_blocks),
-        {"ROWS": rows, "TILE": 32},
-        (),
-    )
-    return first_tile, block, begin, end

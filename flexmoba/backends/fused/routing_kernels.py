@@ -162,22 +162,3 @@ def list_items_kernel(first_item_ptr, block_of_item_ptr, TILE: tl.constexpr):
     for start in range(tl.load(first_item_ptr + block), end, TILE):
         item = start + tl.arange(0, TILE)
         tl.store(block_of_item_ptr + item, tl.zeros([TILE], tl.int32) + block, mask=item < end)
-
-
-@kernel
-def list_tiles_kernel(
-    first_row_ptr, first_tile_ptr, block_ptr, begin_ptr, end_ptr,
-    n_blocks: tl.int32,
-    ROWS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Writes the block and the range of rows of every tile of at most ROWS rows."""
-    block = tl.program_id(0)
-    bin = block + block // n_blocks
-    begin, end = tl.load(first_row_ptr + bin), tl.load(first_row_ptr + bin + 1)
-    first, last = tl.load(first_tile_ptr + block), tl.load(first_tile_ptr + block + 1)
-    for start in range(first, last, TILE):
-        tile = start + tl.arange(0, TILE)
-        row = begin + (tile - first) * ROWS
-        tl.store(block_ptr + tile, tl.zeros([TILE], tl.int32) + block, mask=tile < last)
-        tl.store(begin_ptr + tile, row, mask=tile < last)
-        tl.store(end_ptr + tile, tl.minimum(row + ROWS, end), mask=tile < last)
