@@ -18,12 +18,7 @@ from flexmoba.backends.fused.backward_kernels import (
     key_grads_kernel,
     sum_extra_kernel,
 )
-from flexmoba.backends.fused.routing import (
-    Rows,
-    blocks_of_items,
-    first_items_of_blocks,
-    sort_pairs,
-)
+from flexmoba.backends.fused.routing import Rows, items_of_blocks, sort_pairs
 from flexmoba.backends.fused.schedule import Sizes, SortGroup, sort_groups
 from flexmoba.backends.fused.strides import head_strides, token_stride
 from flexmoba.backends.fused.tile_sizes import (
@@ -39,42 +34,6 @@ from flexmoba.selection import BlockSelection
 # that few blocks need a second item, and small enough that a block that most queries selected is
 # divided among several programs.
 _ITEM_FACTOR, _LEAST_ITEM = 4, 1024
-
-
-class _Items(NamedTuple):
-    """The rows of a sort group, and the items, one for each program, of each block.
-
-    Attributes:
-        pairs: ``(rows,)`` int32, the pair of each row.
-        first_rows: ``(bins + 1,)`` int32, the first row of each bin.
-        of_keys: The first item of each block and the block of each item, both int32.
-        first_extra: ``(blocks + 1,)`` int32, the first extra buffer of each block with several
-            items.
-        of_queries: As ``of_keys``, for the gradients of queries; None if `key_grads_kernel`
-            computes them.
-    """
-
-    pairs: Tensor
-    first_rows: Tensor
-    of_keys: tuple[Tensor, Tensor]
-    first_extra: Tensor
-    of_queries: tuple[Tensor, Tensor] | None
-
-
-def _items_of(
-    all_rows: Rows, group: SortGroup, sizes: Sizes, query_rows: int, *, for_queries: bool
-) -> _Items:
-    pairs, first_rows = all_rows
-    rows = _item_rows(sizes)
-    first_item, first_extra, first_query_item = first_items_of_blocks(
-        first_rows, rows, query_rows, group, sizes
-    )
-    of_keys = first_item, blocks_of_items(first_item, rows, group, sizes)
-    of_queries = None
-    if for_queries:
-        block_of_item = blocks_of_items(first_query_item, query_rows, group, sizes)
-        of_queries = first_query_item, block_of_item
-    return _Items(pairs, first_rows, of_keys, first_extra, of_queries)
 
 
 def _sorted_rows(routed: Tensor, group: SortGroup, sizes: Sizes, rows: Rows | None) -> Rows:
@@ -181,10 +140,9 @@ def attend_backward_on_cuda(
         call = hopper.BackwardCall((q, k, v, grad_out), lse, delta, own, sizes, is_causal, scale)
         for group, for_keys, for_queries in _passes(sizes):
             in_one_kernel = for_keys and for_queries and tiles_per_block == 1
-            items = _items_of(
-                *(_sorted_rows(routed, group, sizes, rows), group, sizes, query_tile["ROWS"]),
-                for_queries=for_queries and not in_one_kernel,
-            )
+            pairs, first_rows = _sorted_rows(routed, group, sizes, rows)
+            query_rows = query_tile["ROWS"] if for_queries and not in_one_kernel else None
+            items = items_of_blocks(first_rows, _item_rows(sizes), query_rows, group, sizes)
             max_extra = _max_extra(group.max_queries, sizes) if for_keys else 0
             extra = lse.new_empty(max_extra, sizes.block_size, sizes.dim + sizes.value_dim)
             n_partial = group.max_queries * sizes.count if for_queries else 0
@@ -201,7 +159,7 @@ def attend_backward_on_cuda(
                     hopper.key_grads_on_hopper(
                         call,
                         (d_k, d_v, extra),
-                        (items.pairs, items.first_rows, *items.of_keys, items.first_extra),
+                        (pairs, first_rows, *items.of_keys, items.first_extra),
                         group,
                         piece,
                         _item_rows(sizes),
@@ -212,7 +170,7 @@ def attend_backward_on_cuda(
                         (n_pairs // _item_rows(sizes) + piece.n_blocks) * tiles_per_block,
                         (
                             *(*tensors, own, d_k, d_v, extra, partial_grads),
-                            *(items.pairs, items.first_rows, *items.of_keys, items.first_extra),
+                            *(pairs, first_rows, *items.of_keys, items.first_extra),
                             *(*numbers, _item_rows(sizes)),
                         ),
                         key_tile | {"WRITES_QUERY_GRADS": in_one_kernel},
@@ -234,7 +192,7 @@ def attend_backward_on_cuda(
                     hopper.query_grads_on_hopper(
                         call,
                         partial_grads,
-                        (items.pairs, items.first_rows, *items.of_queries),
+                        (pairs, first_rows, *items.of_queries),
                         group,
                         piece,
                     )
@@ -243,7 +201,7 @@ def attend_backward_on_cuda(
                         item_query_grads_kernel,
                         n_pairs // query_tile["ROWS"] + piece.n_blocks if n_pairs else 0,
                         (
-                            *(*tensors, partial_grads, items.pairs, items.first_rows),
+                            *(*tensors, partial_grads, pairs, first_rows),
                             *(*items.of_queries, *numbers),
                         ),
                         query_tile,
