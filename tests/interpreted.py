@@ -238,7 +238,7 @@ def test_in_pieces(monkeypatch, block_size, sorting, total, forward, backward):
     schedule.sort_groups.cache_clear()
     groups = schedule.sort_groups(sizes, (2 * sizes.value_dim + 4) * sizes.count)
     assert [len(group.pieces) for group in groups] == forward
-    passes = list(backward_pass._passes(sizes))
+    passes = list(backward_pass._passes(sizes, backward_pass._item_rows(sizes)))
     assert [len(step.group.pieces) for step in passes] == backward
     separate = {(step.for_keys, step.for_queries) for step in passes} != {(True, True)}
     pieces = results_of(*inputs, block_size)

@@ -50,12 +50,12 @@ def _item_rows(sizes: Sizes) -> int:
     return max(_LEAST_ITEM, _ITEM_FACTOR * per_block)
 
 
-def _max_extra(n_queries: int, sizes: Sizes) -> int:
-    """Returns an upper bound of the number of extra buffers for the pairs of some queries.
+def _max_extra(n_pairs: int, item_rows: int) -> int:
+    """Returns an upper bound of the number of extra buffers for some pairs.
 
     A block with several items has less than twice as many items as its rows fill.
     """
-    return 2 * n_queries * sizes.count // _item_rows(sizes)
+    return 2 * n_pairs // item_rows
 
 
 class _Pass(NamedTuple):
@@ -66,7 +66,7 @@ class _Pass(NamedTuple):
     for_queries: bool
 
 
-def _passes(sizes: Sizes) -> Iterator[_Pass]:
+def _passes(sizes: Sizes, item_rows: int) -> Iterator[_Pass]:
     """Yields passes over all queries that compute the gradients of keys and of queries.
 
     The gradient of a key needs all queries of its KV head. If the gradients that the pairs of one
@@ -76,7 +76,8 @@ def _passes(sizes: Sizes) -> Iterator[_Pass]:
     pair_bytes = 2 * sizes.dim * sizes.count
     extra_size = 4 * sizes.block_size * (sizes.dim + sizes.value_dim)
     per_kv_head = sizes.group * sizes.q_len
-    extra_bytes = _max_extra(per_kv_head, sizes) * extra_size // per_kv_head
+    max_extra = _max_extra(per_kv_head * sizes.count, item_rows)
+    extra_bytes = max_extra * extra_size // per_kv_head
     groups = sort_groups(sizes, pair_bytes + extra_bytes)
     if all(group.n_queries % per_kv_head == 0 for group in groups):
         for group in groups:
@@ -114,7 +115,7 @@ def attend_backward_on_cuda(
     q, k, v, grad_out = (aligned(x) for x in (*inputs, grad_out))
     routed, own = packed(selection.routed), None if selection.own is None else packed(selection.own)
     sizes = Sizes.of(q, k, v, routed, selection.block_size)
-    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
     strides, unit = head_strides(q, k, v, grad_out)
     layout = unit, *(token_stride(x) for x in (q, k, v, grad_out))
     key_tile, query_tile, finish, of_delta = backward_constants(
@@ -122,6 +123,7 @@ def attend_backward_on_cuda(
     )
     factor, dtypes = scale / math.log(2), (q.dtype,)
     grad_lse = None if grad_lse is None else packed(grad_lse)
+    item_rows = _item_rows(sizes)
     tiles_per_block = ceil_div(sizes.block_size, key_tile["KEYS"])
     use_hopper = hopper.supports_backward((q, k, v), grad_out, sizes, is_causal=is_causal)
     with on_device_of(q):
@@ -138,15 +140,15 @@ def attend_backward_on_cuda(
         )
         tensors: tuple[Any, ...] = (q, k, v, grad_out, lse, delta)
         call = hopper.BackwardCall((q, k, v, grad_out), lse, delta, own, sizes, is_causal, scale)
-        for group, for_keys, for_queries in _passes(sizes):
+        for group, for_keys, for_queries in _passes(sizes, item_rows):
             in_one_kernel = for_keys and for_queries and tiles_per_block == 1
             pairs, first_rows = _sorted_rows(routed, group, sizes, rows)
             query_rows = query_tile["ROWS"] if for_queries and not in_one_kernel else None
-            items = items_of_blocks(first_rows, _item_rows(sizes), query_rows, group, sizes)
-            max_extra = _max_extra(group.max_queries, sizes) if for_keys else 0
+            items = items_of_blocks(first_rows, item_rows, query_rows, group, sizes)
+            max_pairs = group.max_queries * sizes.count
+            max_extra = _max_extra(max_pairs, item_rows) if for_keys else 0
             extra = lse.new_empty(max_extra, sizes.block_size, sizes.dim + sizes.value_dim)
-            n_partial = group.max_queries * sizes.count if for_queries else 0
-            partial_grads = q.new_empty(n_partial, sizes.dim)
+            partial_grads = q.new_empty(max_pairs if for_queries else 0, sizes.dim)
             for piece in group.pieces:
                 n_pairs = piece.n_queries * sizes.count
                 numbers = (
@@ -162,16 +164,16 @@ def attend_backward_on_cuda(
                         (pairs, first_rows, *items.of_keys, items.first_extra),
                         group,
                         piece,
-                        _item_rows(sizes),
+                        item_rows,
                     )
                 elif for_keys:
                     launch(
                         key_grads_kernel,
-                        (n_pairs // _item_rows(sizes) + piece.n_blocks) * tiles_per_block,
+                        (n_pairs // item_rows + piece.n_blocks) * tiles_per_block,
                         (
                             *(*tensors, own, d_k, d_v, extra, partial_grads),
                             *(pairs, first_rows, *items.of_keys, items.first_extra),
-                            *(*numbers, _item_rows(sizes)),
+                            *(*numbers, item_rows),
                         ),
                         key_tile | {"WRITES_QUERY_GRADS": in_one_kernel},
                         dtypes,
