@@ -126,7 +126,7 @@ def items_of_blocks(
 ) -> Items:
     """Divides the rows of each block into items.
 
-    The blocks of items are as many as the largest possible number of items, because reading the
+    The tables of items are as long as the largest possible number of items, because reading the
     number of items would wait for the device.
 
     Args:
@@ -152,6 +152,7 @@ def items_of_blocks(
             *(first_rows, first_item, first_extra, block_of_item, *(of_queries or (None, None))),
             *(n_blocks, sizes.n_blocks, item_rows),
         ),
+        # A kernel without tables of queries is another kernel, which `launch` knows by QUERY_ROWS.
         {"QUERY_ROWS": query_rows or 1, "BLOCKS": _BLOCKS, "ITEMS": 32, "TILE": 1024},
         (),
     )
