@@ -257,7 +257,7 @@ def test_in_pieces(monkeypatch, block_size, sorting, total, forward, backward):
     schedule.sort_groups.cache_clear()
     groups = schedule.sort_groups(sizes, (2 * sizes.value_dim + 4) * sizes.count)
     assert [len(group.pieces) for group in groups] == forward
-    passes = list(backward_pass._passes(sizes))
+    passes = list(backward_pass._passes(sizes, backward_pass._item_rows(sizes)))
     assert [len(step.group.pieces) for step in passes] == backward
     separate = {(step.for_keys, step.for_queries) for step in passes} != {(True, True)}
     pieces = results_of(*inputs, block_size)
@@ -383,25 +383,39 @@ def test_a_call_with_pairs_sorted_by_counting(monkeypatch):
         assert_bitwise_equal(x, expected[name])
 
 
-@pytest.mark.parametrize("rows", [3, 16, 64])
-def test_the_items_of_blocks_hold_all_rows_once(rows):
-    problem = variant(block_size=20)
+def sorted_by_block(block_size: int):
+    """Returns the sort group of a selection, its sizes, and the first row of each bin."""
+    problem = variant(block_size=block_size)
     routed = gated(problem)[..., 1:].contiguous()
-    sizes = schedule.Sizes.of(*problem.tensors(), routed, 20)
+    sizes = schedule.Sizes.of(*problem.tensors(), routed, block_size)
     (group,) = schedule.sort_groups(sizes, 0)
     bins, (_, first_rows) = routing.sort_pairs(routed, group, sizes)
     every_bin = torch.arange(group.n_kv_heads * (sizes.n_blocks + 1) + 1)
     assert_bitwise_equal(first_rows, torch.searchsorted(bins.long(), every_bin, out_int32=True))
-    *_, first_item = routing.first_items_of_blocks(first_rows, rows, rows, group, sizes)
-    block_of_item = routing.blocks_of_items(first_item, rows, group, sizes)
-    expected = []
-    for i in range(group.n_kv_heads * sizes.n_blocks):
-        bin = i + i // sizes.n_blocks
-        row, last = first_rows[bin : bin + 2].tolist()
-        assert int(first_item[i]) == len(expected)
-        expected += [i] * len(range(row, last, rows))
-    assert block_of_item[: first_item[-1]].tolist() == expected
-    assert len(expected) > 10
+    return group, sizes, first_rows
+
+
+@pytest.mark.parametrize("block_size", [7, 20])
+@pytest.mark.parametrize("rows", [3, 64])
+def test_the_items_of_blocks_hold_all_rows_once(rows, block_size):
+    group, sizes, first_rows = sorted_by_block(block_size)
+    n_rows = first_rows.diff().view(group.n_kv_heads, -1)[:, :-1].flatten()  # no bin of no block
+    items = (n_rows + rows - 1).div(rows, rounding_mode="floor").clamp(min=1)
+    extra = torch.where(items > 1, items, 0)
+    query_items = (n_rows + 1).div(2, rounding_mode="floor")
+    of_keys, first_extra, of_queries = routing.items_of_blocks(first_rows, rows, 2, group, sizes)
+    tables = (*of_keys, items), (first_extra, None, extra), (*of_queries, query_items)
+    for first, block, counts in tables:
+        end = int(counts.sum())
+        assert first.tolist() == [0, *counts.cumsum(0).tolist()]
+        if block is not None:
+            every_block = torch.arange(len(counts), dtype=torch.int32)
+            assert_bitwise_equal(block[:end], every_block.repeat_interleave(counts))
+    without_queries = routing.items_of_blocks(first_rows, rows, None, group, sizes)
+    assert without_queries.of_queries is None
+    assert_bitwise_equal(without_queries.first_extra, first_extra)
+    for x, y in zip(without_queries.of_keys, of_keys, strict=True):
+        assert_bitwise_equal(x[: int(items.sum())], y[: int(items.sum())])
 
 
 def test_a_block_that_all_queries_select_is_divided_into_items(monkeypatch):

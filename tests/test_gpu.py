@@ -412,6 +412,16 @@ def test_gate_kernel_agrees_with_the_plain_gate(dtype, block_size, count, is_cau
     assert (fast(q, k) != plain(q, k)).any(-1).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("block_size", [3, 128, 512, 4096])
+def test_mean_keys_are_float32_means_rounded_once(dtype, block_size):
+    k = 4 * torch.randn(2, 3, 9001, 72, device="cuda", dtype=dtype)
+    n_full = 9001 // block_size * block_size
+    full = k[:, :, :n_full].unflatten(2, (-1, block_size)).mean(3, dtype=torch.float32)
+    short = k[:, :, n_full:].mean(2, keepdim=True, dtype=torch.float32)
+    assert_bitwise_equal(block_means(k, block_size), torch.cat([full, short], 2).to(dtype))
+
+
 def test_gate_kernel_of_a_group_agrees_with_the_plain_gate():
     """The products drop bits of the sum of the group's queries."""
     problem = variant(q_len=8192, kv_len=8192, group=4, batch=1)

@@ -52,9 +52,12 @@ def block_means(
         return torch.where(keys > 0, means, first)
     n_full = length // size
     full = k[:, :, : n_full * size].view(batch, heads, n_full, size, dim)
-    parts = [full.mean(3, dtype=precise)]
+    # On CUDA, torch accumulates half precision in float32 and rounds the mean in the same kernel.
+    # On CPU, it rounds the sum.
+    dtype = k.dtype if k.is_cuda else precise
+    parts = [full.mean(3, dtype=dtype)]
     if n_full * size < length:
-        parts.append(k[:, :, n_full * size :].mean(2, keepdim=True, dtype=precise))
+        parts.append(k[:, :, n_full * size :].mean(2, keepdim=True, dtype=dtype))
     means = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
     empty = -means.shape[2] % sub_blocks
     if empty > 0:

@@ -79,8 +79,9 @@ def launch(
 
 def _has_hooks() -> bool:
     runtime = triton.knobs.runtime
-    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)  # a chain of hooks, a hook, or None
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # Each is a chain of hooks, a hook, or None.
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -18,12 +18,7 @@ from flexmoba.backends.fused.backward_kernels import (
     key_grads_kernel,
     sum_extra_kernel,
 )
-from flexmoba.backends.fused.routing import (
-    Rows,
-    blocks_of_items,
-    first_items_of_blocks,
-    sort_pairs,
-)
+from flexmoba.backends.fused.routing import Rows, items_of_blocks, sort_pairs
 from flexmoba.backends.fused.schedule import Sizes, SortGroup, sort_groups
 from flexmoba.backends.fused.strides import head_strides, token_stride
 from flexmoba.backends.fused.tile_sizes import (
@@ -41,42 +36,6 @@ from flexmoba.selection import BlockSelection
 _ITEM_FACTOR, _LEAST_ITEM = 4, 1024
 
 
-class _Items(NamedTuple):
-    """The rows of a sort group, and the items, one for each program, of each block.
-
-    Attributes:
-        pairs: ``(rows,)`` int32, the pair of each row.
-        first_rows: ``(bins + 1,)`` int32, the first row of each bin.
-        of_keys: The first item of each block and the block of each item, both int32.
-        first_extra: ``(blocks + 1,)`` int32, the first extra buffer of each block with several
-            items.
-        of_queries: As ``of_keys``, for the gradients of queries; None if `key_grads_kernel`
-            computes them.
-    """
-
-    pairs: Tensor
-    first_rows: Tensor
-    of_keys: tuple[Tensor, Tensor]
-    first_extra: Tensor
-    of_queries: tuple[Tensor, Tensor] | None
-
-
-def _items_of(
-    all_rows: Rows, group: SortGroup, sizes: Sizes, query_rows: int, *, for_queries: bool
-) -> _Items:
-    pairs, first_rows = all_rows
-    rows = _item_rows(sizes)
-    first_item, first_extra, first_query_item = first_items_of_blocks(
-        first_rows, rows, query_rows, group, sizes
-    )
-    of_keys = first_item, blocks_of_items(first_item, rows, group, sizes)
-    of_queries = None
-    if for_queries:
-        block_of_item = blocks_of_items(first_query_item, query_rows, group, sizes)
-        of_queries = first_query_item, block_of_item
-    return _Items(pairs, first_rows, of_keys, first_extra, of_queries)
-
-
 def _sorted_rows(routed: Tensor, group: SortGroup, sizes: Sizes, rows: Rows | None) -> Rows:
     """Returns the sorted pairs of a sort group: those of the forward pass, or sorts them."""
     if rows is not None and group.n_queries == sizes.batch * sizes.heads * sizes.q_len:
@@ -91,12 +50,12 @@ def _item_rows(sizes: Sizes) -> int:
     return max(_LEAST_ITEM, _ITEM_FACTOR * per_block)
 
 
-def _max_extra(n_queries: int, sizes: Sizes) -> int:
-    """Returns an upper bound of the number of extra buffers for the pairs of some queries.
+def _max_extra(n_pairs: int, item_rows: int) -> int:
+    """Returns an upper bound of the number of extra buffers for some pairs.
 
     A block with several items has less than twice as many items as its rows fill.
     """
-    return 2 * n_queries * sizes.count // _item_rows(sizes)
+    return 2 * n_pairs // item_rows
 
 
 class _Pass(NamedTuple):
@@ -107,7 +66,7 @@ class _Pass(NamedTuple):
     for_queries: bool
 
 
-def _passes(sizes: Sizes) -> Iterator[_Pass]:
+def _passes(sizes: Sizes, item_rows: int) -> Iterator[_Pass]:
     """Yields passes over all queries that compute the gradients of keys and of queries.
 
     The gradient of a key needs all queries of its KV head. If the gradients that the pairs of one
@@ -117,7 +76,8 @@ def _passes(sizes: Sizes) -> Iterator[_Pass]:
     pair_bytes = 2 * sizes.dim * sizes.count
     extra_size = 4 * sizes.block_size * (sizes.dim + sizes.value_dim)
     per_kv_head = sizes.group * sizes.q_len
-    extra_bytes = _max_extra(per_kv_head, sizes) * extra_size // per_kv_head
+    max_extra = _max_extra(per_kv_head * sizes.count, item_rows)
+    extra_bytes = max_extra * extra_size // per_kv_head
     groups = sort_groups(sizes, pair_bytes + extra_bytes)
     if all(group.n_queries % per_kv_head == 0 for group in groups):
         for group in groups:
@@ -155,7 +115,7 @@ def attend_backward_on_cuda(
     q, k, v, grad_out = (aligned(x) for x in (*inputs, grad_out))
     routed, own = packed(selection.routed), None if selection.own is None else packed(selection.own)
     sizes = Sizes.of(q, k, v, routed, selection.block_size)
-    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
     strides, unit = head_strides(q, k, v, grad_out)
     layout = unit, *(token_stride(x) for x in (q, k, v, grad_out))
     key_tile, query_tile, finish, of_delta = backward_constants(
@@ -163,6 +123,7 @@ def attend_backward_on_cuda(
     )
     factor, dtypes = scale / math.log(2), (q.dtype,)
     grad_lse = None if grad_lse is None else packed(grad_lse)
+    item_rows = _item_rows(sizes)
     tiles_per_block = ceil_div(sizes.block_size, key_tile["KEYS"])
     use_hopper = hopper.supports_backward((q, k, v), grad_out, sizes, is_causal=is_causal)
     with on_device_of(q):
@@ -179,16 +140,15 @@ def attend_backward_on_cuda(
         )
         tensors: tuple[Any, ...] = (q, k, v, grad_out, lse, delta)
         call = hopper.BackwardCall((q, k, v, grad_out), lse, delta, own, sizes, is_causal, scale)
-        for group, for_keys, for_queries in _passes(sizes):
+        for group, for_keys, for_queries in _passes(sizes, item_rows):
             in_one_kernel = for_keys and for_queries and tiles_per_block == 1
-            items = _items_of(
-                *(_sorted_rows(routed, group, sizes, rows), group, sizes, query_tile["ROWS"]),
-                for_queries=for_queries and not in_one_kernel,
-            )
-            max_extra = _max_extra(group.max_queries, sizes) if for_keys else 0
+            pairs, first_rows = _sorted_rows(routed, group, sizes, rows)
+            query_rows = query_tile["ROWS"] if for_queries and not in_one_kernel else None
+            items = items_of_blocks(first_rows, item_rows, query_rows, group, sizes)
+            max_pairs = group.max_queries * sizes.count
+            max_extra = _max_extra(max_pairs, item_rows) if for_keys else 0
             extra = lse.new_empty(max_extra, sizes.block_size, sizes.dim + sizes.value_dim)
-            n_partial = group.max_queries * sizes.count if for_queries else 0
-            partial_grads = q.new_empty(n_partial, sizes.dim)
+            partial_grads = q.new_empty(max_pairs if for_queries else 0, sizes.dim)
             for piece in group.pieces:
                 n_pairs = piece.n_queries * sizes.count
                 numbers = (
@@ -201,19 +161,19 @@ def attend_backward_on_cuda(
                     hopper.key_grads_on_hopper(
                         call,
                         (d_k, d_v, extra),
-                        (items.pairs, items.first_rows, *items.of_keys, items.first_extra),
+                        (pairs, first_rows, *items.of_keys, items.first_extra),
                         group,
                         piece,
-                        _item_rows(sizes),
+                        item_rows,
                     )
                 elif for_keys:
                     launch(
                         key_grads_kernel,
-                        (n_pairs // _item_rows(sizes) + piece.n_blocks) * tiles_per_block,
+                        (n_pairs // item_rows + piece.n_blocks) * tiles_per_block,
                         (
                             *(*tensors, own, d_k, d_v, extra, partial_grads),
-                            *(items.pairs, items.first_rows, *items.of_keys, items.first_extra),
-                            *(*numbers, _item_rows(sizes)),
+                            *(pairs, first_rows, *items.of_keys, items.first_extra),
+                            *(*numbers, item_rows),
                         ),
                         key_tile | {"WRITES_QUERY_GRADS": in_one_kernel},
                         dtypes,
@@ -234,7 +194,7 @@ def attend_backward_on_cuda(
                     hopper.query_grads_on_hopper(
                         call,
                         partial_grads,
-                        (items.pairs, items.first_rows, *items.of_queries),
+                        (pairs, first_rows, *items.of_queries),
                         group,
                         piece,
                     )
@@ -243,7 +203,7 @@ def attend_backward_on_cuda(
                         item_query_grads_kernel,
                         n_pairs // query_tile["ROWS"] + piece.n_blocks if n_pairs else 0,
                         (
-                            *(*tensors, partial_grads, items.pairs, items.first_rows),
+                            *(*tensors, partial_grads, pairs, first_rows),
                             *(*items.of_queries, *numbers),
                         ),
                         query_tile,

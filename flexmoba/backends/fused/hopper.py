@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from flexmoba.backends.fused.routing import blocks_of_items, first_items_of_blocks
+from flexmoba.backends.fused.routing import items_of_blocks
 from flexmoba.backends.fused.schedule import Piece, Sizes, SortGroup
 from flexmoba.backends.fused.strides import token_stride
 from flexmoba.runtime.triton_launch import launch
@@ -97,8 +97,9 @@ def items_of(first_rows: Tensor, group: SortGroup, sizes: Sizes) -> tuple[Tensor
     Returns:
         The first item of each block and the block of each item, both int32.
     """
-    *_, first_item = first_items_of_blocks(first_rows, _ROWS, _ROWS, group, sizes)
-    return first_item, blocks_of_items(first_item, _ROWS, group, sizes)
+    items = items_of_blocks(first_rows, _ROWS, _ROWS, group, sizes).of_queries
+    assert items is not None
+    return items
 
 
 def attend_on_hopper(

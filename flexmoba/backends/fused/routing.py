@@ -8,7 +8,6 @@ from torch import Tensor
 from flexmoba.backends.fused.routing_kernels import (
     bin_kernel,
     count_kernel,
-    first_items_kernel,
     first_rows_kernel,
     list_items_kernel,
     scatter_kernel,
@@ -22,6 +21,7 @@ _BIN_ROWS = 1024
 # which two launches replace those of a sort. Every chunk reads the counts of all chunks of its KV
 # head, and keeps those of some chunks in registers.
 _CHUNK, _MAX_BINS, _MAX_COUNTS, _COUNTS_AT_ONCE = 1024, 512, 2**13, 4096
+_BLOCKS = 32  # whose items or tiles a program lists
 
 
 class Rows(NamedTuple):
@@ -34,6 +34,22 @@ class Rows(NamedTuple):
 
     pairs: Tensor
     first_rows: Tensor
+
+
+class Items(NamedTuple):
+    """The items, one for each program, of each block of a sort group.
+
+    Attributes:
+        of_keys: The first item of each block ``(blocks + 1,)``, and the block of each item, both
+            int32.
+        first_extra: ``(blocks + 1,)`` int32, the first extra buffer of each block with several
+            items.
+        of_queries: As ``of_keys``, for the forward pass or the gradients of queries, or None.
+    """
+
+    of_keys: tuple[Tensor, Tensor]
+    first_extra: Tensor
+    of_queries: tuple[Tensor, Tensor] | None
 
 
 def sort_pairs(routed: Tensor, group: SortGroup, sizes: Sizes) -> tuple[Tensor, Rows]:
@@ -104,35 +120,40 @@ def first_rows_of_bins(bins: Tensor, group: SortGroup, sizes: Sizes) -> Tensor:
     return first_rows
 
 
-def first_items_of_blocks(
-    first_rows: Tensor, item_rows: int, query_item_rows: int, group: SortGroup, sizes: Sizes
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Divides the rows of each block into items and returns the tables of `first_items_kernel`."""
-    n_blocks = group.n_kv_heads * sizes.n_blocks
-    first_item, first_extra, first_query_item = (
-        first_rows.new_empty(n_blocks + 1) for _ in range(3)
-    )
+def items_of_blocks(
+    first_rows: Tensor, item_rows: int, query_rows: int | None, group: SortGroup, sizes: Sizes
+) -> Items:
+    """Divides the rows of each block into items.
+
+    The tables of items are as long as the largest possible number of items, because reading the
+    number of items would wait for the device.
+
+    Args:
+        first_rows: ``(bins + 1,)`` int32, the first row of each bin.
+        item_rows: The number of rows of an item, for the gradients of keys.
+        query_rows: The number of rows of an item, for the forward pass or the gradients of queries;
+            None for no items.
+        group: The sort group.
+        sizes: The sizes of the call.
+    """
+    n_blocks, n_pairs = group.n_kv_heads * sizes.n_blocks, group.n_queries * sizes.count
+
+    def table(rows: int) -> tuple[Tensor, Tensor]:
+        new_empty = first_rows.new_empty
+        return new_empty(n_blocks + 1), new_empty(n_pairs // rows + n_blocks)
+
+    first_item, block_of_item = table(item_rows)
+    first_extra = first_rows.new_empty(n_blocks + 1)
+    of_queries = None if query_rows is None else table(query_rows)
     launch(
-        first_items_kernel,
-        1,
+        list_items_kernel,
+        n_blocks // _BLOCKS + 1,
         (
-            *(first_rows, first_item, first_extra, first_query_item),
+            *(first_rows, first_item, first_extra, block_of_item, *(of_queries or (None, None))),
             *(n_blocks, sizes.n_blocks, item_rows),
         ),
-        {"ROWS": query_item_rows, "TILE": 1024},
+        # A kernel without tables of queries is another kernel, which `launch` knows by QUERY_ROWS.
+        {"QUERY_ROWS": query_rows or 1, "BLOCKS": _BLOCKS, "ITEMS": 32, "TILE": 1024},
         (),
     )
-    return first_item, first_extra, first_query_item
-
-
-def blocks_of_items(first_item: Tensor, item_rows: int, group: SortGroup, sizes: Sizes) -> Tensor:
-    """Returns the block of each item, int32.
-
-    The tensor is as long as the largest possible number of items, because reading the number of
-    items would wait for the device.
-    """
-    n_blocks = group.n_kv_heads * sizes.n_blocks
-    max_items = group.n_queries * sizes.count // item_rows + n_blocks
-    block_of_item = first_item.new_empty(max_items)
-    launch(list_items_kernel, n_blocks, (first_item, block_of_item), {"TILE": 128}, ())
-    return block_of_item
+    return Items((first_item, block_of_item), first_extra, of_queries)

@@ -121,44 +121,65 @@ def first_rows_kernel(
     tl.store(first_row_ptr + bin, low, mask=bin <= n_bins)
 
 
+@triton.jit
+def rows_of_blocks(first_row_ptr, block, end, n_blocks):
+    """Returns the first row and the number of rows of every block, 0 from the block ``end`` on."""
+    bin = block + block // n_blocks
+    first = tl.load(first_row_ptr + bin, mask=block < end, other=0)
+    return first, tl.load(first_row_ptr + bin + 1, mask=block < end, other=0) - first
+
+
+@triton.jit
+def items_of_blocks(first_row_ptr, block, end, n_blocks, item_rows, QUERY_ROWS: tl.constexpr):
+    """Returns the numbers of items that `list_items_kernel` counts, 0 from the block ``end`` on."""
+    _, rows = rows_of_blocks(first_row_ptr, block, end, n_blocks)
+    items = tl.where(block < end, tl.maximum(tl.cdiv(rows, item_rows), 1), 0)
+    return items, tl.where(items > 1, items, 0), tl.cdiv(rows, QUERY_ROWS)
+
+
+@triton.jit
+def store_blocks(block_of_item_ptr, block, first_item, n_items, ITEMS: tl.constexpr):
+    """Writes the block of every item, ITEMS items of each block at a time."""
+    for start in range(0, tl.max(n_items), ITEMS):
+        item = start + tl.arange(0, ITEMS)[None, :]
+        value, _ = tl.broadcast(block[:, None], item)
+        place = block_of_item_ptr + first_item[:, None] + item
+        tl.store(place, value, mask=item < n_items[:, None])
+
+
 @kernel
-def first_items_kernel(
-    first_row_ptr, first_item_ptr, first_extra_ptr, first_query_item_ptr,
+def list_items_kernel(
+    first_row_ptr, first_item_ptr, first_extra_ptr, block_of_item_ptr,
+    first_query_item_ptr, block_of_query_item_ptr,
     all_blocks: tl.int32, n_blocks: tl.int32, item_rows: tl.int32,
-    ROWS: tl.constexpr, TILE: tl.constexpr,
+    QUERY_ROWS: tl.constexpr, BLOCKS: tl.constexpr, ITEMS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Divides the rows of every block into items, in one program, and writes the first of each.
+    """Divides the rows of every block into items; writes their first items and the items' blocks.
 
     ``first_item`` counts items of ``item_rows`` rows, at least one for each block, for the
     gradients of keys. ``first_extra`` counts only the items of blocks with several items.
-    ``first_query_item`` counts items of ROWS rows, for the gradients of queries.
+    ``first_query_item`` counts items of QUERY_ROWS rows, for the gradients of queries, if there are
+    tables of them. Every program counts the items of all blocks before its own.
     """
+    first = tl.program_id(0) * BLOCKS
     items, extra, query_items = 0, 0, 0
-    for start in range(0, all_blocks, TILE):
-        block = start + tl.arange(0, TILE)
-        valid = block < all_blocks
-        bin = block + block // n_blocks
-        rows = tl.load(first_row_ptr + bin + 1, mask=valid, other=0)
-        rows -= tl.load(first_row_ptr + bin, mask=valid, other=0)
-        n_items = tl.where(valid, tl.maximum(tl.cdiv(rows, item_rows), 1), 0)
-        n_extra = tl.where(n_items > 1, n_items, 0)
-        n_query_items = tl.cdiv(rows, ROWS)
-        tl.store(first_item_ptr + block, items + tl.cumsum(n_items) - n_items, mask=valid)
-        tl.store(first_extra_ptr + block, extra + tl.cumsum(n_extra) - n_extra, mask=valid)
-        query_item = query_items + tl.cumsum(n_query_items) - n_query_items
-        tl.store(first_query_item_ptr + block, query_item, mask=valid)
+    for start in range(0, first, TILE):
+        n_items, n_extra, n_query_items = items_of_blocks(
+            first_row_ptr, start + tl.arange(0, TILE), first, n_blocks, item_rows, QUERY_ROWS
+        )
         items += tl.sum(n_items)
         extra += tl.sum(n_extra)
         query_items += tl.sum(n_query_items)
-    tl.store(first_item_ptr + all_blocks, items)
-    tl.store(first_query_item_ptr + all_blocks, query_items)
-
-
-@kernel
-def list_items_kernel(first_item_ptr, block_of_item_ptr, TILE: tl.constexpr):
-    """Writes the block of every item."""
-    block = tl.program_id(0)
-    end = tl.load(first_item_ptr + block + 1)
-    for start in range(tl.load(first_item_ptr + block), end, TILE):
-        item = start + tl.arange(0, TILE)
-        tl.store(block_of_item_ptr + item, tl.zeros([TILE], tl.int32) + block, mask=item < end)
+    block = first + tl.arange(0, BLOCKS)
+    n_items, n_extra, n_query_items = items_of_blocks(
+        first_row_ptr, block, all_blocks, n_blocks, item_rows, QUERY_ROWS
+    )
+    first_item = items + tl.cumsum(n_items) - n_items
+    tl.store(first_item_ptr + block, first_item, mask=block <= all_blocks)
+    store_blocks(block_of_item_ptr, block, first_item, n_items, ITEMS)
+    first_extra = extra + tl.cumsum(n_extra) - n_extra
+    tl.store(first_extra_ptr + block, first_extra, mask=block <= all_blocks)
+    if first_query_item_ptr is not None:
+        first_query_item = query_items + tl.cumsum(n_query_items) - n_query_items
+        tl.store(first_query_item_ptr + block, first_query_item, mask=block <= all_blocks)
+        store_blocks(block_of_query_item_ptr, block, first_query_item, n_query_items, ITEMS)

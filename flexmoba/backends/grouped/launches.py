@@ -7,11 +7,7 @@ import torch
 from torch import Tensor
 
 from flexmoba.backends.fused.backward_kernels import sum_extra_kernel
-from flexmoba.backends.fused.routing import (
-    blocks_of_items,
-    first_items_of_blocks,
-    sort_pairs,
-)
+from flexmoba.backends.fused.routing import items_of_blocks, sort_pairs
 from flexmoba.backends.fused.schedule import Sizes, SortGroup
 from flexmoba.backends.fused.strides import head_strides, token_stride
 from flexmoba.backends.fused.tile_sizes import has_large_shared_memory
@@ -117,8 +113,8 @@ def attend_backward_on_cuda(
         _, (pairs, first_rows) = sort_pairs(selected, group, tokens)
         all_blocks = n_kv_heads * sizes.n_blocks
         item_rows = max(_LEAST_ITEM, _ITEM_FACTOR * (pairs.shape[0] // all_blocks))
-        first_item, first_extra, _ = first_items_of_blocks(first_rows, item_rows, 64, group, tokens)
-        block_of_item = blocks_of_items(first_item, item_rows, group, tokens)
+        of_keys, first_extra, _ = items_of_blocks(first_rows, item_rows, None, group, tokens)
+        first_item, block_of_item = of_keys
         # A block with several items has less than twice as many items as its tokens fill.
         max_extra = 2 * pairs.shape[0] // item_rows
         extra = lse.new_empty(max_extra, block_size, sizes.dim + sizes.value_dim)
