@@ -109,12 +109,8 @@ def add_rows(
     if not IS_ROUTED:
         mbarrier.wait(full.index(stage), n // STAGES & 1)
     delta = vectors_buffer.index(stage * 3 + 1).load(COLUMNS)
-    if IS_ROUTED:
-        d_v = warpgroup_mma(half_weights, grad, d_v, is_async=True)
-        d_weights, weights = warpgroup_mma_wait(1, deps=[d_weights, weights])
-    else:  # later, because the mask needs registers
-        d_weights, weights = warpgroup_mma_wait(0, deps=[d_weights, weights])
-        d_v = warpgroup_mma(half_weights, grad, d_v, is_async=True)
+    d_weights, weights = warpgroup_mma_wait(0, deps=[d_weights, weights])
+    d_v = warpgroup_mma(half_weights, grad, d_v, is_async=True)
     d_scores = (weights * (d_weights - delta[None, :])).to(q.dtype)
     d_scores = gl.convert_layout(d_scores, WEIGHTS)
     d_k = warpgroup_mma(d_scores, q, d_k, is_async=True)
