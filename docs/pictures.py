@@ -515,13 +515,6 @@ def losses() -> None:
         drawn.append((label, runs[name]["final"][read]["by_position"], 1024, colour, ""))
     length = runs["full"]["options"]["length"]
     increases("loss-continued", "Continued", length, full["full"]["by_position"], drawn, 0.5)
-    runs = json.loads((folder / "smollm2-32k-h100.json").read_text())["runs"]
-    full, moba = (runs[x]["final"] for x in ("full 32K", "64x16 sink 32K"))
-    drawn = [("64 x 16, untrained", full["moba"]["by_position"], 1024, "currentColor", "5 4")]
-    drawn.append(("64 x 16", moba["moba"]["by_position"], 1024, OF_BLOCK[3], ""))
-    drawn.append(("64 x 16, read full", moba["full"]["by_position"], 1024, OWN, ""))
-    length = runs["full 32K"]["options"]["length"]
-    increases("loss-32k", "32K tokens", length, full["full"]["by_position"], drawn, 0.5)
 
 
 def seconds() -> None:

@@ -32,6 +32,7 @@ TRAINED = {
     "64x16": "64 x 16",
 }
 PLAIN = TRAINED["64x16 sink"]
+READ_WITH_ONE = ("64x16 sink last 3 full", "64x16")  # rows with full attention are left out
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,8 @@ def read_with(continued):
         moba = PLAIN if name in ("full", "64x16 sink hybrid") else TRAINED[name]
         both = [("full", "full"), (moba, "moba")]
         for served, kind in both[:: -1 if run["options"]["attention"] == "moba" else 1]:
-            yield [TRAINED[name], served], run["final"][kind]
+            if name not in READ_WITH_ONE or kind != "full":
+                yield [TRAINED[name], served], run["final"][kind]
 
 
 def test_the_table_of_continued_training_is_that_of_the_results(continued):
@@ -92,7 +94,9 @@ def test_the_numbers_of_the_text_on_continued_training_are_those_of_the_results(
     assert quote.format(ends[FINEST][0], first, ends[FINEST][1], last) in text
     assert "falls from {:.3f} to {:.3f} with 64 x 16 and sub".format(*ends[FINER]) in text
     assert "and from {:.3f} to {:.3f} with 64 x 16.".format(*ends["64x16 sink"]) in text
-    assert min(checked["64x16 sink"].values()) > 0.01 > ends[FINER][1]
+    below = min(step for step, gap in checked[FINER].items() if gap < 0.01)
+    assert f"below 0.01 after {below * 65536 / 1e6:.0f} million tokens," in text
+    assert min(checked["64x16 sink"].values()) > 0.01
     assert max(checked[FINEST].values()) < 0.01
     copied = {name: own(run)["copied"]["25%"] for name, run in continued.items()}
     quote = f"has {copied[FINEST]:.2f}, full attention {copied['full']:.2f}, and 64 x 16"
@@ -291,7 +295,8 @@ def test_the_numbers_of_the_text_on_long_needles_are_those_of_the_results(long, 
     assert f"The difference, {more}, has a standard error of {error:.0f}. At 16K" in text
     depths = [by_depth(x, ("16384", "32768")) for x in (longer[wide], first["full"])]
     cells = ["{}, {}, {}, {} and {}".format(*x) for x in depths]
-    assert f"both find {cells[0]} against {cells[1]} of 20" in text
+    assert f"it finds {cells[0]} of 20 in successive fifths" in text
+    assert f"and full attention {cells[1]}. But" in text
     ratio = ms["call 32768 64x64+sub8"][1] / ms["call 32768 full"][1]
     assert f"takes {ratio:.1f} times as long as full attention, with backward." in text
     many = [answers_of(x["full"], ("multi-key",)) for x in (longer, first)]

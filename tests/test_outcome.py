@@ -130,3 +130,24 @@ def test_pages_quote_the_continued_training(continued, name):
         f"the loss is {plain} higher, the model finds {found['64x16 sink', PLAIN]}, and a hybrid"
     )
     assert f"{quote} has a loss {hybrid} higher with full attention." in text
+
+
+QUOTES = {
+    "docs/transformers.md": "with blocks of 32 and sub-blocks of 4, the loss is {share} above full "
+    "attention's, and the model finds {found} of 50 needles, where full attention finds {full}.",
+    "docs/gates.md": "it finds {found} of 50 needles, and full attention {full}.",
+    "docs/hybrid.md": "a hybrid of 64 x 16 ends {hybrid} above full attention's loss, read with "
+    "full attention; MoBA to the end, with 32 x 32 and sub-blocks of 4, ends {share} above it.",
+    "docs/results.md": "the loss of a 135M model was {share} above full attention's and it found",
+}
+
+
+@pytest.mark.parametrize("name", QUOTES)
+def test_guides_quote_the_continued_training(continued, name):
+    runs, needles = continued
+    full = own(runs["full"])["loss"]
+    losses = own(runs["32x32 sink sub4"]), runs["64x16 sink hybrid"]["final"]["full"]
+    share, hybrid = (percent(x["loss"], full).removeprefix("+") for x in losses)
+    found = {"found": needles["32x32 sink sub4", FINEST], "full": needles["full", FULL]}
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", page(name))
+    assert QUOTES[name].format(share=share, hybrid=hybrid, **found) in text
