@@ -501,24 +501,20 @@ def losses() -> None:
         drawn.append((label, runs[name]["final"]["moba"]["by_position"], 1024, colour, ""))
     length = runs["full"]["options"]["length"]
     increases("loss-trained", "Trained", length, full["full"]["by_position"], drawn, 0.5)
-    runs = json.loads((folder / "smollm2-continued-8k-h100.json").read_text())["runs"]
+    files = [f"smollm2-continued-{x}8k-h100.json" for x in ("", "sub-blocks-")]
+    first, second = (json.loads((folder / x).read_text())["runs"] for x in files)
+    runs = first | second
     full = runs["full"]["final"]
     drawn = [("64 x 16, untrained", full["moba"]["by_position"], 1024, "currentColor", "5 4")]
     for name, read, label, colour in (
-        ("64x16", "moba", "64 x 16, no sink", PAST),
         ("64x16 sink", "moba", "64 x 16", OF_BLOCK[3]),
+        ("64x16 sink sub8", "moba", "64 x 16, sub 8", PAST),
+        ("32x32 sink sub4", "moba", "32 x 32, sub 4", OF_BLOCK[2]),
         ("64x16 sink hybrid", "full", "hybrid", OWN),
     ):
         drawn.append((label, runs[name]["final"][read]["by_position"], 1024, colour, ""))
     length = runs["full"]["options"]["length"]
     increases("loss-continued", "Continued", length, full["full"]["by_position"], drawn, 0.5)
-    runs = json.loads((folder / "smollm2-32k-h100.json").read_text())["runs"]
-    full, moba = (runs[x]["final"] for x in ("full 32K", "64x16 sink 32K"))
-    drawn = [("64 x 16, untrained", full["moba"]["by_position"], 1024, "currentColor", "5 4")]
-    drawn.append(("64 x 16", moba["moba"]["by_position"], 1024, OF_BLOCK[3], ""))
-    drawn.append(("64 x 16, read full", moba["full"]["by_position"], 1024, OWN, ""))
-    length = runs["full 32K"]["options"]["length"]
-    increases("loss-32k", "32K tokens", length, full["full"]["by_position"], drawn, 0.5)
 
 
 def seconds() -> None:

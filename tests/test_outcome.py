@@ -1,0 +1,209 @@
+"""Tests that the first table of docs/results.md and the README quote the JSON files."""
+
+import re
+
+import pytest
+
+from tests.results import own, page, report_of, runs_of, table
+
+FULL, PLAIN, FINER, FINEST = "full", "64x16+sink", "64x16+sink+sub8", "32x32+sink+sub4"
+
+
+def percent(loss, full):
+    return f"{100 * (loss / full - 1):+.1f} %"
+
+
+def converted(**setting):
+    """Returns the increases of the loss of SmolLM2 without training, on two texts."""
+    for name in ("smollm2-8k-h200", "smollm2-sub-blocks-8k-h200"):
+        settings = {str(x["setting"]): x["texts"] for x in report_of(name)["settings"]}
+        if str(setting) in settings:
+            texts, full = settings[str(setting)], settings["{}"]
+            pairs = [(texts[x]["loss"], full[x]["loss"]) for x in ("prose", "source")]
+            return " and ".join(percent(*x).removesuffix(" %") for x in pairs) + " %"
+    raise AssertionError(f"no results of {setting}")
+
+
+@pytest.fixture(scope="module")
+def continued():
+    """Returns the runs at 8K, and the needles found at 8K, by training."""
+    runs, found = {}, {}
+    for name in ("", "sub-blocks-"):
+        runs |= runs_of(f"smollm2-continued-{name}8k-h100")
+        found |= report_of(f"smollm2-retrieval-trained-{name}8k-h100")["models"]
+    needles = {(m, x): sum(y["single"]["8192"]) for m, z in found.items() for x, y in z.items()}
+    return runs, needles
+
+
+def test_the_first_table_is_that_of_the_results(continued):
+    base = [report_of(f"smollm2-retrieval-{x}8k-h100")["right"] for x in ("", "seed-1-")]
+    count = {x: sum(sum(y[x]["single"]["8192"]) for y in base) for x in (FULL, PLAIN, FINEST)}
+    runs, found = continued
+    full = own(runs["full"])["loss"]
+    coarse = converted(block_size=64, topk=16, sink_blocks=1)
+    fine = converted(block_size=32, topk=32, sink_blocks=1, gate_block_size=4)
+    rows = [
+        [coarse, count[PLAIN], count[FULL], 100],
+        [fine, count[FINEST], count[FULL], 100],
+    ]
+    for name, read in (
+        ("64x16 sink", PLAIN),
+        ("64x16 sink sub8", FINER),
+        ("32x32 sink sub4", FINEST),
+    ):
+        of_full = found["full", FULL]
+        rows.append([percent(own(runs[name])["loss"], full), found[name, read], of_full, 50])
+    rows.append([percent(runs["64x16 sink hybrid"]["final"]["full"]["loss"], full)])
+    alone, shared = (runs_of(f"smollm2-32k-{x}h100") for x in ("alone-", ""))
+    models = report_of("smollm2-retrieval-32k-h100")["models"]
+    first, longer = (models[x] for x in ("full 32K", "64x16 sink 32K longer"))
+    full = own(alone["full 32K"])["loss"]
+    found = {x: sum(y["single"]["32768"]) for x, y in longer.items()}
+    most = sum(first["full"]["single"]["32768"])
+    rows += [
+        [percent(own(shared["64x16 sink 32K"])["loss"], full)],
+        [percent(own(alone["64x16 sink 32K longer"])["loss"], full), found[PLAIN], most, 50],
+        ["", found[FINER], most, 50],
+    ]
+    scratch = runs_of("from-scratch-16k-h100") | runs_of("from-scratch-16k-more-h100")
+    rows += [
+        [percent(own(scratch[x])["loss"], own(scratch["full"])["loss"])] for x in ("64x16", "512x8")
+    ]
+    timed = runs_of("from-scratch-32k-h200")
+    full, hybrid = own(timed["full 32K"])["loss"], timed["128x8 hybrid 32K longer"]["final"]
+    rows += [[percent(hybrid[x]["loss"], full)] for x in ("full", "moba")]
+    expected = [[loss, f"{x[0]} of {x[2]} (full: {x[1]})" if x else ""] for loss, *x in rows]
+    found = table("This page shows")
+    assert [row[-2:] for row in found] == expected
+    asked = {"64x16": "64x16 sink", "64x16+": "64x16 sink sub8", "32x32+": "32x32 sink sub4"}
+    options = [runs[x] for x in (asked["64x16"], asked["32x32+"], *asked.values())]
+    options = [(*keys_of(x), x["options"]["length"]) for x in options]
+    for cells, (attention, keys, length) in zip(found[:5], options, strict=True):
+        assert cells[1:3] == [attention, f"{keys:,} of {length:,}"]
+    for cells, run in zip(found[9:11], (scratch["64x16"], scratch["512x8"]), strict=True):
+        attention, keys = keys_of(run)
+        assert cells[1:3] == [attention, f"{keys:,} of {run['options']['length']:,}"]
+    for cells, run in zip(
+        found[6:8], (shared["64x16 sink 32K"], alone["64x16 sink 32K longer"]), strict=True
+    ):
+        attention, keys = keys_of(run)
+        cell = f"{attention}, {run['tokens'] / 1e6:.0f}M tokens"
+        assert cells[1:3] == [cell, f"{keys:,} of {run['options']['length']:,}"]
+    attention, keys = keys_of(timed["128x8 hybrid 32K longer"])
+    assert found[-1][1:3] == [f"hybrid, read with {attention}", f"{keys:,} of 32,768"]
+    of_means = [x[3] for x in found if "sub-blocks" not in x[1] and "hybrid" not in x[1]]
+    losses = [float(y) for x in of_means for y in re.findall(r"\d+\.\d", x)]
+    quote = f"have a loss {min(losses):.0f} to {max(losses):.0f} % higher and lose needles."
+    assert quote in page()
+
+
+def keys_of(run):
+    """Returns the attention of a run as the first table names it, and the keys that it reads."""
+    size, topk, part = (run["options"].get(x) for x in ("block_size", "topk", "gate_block_size"))
+    return f"{size} x {topk}" + (f", sub-blocks of {part}" if part else ""), size * topk
+
+
+def test_the_comparison_with_the_papers_quotes_the_results(continued):
+    text = page().split("### Compare with the papers\n")[1].split("\n### ")[0]
+    runs, found = continued
+    scratch = runs_of("from-scratch-16k-h100") | runs_of("from-scratch-16k-more-h100")
+    full = own(scratch["full"])
+    parts = "loss", "last"
+    gaps = {x: [own(scratch[x])[y] - full[y] for y in parts] for x in ("64x16", "128x8", "512x8")}
+    quote = "not confirmed: {:.3f} and {:.3f} more with 1,024 keys, {:.3f} with 4,096;"
+    assert quote.format(*(gaps[x][0] for x in ("64x16", "128x8", "512x8"))) in text
+    last = [x[1] for x in gaps.values()]
+    assert f"Confirmed: {min(last):.3f} to {max(last):.3f} from scratch" in text
+    base = own(runs["full"])["loss"]
+    assert f"does not have: {own(runs['32x32 sink sub4'])['loss'] - base:.3f} more" in text
+    layers = own(runs["64x16 sink"])["loss"] - own(runs["64x16 sink last 3 full"])["loss"]
+    assert f"In continued training, by {layers:.3f} with three of 30 layers" in text
+    eight = found["32x32 sink sub4", FINEST], found["full", FULL], found["64x16 sink", PLAIN]
+    quote = "inference: {} of 50 needles at 8,192 tokens, and full attention {}. Not confirmed"
+    assert quote.format(*eight) in text
+    models = report_of("smollm2-retrieval-32k-h100")["models"]
+    end = [
+        sum(models[x][y]["single"]["32768"])
+        for x, y in (("64x16 sink 32K longer", PLAIN), ("full 32K", FULL))
+    ]
+    quote = (
+        f"{eight[2]} of 50 there, and {end[0]} of 50 at 32K, where full attention finds {end[1]}"
+    )
+    assert quote in text
+
+
+@pytest.fixture(scope="module")
+def ms():
+    """Returns the times of attention calls and of decoders at SmolLM2's sizes."""
+    return report_of("smollm2-step-times-h100")["ms"]
+
+
+def test_the_table_of_times_is_that_of_the_results(ms):
+    rows = []
+    for name in ("64x16", "32x32", "64x64"):
+        for part in {"64x16": ("", 8), "32x32": ("", 8, 4), "64x64": ("", 8)}[name]:
+            key = f"{name}+sub{part}" if part else name
+            size, topk = map(int, name.split("x"))
+            label = f"{size} x {topk}" + (f", sub-blocks of {part}" if part else "")
+            rows.append((key, label, f"{size * topk:,}"))
+    cells = []
+    for key, *first in [("full", "full", "all"), *rows]:
+        calls = [x for n in (8192, 32768) for x in ms[f"call {n} {key}"]]
+        decoder = ms.get(f"decoder 32768 {key}")
+        last = f"{decoder:.0f}" if decoder else ""
+        cells.append([*first, *(f"{x:.2f}" for x in calls), last])
+    assert table("With the sizes of SmolLM2-135M", "docs/gates.md") == cells
+
+
+def test_the_summary_quotes_the_times(ms):
+    ratios = {
+        (x, i): ms[f"call 32768 {x}"][i] / ms["call 32768 full"][i]
+        for x in ("64x16+sub8", "32x32+sub4")
+        for i in (0, 1)
+    }
+    text = page().split("\n## Recipe\n")[0]
+    for quote, i in (("take {:.2f} times as long as full attention with 64 x 16", 1),
+                     ("forward alone takes {:.2f} and", 0)):  # fmt: skip
+        assert quote.format(ratios["64x16+sub8", i]) in text
+    assert f"and {ratios['32x32+sub4', 1]:.2f} times with 32 x 32" in text
+    assert f"and {ratios['32x32+sub4', 0]:.2f} times as long ([times]" in text
+    of_8k = [ms[f"call 8192 {x}"][1] for x in ("full", "64x16+sub8", "32x32+sub4")]
+    assert min(of_8k) == of_8k[0]  # "Up to 8K tokens, full attention is faster."
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+def test_pages_quote_the_continued_training(continued, name):
+    runs, found = continued
+    full = own(runs["full"])["loss"]
+    share = percent(own(runs["32x32 sink sub4"])["loss"], full).removeprefix("+")
+    plain = percent(own(runs["64x16 sink"])["loss"], full).removeprefix("+")
+    hybrid = percent(runs["64x16 sink hybrid"]["final"]["full"]["loss"], full).removeprefix("+")
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", page(name))
+    quote = f"the loss is {share} higher. The model finds {found['32x32 sink sub4', FINEST]} of 50"
+    assert quote in text
+    assert f"of the keys, and full attention finds {found['full', FULL]}. With" in text
+    quote = (
+        f"the loss is {plain} higher, the model finds {found['64x16 sink', PLAIN]}, and a hybrid"
+    )
+    assert f"{quote} has a loss {hybrid} higher with full attention." in text
+
+
+QUOTES = {
+    "docs/transformers.md": "with blocks of 32 and sub-blocks of 4, the loss is {share} above full "
+    "attention's, and the model finds {found} of 50 needles, where full attention finds {full}.",
+    "docs/gates.md": "the model finds {found} of 50 needles, and full attention {full}.",
+    "docs/hybrid.md": "a hybrid of 64 x 16 ends {hybrid} above full attention's loss, read with "
+    "full attention; MoBA to the end, with 32 x 32 and sub-blocks of 4, ends {share} above it.",
+    "docs/results.md": "the loss of a 135M model was {share} above full attention's and it found",
+}
+
+
+@pytest.mark.parametrize("name", QUOTES)
+def test_guides_quote_the_continued_training(continued, name):
+    runs, needles = continued
+    full = own(runs["full"])["loss"]
+    losses = own(runs["32x32 sink sub4"]), runs["64x16 sink hybrid"]["final"]["full"]
+    share, hybrid = (percent(x["loss"], full).removeprefix("+") for x in losses)
+    found = {"found": needles["32x32 sink sub4", FINEST], "full": needles["full", FULL]}
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", page(name))
+    assert QUOTES[name].format(share=share, hybrid=hybrid, **found) in text
