@@ -588,7 +588,8 @@ def test_the_gate_kernel_agrees_with_the_plain_gate(block_size, count, options, 
 
 
 @pytest.mark.parametrize(
-    ("count", "doubles"), [(1, True), (2, True), (7, True), (7, False), (16, True)]
+    ("count", "doubles"),
+    [(1, True), (2, True), (7, True), (7, False), (16, True), (17, True), (31, False)],
 )
 def test_the_gate_kernel_selects_any_number_of_blocks(count, doubles, monkeypatch):
     monkeypatch.setattr("flexmoba.gate.kernel._DOUBLES", doubles)

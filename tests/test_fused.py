@@ -62,6 +62,7 @@ CONSTANTS = {
                SUB_BLOCKS=1, STRIDE=1, IS_CAUSAL=True, BY_PARTS=False, USE_LISTS=True, DOUBLES=True,
                LISTS=4, TILE_Q=64, TILE_N=32, TILE_D=128, SLOTS=8),
 }
+LONG_LISTS = dict(DIM=64, TILE_D=64, COUNT=30, SINKS=1, SUB_BLOCKS=8, TILE_N=64, SLOTS=32)
 POINTERS = dict.fromkeys(("partial_lse_ptr", "lse_ptr", "delta_ptr", "extra_ptr"), "*fp32") | {
     x: "*i32" for x in ("pair_ptr", "selected_ptr", "first_row_ptr", "first_item_ptr",
                         "block_of_item_ptr", "first_extra_ptr")}
@@ -97,7 +98,7 @@ def resources(kernel, **more):
 
 name, dim = sys.argv[1], int(sys.argv[2])
 if name == "gate":
-    print(resources(gate))
+    print(resources(gate, **LONG_LISTS if dim else {}))
 elif name == "attention":
     print(resources(attention, DIM=dim))
 else:
@@ -110,6 +111,7 @@ else:
     ("kernel", "dim"),
     [
         ("gate", 0),
+        pytest.param("gate", 1, marks=pytest.mark.slow, id="gate-long lists"),
         pytest.param("attention", 64, marks=pytest.mark.slow),
         ("attention", 128),
         pytest.param("keys", 64, marks=pytest.mark.slow),

@@ -25,7 +25,7 @@ from flexmoba.runtime.triton_launch import kernel, launch, on_device_of, packed
 MAX_COUNT = tl.constexpr(64)  # blocks of a row, which the kernel keeps in registers
 MAX_HEAD_DIM = 256
 _LISTS = 4  # of a row, one in each of the threads that hold the row of a matrix product
-_MAX_LIST = 16  # keys of a list that fits in registers
+_MAX_LIST = 32  # keys of a list that fits in registers
 _DOUBLES = True  # whether lists may hold doubles
 
 NOTHING = tl.constexpr(-(2**63))  # below the sort key of any score
@@ -51,7 +51,7 @@ def select_on_cuda(
     tile_q, slots = 64, next_power_of_2(count)
     is_half = q.element_size() == 2
     # Sums of groups are float32, and take more registers for their products by parts.
-    use_lists = slots <= (_MAX_LIST if is_half else _MAX_LIST // 2 if by_parts else 0)
+    use_lists = slots <= (_MAX_LIST if is_half else _MAX_LIST // 4 if by_parts else 0)
     numbers = (
         *(batch * heads, heads, heads // kv_heads, q_len, n_blocks),
         *(sizes.offset, sizes.block_size),
@@ -71,7 +71,8 @@ def select_on_cuda(
         "DOUBLES": use_lists and _DOUBLES and _has_fast_doubles(q.device),
         "LISTS": _LISTS,
         "TILE_Q": tile_q,
-        "TILE_N": max(32, _LISTS * slots) if use_lists else 32,
+        # The longest lists leave registers for half as many new keys.
+        "TILE_N": max(32, _LISTS * min(slots, _MAX_LIST // 2)) if use_lists else 32,
         "TILE_D": max(16, next_power_of_2(dim)),
         "SLOTS": slots,
         "num_warps": 2 if dim <= 128 and is_half and not use_lists else 4,
@@ -184,11 +185,20 @@ def keep_best_in_lists(
     """
     key = tl.reshape(key, [ROWS, TILE_N // (2 * LISTS), LISTS, 2])
     key = tl.reshape(tl.permute(key, [0, 2, 1, 3]), [ROWS, LISTS, TILE_N // LISTS])
-    key = sort_runs(key, ROWS, LISTS, TILE_N // LISTS, SLOTS)
-    for i in tl.static_range(6):
-        if TILE_N // LISTS >> i > SLOTS:
-            key = merge_half(key, ROWS, LISTS, TILE_N // LISTS >> i, SLOTS)
-    return merge_lists(best, key, ROWS, LISTS, SLOTS)
+    RUN: tl.constexpr = TILE_N // LISTS if TILE_N // LISTS < SLOTS else SLOTS
+    key = sort_runs(key, ROWS, LISTS, TILE_N // LISTS, RUN)
+    if RUN == SLOTS:
+        for i in tl.static_range(6):
+            if TILE_N // LISTS >> i > SLOTS:
+                key = merge_half(key, ROWS, LISTS, TILE_N // LISTS >> i, SLOTS)
+        best = merge_lists(best, key, ROWS, LISTS, SLOTS)
+    else:  # half as many keys, which compete with the worse half of a list
+        better, worse = halves(best, ROWS, LISTS, SLOTS, RUN)
+        key = tl.reshape(reverse(key, ROWS, LISTS, RUN), [ROWS, LISTS, 1, RUN])
+        worse = tl.where(worse > key, worse, key)
+        best = from_halves(better, worse, ROWS, LISTS, SLOTS)
+        best = sort_bitonic(best, ROWS, LISTS, SLOTS, SLOTS)
+    return best
 
 
 @triton.jit
