@@ -20,7 +20,12 @@ FILES = {
 TREES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
 
 # Modules that a room keeps out of its `__init__.py`, since they import Triton.
-KERNELS = {"flexmoba.cache.kernels", "flexmoba.gate.kernel", "flexmoba.runtime.triton_launch"}
+KERNELS = {
+    "flexmoba.cache.kernels",
+    "flexmoba.gate.kernel",
+    "flexmoba.gate.lists",
+    "flexmoba.runtime.triton_launch",
+}
 
 
 def imports_of(module: str) -> set[str]:

@@ -18,14 +18,16 @@ from flexmoba.gate.kernel import (
     MAX_COUNT,
     MAX_HEAD_DIM,
     NOTHING,
-    best_of_lists,
     blocks_of_keys,
+    keep_best,
+    nothing_yet,
+)
+from flexmoba.gate.lists import (
+    best_of_lists,
     from_halves,
     halves,
-    keep_best,
     merge_half,
     merge_lists,
-    nothing_yet,
     sort_runs,
 )
 from flexmoba.nsa.sizes import NsaSizes
