@@ -27,7 +27,8 @@ def tables(report: dict[str, Any]) -> str:
             if rows:
                 dense = [name for name in _BASELINES if any(name in row for row in rows)]
                 ours = _OURS[suffix == _NSA]
-                headings = [_CONFIG, "sparsity", ours, "TFLOP/s", _SHARE, *dense, _MIB]
+                share = [_SHARE] if len(dense) < 5 else []  # more columns would not fit the site
+                headings = [_CONFIG, "sparsity", ours, "TFLOP/s", *share, *dense, _MIB]
                 parts.append(f"{title}{suffix}\n\n{_table(headings, rows)}")
     for suffix in ("", _NSA, _PAGES):
         steps = [
