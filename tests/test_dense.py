@@ -182,8 +182,7 @@ CUDA = Problem(
 )  # fmt: skip
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
+on_cuda_cases = pytest.mark.parametrize(
     "changes",
     [
         {},
@@ -195,6 +194,10 @@ CUDA = Problem(
     ],
     ids=["causal", "not causal", "64", "96", "256", "one token"],
 )
+
+
+@pytest.mark.gpu
+@on_cuda_cases
 @pytest.mark.parametrize("layout", ["heads first", "tokens first"])
 def test_on_cuda(changes, layout):
     problem = replace(CUDA, **changes)

@@ -25,7 +25,7 @@ from flexmoba.backends.options import AttentionOptions
 from flexmoba.reference import reference_attention
 from tests.conftest import assert_as_exact_as, assert_bitwise_equal
 from tests.problems import Problem, problems
-from tests.test_dense import CUDA, everything, operators_of
+from tests.test_dense import CUDA, everything, on_cuda_cases, operators_of
 
 attend_module = sys.modules["flexmoba.backends.attend"]  # its package exports a function `attend`
 
@@ -157,18 +157,7 @@ def test_compiled_functions_notice_deterministic_algorithms():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"is_causal": False, "kv_len": 1000},
-        {"head_dim": 64, "value_dim": 64, "group": 1, "dtype": torch.float16},
-        {"head_dim": 96, "value_dim": 96, "kv_heads": 1, "group": 8},
-        {"head_dim": 256, "value_dim": 256, "batch": 1},
-        {"q_len": 1, "kv_len": 1},
-    ],
-    ids=["causal", "not causal", "64", "96", "256", "one token"],
-)
+@on_cuda_cases
 @pytest.mark.parametrize("layout", ["heads first", "tokens first", "strided rows"])
 def test_on_cuda(changes, layout):
     problem = replace(CUDA, **changes)
@@ -182,7 +171,7 @@ def test_on_cuda(changes, layout):
         return flex_moba(*inputs, 128, None, is_causal=problem.is_causal)
 
     trained = [x.clone().requires_grad_() for x in inputs]
-    assert operators_of(attend, *trained) == set()  # neither of flexmoba nor FlexAttention
+    assert operators_of(attend, *trained) == set()
     assert_output_alone_is_exact(attend, inputs, everything(problem, "cuda"))
 
 
@@ -231,11 +220,11 @@ def test_gradients_on_cuda_with_deterministic_algorithms(is_causal):
 
 
 @pytest.mark.gpu
-def test_gradients_on_cuda_are_as_fast_as_those_of_torch():
-    """No kernel of FlexAttention, and no kernel that writes all scores."""
+def test_gradients_on_cuda_are_those_of_torch_without_a_matrix_of_scores():
     problem = replace(CUDA, q_len=8192, kv_len=8192, batch=1)
     inputs = problem.tensors("cuda", requires_grad=True)
     out = flex_moba(*inputs, 128, None)
+    assert "ScaledDotProduct" in type(out.grad_fn).__name__
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

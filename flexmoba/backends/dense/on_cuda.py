@@ -29,6 +29,7 @@ def attend_on_cuda(
     return results[0], results[1]
 
 
+# A compiled function takes the result as a constant, instead of tracing how torch loads cuDNN.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_exact_cudnn() -> bool:
     """Returns whether cuDNN's attention is exact for every length."""

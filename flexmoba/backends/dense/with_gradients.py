@@ -36,7 +36,7 @@ def supports_dense_gradients(
 
 @without_autocast
 def dense_with_gradients(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-    """Computes full attention in the fastest kernel of torch, which differentiates it.
+    """Computes full attention by `scaled_dot_product_attention`, with gradients.
 
     Args:
         q: Queries, ``(B, Hq, Lq, D)``.

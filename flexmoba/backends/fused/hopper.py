@@ -18,8 +18,7 @@ from flexmoba.backends.fused.schedule import Piece, Sizes, SortGroup
 from flexmoba.backends.fused.strides import token_stride
 from flexmoba.runtime.triton_launch import launch
 
-# The least block sizes of the forward and of the backward pass, measured at
-# 512 and 4096.
+# The least block sizes of both passes, measured at 512 and 4096.
 least_block = 512
 least_backward_block = 512
 
