@@ -158,6 +158,7 @@ MANY_PARAMETERS = {
     "flexmoba.window.window_attention": "public",
     "flexmoba.tune.measure.reports": "those of tune",
     "flexmoba.tune.measure.tune": "public",
+    "flexmoba.tune.quality.gate_quality": "public",
     "flexmoba.tune.calls._Recorder.flex": "the signature of flex_attention",
     "flexmoba.tune.calls._Recorder.sdpa": "the signature of scaled_dot_product_attention",
 }

@@ -1,6 +1,7 @@
 """Tests of flexmoba.tune: captured mass, signal-to-noise ratio, capture, and recommendations."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -53,8 +54,11 @@ def causal(q, k):
 @given(problems(max_len=60, dtype=st.just(torch.float64), is_causal=st.just(True)), st.data())
 def test_mass_is_what_the_oracles_mask_leaves_of_full_attention(problem, data):
     q, k, _ = problem.tensors()
-    topks = (1, problem.topk)
+    sinks = data.draw(st.integers(0, problem.topk - 1))
+    local = data.draw(st.integers(0, problem.topk - 1 - sinks))
+    topks = (1 + sinks + local, problem.topk)
     gate = {"gate_block_size": data.draw(sub_blocks(problem.block_size))}
+    gate |= {"sink_blocks": sinks, "local_blocks": local}
     found = gate_quality(q, k, problem.block_size, topks, **gate, scale=0.5)[problem.block_size]
     weights = dense_weights(q, k, 0.5)
     for row, topk in enumerate(topks):
@@ -166,6 +170,8 @@ def test_required_snr():
         ({"topk": 0}, "topk"),
         ({"block_size": ()}, "nothing to measure"),
         ({"topk": ()}, "nothing to measure"),
+        ({"sink_blocks": 2}, "topk=2 is too small for sink_blocks=2"),
+        ({"sink_blocks": -1}, "sink_blocks must be at least 0, got -1"),
         ({"positions": torch.arange(3)}, r"int64 of shape \(8,\)"),
         ({"positions": torch.arange(8).int()}, "int64 of shape"),
         ({"positions": torch.arange(1, 9)}, "from 0 to 7, the last key, got 1 to 8; pass"),
@@ -517,6 +523,20 @@ def test_measures_sub_blocks_of_the_blocks_that_they_divide():
     assert [x.block for x in report.choices[1:3]] == ["block 32", "block 32, sub-block 16"]
 
 
+def test_measures_with_blocks_that_are_always_selected():
+    q, k = torch.randn(1, 4, 200, 16), torch.randn(1, 2, 200, 16)
+    always = {"sink_blocks": 1, "local_blocks": 1}
+    report = tune([(q, k)], (16,), (3, 5), **always)
+    for x in report.choices:
+        assert (x.sink_blocks, x.local_blocks) == (1, 1)
+        mass = gate_quality(q, k, 16, x.topk, **always)[16].mass
+        assert x.mass == pytest.approx(float(mass.mean()))
+        selected = reference_selection(q, k, 16, x.topk, is_causal=True, **always)
+        mask = reference_mask(selected, 16, 200, is_causal=True)
+        assert x.sparsity == pytest.approx(1 - float(mask.sum() / causal(q, k).sum()))
+        assert x.forward_ms > 0
+
+
 def test_layers_are_told_apart_and_batches_of_one_averaged():
     torch.manual_seed(0)
     calls = [
@@ -533,7 +553,7 @@ def test_layers_are_told_apart_and_batches_of_one_averaged():
 
 
 def test_a_choice_that_fails_costs_no_other_result(monkeypatch):
-    def fails(q, k, v, block_size, topk, *, gate_block_size):
+    def fails(q, k, v, block_size, topk, **_):
         if (block_size, topk) in without:
             raise torch.OutOfMemoryError("no memory\nand more lines")
         return flex_moba(q, k, v, block_size, topk)
@@ -613,6 +633,101 @@ def test_the_table_marks_frontier_and_advice():
     assert len({len(line) for line in lines}) == 1
 
 
+# ---- A topk for each layer ----------------------------------------------------------------------
+
+
+def report_by_layer(masses, **gate):
+    """Returns a report of the captured mass of each topk, by layer."""
+    empty = report_of((0.9, 0.5, None))
+    choices = [
+        dataclasses.replace(
+            empty.choices[0], topk=topk, heads=[[layer[topk]] for layer in masses], **gate
+        )
+        for topk in masses[0]
+    ]
+    layers = [str(i) for i in range(len(masses))]
+    return dataclasses.replace(empty, layers=layers, choices=choices)
+
+
+@st.composite
+def masses_by_layer(draw):
+    """Draws up to four measured topks and their masses, in thousandths, in up to four layers."""
+    topks = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4, unique=True))
+    mass = st.integers(0, 3) | st.integers(0, 1000)
+    layer = st.tuples(*(mass for _ in topks)).map(lambda x: dict(zip(topks, x, strict=True)))
+    return draw(st.lists(layer, min_size=1, max_size=4))
+
+
+@given(masses_by_layer(), st.data())
+def test_topks_by_layer_are_the_best_of_all(masses, data):
+    def value(topks):  # mass, then few blocks, then similar topks
+        mass = sum(layer[topk] for layer, topk in zip(masses, topks, strict=True))
+        return mass, -sum(topks), -sum(x**2 for x in topks)
+
+    topk = data.draw(st.integers(min(masses[0]), 10))
+    report = report_by_layer([{x: y / 1000 for x, y in layer.items()} for layer in masses])
+    found = report.topk_by_layer(8, topk)
+    allowed = [x for x in itertools.product(*masses) if sum(x) <= topk * len(masses)]
+    assert tuple(found) in allowed
+    assert value(found) == max(map(value, allowed))
+    mean = value(found)[0] / 1000 / len(masses)
+    assert report.mass_by_layer(8, found) == pytest.approx(mean)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6, unique=True), st.integers(1, 5))
+def test_layers_that_are_alike_get_the_same_topk(topks, layers):
+    for concave in (lambda x: x / 20, lambda x: 1 - 0.9**x):
+        report = report_by_layer([{x: concave(x) for x in topks}] * layers)
+        for topk in topks:
+            assert report.topk_by_layer(8, topk) == [topk] * layers
+
+
+def test_a_layer_that_needs_no_more_blocks_leaves_them_to_others():
+    flat, steep = dict.fromkeys((2, 4, 6), 0.9), {2: 0.2, 4: 0.5, 6: 0.6}
+    report = report_by_layer([flat, steep, flat])
+    assert report.topk_by_layer(8, 4) == [2, 6, 2]
+    assert report.mass_by_layer(8, [2, 6, 2]) == pytest.approx(0.8)
+    assert report.topk_by_layer(8, 3) == [2, 4, 2]  # 3 was not measured
+    assert report.topk_by_layer(8, 2) == [2, 2, 2]
+
+
+def test_topks_by_layer_are_those_of_the_gate_and_the_heads():
+    calls = [Call(name, *torch.randn(2, 1, 2, 64, 8), torch.arange(64), 1.0) for name in "ab"]
+    report = tune(calls, (8, 16), (2, 3), gate_block_sizes=(4,), sink_blocks=1, timed=False)
+    quality = {
+        part: [
+            gate_quality(x.q, x.k, 8, (2, 3), gate_block_size=part, sink_blocks=1, scale=1.0)[8]
+            for x in calls
+        ]
+        for part in (None, 4)
+    }
+    for part, (a, b) in quality.items():
+        expected = float(a.mass[1].mean() + b.mass[0].mean()) / 2
+        assert report.mass_by_layer(8, [3, 2], part) == pytest.approx(expected)
+    assert report.topk_by_layer(8, 3, 4) == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "text"),
+    [
+        ("topk_by_layer", (16, 2), "block_size=16 was not measured; pass one of block_size=8, g"),
+        ("topk_by_layer", (8, 2), "block_size=8 was not measured; pass one of block_size=8, gate"),
+        ("topk_by_layer", (8, 1, 4), "topk must be at least 2, the lowest that was measured for b"),
+        ("topk_by_layer", (8, 0, 4), "topk must be at least 1, got 0"),
+        ("mass_by_layer", (8, [2], 4), "one value for each of 2 layers, got 1"),
+        (
+            "mass_by_layer",
+            (8, [2, 5], 4),
+            r"among \[2, 3\], .* block_size=8, gate_block_size=4, got",
+        ),
+    ],
+)
+def test_by_layer_refuses(method, arguments, text):
+    report = report_by_layer([{2: 0.5, 3: 0.6}] * 2, gate_block_size=4)
+    with pytest.raises(ValueError, match=text):
+        getattr(report, method)(*arguments)
+
+
 @pytest.mark.parametrize(
     ("calls", "options", "text"),
     [
@@ -636,6 +751,11 @@ def test_the_table_marks_frontier_and_advice():
             [(torch.zeros(1, 1, 64, 8),) * 2],
             {"block_sizes": (16, 24), "gate_block_sizes": (8, 16)},
             "gate_block_sizes must divide larger block_sizes, got 16 and block_sizes",
+        ),
+        (
+            [(torch.zeros(1, 1, 64, 8),) * 2],
+            {"block_sizes": (8,), "sink_blocks": 1, "local_blocks": 1},
+            "topk=2 is too small for sink_blocks=1 and local_blocks=1 and the own block; use at",
         ),
         (
             [(torch.zeros(1, 1, 64, 8),) * 2],

@@ -14,10 +14,8 @@ from flexmoba.blocks import ceil_div
 from flexmoba.checks import check_positive, check_queries_and_keys
 from flexmoba.reporting import median_ms, note, progress, versions
 from flexmoba.tune.calls import Call, sample_positions
-from flexmoba.tune.quality import Quality, gate_qualities, required_snr
+from flexmoba.tune.quality import Gate, Quality, gate_qualities, required_snr
 from flexmoba.tune.report import Choice, Report
-
-_Gate = tuple[int, int | None]  # block_size and gate_block_size
 
 
 def tune(
@@ -26,6 +24,8 @@ def tune(
     topks: Sequence[int] = (2, 3, 4, 8),
     *,
     gate_block_sizes: Sequence[int] = (),
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
     queries: int = 256,
     timed: bool = True,
     backward: bool = False,
@@ -51,6 +51,9 @@ def tune(
             selects all blocks of the longest call is omitted, because that is full attention.
         gate_block_sizes: Numbers of keys in a sub-block to measure, in addition to the gate without
             sub-blocks, with every larger block size that the number divides.
+        sink_blocks: Number of first blocks that are always selected. They count towards each topk.
+        local_blocks: Number of blocks right before the own block that are always selected. They
+            count towards each topk.
         queries: Number of queries to sample of each pair. A `Call` already holds a sample.
         timed: Whether to measure times.
         backward: Whether to also time forward and backward together.
@@ -79,6 +82,8 @@ def tune(
         block_sizes,
         topks,
         gate_block_sizes=gate_block_sizes,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
         queries=queries,
         timed=timed,
         backward=backward,
@@ -94,6 +99,8 @@ def reports(
     topks: Sequence[int],
     *,
     gate_block_sizes: Sequence[int],
+    sink_blocks: int,
+    local_blocks: int,
     queries: int,
     timed: bool,
     backward: bool,
@@ -108,7 +115,8 @@ def reports(
         )
     longest = max(samples, key=lambda x: x.k.shape[2])
     device = torch.device(device or longest.q.device)
-    grid = _grid(longest.k.shape[2], block_sizes, gate_block_sizes, topks)
+    sizes = _grid(longest.k.shape[2], block_sizes, gate_block_sizes, topks)
+    grid = {Gate(*x, sink_blocks, local_blocks): kept for x, kept in sizes.items()}
     topks = sorted({topk for kept in grid.values() for topk in kept})
     shown = progress(samples, "captured mass") if show_progress else samples
     measured = _qualities(shown, grid, topks, device)
@@ -128,8 +136,8 @@ def reports(
         if timed and show_progress:
             note(f"time {i} of {len(settings)}: {_name(gate, topk)}")
 
-        def moba(q: Tensor, k: Tensor, v: Tensor, gate: _Gate = gate, topk: int = topk) -> Any:
-            return flex_moba(q, k, v, gate[0], topk, gate_block_size=gate[1])
+        def moba(q: Tensor, k: Tensor, v: Tensor, gate: Gate = gate, topk: int = topk) -> Any:
+            return flex_moba(q, k, v, topk=topk, **gate._asdict())
 
         try:
             times = timer(moba) if timer else (None, None)
@@ -155,7 +163,7 @@ def reports(
 
 def _grid(
     length: int, block_sizes: Sequence[int], gate_block_sizes: Sequence[int], topks: Sequence[int]
-) -> dict[_Gate, list[int]]:
+) -> dict[tuple[int, int | None], list[int]]:
     """Returns the topks that do not select all keys for each pair of block and sub-block sizes."""
     for part in gate_block_sizes:
         check_positive("gate_block_sizes", part, "pass numbers of keys in a sub-block")
@@ -165,7 +173,7 @@ def _grid(
                 f"{tuple(block_sizes)}; pass a divisor of one of them"
             )
     parts: list[int | None] = [None, *sorted(set(gate_block_sizes))]
-    grid: dict[_Gate, list[int]] = {
+    grid: dict[tuple[int, int | None], list[int]] = {
         (size, part): kept
         for size in sorted(set(block_sizes))
         if (kept := [topk for topk in sorted(set(topks)) if topk < ceil_div(length, max(1, size))])
@@ -182,12 +190,12 @@ def _grid(
 
 def _qualities(
     samples: Iterable[Call],
-    grid: Mapping[_Gate, Sequence[int]],
+    grid: Mapping[Gate, Sequence[int]],
     topks: Sequence[int],
     device: torch.device,
-) -> dict[str, list[dict[_Gate, Quality]]]:
-    """Returns by layer the quality of the gate in each call, by block and sub-block size."""
-    measured: dict[str, list[dict[_Gate, Quality]]] = {}
+) -> dict[str, list[dict[Gate, Quality]]]:
+    """Returns by layer the quality of each gate in each call."""
+    measured: dict[str, list[dict[Gate, Quality]]] = {}
     heads: dict[str, int] = {}
     for call in samples:
         q, k = call.q.to(device), call.k.to(device)
@@ -211,34 +219,32 @@ def _qualities(
 
 def _choice(
     length: int,
-    gate: _Gate,
+    gate: Gate,
     topk: int,
     row: int,
     layers: list[list[Quality]],
     times: tuple[float | None, float | None],
 ) -> Choice:
     """Returns the choice of one gate and topk; ``row`` is the row of topk in a `Quality`."""
-    block_size, gate_block_size = gate
     qualities = [x for batches in layers for x in batches]
     return Choice(
-        block_size=block_size,
+        **gate._asdict(),
         topk=topk,
-        sparsity=_sparsity(length, block_size, topk),
+        sparsity=_sparsity(length, gate.block_size, topk),
         mass=float(torch.cat([x.mass[row] for x in qualities]).mean()),
         best_mass=float(torch.cat([x.best_mass[row] for x in qualities]).mean()),
         found=_mean([x.found[row] for x in qualities]),
         snr=_mean([x.snr for x in qualities]),
-        required_snr=required_snr(ceil_div(length, block_size), topk),
+        required_snr=required_snr(ceil_div(length, gate.block_size), topk),
         forward_ms=times[0],
         both_ms=times[1],
         heads=[torch.stack([x.mass[row] for x in batches]).mean(0).tolist() for batches in layers],
-        gate_block_size=gate_block_size,
     )
 
 
-def _name(gate: _Gate, topk: int) -> str:
-    sub_blocks = "" if gate[1] is None else f", gate_block_size={gate[1]}"
-    return f"block_size={gate[0]}, topk={topk}{sub_blocks}"
+def _name(gate: Gate, topk: int) -> str:
+    part = f", gate_block_size={gate.gate_block_size}" if gate.gate_block_size else ""
+    return f"block_size={gate.block_size}, topk={topk}{part}"
 
 
 def sampled(q: Tensor, k: Tensor, queries: int, name: str = "") -> Call:

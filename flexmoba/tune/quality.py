@@ -15,13 +15,23 @@ from torch import Tensor
 from flexmoba.blocks import ceil_div
 from flexmoba.checks import (
     check_block_size,
+    check_gate,
     check_gate_block_size,
     check_queries_and_keys,
     check_topk,
 )
-from flexmoba.gate import block_means, block_scores, top_blocks
+from flexmoba.gate import GateOptions, block_means, block_scores, forced_blocks, top_blocks
 
 _SCORES_AT_ONCE = 2**24
+
+
+class Gate(NamedTuple):
+    """The block size and options of a gate, as in `moba_select`."""
+
+    block_size: int
+    gate_block_size: int | None = None
+    sink_blocks: int = 0
+    local_blocks: int = 0
 
 
 class Quality(NamedTuple):
@@ -54,6 +64,8 @@ def gate_quality(
     topk: int | Sequence[int],
     *,
     gate_block_size: int | None = None,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
     positions: Tensor | None = None,
     scale: float | None = None,
 ) -> dict[int, Quality]:
@@ -89,6 +101,9 @@ def gate_quality(
         gate_block_size: Keys in a sub-block, as in `moba_select`, a divisor of each block size. By
             default, each block is its only sub-block. The ratio of the paper is defined for this
             gate.
+        sink_blocks: Number of first blocks that are always selected. They count towards ``topk``.
+        local_blocks: Number of blocks right before the own block that are always selected. They
+            count towards ``topk``.
         positions: The position of each query among the keys, int64 ``(Lq,)``. By default, query
             ``i`` has position ``i + Lk - Lq``. With it, q may be any sample of the queries of a
             sequence.
@@ -115,28 +130,30 @@ def gate_quality(
     """
     sizes = (block_size,) if isinstance(block_size, int) else tuple(block_size)
     topks = (topk,) if isinstance(topk, int) else tuple(topk)
-    gates = [(size, gate_block_size) for size in sizes]
+    gates = [Gate(size, gate_block_size, sink_blocks, local_blocks) for size in sizes]
     found = gate_qualities(q, k, gates, topks, positions=positions, scale=scale)
-    return {size: quality for (size, _), quality in found.items()}
+    return {gate.block_size: quality for gate, quality in found.items()}
 
 
 @torch.no_grad()
 def gate_qualities(
     q: Tensor,
     k: Tensor,
-    gates: Sequence[tuple[int, int | None]],
+    gates: Sequence[Gate],
     topks: Sequence[int],
     *,
     positions: Tensor | None = None,
     scale: float | None = None,
-) -> dict[tuple[int, int | None], Quality]:
-    """Computes `gate_quality` for pairs of ``block_size`` and ``gate_block_size``."""
-    sub_blocks = {}
-    for gate in gates:
-        check_block_size(gate[0])
-        sub_blocks[gate] = check_gate_block_size(gate[1], gate[0])
+) -> dict[Gate, Quality]:
+    """Computes `gate_quality` for several gates."""
     for topk in topks:
         check_topk(topk)
+    sub_blocks = {}
+    for gate in gates:
+        size, part, sinks, local = gate
+        check_block_size(size)
+        sub_blocks[gate] = check_gate_block_size(part, size)
+        check_gate("token", sinks, local, 0, size, min(topks, default=None), is_causal=True)
     if positions is None:
         check_queries_and_keys(q, k)
         positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2])
@@ -144,14 +161,15 @@ def gate_qualities(
         _check_positions(q, k, positions)
     if not gates or not topks or q.numel() == 0:
         raise ValueError(
-            f"nothing to measure: q is {tuple(q.shape)}, block_size {tuple(x for x, _ in gates)}, "
-            f"topk {tuple(topks)}; pass queries, a block size and a topk"
+            f"nothing to measure: q is {tuple(q.shape)}, block_size "
+            f"{tuple(x.block_size for x in gates)}, topk {tuple(topks)}; pass queries, a block "
+            "size and a topk"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     positions = positions.to(q.device)
     group = q.shape[1] // k.shape[1]
     sums = {gate: _Sums(len(topks), q.shape[1]) for gate in gates}
-    means = {gate: block_means(k, gate[0], sub_blocks=n) for gate, n in sub_blocks.items()}
+    means = {gate: block_means(k, gate.block_size, sub_blocks=n) for gate, n in sub_blocks.items()}
     queries_at_once = max(1, _SCORES_AT_ONCE // k.shape[2])
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
@@ -160,7 +178,7 @@ def gate_qualities(
                 logits = _logits(queries, k[b, h // group], at, scale)
                 for gate in gates:
                     mean_keys = means[gate][b, h // group]
-                    sums[gate].add(h, logits, queries, mean_keys, at, gate[0], topks)
+                    sums[gate].add(h, logits, queries, mean_keys, at, gate, topks)
     return {gate: sums[gate].quality() for gate in gates}
 
 
@@ -205,6 +223,19 @@ def _logits(q: Tensor, k: Tensor, positions: Tensor, scale: float) -> Tensor:
     return logits.masked_fill_(future, -math.inf)
 
 
+def _selected(scores: Tensor, own: Tensor, width: int, gate: Gate) -> Tensor:
+    """Returns the past blocks that the gate selects, ``(rows, width)`` or more; -1 for none.
+
+    Those that are always selected come first, then the others by descending score.
+    """
+    options = GateOptions("token", gate.sink_blocks, gate.local_blocks)
+    first = torch.full_like(own, gate.sink_blocks)
+    count = max(0, width - options.forced)
+    best = top_blocks(scores, first, own - gate.local_blocks, count).long()
+    forced = forced_blocks(own.new_zeros(1, 1), own[None], options)
+    return best if forced is None else torch.cat([forced[0, 0].long(), best], dim=-1)
+
+
 class _Sums:
     """The sums over queries from which the `Quality` for one block size is computed."""
 
@@ -221,7 +252,7 @@ class _Sums:
         q: Tensor,
         means: Tensor,
         positions: Tensor,
-        block_size: int,
+        gate: Gate,
         topks: Sequence[int],
     ) -> None:
         """Adds the queries of one head.
@@ -232,9 +263,10 @@ class _Sums:
             q: ``(rows, D)``, the queries.
             means: ``(blocks * sub_blocks, D)``, mean keys of sub-blocks.
             positions: ``(rows,)`` int64, positions of the queries.
-            block_size: Keys in a block.
+            gate: Block size, and blocks that are always selected.
             topks: Numbers of selected blocks.
         """
+        block_size = gate.block_size
         n_blocks, own = ceil_div(logits.shape[1], block_size), (positions // block_size)[:, None]
         past = torch.arange(n_blocks, device=q.device) < own
         padded = torch.nn.functional.pad(
@@ -247,8 +279,7 @@ class _Sums:
         precise = torch.promote_types(q.dtype, torch.float32)
         scores = block_scores(q.to(precise) @ means.to(precise).T, means.shape[0] // n_blocks)
         width = min(max(topks) - 1, n_blocks)
-        zero = torch.zeros_like(own[:, 0])
-        selected = top_blocks(scores, zero, own[:, 0], width).long()  # by descending score
+        selected = _selected(scores, own[:, 0], width, gate)
         captured = share.gather(1, selected.clamp(min=0)).masked_fill(selected < 0, 0.0)
         best = share.masked_fill(~past, 0.0).topk(width, dim=-1).values
         hit = (selected == strongest) & (own > 0)
