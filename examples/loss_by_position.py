@@ -17,11 +17,15 @@ full size, one GPU, a model in a folder of yours (--gguf names a file in it):
       --length 8192 --windows 16 --json loss.json
 Only full attention and some of the settings, by a part of their names:
   python examples/loss_by_position.py --only sub-blocks "32 x 32, sink 1"
+Only full attention, and settings with one topk beside as many blocks distributed over the layers by
+flexmoba.tune, which reads one more context of each text:
+  python examples/loss_by_position.py --by-layer 16x4 16x4+sub4
 """
 
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -38,8 +42,10 @@ from transformers import PreTrainedModel
 from flexmoba.commands.demo import standard_library
 from flexmoba.integrations.transformers import convert
 from flexmoba.reporting import UsageError, add_device, check_writable, positive, table
+from flexmoba.tune import Call, capture, tune
 
 PARTS = 64  # of the context, in the JSON file
+BY_LAYER = r"\d+x\d+(\+sub\d+)?"
 Setting = dict[str, Any]  # of MoBA; {} is full attention
 
 
@@ -74,6 +80,35 @@ def settings_of(length: int, layers: int) -> list[Setting]:
     return [x for x in unique.values() if not x or room(x)]
 
 
+def by_layer(calls: list[Call], setting: str) -> list[tuple[Setting, float]]:
+    """A setting of --by-layer, with one topk and by layer, and the mass that each captures."""
+    size, topk, *parts = (int(x) for x in setting.replace("+sub", "x").split("x"))
+    part = parts[0] if parts else None
+    topks = [
+        max(2, topk * n // 4) for n in (1, 2, 3, 4, 6, 8)
+    ]  # the own block and the sink, or more
+    try:
+        report = tune(calls, [size], topks, gate_block_sizes=parts, sink_blocks=1, timed=False)
+        best = report.topk_by_layer(size, topk, part)
+        same = [topk] * len(best)
+        masses = [report.mass_by_layer(size, x, part) for x in (same, best)]
+    except ValueError as error:
+        sys.exit(f"--by-layer {setting}: {error}")
+    print(f"{setting} captures {masses[0]:.1%}, by layer {masses[1]:.1%}: {best}", flush=True)
+    base: Setting = {"block_size": size, "topk": topk, "sink_blocks": 1}
+    base |= {"gate_block_size": part} if part else {}
+    return list(zip((base, base | {"by_layer": best}), masses, strict=True))
+
+
+@torch.no_grad()
+def calls_of(model: PreTrainedModel, contexts: dict[str, Tensor], device: str) -> list[Call]:
+    """The attention of the model, with full attention, in each context."""
+    with capture(model, queries=512) as calls:
+        for tokens in contexts.values():
+            model.base_model(input_ids=tokens[None].to(device), use_cache=False)
+    return calls
+
+
 def room(x: Setting) -> bool:
     return bool(x["topk"] > x.get("sink_blocks", 0) + x.get("local_blocks", 0))
 
@@ -86,6 +121,7 @@ def name_of(x: Setting) -> str:
         *(("sink_blocks", "sink {}"), ("local_blocks", "local {}"), ("gate", "by {}")),
         ("gate_block_size", "sub-blocks of {}"),
         *(("first_full", "first {} full"), ("last_full", "last {} full")),
+        ("by_layer", "by layer"),
     ):
         if x.get(option):
             name += f", {text.format(x[option])}"
@@ -94,11 +130,12 @@ def name_of(x: Setting) -> str:
 
 def apply(model: PreTrainedModel, x: Setting) -> None:
     """Converts the model, which may be converted already. A setting without sinks has none."""
-    options = {"sink_blocks": 0} | x
+    options: Setting = {"sink_blocks": 0} | x
     first, last = options.pop("first_full", 0), options.pop("last_full", 0)
     size, topk = options.pop("block_size"), options.pop("topk")
     middle = model.config.num_hidden_layers - first - last
-    convert(model, size, [None] * first + [topk] * middle + [None] * last, **options)
+    topks = options.pop("by_layer", [topk] * middle)
+    convert(model, size, [*[None] * first, *topks, *[None] * last], **options)
 
 
 @torch.no_grad()
@@ -118,8 +155,8 @@ def model_of(o: argparse.Namespace) -> PreTrainedModel:
     return model
 
 
-def contexts_of(o: argparse.Namespace) -> dict[str, Tensor]:
-    """Contexts ``(windows, length)`` of each text, spread over it."""
+def tokens_of(o: argparse.Namespace) -> dict[str, Tensor]:
+    """The tokens of each text."""
     found = {}
     for path in o.text:
         if o.model:
@@ -131,17 +168,30 @@ def contexts_of(o: argparse.Namespace) -> dict[str, Tensor]:
             tokens = torch.tensor([y for x in ids for y in x])
         else:
             tokens = torch.tensor(list(path.read_bytes()))
-        found[path.stem] = spread(tokens, o)
+        found[path.stem] = tokens
     if not o.text:
-        found["standard library"] = spread(standard_library()[-4_000_000:].long(), o)
+        found["standard library"] = standard_library()[-4_000_000:].long()
     return found
 
 
 def spread(tokens: Tensor, o: argparse.Namespace) -> Tensor:
+    """Contexts ``(windows, length)``, spread over a text."""
     if len(tokens) < o.length:
         sys.exit(f"a text has {len(tokens):,} tokens; --length {o.length} needs as many")
     starts = torch.linspace(0, len(tokens) - o.length, o.windows).long()
     return tokens[starts[:, None] + torch.arange(o.length)]
+
+
+def between(tokens: Tensor, o: argparse.Namespace) -> Tensor:
+    """A context that is none of these: between the first two of them, or after the only one."""
+    gaps = max(1, 2 * o.windows - 2)
+    start = (len(tokens) - o.length) // gaps
+    if start < o.length:
+        sys.exit(
+            f"a text has {len(tokens):,} tokens; --by-layer needs {o.length * (gaps + 1):,} for a "
+            f"context of {o.length} tokens between {o.windows} others"
+        )
+    return tokens[start : start + o.length]
 
 
 def summary(losses: Tensor) -> dict[str, Any]:
@@ -158,7 +208,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     o = parse(argv)
     deadline = time.monotonic() + 60 * o.minutes
     torch.manual_seed(o.seed)
-    texts = contexts_of(o)
+    tokens = tokens_of(o)
+    texts = {name: spread(x, o) for name, x in tokens.items()}
     if o.model:
         model = model_of(o)
     else:
@@ -173,7 +224,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "full attention",
         )
         model.eval()
-    settings = settings_of(o.length, model.config.num_hidden_layers)
+    mass: dict[str, float] = {}
+    if o.by_layer:
+        calls = calls_of(model, {name: between(x, o) for name, x in tokens.items()}, o.device)
+        tuned = [y for x in o.by_layer for y in by_layer(calls, x)]
+        mass = {name_of(x): y for x, y in tuned}
+        settings = [{}, *(x for x, _ in tuned)]
+    else:
+        settings = settings_of(o.length, model.config.num_hidden_layers)
     if o.only:
         settings = [x for x in settings if not x or any(y in name_of(x) for y in o.only)]
     settings = settings[: o.most]
@@ -189,6 +247,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     dense: dict[str, float] = {}
     for x in settings:
         entry: dict[str, Any] = {"name": name_of(x)} | {"setting": x}
+        if name_of(x) in mass:
+            entry["mass"] = mass[name_of(x)]
         began = time.monotonic()
         try:
             if x:
@@ -241,6 +301,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=positive, default=4, help="contexts at a time (%(default)s)")
     add("--most", type=positive, default=None, metavar="N", help="settings to measure")
     add("--only", nargs="+", default=[], metavar="TEXT", help="settings with this in their names")
+    add("--by-layer", nargs="+", default=[], metavar="SETTING", help="measure these instead of the "
+        "grid, each also with its blocks distributed over the layers: block size x topk, with "
+        "+sub4 for a gate that scores sub-blocks of 4")  # fmt: skip
     add("--minutes", type=float, default=math.inf, help="stop after so long")
     add("--pretrain-steps", type=positive, default=200, help="without --model (%(default)s)")
     add("--seed", type=int, default=0)
@@ -249,6 +312,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     o = parser.parse_args(argv)
     if missing := [str(x) for x in o.text if not x.is_file()]:
         parser.error(f"there is no {', '.join(missing)}")
+    if wrong := [x for x in o.by_layer if not re.fullmatch(BY_LAYER, x)]:
+        parser.error(f"--by-layer {' '.join(wrong)}: it must be like 64x16 or 64x16+sub4")
     if o.model and not Path(o.model).is_dir():
         parser.error(f"--model {o.model}: there is no such folder; nothing is downloaded")
     try:

@@ -894,6 +894,42 @@ def test_only_the_named_settings_are_measured(example, text):
     assert all("sub-blocks" in name or "16 x 2," in name for name in names[1:])
 
 
+def test_settings_by_layer_are_measured_beside_one_topk(example, text, tmp_path, monkeypatch):
+    grid, file = example("loss_by_position"), tmp_path / "loss.json"
+    unseen, applied, convert = [], [], grid.convert
+    calls_of = grid.calls_of
+    monkeypatch.setattr(grid, "calls_of", lambda *x: unseen.append(x[1]["text"]) or calls_of(*x))
+    monkeypatch.setattr(
+        grid, "convert", lambda *x, **y: applied.append((*x[1:], y)) or convert(*x, **y)
+    )
+    # The layers of this model are too much alike to get different topks.
+    monkeypatch.setattr(
+        "flexmoba.tune.Report.topk_by_layer",
+        lambda self, size, topk, part: [topk // 2, topk * 3 // 2],
+    )
+    options = ["--text", text, "--length", "128", "--windows", "2", "--pretrain-steps", "2"]
+    options += ["--by-layer", "8x4", "8x4+sub4", "--json", str(file), "--device", "cpu"]
+    report = grid.main(options)
+    assert json.loads(file.read_text()) == report
+    names = ["8 x 4, sink 1", "8 x 4, sink 1, sub-blocks of 4"]
+    expected = ["full attention", *(y for x in names for y in (x, f"{x}, by layer"))]
+    assert [x["name"] for x in report["settings"]] == expected
+    _, one, by_layer, *_ = report["settings"]
+    assert by_layer["setting"] == one["setting"] | {"by_layer": [2, 6]}
+    assert [x[1] for x in applied] == [[4, 4], [2, 6]] * 2
+    assert all(x[2]["sink_blocks"] == 1 for x in applied)
+    losses = [x["texts"]["text"]["loss"] for x in report["settings"]]
+    assert len(set(losses)) == 5
+    masses = [x["mass"] for x in report["settings"][1:]]
+    assert all(0 < x < 1 for x in masses)
+    assert len(set(masses)) == 4
+    # The context for the choice is none of those that are measured.
+    tokens = torch.tensor(list(Path(text).read_bytes()))
+    (context,) = unseen
+    start = (len(tokens) - 128) // 2
+    assert context.tolist() == tokens[start : start + 128].tolist()
+
+
 def test_every_setting_of_the_grid_serves(example):
     grid = example("loss_by_position")
     model = grid.tiny_llama().eval()
@@ -917,6 +953,12 @@ def test_every_setting_of_the_grid_serves(example):
         (["--model", "nowhere"], "there is no such folder; nothing is downloaded"),
         (["--model", str(EXAMPLES)], "transformers cannot load it"),
         (["--json", "nowhere/x.json"], "there is no folder nowhere"),
+        (["--by-layer", "64", "64x16"], "--by-layer 64: it must be like 64x16 or 64x16+sub4"),
+        (["--by-layer", "16x1", "--pretrain-steps", "1"], "topk must be at least 2, the lowest"),
+        (
+            ["--text", __file__, "--length", "9000", "--by-layer", "16x4", "--pretrain-steps", "1"],
+            "--by-layer needs 135,000 for a context of 9000 tokens between 8 others",
+        ),
     ],
 )
 def test_loss_by_position_says_what_is_wrong(example, arguments, text, capsys):
