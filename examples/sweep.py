@@ -118,6 +118,9 @@ PRETRAINED_RUNS = {
     # As many keys, and the best of eight settings without training (docs/results.md, needles).
     "32x32 sink sub4": "--attention moba --block-size 32 --topk 32 --sink-blocks 1 "
     "--gate-block-size 4",
+    "full seed 1": "--attention full --block-size 64 --topk 16 --sink-blocks 1 --seed 1",
+    "32x32 sink sub4 seed 1": "--attention moba --block-size 32 --topk 32 --sink-blocks 1 "
+    "--gate-block-size 4 --seed 1",
     "64x16": "--attention moba --block-size 64 --topk 16",
     "64x16 sink hybrid": "--attention hybrid --block-size 64 --topk 16 --sink-blocks 1",
     "64x16 sink last 3 full": "--attention moba --block-size 64 --topk 16 --sink-blocks 1 "
