@@ -207,7 +207,6 @@ def attend_half(
     mbarrier.arrive(k_free.index(0), count=1)
     weights, highest, total, _ = add_scores(scores, highest, total, factor)
     weights = gl.convert_layout(weights.to(v_buffer.dtype), WEIGHTS)
-    mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=n_tiles > 1)
     for n in range(n_tiles):
         m = n + 1
         item = m // TILES
@@ -215,6 +214,7 @@ def attend_half(
         if is_last:
             mbarrier.wait(q_full.index(item & 1), item // 2 & 1, pred=m < n_tiles)
             fence_async_shared()
+        mbarrier.wait(k_full.index(m % STAGES), m // STAGES & 1, pred=m < n_tiles)
         q = q_buffer.index((item & 1) * 2 + HALF)
         k = k_buffer.index(m % STAGES).permute((1, 0))
         scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
@@ -226,10 +226,8 @@ def attend_half(
             scores, gl.where(is_last, float("-inf"), highest), gl.where(is_last, 0.0, total), factor
         )
         new_weights = gl.convert_layout(new_weights.to(v_buffer.dtype), WEIGHTS)
-        # The compiler would move the softmax behind the wait for the second product. The loop of a
-        # wait for a barrier ends a basic block, which keeps the order. The new weights are among
-        # the dependencies for the same reason.
-        mbarrier.wait(k_full.index((m + 1) % STAGES), (m + 1) // STAGES & 1, pred=m + 1 < n_tiles)
+        # The compiler would move the softmax behind this wait, if the new weights were not among
+        # its dependencies.
         out, weights, new_weights = warpgroup_mma_wait(0, deps=[out, weights, new_weights])
         mbarrier.arrive(v_free.index(n % STAGES), count=1)
         if is_last:
