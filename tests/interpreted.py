@@ -40,7 +40,7 @@ from flexmoba.paged.attention import attend_steps_gathered
 from flexmoba.paged.kernels import attend_steps_on_cuda
 from flexmoba.selection import BlockSelection
 from flexmoba.sequence.kernel import move_on_cuda
-from tests import bounds, emulated
+from tests import bounds, emulated, interpreter
 from tests.conftest import (
     assert_as_exact_as,
     assert_as_exact_as_dense,
@@ -48,6 +48,8 @@ from tests.conftest import (
 )
 from tests.problems import Problem
 from tests.ragged import Ragged
+
+interpreter.shorten()
 
 SMALL = Problem(
     kv_heads=2, group=2, q_len=200, kv_len=290, head_dim=16, value_dim=16, block_size=64, topk=3,
