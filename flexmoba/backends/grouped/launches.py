@@ -226,12 +226,13 @@ def _key_tile(sizes: Sizes, *, large_shared_memory: bool = True) -> dict[str, in
     """Returns the tile sizes of `key_grads_kernel`.
 
     Compiled for an H100, two programs of four warps fit on a multiprocessor, but head dims above
-    128 need the registers of eight warps.
+    128 need the registers of eight warps. Without its shared memory, they need smaller tiles.
     """
-    keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
-    warps = 4 if max(sizes.dim, sizes.value_dim) <= 128 else 8
+    is_wide = _is_wide(sizes)
+    most = 32 if is_wide and not large_shared_memory else 64
+    keys = min(most, max(16, _next_power_of_2(sizes.block_size)))
     stages = 2 if large_shared_memory else 1
-    return {"ROWS": 64, "KEYS": keys, "num_warps": warps, "num_stages": stages}
+    return {"ROWS": most, "KEYS": keys, "num_warps": 8 if is_wide else 4, "num_stages": stages}
 
 
 def _next_power_of_2(x: int) -> int:
