@@ -108,6 +108,8 @@ def gated(problem: Problem) -> torch.Tensor:
         {"block_size": 50, "head_dim": 24, "value_dim": 33},
         {"block_size": 100, "head_dim": 192, "value_dim": 128, "q_len": 130, "kv_len": 220},
         {"block_size": 32, "head_dim": 144, "value_dim": 256, "q_len": 130, "kv_len": 220},
+        {"block_size": 150, "head_dim": 192, "value_dim": 192, "q_len": 130, "kv_len": 320},
+        {"head_dim": 193, "value_dim": 33, "q_len": 70, "kv_len": 70, "group": 1},
         {"block_size": 70, "head_dim": 160, "value_dim": 136, "q_len": 130, "kv_len": 220},
         {"block_size": 150, "topk": 2, "batch": 2, "kv_heads": 1},  # blocks of several tiles
         {"block_size": 7, "topk": 5, "group": 1},
@@ -440,6 +442,9 @@ def test_a_block_that_all_queries_select_is_divided_into_items(monkeypatch):
         ),  # blocks of two tiles of keys
         ({"is_causal": False, "block_size": 40, "batch": 2, "kv_heads": 1, "q_len": 20}, 0.3),
         ({"q_len": 1, "topk": 5}, 0.0),
+        ({"head_dim": 192, "value_dim": 128}, 0.3),
+        ({"head_dim": 192, "value_dim": 192, "group": 8, "kv_heads": 1, "kv_len": 30}, -0.3),
+        ({"head_dim": 160, "value_dim": 136, "group": 8, "kv_heads": 1, "kv_len": 30}, 0.3),
     ],
 )
 def test_a_shared_selection(monkeypatch, changes, scale):
@@ -498,6 +503,35 @@ def test_a_token_does_not_depend_on_its_neighbors(seed, q_len, before, data):
     selection = torch.where(alone[:, None], selection.flip(-1), changed).contiguous()
     for x, y in zip(attend(q, k, v, selection, *options), expected, strict=True):
         assert_bitwise_equal(x[:, :, token], y[:, :, token])
+
+
+@pytest.mark.parametrize("value_dim", [128, 192])
+def test_later_keys_change_no_bits_of_split_head_dims(value_dim):
+    """Tests both kinds of kernels, which divide 192 dims into parts."""
+    problem = variant(
+        kv_heads=1, group=8, q_len=40, kv_len=50, head_dim=192, value_dim=value_dim, block_size=20
+    )
+    q, k, v = problem.tensors()
+    later = torch.arange(problem.kv_len)[:, None] > 33  # the position of query 23
+    changed = [torch.where(later, x.flip(2), x) for x in (k, v)]
+    selection = problem.selection()[:, :1].contiguous()
+    own = torch.arange(problem.offset, problem.kv_len)[:, None] // problem.block_size
+    routed = torch.where(selection < own, selection, -1).repeat_interleave(8, 1)
+
+    def attend_fused(q, k, v):
+        q = q.detach().requires_grad_()
+        options = AttentionOptions("fused", 0.3, True)
+        out, lse = fused_attention(q, k, v, BlockSelection(routed, 20), options)
+        (d_q,) = torch.autograd.grad(out.square().sum() + lse.sum(), q)
+        return out.detach(), lse.detach(), d_q
+
+    def attend_grouped(q, k, v):
+        return attend_with_grads(q, k, v, selection, 20, 0.3, True)
+
+    for attend in (attend_fused, attend_grouped):
+        for x, y in zip(attend(q, k, v), attend(q, *changed), strict=True):
+            assert_bitwise_equal(x[:, :, :24], y[:, :, :24])
+            assert (x[:, :, 30:] != y[:, :, 30:]).any()
 
 
 def attend_with_grads(q, *arguments) -> tuple[torch.Tensor, ...]:

@@ -156,16 +156,17 @@ def test_warp_specialised_kernels_get_aligned_rows_only(misaligned, monkeypatch)
 
 
 COMPILE_WIDE = """
-import sys, triton
+import sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from flexmoba.backends.fused import backward_kernels, forward_kernels, tile_sizes
 from flexmoba.backends.fused.schedule import Sizes
+from flexmoba.backends.grouped import key_kernels, launches, query_kernels
 
-POINTERS = {"partial_lse_ptr": "fp32", "lse_ptr": "fp32", "delta_ptr": "fp32", "extra_ptr": "fp32",
-            "bin_ptr": "i16", "own_ptr": "i1"} | {
+POINTERS = {"bin_ptr": "i16", "own_ptr": "i1", "list_ptr": "i64"} | {
+    x: "fp32" for x in ("partial_lse_ptr", "lse_ptr", "grad_lse_ptr", "delta_ptr", "extra_ptr")} | {
     x: "i32" for x in ("pair_ptr", "first_row_ptr", "first_item_ptr", "block_of_item_ptr",
-                       "first_extra_ptr", "routed_ptr")}
+                       "first_extra_ptr", "routed_ptr", "length_ptr")}
 
 def shared_memory(kernel, constants, capability):
     signature, constexprs, aligned = {}, {}, {}
@@ -191,10 +192,22 @@ attend, finish = tile_sizes.forward_constants(sizes, (16, dim, dim, value_dim), 
 keys, queries, finish_queries, _ = tile_sizes.backward_constants(
     sizes, (16, dim, dim, value_dim, value_dim), *options)
 keys = keys | {"WRITES_QUERY_GRADS": block_size <= keys["KEYS"]}
-print(max(shared_memory(kernel, constants, capability) for kernel, constants in (
+kernels = [
     (forward_kernels.attend_kernel, attend), (forward_kernels.finish_kernel, finish),
     (backward_kernels.key_grads_kernel, keys), (backward_kernels.item_query_grads_kernel, queries),
-    (backward_kernels.finish_query_grads_kernel, finish_queries))))
+    (backward_kernels.finish_query_grads_kernel, finish_queries)]
+if block_size <= 64:  # a shared selection
+    launches.has_large_shared_memory = lambda _: capability == 90
+    cpu, (q, v) = torch.device("cpu"), (torch.empty(1, 1, 2, x) for x in (dim, value_dim))
+    shared = Sizes(1, 64, 4, 65536, 65536, block_size, 16, dim, value_dim)
+    constants = launches._constants(shared, is_causal=True, unit=16, q=q, k=q, v=v)
+    constants |= {"GRAD_STRIDE": value_dim, "HAS_GRAD_LSE": True}
+    kernels += [
+        (query_kernels.attend_kernel, constants | launches._forward_tile(shared, cpu)),
+        (query_kernels.query_grads_kernel, constants | launches._query_grads_tile(shared, cpu)),
+        (key_kernels.key_grads_kernel,
+         constants | launches._key_tile(shared, large_shared_memory=capability == 90))]
+print(max(shared_memory(*kernel, capability) for kernel in kernels))
 """
 
 
@@ -202,7 +215,16 @@ print(max(shared_memory(kernel, constants, capability) for kernel, constants in 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize(("capability", "most"), [(90, 227), (89, 99)])
 @pytest.mark.parametrize(
-    "sizes", [(192, 128, 512), (128, 256, 512), (256, 256, 64), (256, 256, 512)]
+    "sizes",
+    [
+        (192, 128, 64),
+        (192, 128, 512),
+        (192, 192, 64),
+        (192, 192, 512),
+        (128, 256, 512),
+        (256, 256, 64),
+        (256, 256, 512),
+    ],
 )
 def test_kernels_for_large_head_dims_fit_in_shared_memory(capability, most, sizes, tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}

@@ -103,6 +103,10 @@ FUSED = {
     "one query": variant(q_len=1),
     "not causal, long blocks": variant(is_causal=False, block_size=300, q_len=700, kv_len=1111),
     "not causal, full blocks": variant(is_causal=False, block_size=256, dtype=torch.float16),
+    "wide heads in two parts": variant(head_dim=192, value_dim=192, kv_heads=1),
+    "wide heads in two parts, odd": variant(
+        head_dim=160, value_dim=136, kv_heads=1, block_size=100, q_len=777, kv_len=1300
+    ),
 }
 
 

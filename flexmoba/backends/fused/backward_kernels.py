@@ -7,18 +7,25 @@ import triton.language as tl
 
 from flexmoba.backends.fused.kernel_parts import (
     LOG2_E,
+    add_dots,
     add_key_grads,
+    add_parts,
     add_query_grads,
     clamped_pairs,
     head_offset,
+    keep_rows,
     key_tile,
+    load_parts,
     load_rows,
     own_range,
     query_tile_rows,
     rows_of_item,
     rows_offset,
+    scale_parts,
     sees_in_own_block,
+    store_parts,
     store_rows,
+    zero_parts,
 )
 from flexmoba.runtime.triton_launch import kernel
 
@@ -84,17 +91,17 @@ def key_grads_kernel(
     real = key < block_end
     k_ptr += head_offset(kv_head, kv_heads, k_stride_b, k_stride_h, UNIT)
     v_ptr += head_offset(kv_head, kv_heads, v_stride_b, v_stride_h, UNIT)
-    k = load_rows(k_ptr, real_key * K_STRIDE, DIM, TILE_DIM)
+    k = load_parts(k_ptr, real_key * K_STRIDE, DIM, TILE_DIM)
     v = load_rows(v_ptr, real_key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
     q_ptr += head_offset(kv_head, kv_heads, q_stride_b, q_stride_h * GROUP, UNIT)
     grad_ptr += head_offset(kv_head, kv_heads, grad_stride_b, grad_stride_h * GROUP, UNIT)
-    d_k = tl.zeros([KEYS, TILE_DIM], tl.float32)
+    d_k = zero_parts(KEYS, TILE_DIM)
     d_v = tl.zeros([KEYS, TILE_VALUE_DIM], tl.float32)
     for start in range(begin, end, ROWS):
         pair, valid = clamped_pairs(pair_ptr, start, end, ROWS)
         query = first_query + pair // COUNT - kv_head * GROUP * q_len
         offset = rows_offset(query, q_len, q_stride_h, Q_STRIDE, UNIT, GROUP)
-        q = load_rows(q_ptr, offset, DIM, TILE_DIM)
+        q = load_parts(q_ptr, offset, DIM, TILE_DIM)
         offset = rows_offset(query, q_len, grad_stride_h, GRAD_STRIDE, UNIT, GROUP)
         grad = load_rows(grad_ptr, offset, VALUE_DIM, TILE_VALUE_DIM)
         query += kv_head * GROUP * q_len
@@ -105,9 +112,10 @@ def key_grads_kernel(
             q, k, v, grad, lse, delta, real[:, None], d_k, d_v, factor, RAGGED
         )
         if WRITES_QUERY_GRADS:
-            d_q = tl.dot(tl.trans(d_scores), k) * scale
+            d_q = add_dots(tl.trans(d_scores), k, zero_parts(ROWS, TILE_DIM))
+            d_q = scale_parts(d_q, scale)
             partial = (pair - piece_pair).to(tl.int64) * DIM
-            store_rows(partial_ptr, partial, valid, d_q, DIM, TILE_DIM)
+            store_parts(partial_ptr, partial, valid, d_q, DIM, TILE_DIM)
     item_of_block = item - tl.load(first_item_ptr + block)
     if IS_CAUSAL:
         if item_of_block == 0:
@@ -118,7 +126,7 @@ def key_grads_kernel(
                     position = tl.minimum(start + tl.arange(0, ROWS), block_end - 1)
                     query = head_in_group * q_len + position - offset
                     row_offset = rows_offset(query, q_len, q_stride_h, Q_STRIDE, UNIT, GROUP)
-                    q = load_rows(q_ptr, row_offset, DIM, TILE_DIM)
+                    q = load_parts(q_ptr, row_offset, DIM, TILE_DIM)
                     row_offset = rows_offset(query, q_len, grad_stride_h, GRAD_STRIDE, UNIT, GROUP)
                     grad = load_rows(grad_ptr, row_offset, VALUE_DIM, TILE_VALUE_DIM)
                     query += kv_head * GROUP * q_len
@@ -133,13 +141,13 @@ def key_grads_kernel(
     items = tl.load(first_item_ptr + block + 1) - tl.load(first_item_ptr + block)
     if items == 1:
         row_offset = kv_head.to(tl.int64) * kv_len + key
-        store_rows(d_k_ptr, row_offset * DIM, real, d_k * scale, DIM, TILE_DIM)
+        store_parts(d_k_ptr, row_offset * DIM, real, scale_parts(d_k, scale), DIM, TILE_DIM)
         store_rows(d_v_ptr, row_offset * VALUE_DIM, real, d_v, VALUE_DIM, TILE_VALUE_DIM)
     else:
         buffer = tl.load(first_extra_ptr + block) - tl.load(first_extra_ptr + first_block)
         buffer = (buffer + item_of_block).to(tl.int64)
         row_offset = (buffer * BLOCK_SIZE + key - block_key) * (DIM + VALUE_DIM)
-        store_rows(extra_ptr, row_offset, real, d_k, DIM, TILE_DIM)
+        store_parts(extra_ptr, row_offset, real, d_k, DIM, TILE_DIM)
         store_rows(extra_ptr, row_offset + DIM, real, d_v, VALUE_DIM, TILE_VALUE_DIM)
 
 
@@ -160,7 +168,7 @@ def sum_extra_kernel(
     block_key = block % n_blocks * BLOCK_SIZE
     key = block_key + tl.program_id(0) % tiles_per_block * KEYS + tl.arange(0, KEYS)
     real = key < tl.minimum(block_key + BLOCK_SIZE, kv_len)
-    d_k = tl.zeros([KEYS, TILE_DIM], tl.float32)
+    d_k = zero_parts(KEYS, TILE_DIM)
     d_v = tl.zeros([KEYS, TILE_VALUE_DIM], tl.float32)
     first_buffer = tl.load(first_extra_ptr + block) - tl.load(first_extra_ptr + first_block)
     first_buffer = first_buffer.to(tl.int64)
@@ -168,10 +176,11 @@ def sum_extra_kernel(
         row_offset = (first_buffer + item) * BLOCK_SIZE + tl.minimum(
             key - block_key, BLOCK_SIZE - 1
         )
-        d_k += load_rows(extra_ptr, row_offset * (DIM + VALUE_DIM), DIM, TILE_DIM)
-        d_v += load_rows(extra_ptr, row_offset * (DIM + VALUE_DIM) + DIM, VALUE_DIM, TILE_VALUE_DIM)
+        offset = row_offset * (DIM + VALUE_DIM)
+        d_k = add_parts(d_k, load_parts(extra_ptr, offset, DIM, TILE_DIM))
+        d_v += load_rows(extra_ptr, offset + DIM, VALUE_DIM, TILE_VALUE_DIM)
     row_offset = (first_kv_head + block // n_blocks).to(tl.int64) * kv_len + key
-    store_rows(d_k_ptr, row_offset * DIM, real, d_k * scale, DIM, TILE_DIM)
+    store_parts(d_k_ptr, row_offset * DIM, real, scale_parts(d_k, scale), DIM, TILE_DIM)
     store_rows(d_v_ptr, row_offset * VALUE_DIM, real, d_v, VALUE_DIM, TILE_VALUE_DIM)
 
 
@@ -211,23 +220,23 @@ def item_query_grads_kernel(
     pair, valid = clamped_pairs(pair_ptr, begin, end, ROWS)
     query = first_query + pair // COUNT - kv_head * GROUP * q_len
     offset = rows_offset(query, q_len, q_stride_h, Q_STRIDE, UNIT, GROUP)
-    q = load_rows(q_ptr, offset, DIM, TILE_DIM)
+    q = load_parts(q_ptr, offset, DIM, TILE_DIM)
     offset = rows_offset(query, q_len, grad_stride_h, GRAD_STRIDE, UNIT, GROUP)
     grad = load_rows(grad_ptr, offset, VALUE_DIM, TILE_VALUE_DIM)
     query += kv_head * GROUP * q_len
     lse = tl.load(lse_ptr + query) * LOG2_E
     delta = tl.load(delta_ptr + query)
-    d_q = tl.zeros([ROWS, TILE_DIM], tl.float32)
+    d_q = zero_parts(ROWS, TILE_DIM)
     for start in range(0, BLOCK_SIZE, KEYS):
         visible = start + tl.arange(0, KEYS) < n_keys
         key = (start + tl.arange(0, KEYS)).to(tl.int64)
         if RAGGED:
             key = tl.minimum(key, n_keys - 1)
-        k = load_rows(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
+        k = load_parts(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
         v = load_rows(v_ptr, key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
         d_q = add_query_grads(q, k, v, grad, lse, delta, visible[None, :], d_q, factor, RAGGED)
     partial = (pair - piece_pair).to(tl.int64) * DIM
-    store_rows(partial_ptr, partial, valid, d_q * scale, DIM, TILE_DIM)
+    store_parts(partial_ptr, partial, valid, scale_parts(d_q, scale), DIM, TILE_DIM)
 
 
 @kernel
@@ -246,10 +255,10 @@ def finish_query_grads_kernel(
     """Computes the gradients of a tile of queries from own blocks, and adds those of pairs."""
     head, first_row, row, valid = query_tile_rows(first_tile + tl.program_id(0), q_len, ROWS)
     query = head * q_len + row
-    d_q = tl.zeros([ROWS, TILE_DIM], tl.float32)
+    d_q = zero_parts(ROWS, TILE_DIM)
     if IS_CAUSAL:
         q_ptr += head_offset(head, heads, q_stride_b, q_stride_h, UNIT)
-        q = load_rows(q_ptr, row.to(tl.int64) * Q_STRIDE, DIM, TILE_DIM)
+        q = load_parts(q_ptr, row.to(tl.int64) * Q_STRIDE, DIM, TILE_DIM)
         grad_ptr += head_offset(head, heads, grad_stride_b, grad_stride_h, UNIT)
         offset = row.to(tl.int64) * GRAD_STRIDE
         grad = load_rows(grad_ptr, offset, VALUE_DIM, TILE_VALUE_DIM)
@@ -264,23 +273,23 @@ def finish_query_grads_kernel(
         )
         for start in range(first_key, full_end, KEYS):
             key = (start + tl.arange(0, KEYS)).to(tl.int64)
-            k = load_rows(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
+            k = load_parts(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
             v = load_rows(v_ptr, key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
             d_q = add_query_grads(q, k, v, grad, lse, delta, valid, d_q, factor, False)
         for start in range(full_end, last_position + 1, KEYS):
             key, real_key = key_tile(start, kv_len, KEYS)
-            k = load_rows(k_ptr, real_key * K_STRIDE, DIM, TILE_DIM)
+            k = load_parts(k_ptr, real_key * K_STRIDE, DIM, TILE_DIM)
             v = load_rows(v_ptr, real_key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
             visible = sees_in_own_block(position, key, BLOCK_SIZE)
             d_q = add_query_grads(q, k, v, grad, lse, delta, visible, d_q, factor, True)
-        d_q *= scale
+        d_q = scale_parts(d_q, scale)
         if HAS_OWN:
             attends_own = tl.load(own_ptr + query) != 0
-            d_q = tl.where(attends_own[:, None], d_q, 0.0)
+            d_q = keep_rows(d_q, attends_own)
     routed_offset = query.to(tl.int64) * COUNT
     partial = (query - piece_query).to(tl.int64) * COUNT
     for column in range(COUNT):
         selected = tl.load(routed_ptr + routed_offset + column) >= 0
-        pair_grad = load_rows(partial_ptr, (partial + column) * DIM, DIM, TILE_DIM)
-        d_q += tl.where(selected[:, None], pair_grad, 0.0).to(tl.float32)
-    store_rows(d_q_ptr, query.to(tl.int64) * DIM, valid, d_q, DIM, TILE_DIM)
+        pair_grad = load_parts(partial_ptr, (partial + column) * DIM, DIM, TILE_DIM)
+        d_q = add_parts(d_q, keep_rows(pair_grad, selected))
+    store_parts(d_q_ptr, query.to(tl.int64) * DIM, valid, d_q, DIM, TILE_DIM)

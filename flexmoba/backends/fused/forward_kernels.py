@@ -9,9 +9,11 @@ from flexmoba.backends.fused.kernel_parts import (
     LN_2,
     add_keys,
     add_visible_keys,
+    dot_parts,
     head_offset,
     key_tile,
     load_pairs,
+    load_parts,
     load_rows,
     own_range,
     pair_offset,
@@ -63,18 +65,18 @@ def attend_kernel(
                 # their pairs two.
                 visible = key < n_keys
                 real_key = tl.minimum(key, n_keys - 1)
-                k = load_rows(k_block, real_key * K_STRIDE, DIM, TILE_DIM)
+                k = load_parts(k_block, real_key * K_STRIDE, DIM, TILE_DIM)
                 v = load_rows(v_block, real_key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
                 offset = pair_offset(pair, first, q_len, q_stride_h, Q_STRIDE, UNIT, GROUP, COUNT)
-                q = load_rows(q_head, offset, DIM, TILE_DIM)
+                q = load_parts(q_head, offset, DIM, TILE_DIM)
                 next_pair = load_pairs(pair_ptr, begin + ROWS, bin_end, ROWS)
                 for start in range(begin, end, ROWS):
                     offset = pair_offset(
                         next_pair, first, q_len, q_stride_h, Q_STRIDE, UNIT, GROUP, COUNT
                     )
-                    next_q = load_rows(q_head, offset, DIM, TILE_DIM)
+                    next_q = load_parts(q_head, offset, DIM, TILE_DIM)
                     after_pair = load_pairs(pair_ptr, start + 2 * ROWS, bin_end, ROWS)
-                    scores = tl.dot(q, tl.trans(k))
+                    scores = dot_parts(q, k)
                     if RAGGED:  # scaled before masking, because 0 * inf is NaN
                         scores = tl.where(visible[None, :], scores * factor, float("-inf"))
                         highest = tl.max(scores, 1)
@@ -95,7 +97,7 @@ def attend_kernel(
                     offset = pair_offset(
                         pair, first, q_len, q_stride_h, Q_STRIDE, UNIT, GROUP, COUNT
                     )
-                    q = load_rows(q_head, offset, DIM, TILE_DIM)
+                    q = load_parts(q_head, offset, DIM, TILE_DIM)
                     highest = tl.full([ROWS], float("-inf"), tl.float32)
                     total = tl.zeros([ROWS], tl.float32)
                     out = tl.zeros([ROWS, TILE_VALUE_DIM], tl.float32)
@@ -104,7 +106,7 @@ def attend_kernel(
                         block_key = (tile_key + key).to(tl.int64)
                         if RAGGED:
                             block_key = tl.minimum(block_key, n_keys - 1)
-                        k = load_rows(k_block, block_key * K_STRIDE, DIM, TILE_DIM)
+                        k = load_parts(k_block, block_key * K_STRIDE, DIM, TILE_DIM)
                         v = load_rows(v_block, block_key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
                         if RAGGED:
                             highest, total, out = add_visible_keys(
@@ -142,7 +144,7 @@ def finish_kernel(
     out = tl.zeros([ROWS, TILE_VALUE_DIM], tl.float32)
     if IS_CAUSAL:
         q_ptr += head_offset(head, heads, q_stride_b, q_stride_h, UNIT)
-        q = load_rows(q_ptr, row.to(tl.int64) * Q_STRIDE, DIM, TILE_DIM)
+        q = load_parts(q_ptr, row.to(tl.int64) * Q_STRIDE, DIM, TILE_DIM)
         kv_head = head // (heads // kv_heads)
         k_ptr += head_offset(kv_head, kv_heads, k_stride_b, k_stride_h, UNIT)
         v_ptr += head_offset(kv_head, kv_heads, v_stride_b, v_stride_h, UNIT)
@@ -152,12 +154,12 @@ def finish_kernel(
         )
         for start in range(first_key, full_end, KEYS):
             key = (start + tl.arange(0, KEYS)).to(tl.int64)
-            k = load_rows(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
+            k = load_parts(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
             v = load_rows(v_ptr, key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
             highest, total, out = add_keys(q, k, v, highest, total, out, factor)
         for start in range(full_end, last_position + 1, KEYS):
             key, real_key = key_tile(start, kv_len, KEYS)
-            k = load_rows(k_ptr, real_key * K_STRIDE, DIM, TILE_DIM)
+            k = load_parts(k_ptr, real_key * K_STRIDE, DIM, TILE_DIM)
             v = load_rows(v_ptr, real_key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
             visible = sees_in_own_block(position, key, BLOCK_SIZE)
             highest, total, out = add_visible_keys(q, k, v, visible, highest, total, out, factor)

@@ -11,8 +11,11 @@
 Scores are in base 2: ``factor`` is the scale, which is not negative, divided by ln(2).
 
 Sizes: a matrix product has ROWS queries and KEYS keys. DIM and VALUE_DIM are the head dims;
-TILE_DIM and TILE_VALUE_DIM are the next powers of two. GROUP is the number of query heads of a KV
-head, and UNIT is the unit of strides of batch and heads, in elements.
+TILE_DIM and TILE_VALUE_DIM are the next powers of two, but TILE_DIM may be 192. GROUP is the number
+of query heads of a KV head, and UNIT is the unit of strides of batch and heads, in elements.
+
+Queries, keys and their gradients are tuples of *parts* of the head dim, because the sizes of a
+tensor are powers of two: 192 dims are a part of 128 and one of 64. Other dims are one part.
 """
 
 import triton
@@ -70,9 +73,84 @@ def store_rows(ptr, offset, valid, x, DIM: tl.constexpr, TILE_DIM: tl.constexpr)
 
 
 @triton.jit
+def load_parts(ptr, offset, DIM: tl.constexpr, TILE_DIM: tl.constexpr):
+    """Loads rows of queries or keys as `load_rows` does."""
+    return (
+        (load_rows(ptr, offset, 128, 128), load_rows(ptr + 128, offset, DIM - 128, 64))
+        if TILE_DIM == 192
+        else (load_rows(ptr, offset, DIM, TILE_DIM),)
+    )
+
+
+@triton.jit
+def store_parts(ptr, offset, valid, parts, DIM: tl.constexpr, TILE_DIM: tl.constexpr):
+    """Writes rows of queries or keys as `store_rows` does."""
+    if TILE_DIM == 192:
+        store_rows(ptr, offset, valid, parts[0], 128, 128)
+        store_rows(ptr + 128, offset, valid, parts[1], DIM - 128, 64)
+    else:
+        store_rows(ptr, offset, valid, parts[0], DIM, TILE_DIM)
+
+
+@triton.jit
+def zero_parts(ROWS: tl.constexpr, TILE_DIM: tl.constexpr):
+    """Returns sums of gradients of queries or keys before the first addition."""
+    return (
+        (tl.zeros([ROWS, 128], tl.float32), tl.zeros([ROWS, 64], tl.float32))
+        if TILE_DIM == 192
+        else (tl.zeros([ROWS, TILE_DIM], tl.float32),)
+    )
+
+
+@triton.jit
+def pairs_of_parts(x, y):
+    """Returns the parts of ``x``, each with that of ``y``."""
+    return ((x[0], y[0]),) if len(x) == 1 else ((x[0], y[0]), (x[1], y[1]))
+
+
+@triton.jit
+def dot_parts(x, y):
+    """Returns the inner products of rows of ``x`` with rows of ``y``, over all parts."""
+    dots = tl.dot(x[0], tl.trans(y[0]))
+    for i in tl.static_range(1, len(x)):
+        dots = tl.dot(x[i], tl.trans(y[i]), dots)
+    return dots
+
+
+@triton.jit
+def add_dots(weights, x, sums):
+    """Adds sums of rows of ``x``, with weights, to ``sums``."""
+    return [tl.dot(weights, pair[0], pair[1]) for pair in pairs_of_parts(x, sums)]
+
+
+@triton.jit
+def add_parts(x, y):
+    """Returns ``x + y``."""
+    return [pair[0] + pair[1] for pair in pairs_of_parts(x, y)]
+
+
+@triton.jit
+def scale_parts(x, scale):
+    """Returns ``x * scale``."""
+    return [part * scale for part in x]
+
+
+@triton.jit
+def keep_rows(x, kept):
+    """Returns ``x`` with zeros in rows that are not kept."""
+    return [tl.where(kept[:, None], part, 0.0) for part in x]
+
+
+@triton.jit
+def choose_rows(chosen, x, y):
+    """Returns the chosen rows of ``x``, and the others of ``y``."""
+    return [tl.where(chosen[:, None], pair[0], pair[1]) for pair in pairs_of_parts(x, y)]
+
+
+@triton.jit
 def add_keys(q, k, v, highest, total, out, factor):
     """Adds keys that all rows see to the state of the online softmax."""
-    dots = tl.dot(q, tl.trans(k))
+    dots = dot_parts(q, k)
     new_highest = tl.maximum(highest, tl.max(dots, 1) * factor)
     weights = tl.exp2(dots * factor - new_highest[:, None])
     decay = tl.exp2(highest - new_highest)
@@ -84,7 +162,7 @@ def add_keys(q, k, v, highest, total, out, factor):
 @triton.jit
 def add_visible_keys(q, k, v, visible, highest, total, out, factor):
     """Computes `add_keys` for rows that see only some of the keys, or have seen none yet."""
-    scores = tl.where(visible, tl.dot(q, tl.trans(k)) * factor, float("-inf"))
+    scores = tl.where(visible, dot_parts(q, k) * factor, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(scores, 1))
     base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
     weights = tl.exp2(scores - base[:, None])
@@ -97,11 +175,11 @@ def add_visible_keys(q, k, v, visible, highest, total, out, factor):
 @triton.jit
 def add_query_grads(q, k, v, grad, lse, delta, visible, d_q, factor, MASKED: tl.constexpr):
     """Adds the contribution of keys to the gradients of queries; the caller applies the scale."""
-    weights = tl.exp2(tl.dot(q, tl.trans(k)) * factor - lse[:, None])
+    weights = tl.exp2(dot_parts(q, k) * factor - lse[:, None])
     if MASKED:
         weights = tl.where(visible, weights, 0.0)
     d_scores = weights * (tl.dot(grad, tl.trans(v)) - delta[:, None])
-    return tl.dot(d_scores.to(k.dtype), k, d_q)
+    return add_dots(d_scores.to(v.dtype), k, d_q)
 
 
 @triton.jit
@@ -110,13 +188,13 @@ def add_key_grads(q, k, v, grad, lse, delta, visible, d_k, d_v, factor, MASKED: 
 
     Returns both, and the gradients of the scores.
     """
-    weights = tl.exp2(tl.dot(k, tl.trans(q)) * factor - lse[None, :])
+    weights = tl.exp2(dot_parts(k, q) * factor - lse[None, :])
     if MASKED:
         weights = tl.where(visible, weights, 0.0)
     d_v = tl.dot(weights.to(grad.dtype), grad, d_v)
     d_scores = weights * (tl.dot(v, tl.trans(grad)) - delta[None, :])
-    d_scores = d_scores.to(q.dtype)
-    return tl.dot(d_scores, q, d_k), d_v, d_scores
+    d_scores = d_scores.to(v.dtype)
+    return add_dots(d_scores, q, d_k), d_v, d_scores
 
 
 @triton.jit

@@ -45,11 +45,21 @@ def _constants(
         "COUNT": sizes.count,
         "BLOCK_SIZE": sizes.block_size,
         "DIM": sizes.dim,
-        "TILE_DIM": next_power_of_2(sizes.dim),
+        "TILE_DIM": padded_dim(sizes.dim),
         "VALUE_DIM": sizes.value_dim,
         "TILE_VALUE_DIM": next_power_of_2(sizes.value_dim),
         **dict(zip(names, layout, strict=False)),  # the forward pass has no GRAD_STRIDE
     }
+
+
+def padded_dim(dim: int) -> int:
+    """Returns the head dim of queries and keys in the kernels: 192 or a power of two."""
+    return 192 if is_split(dim) else next_power_of_2(dim)
+
+
+def is_split(dim: int) -> bool:
+    """Returns whether the kernels divide the head dim of queries and keys into parts, 128 + 64."""
+    return 128 < dim <= 192
 
 
 def _forward_tiles(
@@ -112,7 +122,8 @@ def _wide_forward_tiles(sizes: Sizes, keys: int, large_shared_memory: bool) -> l
     few = min(32, keys)
     if large_shared_memory:
         attend = {"KEYS": keys, "num_warps": 8, "num_stages": 2}
-        finish = {"KEYS": few, "num_warps": 4, "num_stages": 2}  # two programs fit in an SM
+        finish_keys = keys if is_split(sizes.dim) and sizes.value_dim <= 128 else few
+        finish = {"KEYS": finish_keys, "num_warps": 4, "num_stages": 2}  # two programs in an SM
     else:  # 99 KiB
         attend = finish = {"KEYS": few, "num_warps": 8, "num_stages": 1}
     if sizes.block_size <= attend["KEYS"]:
@@ -132,7 +143,8 @@ def _wide_backward_tiles(
     if large_shared_memory:
         tile = {"KEYS": keys, "num_warps": 8, "num_stages": 2}
         key = {"ROWS": 32 if sizes.block_size <= keys else 64}
-        query = {"ROWS": 128, "num_warps": 8} if _is_wider(sizes) else {"ROWS": 64, "num_warps": 4}
+        fits_twice = is_split(sizes.dim) or not _is_wider(sizes)  # in an SM
+        query = {"ROWS": 64, "num_warps": 4} if fits_twice else {"ROWS": 128, "num_warps": 8}
         return [key | tile, tile | {"KEYS": few} | query, {"ROWS": QUERY_TILE} | tile]
     tile = {"KEYS": few, "num_warps": 8, "num_stages": 1}
     return [{"ROWS": 32} | tile, {"ROWS": 32} | tile, tile | {"ROWS": QUERY_TILE, "KEYS": 16}]

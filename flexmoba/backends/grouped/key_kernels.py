@@ -13,9 +13,13 @@ from flexmoba.backends.fused.kernel_parts import (
     add_key_grads,
     head_offset,
     key_tile,
+    load_parts,
     load_rows,
     rows_of_item,
+    scale_parts,
+    store_parts,
     store_rows,
+    zero_parts,
 )
 from flexmoba.runtime.triton_launch import kernel
 
@@ -54,7 +58,7 @@ def add_tokens(
     query = tl.load(pair_ptr + begin + row // GROUP) // COUNT - kv_head * q_len
     token = query.to(tl.int64)
     offset = head * q_stride_h * UNIT + token * Q_STRIDE
-    q = load_rows(q_ptr, offset, DIM, TILE_DIM)
+    q = load_parts(q_ptr, offset, DIM, TILE_DIM)
     offset = head * grad_stride_h * UNIT + token * GRAD_STRIDE
     grad = load_rows(grad_ptr, offset, VALUE_DIM, TILE_VALUE_DIM)
     flat = (kv_head.to(tl.int64) * GROUP + head) * q_len + token
@@ -97,11 +101,11 @@ def key_grads_kernel(
     real = key < block_end
     k_ptr += head_offset(kv_head, kv_heads, k_stride_b, k_stride_h, UNIT)
     v_ptr += head_offset(kv_head, kv_heads, v_stride_b, v_stride_h, UNIT)
-    k = load_rows(k_ptr, real_key * K_STRIDE, DIM, TILE_DIM)
+    k = load_parts(k_ptr, real_key * K_STRIDE, DIM, TILE_DIM)
     v = load_rows(v_ptr, real_key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
     q_ptr += head_offset(kv_head, kv_heads, q_stride_b, q_stride_h * GROUP, UNIT)
     grad_ptr += head_offset(kv_head, kv_heads, grad_stride_b, grad_stride_h * GROUP, UNIT)
-    d_k = tl.zeros([KEYS, TILE_DIM], tl.float32)
+    d_k = zero_parts(KEYS, TILE_DIM)
     d_v = tl.zeros([KEYS, TILE_VALUE_DIM], tl.float32)
     # Tokens of a block ascend. Those from its last key on see all keys, and a mask takes registers.
     middle = begin
@@ -125,10 +129,10 @@ def key_grads_kernel(
         )  # fmt: skip
     if tl.load(first_item_ptr + block + 1) - tl.load(first_item_ptr + block) == 1:
         offset = kv_head.to(tl.int64) * kv_len + key
-        store_rows(d_k_ptr, offset * DIM, real, d_k * scale, DIM, TILE_DIM)
+        store_parts(d_k_ptr, offset * DIM, real, scale_parts(d_k, scale), DIM, TILE_DIM)
         store_rows(d_v_ptr, offset * VALUE_DIM, real, d_v, VALUE_DIM, TILE_VALUE_DIM)
     else:
         buffer = tl.load(first_extra_ptr + block) + item - tl.load(first_item_ptr + block)
         offset = (buffer.to(tl.int64) * BLOCK_SIZE + key - block_key) * (DIM + VALUE_DIM)
-        store_rows(extra_ptr, offset, real, d_k, DIM, TILE_DIM)
+        store_parts(extra_ptr, offset, real, d_k, DIM, TILE_DIM)
         store_rows(extra_ptr, offset + DIM, real, d_v, VALUE_DIM, TILE_VALUE_DIM)

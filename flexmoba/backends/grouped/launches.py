@@ -10,7 +10,7 @@ from flexmoba.backends.fused.backward_kernels import sum_extra_kernel
 from flexmoba.backends.fused.routing import items_of_blocks, sort_pairs
 from flexmoba.backends.fused.schedule import Sizes, SortGroup
 from flexmoba.backends.fused.strides import head_strides, token_stride
-from flexmoba.backends.fused.tile_sizes import has_large_shared_memory
+from flexmoba.backends.fused.tile_sizes import has_large_shared_memory, is_split, padded_dim
 from flexmoba.backends.grouped.key_kernels import key_grads_kernel
 from flexmoba.backends.grouped.query_kernels import (
     attend_kernel,
@@ -155,7 +155,7 @@ def _constants(
         "COUNT": sizes.count,
         "BLOCK_SIZE": sizes.block_size,
         "DIM": sizes.dim,
-        "TILE_DIM": max(16, _next_power_of_2(sizes.dim)),
+        "TILE_DIM": max(16, padded_dim(sizes.dim)),
         "VALUE_DIM": sizes.value_dim,
         "TILE_VALUE_DIM": max(16, _next_power_of_2(sizes.value_dim)),
         "UNIT": unit,
@@ -170,26 +170,33 @@ def _forward_tile(sizes: Sizes, device: torch.device) -> dict[str, int]:
 
     The query heads of a tile fill a matrix product of 64 rows, which the matrix units of an H100
     compute at their highest rate. With three tiles of keys and values in shared memory, two
-    programs fit on a multiprocessor of an H100, and two tiles are copied while one is in use.
+    programs fit on a multiprocessor of an H100, and two tiles are copied while one is in use. With
+    head dims 192/128, two programs fit with two tiles each.
     """
-    return _token_tile(sizes, device, rows=64, stages=3)
+    warp_rows = 8 if _needs_few_keys(sizes, device) else 16
+    return _token_tile(sizes, device, rows=64, warp_rows=warp_rows, stages=3)
 
 
 def _query_grads_tile(sizes: Sizes, device: torch.device) -> dict[str, int]:
     """Returns the tile sizes of `query_grads_kernel`.
 
     On an H100, tiles of 32 rows take less time than tiles of 64, probably because more programs
-    overlap the waits between three products. Head dims above 128 were not timed with 32 rows.
+    overlap the waits between three products. Head dims above 128 were not timed with 32 rows, but
+    with 64 rows and 192 dims, the kernel would spill registers.
     """
-    return _token_tile(sizes, device, rows=64 if _is_wide(sizes) else 32, stages=2)
+    is_wide = _is_wide(sizes)
+    rows = 64 if is_wide and not is_split(sizes.dim) else 32
+    return _token_tile(sizes, device, rows=rows, warp_rows=8 if is_wide else 16, stages=2)
 
 
-def _token_tile(sizes: Sizes, device: torch.device, *, rows: int, stages: int) -> dict[str, int]:
+def _token_tile(
+    sizes: Sizes, device: torch.device, *, rows: int, warp_rows: int, stages: int
+) -> dict[str, int]:
     """Returns the tile sizes of a kernel that processes a tile of tokens.
 
-    A tile has ``rows`` query heads, padding included, or those of one token if they are more.
-    ``stages`` tiles of keys and values are for head dims up to 128 and the shared memory of an
-    H100; fewer or smaller tiles fit elsewhere.
+    A tile has ``rows`` query heads, padding included, or those of one token if they are more; a
+    warp has ``warp_rows`` of them. ``stages`` tiles of keys and values are for head dims up to 128
+    and the shared memory of an H100; fewer or smaller tiles fit elsewhere.
     """
     heads = max(8, _next_power_of_2(sizes.group))
     tokens = max(1, rows // heads)
@@ -201,14 +208,23 @@ def _token_tile(sizes: Sizes, device: torch.device, *, rows: int, stages: int) -
         "HEADS": heads,
         "TOKENS": tokens,
         "LIST": tokens * _next_power_of_2(sizes.count),
-        "KEYS": min(32 if is_wide else 64, max(16, _next_power_of_2(sizes.block_size))),
-        "num_warps": min(8, tokens * heads // (8 if is_wide else 16)),
+        "KEYS": min(
+            32 if _needs_few_keys(sizes, device) else 64,
+            max(16, _next_power_of_2(sizes.block_size)),
+        ),
+        "num_warps": min(8, tokens * heads // warp_rows),
         "num_stages": stages,
     }
 
 
 def _is_wide(sizes: Sizes) -> bool:
     return max(sizes.dim, sizes.value_dim) > 128
+
+
+def _needs_few_keys(sizes: Sizes, device: torch.device) -> bool:
+    """Returns whether only tiles of 32 keys leave room for other programs."""
+    fits = is_split(sizes.dim) and sizes.value_dim <= 128 and has_large_shared_memory(device)
+    return _is_wide(sizes) and not fits
 
 
 def _listed_blocks(selected: Tensor, tile: dict[str, int]) -> tuple[Tensor, Tensor]:
@@ -226,12 +242,13 @@ def _key_tile(sizes: Sizes, *, large_shared_memory: bool = True) -> dict[str, in
     """Returns the tile sizes of `key_grads_kernel`.
 
     Compiled for an H100, two programs of four warps fit on a multiprocessor, but head dims above
-    128 need the registers of eight warps.
+    128 need the registers of eight warps. Without its shared memory, they need smaller tiles.
     """
-    keys = min(64, max(16, _next_power_of_2(sizes.block_size)))
-    warps = 4 if max(sizes.dim, sizes.value_dim) <= 128 else 8
+    is_wide = _is_wide(sizes)
+    most = 32 if is_wide and not large_shared_memory else 64
+    keys = min(most, max(16, _next_power_of_2(sizes.block_size)))
     stages = 2 if large_shared_memory else 1
-    return {"ROWS": 64, "KEYS": keys, "num_warps": warps, "num_stages": stages}
+    return {"ROWS": most, "KEYS": keys, "num_warps": 8 if is_wide else 4, "num_stages": stages}
 
 
 def _next_power_of_2(x: int) -> int:

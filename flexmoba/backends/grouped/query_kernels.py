@@ -18,11 +18,17 @@ import triton.language as tl
 from flexmoba.backends.fused.kernel_parts import (
     LN_2,
     LOG2_E,
+    add_parts,
     add_query_grads,
     add_visible_keys,
+    choose_rows,
     head_offset,
+    load_parts,
     load_rows,
+    scale_parts,
+    store_parts,
     store_rows,
+    zero_parts,
 )
 from flexmoba.runtime.triton_launch import kernel
 
@@ -126,6 +132,25 @@ def load_row(ptr, offset, DIM: tl.constexpr, TILE_DIM: tl.constexpr):
     return tl.load(ptr + offset + dim, mask=dim < DIM, other=0.0).to(tl.float32)[None, :]
 
 
+@triton.jit
+def load_key(ptr, offset, DIM: tl.constexpr, TILE_DIM: tl.constexpr):
+    """Loads a key as `load_row` does, in parts of the head dim."""
+    return (
+        (load_row(ptr, offset, 128, 128), load_row(ptr + 128, offset, DIM - 128, 64))
+        if TILE_DIM == 192
+        else (load_row(ptr, offset, DIM, TILE_DIM),)
+    )
+
+
+@triton.jit
+def dots_with_key(q, k_row):
+    """Returns the inner products of queries with one key, in float32."""
+    dots = tl.sum(q[0].to(tl.float32) * k_row[0], 1)
+    for i in tl.static_range(1, len(q)):
+        dots += tl.sum(q[i].to(tl.float32) * k_row[i], 1)
+    return dots
+
+
 @kernel
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, list_ptr, length_ptr, out_ptr, lse_ptr,
@@ -144,7 +169,7 @@ def attend_kernel(
     offset = token_offset(
         kv_head, kv_heads, head, query, q_stride_b, q_stride_h, Q_STRIDE, UNIT, GROUP
     )
-    q = load_rows(q_ptr, offset, DIM, TILE_DIM)
+    q = load_parts(q_ptr, offset, DIM, TILE_DIM)
     k_ptr += head_offset(kv_head, kv_heads, k_stride_b, k_stride_h, UNIT)
     v_ptr += head_offset(kv_head, kv_heads, v_stride_b, v_stride_h, UNIT)
     list_ptr += tl.program_id(0).to(tl.int64) * LIST
@@ -160,9 +185,9 @@ def attend_kernel(
             key, sees = late_key(
                 late, list_ptr, length, first_position, kv_len, token, TOKENS, BLOCK_SIZE, LIST
             )
-            k_row = load_row(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
+            k_row = load_key(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
             v_row = load_row(v_ptr, key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
-            score = tl.sum(q.to(tl.float32) * k_row, 1) * factor
+            score = dots_with_key(q, k_row) * factor
             score = tl.where(sees, score, float("-inf"))
             new_highest = tl.maximum(highest, score)
             base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
@@ -176,7 +201,7 @@ def attend_kernel(
         key, visible, sees_some = listed_keys(
             list_ptr, step, end_key, token, TOKENS, BLOCK_SIZE, KEYS
         )
-        k = load_rows(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
+        k = load_parts(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
         v = load_rows(v_ptr, key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
         highest, total, new_out = add_visible_keys(q, k, v, visible, highest, total, out, factor)
         out = tl.where(sees_some[:, None], new_out, out)  # values that it does not see may be NaN
@@ -210,7 +235,7 @@ def query_grads_kernel(
     offset = token_offset(
         kv_head, kv_heads, head, query, q_stride_b, q_stride_h, Q_STRIDE, UNIT, GROUP
     )
-    q = load_rows(q_ptr, offset, DIM, TILE_DIM)
+    q = load_parts(q_ptr, offset, DIM, TILE_DIM)
     offset = token_offset(
         kv_head, kv_heads, head, query, grad_stride_b, grad_stride_h, GRAD_STRIDE, UNIT, GROUP
     )
@@ -227,7 +252,7 @@ def query_grads_kernel(
     list_ptr += tl.program_id(0).to(tl.int64) * LIST
     length = tl.load(length_ptr + tl.program_id(0))
     first_position = first + kv_len - q_len
-    d_q = tl.zeros([TOKENS * HEADS, TILE_DIM], tl.float32)
+    d_q = zero_parts(TOKENS * HEADS, TILE_DIM)
     end_key = kv_len
     if IS_CAUSAL:
         end_key = first_position + 1
@@ -235,18 +260,19 @@ def query_grads_kernel(
             key, sees = late_key(
                 late, list_ptr, length, first_position, kv_len, token, TOKENS, BLOCK_SIZE, LIST
             )
-            k_row = load_row(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
+            k_row = load_key(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
             v_row = load_row(v_ptr, key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
-            weight = tl.exp2(tl.sum(q.to(tl.float32) * k_row, 1) * factor - lse)
+            weight = tl.exp2(dots_with_key(q, k_row) * factor - lse)
             d_score = weight * (tl.sum(grad.to(tl.float32) * v_row, 1) - delta)
-            d_q = tl.where(sees[:, None], d_q + d_score[:, None] * k_row, d_q)
+            new_d_q = add_parts(d_q, scale_parts(k_row, d_score[:, None]))
+            d_q = choose_rows(sees, new_d_q, d_q)
     tiles: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
     for step in range(length * tiles):
         key, visible, sees_some = listed_keys(
             list_ptr, step, end_key, token, TOKENS, BLOCK_SIZE, KEYS
         )
-        k = load_rows(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
+        k = load_parts(k_ptr, key * K_STRIDE, DIM, TILE_DIM)
         v = load_rows(v_ptr, key * V_STRIDE, VALUE_DIM, TILE_VALUE_DIM)
         new_d_q = add_query_grads(q, k, v, grad, lse, delta, visible, d_q, factor, True)
-        d_q = tl.where(sees_some[:, None], new_d_q, d_q)
-    store_rows(d_q_ptr, row * DIM, valid, d_q * scale, DIM, TILE_DIM)
+        d_q = choose_rows(sees_some, new_d_q, d_q)
+    store_parts(d_q_ptr, row * DIM, valid, scale_parts(d_q, scale), DIM, TILE_DIM)
