@@ -253,7 +253,9 @@ def _attend_within_ranges(
         .contiguous()  # one KV head would be a view without a stride over heads
         for x in (k, v)
     )
-    mask = range_mask(None if first_key is None else first_key[:, 0], end_key[0, 0], k.shape[2])
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    first_key = None if first_key is None else first_key[:, 0]
+    mask = range_mask(first_key, end_key[0, 0], k.shape[2], backward=backward)
     return call_flex(q, k, v, mask, scale, kernel_options, divisible=divisible)
 
 
