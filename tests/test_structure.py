@@ -133,6 +133,7 @@ MANY_PARAMETERS = {
     "flexmoba.backends.flex.routed._attend_routed_tiles": COMPILED,
     "flexmoba.backends.dense.operator._differentiate_here": OPERATOR,
     "flexmoba.backends.fused.operator._differentiate_here": OPERATOR,
+    "flexmoba.backends.grouped.operator._differentiate_here": OPERATOR,
     "flexmoba.backends.routing._tables": OPERATOR,
     "flexmoba.cache.moba_cache.MobaCache.__init__": "public",
     "flexmoba.cache.moba_cache.MobaCache.attend": "public",
