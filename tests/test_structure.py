@@ -150,6 +150,7 @@ MANY_PARAMETERS = {
     "flexmoba.nn.attention.MobaAttention.__init__": "public",
     "flexmoba.nn.nsa_attention.NsaAttention.__init__": "public",
     "flexmoba.nsa.attention.flex_nsa": "public",
+    "flexmoba.nsa.select._select_here": OPERATOR,
     "flexmoba.nsa.cache.NsaCache.__init__": "public",
     "flexmoba.nsa.reference.nsa_reference": "public",
     "flexmoba.nsa.select.nsa_select": "public",
