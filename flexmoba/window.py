@@ -145,8 +145,9 @@ def attend_to_window(
     k, v = k[:, :, first:], v[:, :, first:]
     if missing > 0:
         q = F.pad(q, (0, 0, missing, 0))  # copies, even if nothing is missing
-    position = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
-    first_key = (position - (window - 1)).clamp(min=0).expand(q.shape[0], -1)
+    end = q.shape[2] + 1 - window
+    first_key = torch.arange(1 - window, end, dtype=torch.int32, device=q.device)
+    first_key = first_key.clamp(min=0).expand(q.shape[0], -1)
     if first_token is not None:
         first_key = torch.maximum(first_key, first_token)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

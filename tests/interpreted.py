@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from flexmoba import MobaCache, gate, moba_select, selected_attention
+from flexmoba.backends.flex import range_kernel
+from flexmoba.backends.flex.range_mask import range_lists
 from flexmoba.backends.fused import backward as backward_pass
 from flexmoba.backends.fused import forward as forward_pass
 from flexmoba.backends.fused import fused_attention, hopper, routing, schedule
@@ -690,7 +692,34 @@ def test_the_selection_kernels_of_nsa(changes, sizes, documents):
     for known in (None, lse.float()) if first is None else (None,):
         best = select_on_cuda_of_nsa(q, k_cmp, first, known, length, sizes, 0.3)
         assert best.dtype == torch.int32
-        assert_bitwise_equal(best, expected[..., -sizes.scored :])
+        assert_bitwise_equal(best, expected)
+
+
+@given(
+    *(st.integers(1, 600), st.integers(1, 1500), st.integers(-200, 600), st.integers(0, 4)),
+    *(st.sampled_from((2, 128)), st.integers(0, 2**32 - 1)),
+)
+@settings(max_examples=25, deadline=None, phases=[Phase.generate])
+def test_the_kernel_of_range_lists(q_len, kv_len, blind, count, columns, seed):
+    """Tests the lists of every visited and other block, bit for bit, with and without documents."""
+    generator = torch.Generator().manual_seed(seed)
+    position = torch.arange(q_len, dtype=torch.int32)
+    end = ((position - blind) * kv_len // q_len).clamp(max=kv_len)
+    first = None
+    if count:
+        starts = torch.randint(q_len, (2, count, 1), generator=generator)
+        first = torch.where(starts <= position, end[starts.squeeze(-1)][..., None].clamp(min=0), 0)
+        first = first.amax(1).int() + 2
+    expected = range_lists(first, end, kv_len, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(range_kernel, "_COLUMNS", columns)
+        lists = [
+            x
+            for transposed in (False, True)
+            for x in range_kernel.range_lists_on_cuda(first, end, kv_len, transposed=transposed)
+        ]
+    for actual, x in zip(lists, expected, strict=True):
+        assert_bitwise_equal(actual, x)
 
 
 def test_ties_and_nan_in_the_selection_kernels_of_nsa():
@@ -703,7 +732,7 @@ def test_ties_and_nan_in_the_selection_kernels_of_nsa():
     # The highest scores are often equal, and all other weights are 0.
     one_hot = 1e4 * q.round(), k_cmp.sign()
     for queries, keys in ((q * 0, k_cmp), one_hot, (q, broken)):
-        expected = select_in_slots(queries, keys, 150, None, sizes, 0.3)[..., 3:]
+        expected = select_in_slots(queries, keys, 150, None, sizes, 0.3)
         best = select_on_cuda_of_nsa(queries, keys, None, None, 150, sizes, 0.3)
         assert_bitwise_equal(best, expected)
 

@@ -133,10 +133,14 @@ def test_ranges(q_len, kv_len, blind, count, seed):
         first = first.amax(1).int() + 2  # the first two keys of a document belong to none
     key = torch.arange(kv_len)
     dense = ((key < end[:, None]) & (key >= first[..., None]))[:, None]
-    mask = range_mask(first if count else None, end, kv_len)
+    mask = range_mask(first if count else None, end, kv_len, backward=True)
     problem = Problem(batch=len(first), q_len=q_len, kv_len=kv_len)
     dense = dense.expand(-1, 2, -1, -1)
     assert_bitwise_equal(evaluate(mask, problem).expand_as(dense), dense)
+    alone = range_mask(first if count else None, end, kv_len, backward=False)
+    assert alone.q_indices is None
+    assert_bitwise_equal(alone.kv_indices, mask.kv_indices)
+    assert_bitwise_equal(alone.full_kv_indices, mask.full_kv_indices)
     if not count:
         assert_lists_are_exact(mask, dense[:, :1])
         return
@@ -158,9 +162,10 @@ def test_ranges(q_len, kv_len, blind, count, seed):
 def test_lists_that_differ_between_rows_have_a_fixed_layout():
     """Inductor lays out the result of an operator as it is, other lists with heads outermost."""
     selection = torch.zeros(2, 1, 300, 2, dtype=torch.int32)
+    rows = selection[:, 0, :, 0]
     for mask_of, is_fixed in (
-        (lambda: window_mask(selection[:, 0, :, 0], 100), True),
-        (lambda: range_mask(selection[:, 0, :, 0], selection[0, 0, :, 0], 300), True),
+        (lambda: window_mask(rows, 100), True),
+        (lambda: range_mask(rows, rows[0], 300, backward=True), True),
         (lambda: selection_mask(selection, 300, 64, is_causal=True), True),
         (lambda: full_mask(300, 300, selection.device, is_causal=True), False),  # one list for all
     ):

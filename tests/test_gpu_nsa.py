@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flexmoba import selected_attention
+from flexmoba.backends.flex.range_mask import range_lists
 from flexmoba.nn import NsaAttention
 from flexmoba.nsa import NsaSizes, flex_nsa, nsa_select
 from flexmoba.nsa.decode import attend_gathered, attend_step
@@ -65,6 +66,24 @@ PROBLEMS = {
 # Without gradients, which compile for the longest time, and with torch's dense kernels.
 FORWARD_ALONE = [PROBLEMS[x] for x in ("blocks of 32", "one size", "one query", "few tokens")]
 every_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len"), [(1, 1), (100, 7), (700, 300), (1000, 62), (8192, 512), (40000, 2500)]
+)
+def test_lists_of_ranges(q_len, kv_len, documents):
+    """Tests the kernel against plain operations on CPU, bit for bit."""
+    position = torch.arange(q_len, dtype=torch.int32)
+    end = ((position - 15) * kv_len // q_len).clamp(max=kv_len)
+    starts = torch.stack([position // 333 * 333, position // 1100 * 1100])
+    first = end[starts].clamp(min=0) if documents else None
+    for backward in (False, True):
+        expected = range_lists(first, end, kv_len, backward)
+        on_device = None if first is None else first.to(DEVICE)
+        lists = range_lists(on_device, end.to(DEVICE), kv_len, backward)
+        for actual, x in zip(lists, expected, strict=True):
+            assert_bitwise_equal(actual.cpu(), x)
 
 
 @every_problem
@@ -151,6 +170,22 @@ def test_compiled():
         torch.testing.assert_close(out, expected, rtol=0, atol=3e-2)
         (grad,) = torch.autograd.grad(out.float().square().sum(), x)
         assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"batch": 2, "cmp_block": 64, "cmp_stride": 8}])
+def test_compiled_flex_nsa_at_two_lengths(changes):
+    """Tests one compilation for symbolic lengths, without gradients."""
+    compiled = torch.compile(flex_nsa, fullgraph=True)
+    for length in (1000, 1500):
+        problem = variant(q_len=length, kv_len=length, head_dim=64, value_dim=64, **changes)
+        tensors = problem.tensors(DEVICE)
+        named = dict(zip(NAMES[4:], tensors[4:], strict=True))
+        with torch.no_grad():
+            expected = flex_nsa(*tensors[:4], **named, **problem.options)
+            for x in (*tensors, *named.values()):
+                torch._dynamo.maybe_mark_dynamic(x, 2)
+            out = compiled(*tensors[:4], **named, **problem.options)
+        torch.testing.assert_close(out, expected, rtol=0, atol=2e-2)
 
 
 def test_decoding_in_a_cuda_graph():

@@ -260,9 +260,8 @@ def test_operators():
         flex_moba(*inputs, 16, 3, key_padding_mask=real).sum().backward()
         materialize(real)
         materialize_all([real, real.mT])
-        range_lists(
-            torch.arange(300, dtype=torch.int32).repeat(2, 1) // 2, torch.arange(300).int(), 299
-        )
+        first_key = torch.arange(300, dtype=torch.int32).repeat(2, 1) // 2
+        range_lists(first_key, torch.arange(300).int(), 299, True)
         cache = MobaCache(1, 2, 8, block_size=16, dtype=torch.float64)
         flex_moba(*(x.detach() for x in inputs), 16, 3, cache=cache)
         cache.next_positions(1)

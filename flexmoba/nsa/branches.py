@@ -56,14 +56,14 @@ def compressed_branch(
     options = AttentionOptions(resolve(impl, q, k_cmp, v_cmp), factor)
     if options.impl == "portable":
         return _attend_by_strides(q, k_cmp, v_cmp, kv_len, first_block, sizes, scale, options)
-    position = torch.arange(kv_len - q.shape[2], kv_len, dtype=torch.int32, device=q.device)
-    end_key = (position + 1) // sizes.cmp_stride - (sizes.cmp_block // sizes.cmp_stride - 1)
+    # Per query, the strides up to it, less those of a compressed block but one.
+    end = kv_len + 1 - (sizes.cmp_block - sizes.cmp_stride)
+    strides = torch.arange(end - q.shape[2], end, dtype=torch.int32, device=q.device)
+    end_key = strides // sizes.cmp_stride
     first_key = None
     if first_block is not None:
         first_key = (first_block * (sizes.block_size // sizes.cmp_stride)).expand(q.shape[0], -1)
-    out, lse = range_attention(q, k_cmp, v_cmp, first_key, end_key, options)
-    sees_none = end_key <= (0 if first_key is None else first_key[:, None])
-    return out, lse.masked_fill(sees_none, float("-inf"))  # without a gradient
+    return range_attention(q, k_cmp, v_cmp, first_key, end_key, options)
 
 
 def _attend_by_strides(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.gate.kernel import (
     MAX_COUNT,
     MAX_HEAD_DIM,
@@ -31,7 +32,7 @@ from flexmoba.gate.lists import (
     sort_runs,
 )
 from flexmoba.nsa.sizes import NsaSizes
-from flexmoba.runtime.triton_launch import kernel, launch, packed
+from flexmoba.runtime.triton_launch import kernel, launch, on_device_of, packed
 
 _LN_2 = tl.constexpr(math.log(2))
 _LOG2_E = tl.constexpr(1 / math.log(2))
@@ -42,7 +43,7 @@ _MAX_LIST = 16  # keys of a list that fits in registers
 
 def supports(q: Tensor, sizes: NsaSizes) -> bool:
     """Returns whether the kernels support these queries and sizes."""
-    margin = -(-(sizes.cmp_block - sizes.cmp_stride) // sizes.block_size)
+    margin = ceil_div(sizes.cmp_block - sizes.cmp_stride, sizes.block_size)
     few_dims = q.shape[-1] <= MAX_HEAD_DIM
     # A tile must hold more blocks than its margin.
     return few_dims and sizes.scored <= MAX_COUNT and (margin + 1) * _room(sizes) <= _LEAST_TILE
@@ -50,8 +51,7 @@ def supports(q: Tensor, sizes: NsaSizes) -> bool:
 
 def _room(sizes: NsaSizes) -> int:
     """Returns the places for the compressed blocks that begin in a block, a power of two."""
-    room: int = triton.next_power_of_2(sizes.block_size // sizes.cmp_stride)
-    return room
+    return next_power_of_2(sizes.block_size // sizes.cmp_stride)
 
 
 def select_on_cuda(
@@ -63,7 +63,7 @@ def select_on_cuda(
     sizes: NsaSizes,
     scale: float,
 ) -> Tensor:
-    """Returns the candidates of the highest importance, ``(B, Hkv, Lq, scored)`` int32.
+    """Returns the selection, ``(B, Hkv, Lq, topk)`` int32, in the order of `nsa_select`.
 
     Args:
         q: Queries, ``(B, Hq, Lq, D)``, in single or half precision.
@@ -80,7 +80,7 @@ def select_on_cuda(
     first = q if first_block is None else packed(first_block.expand(batch, -1).int())
     r, s = sizes.block_size // sizes.cmp_stride, sizes.cmp_block // sizes.cmp_stride
     is_large = dim > 128 or q.element_size() > 2
-    slots, room = triton.next_power_of_2(sizes.scored), _room(sizes)
+    slots, room = next_power_of_2(sizes.scored), _room(sizes)
     constants = {
         "DIM": dim,
         "GROUP": heads // kv_heads,
@@ -90,7 +90,7 @@ def select_on_cuda(
         "IN_COMPRESSED": s,
         "TILE_Q": 64,  # so that two programs fit on a multiprocessor of an H100
         "TILE_N": _LEAST_TILE if is_large else _TILE,
-        "TILE_D": max(16, triton.next_power_of_2(dim)),
+        "TILE_D": max(16, next_power_of_2(dim)),
         "COUNT": sizes.scored,
         "SLOTS": slots,
         "ROOM": room,
@@ -100,10 +100,10 @@ def select_on_cuda(
         "num_warps": 4,
         "num_stages": 2,
     }
-    tiles = triton.cdiv(q_len, constants["TILE_Q"])
+    tiles = ceil_div(q_len, constants["TILE_Q"])
     numbers = q_len, kv_len - q_len, n_compressed, kv_heads, scale / math.log(2)
-    selected = torch.empty(batch, kv_heads, q_len, sizes.scored, dtype=torch.int32, device=q.device)
-    with torch.cuda.device_of(q):
+    selected = torch.empty(batch, kv_heads, q_len, sizes.topk, dtype=torch.int32, device=q.device)
+    with on_device_of(q):
         if lse is None:
             lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
             launch(
@@ -278,6 +278,23 @@ def _keep_best_in_lists(best, key, TILE_Q: tl.constexpr, BLOCKS: tl.constexpr, S
     return merge_lists(best, key, TILE_Q, _LISTS, SLOTS)
 
 
+@triton.jit
+def _store_forced(
+    selected_ptr, row, q_len, first, own,
+    SINKS: tl.constexpr, LOCALS: tl.constexpr, TOPK: tl.constexpr,
+):  # fmt: skip
+    """Stores the own block, local blocks and sink blocks; a block that is both is a sink block."""
+    selected_ptr += row.to(tl.int64) * TOPK
+    tl.store(selected_ptr, own, mask=row < q_len)
+    for i in tl.static_range(LOCALS):
+        local = own - 1 - i
+        local = tl.where(local >= first + SINKS, local, -1)
+        tl.store(selected_ptr + 1 + i, local, mask=row < q_len)
+    for i in tl.static_range(SINKS):
+        sink = tl.where(first + i < own, first + i, -1)
+        tl.store(selected_ptr + 1 + LOCALS + i, sink, mask=row < q_len)
+
+
 @kernel
 def importance_kernel(
     q_ptr, k_ptr, first_ptr, lse_ptr, selected_ptr,
@@ -304,9 +321,12 @@ def importance_kernel(
     first, begin, end = _seen(
         row, batch, q_len, offset, first_ptr, HAS_FIRST, STRIDE, IN_BLOCK, IN_COMPRESSED
     )
-    position = tl.minimum(row, q_len - 1) + offset
+    own = (tl.minimum(row, q_len - 1) + offset) // (STRIDE * IN_BLOCK)
+    FORCED: tl.constexpr = 1 + LOCALS + SINKS
+    selected_ptr += kv_head.to(tl.int64) * q_len * (FORCED + COUNT)
+    _store_forced(selected_ptr, row, q_len, first, own, SINKS, LOCALS, FORCED + COUNT)
     first_candidate = first + SINKS
-    end_candidate = position // (STRIDE * IN_BLOCK) - LOCALS
+    end_candidate = own - LOCALS
     k_ptr += kv_head.to(tl.int64) * n_compressed * DIM
     place = tl.arange(0, TILE_N)
     block_in_tile = tl.arange(0, TILE_BLOCKS)
@@ -359,9 +379,8 @@ def importance_kernel(
     else:
         best = tl.sort(best, descending=True)  # unused slots come first
         column = slot - (SLOTS - COUNT)
-    selected_row = kv_head.to(tl.int64) * q_len + row
     tl.store(
-        selected_ptr + selected_row[:, None] * COUNT + column,
+        selected_ptr + row.to(tl.int64)[:, None] * (FORCED + COUNT) + FORCED + column,
         blocks_of_keys(best),
         mask=(row < q_len)[:, None] & (column >= 0) & (column < COUNT),
     )

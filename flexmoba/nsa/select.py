@@ -4,6 +4,8 @@ arXiv 2502.11089, Sec. 3.3.2, Eq. 8 to 11. The scores of a piece of the queries 
 time.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -14,7 +16,7 @@ from flexmoba.gate import forced_blocks, top_blocks
 from flexmoba.nsa.checks import check_compressed_keys, check_sizes
 from flexmoba.nsa.layout import nsa_layout
 from flexmoba.nsa.sizes import NsaSizes
-from flexmoba.runtime import HAS_TRITON, without_autocast
+from flexmoba.runtime import HAS_TRITON, is_plain_call, without_autocast
 
 # Number of scores of compressed keys in memory at a time.
 _SCORES_AT_ONCE = 2**22
@@ -140,15 +142,14 @@ def select_in_slots(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     tensors = q.detach(), k_cmp.detach(), first_block, None if lse is None else lse.detach()
-    selection: Tensor = _select(*tensors, kv_len, *sizes, scale)
+    # An operator takes longer on the host than this function without it.
+    select: Any = _select_here if is_plain_call(q, k_cmp) else _select
+    selection: Tensor = select(*tensors, kv_len, *sizes, scale)
     return selection
 
 
-# An operator, opaque to compilers, so that the selection is the same inside torch.compile and
-# outside. The arguments are flat because the schema of an operator has no tuples.
-@torch.library.custom_op("flexmoba::nsa_select", mutates_args=())
 @without_autocast
-def _select(
+def _select_here(
     q: Tensor,
     k_cmp: Tensor,
     first_block: Tensor | None,
@@ -163,22 +164,21 @@ def _select(
     scale: float,
 ) -> Tensor:
     sizes = NsaSizes(cmp_block, cmp_stride, block_size, topk, sink_blocks, local_blocks)
+    if _has_kernels(q, k_cmp.shape[2], sizes):
+        from flexmoba.nsa.kernel import select_on_cuda
+
+        return select_on_cuda(q, k_cmp, first_block, lse, kv_len, sizes, scale)
     batch, heads, q_len, _ = q.shape
     kv_heads, n_compressed = k_cmp.shape[1:3]
     position = torch.arange(kv_len - q_len, kv_len, device=q.device)
     own = (position // block_size)[None]
-    given_first_block, first_block = first_block, (own * 0 if first_block is None else first_block)
+    first_block = own * 0 if first_block is None else first_block
     columns = [own.int()[:, None, :, None], forced_blocks(first_block, own, sizes.gate)]
     shape = (batch, kv_heads, q_len, -1)
     always = torch.cat([x.expand(shape) for x in columns if x is not None], dim=-1)
     if sizes.scored == 0 or q.numel() == 0:
         return always
     first, end = first_block + sink_blocks, own - local_blocks
-    if _has_kernels(q, n_compressed, sizes):
-        from flexmoba.nsa.kernel import select_on_cuda
-
-        best = select_on_cuda(q, k_cmp, given_first_block, lse, kv_len, sizes, scale)
-        return torch.cat([always, best], dim=-1)
     piece = max(1, _SCORES_AT_ONCE // (batch * heads * max(n_compressed, 1)))
     pieces = []
     for start in range(0, q_len, piece):
@@ -190,6 +190,11 @@ def _select(
             top_blocks(importance, first[:, None, rows], end[:, None, rows], sizes.scored)
         )
     return torch.cat([always, torch.cat(pieces, dim=2)], dim=-1)
+
+
+# An operator, opaque to compilers, so that the selection is the same inside torch.compile and
+# outside. The arguments are flat because the schema of an operator has no tuples.
+_select = torch.library.custom_op("flexmoba::nsa_select", _select_here, mutates_args=())
 
 
 @_select.register_fake
@@ -211,8 +216,10 @@ def _(
 
 
 def _has_kernels(q: Tensor, n_compressed: int, sizes: NsaSizes) -> bool:
-    """Returns whether the Triton kernels support these queries and sizes."""
-    if not q.is_cuda or q.dtype == torch.float64 or not HAS_TRITON or n_compressed == 0:
+    """Returns whether the Triton kernels support these queries and sizes, with a block to score."""
+    if not q.is_cuda or q.dtype == torch.float64 or not HAS_TRITON:
+        return False
+    if q.numel() == 0 or n_compressed == 0 or sizes.scored == 0:
         return False
     from flexmoba.nsa.kernel import supports
 

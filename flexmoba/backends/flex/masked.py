@@ -253,8 +253,12 @@ def _attend_within_ranges(
         .contiguous()  # one KV head would be a view without a stride over heads
         for x in (k, v)
     )
-    mask = range_mask(None if first_key is None else first_key[:, 0], end_key[0, 0], k.shape[2])
-    return call_flex(q, k, v, mask, scale, kernel_options, divisible=divisible)
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    first_key = None if first_key is None else first_key[:, 0]
+    mask = range_mask(first_key, end_key[0, 0], k.shape[2], backward=backward)
+    out, lse = call_flex(q, k, v, mask, scale, kernel_options, divisible=divisible)
+    sees_none = end_key[0, 0] <= (0 if first_key is None else first_key[:, None])
+    return out, lse.masked_fill(sees_none, float("-inf"))  # without a gradient
 
 
 def _attend_over_tile_gate_mask(

@@ -6,9 +6,12 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexmoba.backends.flex.block_masks import block_mask_of, lists_of, materialize
 from flexmoba.blocks import TILE, ceil_div
+from flexmoba.runtime import HAS_TRITON
 
 
-def range_mask(first_key: Tensor | None, end_key: Tensor, kv_len: int) -> BlockMask:
+def range_mask(
+    first_key: Tensor | None, end_key: Tensor, kv_len: int, *, backward: bool
+) -> BlockMask:
     """Returns the mask of ranges of keys, which neither begin nor end earlier for later queries.
 
     Args:
@@ -16,8 +19,9 @@ def range_mask(first_key: Tensor | None, end_key: Tensor, kv_len: int) -> BlockM
         end_key: ``(Lq,)`` int32, the end of the keys that each query sees. A query whose range ends
             at or before its first key sees none.
         kv_len: Number of keys, at least as many as the last query sees.
+        backward: Whether the mask has the transposed lists.
     """
-    lists = iter(range_lists(first_key, end_key, kv_len))
+    counts_and_entries = range_lists(first_key, end_key, kv_len, backward)
     end = materialize(end_key)  # see `selection_mask`
     start = None if first_key is None else materialize(first_key)
 
@@ -25,14 +29,28 @@ def range_mask(first_key: Tensor | None, end_key: Tensor, kv_len: int) -> BlockM
         visible: Tensor = key < end[query]
         return visible if start is None else visible & (key >= start[b, query])
 
-    return block_mask_of((end_key.shape[0], kv_len), mask_mod, *zip(lists, lists, strict=True))
+    lists = list(zip(counts_and_entries[::2], counts_and_entries[1::2], strict=True))
+    transposed = lists[2:] if backward else (None, None)
+    return block_mask_of((end_key.shape[0], kv_len), mask_mod, *lists[:2], *transposed)
 
 
 # An operator, because Inductor of torch 2.11 does not compile these lists for CUDA if the number of
 # stretches is symbolic: it fails with CantSplit (tests/test_gpu_nsa.py, "long compressed blocks").
 @torch.library.custom_op("flexmoba::range_lists", mutates_args=())
-def range_lists(first_key: Tensor | None, end_key: Tensor, kv_len: int) -> list[Tensor]:
-    """Returns count and entries of the partial and the full lists, and of their transposed ones."""
+def range_lists(
+    first_key: Tensor | None, end_key: Tensor, kv_len: int, backward: bool
+) -> list[Tensor]:
+    """Returns count and entries of the partial and the full lists, then of the transposed ones.
+
+    Without ``backward``, there are no transposed lists.
+    """
+    if end_key.is_cuda and HAS_TRITON:
+        from flexmoba.backends.flex.range_kernel import range_lists_on_cuda
+
+        lists = range_lists_on_cuda(first_key, end_key, kv_len, transposed=False)
+        if backward:
+            lists += range_lists_on_cuda(first_key, end_key, kv_len, transposed=True)
+        return lists
     q_len, device = end_key.shape[0], end_key.device
     first_row = torch.arange(ceil_div(q_len, TILE), device=device) * TILE
     last_row = (first_row + TILE - 1).clamp(max=q_len - 1)
@@ -44,18 +62,19 @@ def range_lists(first_key: Tensor | None, end_key: Tensor, kv_len: int) -> list[
     is_full = (begin + TILE <= end_key[first_row, None]) & (begin >= highest)
     # Short tiles and stretches at the ends are partial, so that the kernel checks their bounds.
     is_full = is_full & (begin + TILE <= kv_len) & (first_row[:, None] + TILE <= q_len)
-    partial = visited & ~is_full
-    lists = (lists_of(x) for x in (partial, is_full, partial.mT, is_full.mT))
-    return [x.int().contiguous() for pair in lists for x in pair]
+    listed = [visited & ~is_full, is_full]
+    if backward:
+        listed += [x.mT for x in listed]
+    return [x.int().contiguous() for y in listed for x in lists_of(y)]
 
 
 @range_lists.register_fake
-def _(first_key: Tensor | None, end_key: Tensor, kv_len: int) -> list[Tensor]:
+def _(first_key: Tensor | None, end_key: Tensor, kv_len: int, backward: bool) -> list[Tensor]:
     tiles, stretches = ceil_div(end_key.shape[0], TILE), ceil_div(kv_len, TILE)
     batch = 1 if first_key is None else first_key.shape[0]
-
+    shapes = [(tiles, stretches)] * 2 + [(stretches, tiles)] * (2 if backward else 0)
     return [
         end_key.new_empty(batch, 1, *sizes)
-        for rows, columns in [(tiles, stretches)] * 2 + [(stretches, tiles)] * 2
+        for rows, columns in shapes
         for sizes in [(rows,), (rows, columns)]
     ]

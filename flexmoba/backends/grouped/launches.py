@@ -17,8 +17,8 @@ from flexmoba.backends.grouped.query_kernels import (
     list_blocks_kernel,
     query_grads_kernel,
 )
-from flexmoba.blocks import ceil_div
-from flexmoba.runtime.triton_launch import aligned, launch, packed
+from flexmoba.blocks import ceil_div, next_power_of_2
+from flexmoba.runtime.triton_launch import aligned, launch, on_device_of, packed
 
 # An item holds this many times the average number of tokens of a block, as in the fused backward
 # pass: few blocks need a second item, and a block that most tokens select has many.
@@ -43,7 +43,7 @@ def attend_on_cuda(
     strides, unit = head_strides(q, k, v)
     tile = _constants(sizes, is_causal=is_causal, unit=unit, q=q, k=k, v=v)
     tile |= _forward_tile(sizes, q.device)
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         lists = _listed_blocks(selected, tile)
         launch(
             attend_kernel,
@@ -90,7 +90,7 @@ def attend_backward_on_cuda(
     constants["GRAD_STRIDE"] = token_stride(grad_out)
     factor, dtypes = scale / math.log(2), (q.dtype,)
     lengths = sizes.kv_heads, sizes.q_len, sizes.kv_len
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         delta = torch.empty_like(lse)
         tile = constants | _query_grads_tile(sizes, q.device)
         tile["HAS_GRAD_LSE"] = grad_lse is not None
@@ -157,7 +157,7 @@ def _constants(
         "DIM": sizes.dim,
         "TILE_DIM": max(16, padded_dim(sizes.dim)),
         "VALUE_DIM": sizes.value_dim,
-        "TILE_VALUE_DIM": max(16, _next_power_of_2(sizes.value_dim)),
+        "TILE_VALUE_DIM": max(16, next_power_of_2(sizes.value_dim)),
         "UNIT": unit,
         "Q_STRIDE": token_stride(q),
         "K_STRIDE": token_stride(k),
@@ -198,7 +198,7 @@ def _token_tile(
     warp has ``warp_rows`` of them. ``stages`` tiles of keys and values are for head dims up to 128
     and the shared memory of an H100; fewer or smaller tiles fit elsewhere.
     """
-    heads = max(8, _next_power_of_2(sizes.group))
+    heads = max(8, next_power_of_2(sizes.group))
     tokens = max(1, rows // heads)
     is_wide = _is_wide(sizes)
     is_large = has_large_shared_memory(device)
@@ -207,10 +207,10 @@ def _token_tile(
     return {
         "HEADS": heads,
         "TOKENS": tokens,
-        "LIST": tokens * _next_power_of_2(sizes.count),
+        "LIST": tokens * next_power_of_2(sizes.count),
         "KEYS": min(
             32 if _needs_few_keys(sizes, device) else 64,
-            max(16, _next_power_of_2(sizes.block_size)),
+            max(16, next_power_of_2(sizes.block_size)),
         ),
         "num_warps": min(8, tokens * heads // warp_rows),
         "num_stages": stages,
@@ -246,10 +246,6 @@ def _key_tile(sizes: Sizes, *, large_shared_memory: bool = True) -> dict[str, in
     """
     is_wide = _is_wide(sizes)
     most = 32 if is_wide and not large_shared_memory else 64
-    keys = min(most, max(16, _next_power_of_2(sizes.block_size)))
+    keys = min(most, max(16, next_power_of_2(sizes.block_size)))
     stages = 2 if large_shared_memory else 1
     return {"ROWS": most, "KEYS": keys, "num_warps": 8 if is_wide else 4, "num_stages": stages}
-
-
-def _next_power_of_2(x: int) -> int:
-    return 1 << (x - 1).bit_length()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flexmoba.backends.flex import why_not_flex
-from flexmoba.backends.operators import register_attention
+from flexmoba.backends.operators import register_attention, without_operator
 from flexmoba.backends.score_mod import ScoreMod
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -74,13 +74,11 @@ def grouped_attention(
     """
     if scale < 0:  # the kernels scale the maximum of the unscaled scores
         q, scale = -q, -scale
-    out, lse = _attend(q, k, v, selected, block_size, scale, is_causal)
+    out, lse = _attend_if_plain(q, k, v, selected, block_size, scale, is_causal)
     return out, lse
 
 
-# torch.compile does not trace an operator, so results inside and outside torch.compile are equal.
-@torch.library.custom_op("flexmoba::attend_grouped", mutates_args=())
-def _attend(
+def _attend_here(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -94,8 +92,7 @@ def _attend(
     return attend_on_cuda(q, k, v, selected, block_size, scale, is_causal=is_causal)
 
 
-@torch.library.custom_op("flexmoba::attend_grouped_backward", mutates_args=())
-def _attend_backward(
+def _differentiate_here(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     out: Tensor,
@@ -116,4 +113,12 @@ def _attend_backward(
     )
 
 
+# torch.compile does not trace an operator, so results inside and outside torch.compile are equal.
+_attend = torch.library.custom_op("flexmoba::attend_grouped", _attend_here, mutates_args=())
+_attend_backward = torch.library.custom_op(
+    "flexmoba::attend_grouped_backward", _differentiate_here, mutates_args=()
+)
 register_attention(_attend, _attend_backward, n_tensors=4)
+_attend_if_plain = without_operator(
+    _attend, _attend_backward, _attend_here, _differentiate_here, n_tensors=4
+)
