@@ -10,7 +10,7 @@ applies to all of them. Calls queue one after another.
 toy size, half a minute on a CPU:
   python examples/model_times.py
 
-the sizes of SmolLM2-135M, four minutes on one GPU:
+full size, the sizes of SmolLM2-135M, four minutes on one GPU:
   python examples/model_times.py --heads 9 --kv-heads 3 --head-dim 64 --layers 30 --hidden 576 \\
       --intermediate 1536 --attention full cudnn 64x16 64x16+sub8 32x32+sub4 \\
       --lengths 8192 32768 --decoder-lengths 32768 --json times.json
@@ -33,7 +33,15 @@ from transformers import LlamaConfig, LlamaModel
 
 from flexmoba import flex_moba
 from flexmoba.integrations.transformers import convert
-from flexmoba.reporting import add_device, check_writable, median_ms, positive, table, versions
+from flexmoba.reporting import (
+    UsageError,
+    add_device,
+    check_writable,
+    median_ms,
+    positive,
+    table,
+    versions,
+)
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 NAME = re.compile(r"(\d+)x(\d+)(?:\+sub(\d+))?")
@@ -167,7 +175,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                      "or 64x16+sub8")  # fmt: skip
     if o.heads % o.kv_heads:
         parser.error(f"--kv-heads {o.kv_heads} must divide --heads {o.heads}")
-    check_writable(json=o.json)
+    try:
+        check_writable(json=o.json)
+    except UsageError as error:
+        parser.error(str(error))
     return o
 
 

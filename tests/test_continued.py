@@ -32,12 +32,14 @@ TRAINED = {
     "64x16": "64 x 16",
 }
 PLAIN = TRAINED["64x16 sink"]
+AGAIN = " seed 1"
+SECOND = {f"{name}{AGAIN}": f"{TRAINED[name]}, seed 1" for name in ("full", FINEST)}
 READ_WITH_ONE = ("64x16 sink last 3 full", "64x16")  # rows with full attention are left out
 
 
 @pytest.fixture(scope="module")
 def continued():
-    """Returns the runs that continued the training of SmolLM2, by name."""
+    """Returns the runs that continued the training of SmolLM2 with seed 0, by name."""
     names = [f"smollm2-continued-{x}8k-h100" for x in ("", "sub-blocks-")]
     assert report_of(names[0])["corpus"] == report_of(names[1])["corpus"]
     runs = runs_of(names[0]) | runs_of(names[1])
@@ -50,26 +52,45 @@ def continued():
     return {name: runs[name] for name in TRAINED}
 
 
-def read_with(continued):
+@pytest.fixture(scope="module")
+def second(continued):
+    """Returns the runs with seed 1, which are otherwise those with seed 0."""
+    report = report_of("smollm2-continued-seed-1-8k-h200")
+    assert report["corpus"] == report_of("smollm2-continued-8k-h100")["corpus"]
+    assert list(report["runs"]) == list(SECOND)
+    for name, run in report["runs"].items():
+        first = continued[name.removesuffix(AGAIN)]
+        assert {**run["options"], **first["options"]} == run["options"] | {"seed": 0}
+        assert run["options"]["seed"] == 1
+        assert (run["status"], run["tokens"]) == ("done", first["tokens"])
+        assert (run["device"], run["versions"]["commit"][:7]) == ("NVIDIA H200", "0228a0f")
+    return report["runs"]
+
+
+def read_with(runs):
     """Yields the two first cells of a row, and the losses, first of the attention at the end."""
-    for name, run in continued.items():
-        moba = PLAIN if name in ("full", "64x16 sink hybrid") else TRAINED[name]
+    names = TRAINED | SECOND
+    for name, run in runs.items():
+        plain = name.removesuffix(AGAIN)
+        moba = PLAIN if plain in ("full", "64x16 sink hybrid") else TRAINED[plain]
         both = [("full", "full"), (moba, "moba")]
         for served, kind in both[:: -1 if run["options"]["attention"] == "moba" else 1]:
             if name not in READ_WITH_ONE or kind != "full":
-                yield [TRAINED[name], served], run["final"][kind]
+                yield [names[name], served], run["final"][kind]
 
 
-def test_the_table_of_continued_training_is_that_of_the_results(continued):
-    full, rows = own(continued["full"]), []
-    for cells, x in read_with(continued):
-        ends = [with_increase(x[part], full[part]) for part in ("loss", "last")]
-        copies = [f"{x['copied'][depth]:.2f}" for depth in ("25%", "90%")]
-        rows.append([*cells, ends[0], f"{x['first']:.4f}", ends[1], *copies])
+def test_the_table_of_continued_training_is_that_of_the_results(continued, second):
+    rows, pairs = [], []
+    for runs, full in ((continued, own(continued["full"])), (second, own(second["full seed 1"]))):
+        for cells, x in read_with(runs):
+            ends = [with_increase(x[part], full[part]) for part in ("loss", "last")]
+            copies = [f"{x['copied'][depth]:.2f}" for depth in ("25%", "90%")]
+            rows.append([*cells, ends[0], f"{x['first']:.4f}", ends[1], *copies])
+            pairs.append((x, full))
     assert table("## Continue") == rows
     text = section("## Continue the training", "### Needles after")
     for part, name in (("by_window", "of the mean"), ("last_by_window", "of the last")):
-        error = max(error_of(x, full, part) for _, x in read_with(continued))
+        error = max(error_of(x, full, part) for x, full in pairs)
         assert f"{error:.3f} nats {name}" in text or f"{error:.3f} {name}" in text
 
 
@@ -111,6 +132,18 @@ def test_the_numbers_of_the_text_on_continued_training_are_those_of_the_results(
     assert f"the gap is {gaps['64x16']:.3f}. The" in text
 
 
+def test_the_numbers_of_the_text_on_the_second_seed_are_those_of_the_results(continued, second):
+    text = section("## Continue the training", "### Needles after")
+    pairs = [(own(second[f"{x}{AGAIN}"]), own(continued[x])) for x in ("full", FINEST)]
+    (full, _), (finest, _) = pairs
+    gap = finest["loss"] - full["loss"]
+    quote = f"of 4 is {gap:.4f} nats or {100 * gap / full['loss']:.1f} % higher, with a standard"
+    assert f"{quote} error of {error_of(finest, full):.4f}. Between" in text
+    changes = [abs(a["loss"] - b["loss"]) for a, b in pairs]
+    assert f"full attention differs by {changes[0]:.4f}, and" in text
+    assert f"32 x 32 with sub-blocks of 4 by {changes[1]:.4f}.\n" in text
+
+
 def test_repeated_runs_have_equal_losses():
     first, again = (runs_of(f"smollm2-continued-{x}8k-h100") for x in ("", "again-"))
     for name, run in again.items():
@@ -126,6 +159,8 @@ ASKED = {
     "64x16 sink": ("64x16+sink", "64x16+sink+full-decode", "64x32+sink", "full"),
     FINER: ("64x16+sink+sub8", "full"),
     FINEST: ("32x32+sink+sub4", "32x32+sink", "full"),
+    f"full{AGAIN}": ("full", "64x16+sink", "64x16+sink+sub8", "32x32+sink+sub4"),
+    f"{FINEST}{AGAIN}": ("32x32+sink+sub4", "32x32+sink", "full"),
 }
 
 
@@ -136,12 +171,16 @@ def trained():
     reports = [report_of(x) for x in names]
     for part in ("options", "device"):
         assert all(x[part] == reports[0][part] for x in reports)
-    return {"none": reports[0]["right"], **reports[1]["models"], **reports[2]["models"]}
+    again = report_of("smollm2-retrieval-trained-seed-1-8k-h200")
+    assert again["options"] == reports[0]["options"]
+    assert (again["device"], again["versions"]["commit"][:7]) == ("NVIDIA H200", "0228a0f")
+    models = [x["models"] for x in (*reports[1:], again)]
+    return {"none": reports[0]["right"], **models[0], **models[1], **models[2]}
 
 
 def test_the_table_of_needles_after_training_is_that_of_the_results(trained):
     found = {model: {x: trained[model][x] for x in some} for model, some in ASKED.items()}
-    names = TRAINED | {"none": "not trained"}
+    names = TRAINED | SECOND | {"none": "not trained"}
     rows = [
         [names[model], name_of(x), *map(str, [*counts(answers), sum(answers_of(answers))])]
         for model, attentions in found.items()
@@ -163,14 +202,15 @@ def test_the_numbers_of_the_text_on_needles_after_training_are_those_of_the_resu
     less, error = difference(answers_of(full), answers_of(best))
     assert f"The difference, {less}, has a standard error of {error:.0f}. At 8,192" in text
     eight = [sum(x["single"]["8192"]) for x in (best, full)]
-    assert f"it finds {eight[0]} of 50 needles, and full attention {eight[1]}. Coarser" in text
+    assert f"it finds {eight[0]} of 50 needles, and full attention {eight[1]}. With seed 1," in text
     assert f"64 x 16 with sub-blocks of 8 answers {sums[FINER, finer]}." in text
     assert f"trained with 64 x 16 answers {sums['64x16 sink', plain]} questions" in text
     assert f"full attention answers {sums['full', plain]} with 64 x 16. The" in text
     pair = [answers_of(trained[x][plain]) for x in ("64x16 sink", "full")]
     more, error = difference(*pair)
     assert f"The difference, {more}, has a standard error of {error:.0f}.\n" in text
-    quote = f"sub-blocks of 4 answers {sums[FINEST, '32x32+sink']} questions, and the model"
+    whole = sums[FINEST, "32x32+sink"], sums[FINEST + AGAIN, "32x32+sink"]
+    quote = "sub-blocks of 4 answers {} questions, with seed 1 {}, and the model".format(*whole)
     assert f"{quote} that was trained with sub-blocks of 8 {sums[FINER, plain]}," in text
     assert abs(sums[FINER, plain] - sums["64x16 sink", plain]) <= 3  # "like 64 x 16"
     decoded = sums["64x16 sink", plain + "+full-decode"], sums[FINEST, finest + "+full-decode"]
@@ -180,9 +220,50 @@ def test_the_numbers_of_the_text_on_needles_after_training_are_those_of_the_resu
     assert f"{quote} {sums['none', 'full']}." in text
 
 
+def test_the_numbers_of_the_text_on_the_control_are_those_of_the_results(trained):
+    """Compares training with sub-blocks with full attention that reads with them, at seed 1."""
+    text = section("### Needles after continued training", "### Measurement")
+    plain, finer, finest = "64x16+sink", "64x16+sink+sub8", "32x32+sink+sub4"
+    control, model = trained["full seed 1"], trained[FINEST + AGAIN]
+    full, read, own_gate = control["full"], control[finest], model[finest]
+    counted = {x: sum(answers_of(y)) for x, y in control.items()}
+    sums = sum(answers_of(own_gate)), counted["full"]
+    less, error = difference(answers_of(full), answers_of(own_gate))
+    quote = "With seed 1, these models answer {} and {}; the difference,".format(*sums)
+    assert f"{quote} {less}, has a standard error of {error:.0f}. Coarser" in text
+    assert f"with full attention answers {counted[finest]} questions if it reads with 32 x" in text
+    more, error = difference(answers_of(own_gate), answers_of(read))
+    quote = f"with the same seed, answers {sums[0]}. The difference, {more}, has a standard error"
+    assert f"{quote} of {error:.0f}. The first" in text
+    less, error = difference(answers_of(full), answers_of(read))
+    quote = f"model answers {sums[1]} with full attention; the difference to {counted[finest]},"
+    assert f"{quote} {less}, has a standard error of {error:.0f} and lies in" in text
+    assert less == sum(full["multi-key"]["8192"]) - sum(read["multi-key"]["8192"])
+    quote = f"answers {counted[plain]} questions without sub-blocks and {counted[finer]} with sub"
+    assert quote in text
+    assert f"of 8, with seed 0, {sum(answers_of(trained[FINER][finer]))}. So training" in text
+    recipe = section("## Recipe", "Do not use MoBA where")
+    quote = f"answers {counted[finest]} of 300 questions if it reads with the same sub-blocks"
+    assert f"{quote}, and the model that was trained with them {sums[0]}." in recipe
+
+
+def test_the_recipe_quotes_the_losses_with_and_without_training_with_moba(continued):
+    full = own(continued["full"])["loss"]
+    gaps = [own(continued["64x16 sink"])["loss"], continued["full"]["final"]["moba"]["loss"]]
+    quote = "with 64 x 16, it is {:.3f} above full attention's after training with MoBA, and {:.3f}"
+    recipe = section("## Recipe", "Do not use MoBA where")
+    assert quote.format(*(x - full for x in gaps)) in recipe
+
+
 @pytest.fixture(scope="module")
 def ms():
-    """Returns the times of attention calls and of decoders at SmolLM2's sizes."""
+    """Returns the times of attention calls at SmolLM2's sizes."""
+    return report_of("smollm2-step-times-h200")["ms"]
+
+
+@pytest.fixture(scope="module")
+def decoder_ms():
+    """Returns the times of decoders at SmolLM2's sizes, of an earlier run."""
     return report_of("smollm2-step-times-h100")["ms"]
 
 
@@ -277,7 +358,7 @@ def test_the_numbers_of_the_text_on_long_losses_are_those_of_the_results(alone, 
     assert max(ends) < 0.0015  # "differ by 0.001 at most"
 
 
-def test_the_numbers_of_the_text_on_long_needles_are_those_of_the_results(long, ms):
+def test_the_numbers_of_the_text_on_long_needles_are_those_of_the_results(long, ms, decoder_ms):
     text = section("## Extend the context", "## Train")
     first, longer = (long[x] for x in LONG)
     plain, finer, wide = "64x16+sink", "64x16+sink+sub8", "64x64+sink+sub8"
@@ -286,7 +367,7 @@ def test_the_numbers_of_the_text_on_long_needles_are_those_of_the_results(long, 
     assert f"longer run finds {at_end[plain]} of 50 needles with 64 x 16; the" in text
     assert f"reads with full attention finds {full}.\n" in text
     assert f"finds {at_end[finer]} needles with sub-blocks of 8, {at_end['full']} with" in text
-    ratio = ms["decoder 32768 64x16+sub8"] / ms["decoder 32768 full"]
+    ratio = decoder_ms["decoder 32768 64x16+sub8"] / decoder_ms["decoder 32768 full"]
     assert f"takes {ratio:.2f} times as long as with full attention, forward" in text
     single, many = ([answers_of(x, (y,)) for x in (longer[wide], first["full"])] for y in TASKS)
     assert f"run finds {sum(single[0])} of {len(single[0])} needles of *single*" in text

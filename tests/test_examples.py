@@ -23,6 +23,7 @@ HUGGING_FACE = (
     "finetune_transformers",
     "generate",
     "loss_by_position",
+    "model_times",
     "pretrained",
     "retrieval",
     "serving_load",
@@ -963,6 +964,59 @@ def test_every_setting_of_the_grid_serves(example):
 )
 def test_loss_by_position_says_what_is_wrong(example, arguments, text, capsys):
     assert text in fails(example("loss_by_position").main, arguments, capsys)
+
+
+# ---- model_times.py -----------------------------------------------------------------------------
+
+TIMES = ["--lengths", "64", "--device", "cpu", "--decoder-lengths"]
+
+
+def test_calls_and_a_decoder_are_timed(example, tmp_path, capsys):
+    main, file = example("model_times").main, tmp_path / "times.json"
+    sizes = ["--layers", "1", "--vocabulary", "64", "--json", str(file)]
+    with torch._dynamo.config.patch(recompile_limit=8):  # the example raises it
+        report = main(["--attention", "16x2+sub4", *sizes, *TIMES, "96"])
+    assert json.loads(file.read_text()) == report
+    assert list(report["ms"]) == ["call 64 16x2+sub4", "decoder 96 16x2+sub4"]
+    (forward, both), decoder = report["ms"].values()
+    assert 0 < forward < both
+    assert decoder > 0
+    assert report["options"]["sink_blocks"] == 1
+    assert {"flexmoba", "commit", "torch", "transformers"} <= report["versions"].keys()
+    head, _, row = capsys.readouterr().out.splitlines()[-3:]
+    assert [x.strip() for x in head.split("|")[1:-1]] == ["attention", "call, 64", "decoder, 96"]
+    cells = ["16x2+sub4", f"{forward:.2f} / {both:.2f}", f"{decoder:.1f}"]
+    assert [x.strip() for x in row.split("|")[1:-1]] == cells
+
+
+def test_calls_are_timed_without_a_decoder(example):
+    report = example("model_times").main(["--attention", "full", "flash", "16x2", *TIMES])
+    assert list(report["ms"]) == ["call 64 full", "call 64 flash", "call 64 16x2"]
+
+
+def test_names_of_attentions_are_options(example):
+    times = example("model_times")
+    o = times.parse(["--sink-blocks", "2", "--device", "cpu"])
+    assert times.options_of("full", o)["topk"] is None
+    moba = {"block_size": 64, "topk": 16, "sink_blocks": 2}
+    assert times.options_of("64x16", o) == moba
+    assert times.options_of("64x16+sub8", o) == moba | {"gate_block_size": 8}
+    q, k, v = torch.randn(3, 1, 2, 512, 16).unbind()
+    call = times.call_of("64x3+sub8", o)
+    expected = flex_moba(q, k, v, block_size=64, topk=3, sink_blocks=2, gate_block_size=8)
+    assert_bitwise_equal(call(q, k, v), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--attention", "full", "64"], "--attention 64: expected full, cudnn, flash or, for"),
+        (["--heads", "3"], "--kv-heads 2 must divide --heads 3"),
+        (["--json", "nowhere/x.json"], "there is no folder nowhere"),
+    ],
+)
+def test_model_times_says_what_is_wrong(example, arguments, text, capsys):
+    assert text in fails(example("model_times").main, arguments, capsys)
 
 
 # ---- generate.py --------------------------------------------------------------------------------

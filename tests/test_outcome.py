@@ -35,7 +35,14 @@ def continued():
     return runs, needles
 
 
-def test_the_first_table_is_that_of_the_results(continued):
+@pytest.fixture(scope="module")
+def control():
+    """Returns the needles found at 8K, by attention, after training with full attention, seed 1."""
+    answers = report_of("smollm2-retrieval-trained-seed-1-8k-h200")["models"]["full seed 1"]
+    return {x: sum(y["single"]["8192"]) for x, y in answers.items()}
+
+
+def test_the_first_table_is_that_of_the_results(continued, control):
     base = [report_of(f"smollm2-retrieval-{x}8k-h100")["right"] for x in ("", "seed-1-")]
     count = {x: sum(sum(y[x]["single"]["8192"]) for y in base) for x in (FULL, PLAIN, FINEST)}
     runs, found = continued
@@ -53,6 +60,7 @@ def test_the_first_table_is_that_of_the_results(continued):
     ):
         of_full = found["full", FULL]
         rows.append([percent(own(runs[name])["loss"], full), found[name, read], of_full, 50])
+    rows.append(["", control[FINEST], control[FULL], 50])
     rows.append([percent(runs["64x16 sink hybrid"]["final"]["full"]["loss"], full)])
     alone, shared = (runs_of(f"smollm2-32k-{x}h100") for x in ("alone-", ""))
     models = report_of("smollm2-retrieval-32k-h100")["models"]
@@ -78,13 +86,14 @@ def test_the_first_table_is_that_of_the_results(continued):
     asked = {"64x16": "64x16 sink", "64x16+": "64x16 sink sub8", "32x32+": "32x32 sink sub4"}
     options = [runs[x] for x in (asked["64x16"], asked["32x32+"], *asked.values())]
     options = [(*keys_of(x), x["options"]["length"]) for x in options]
-    for cells, (attention, keys, length) in zip(found[:5], options, strict=True):
+    options.append((f"full, read with {options[-1][0]}", *options[-1][1:]))
+    for cells, (attention, keys, length) in zip(found[:6], options, strict=True):
         assert cells[1:3] == [attention, f"{keys:,} of {length:,}"]
-    for cells, run in zip(found[9:11], (scratch["64x16"], scratch["512x8"]), strict=True):
+    for cells, run in zip(found[10:12], (scratch["64x16"], scratch["512x8"]), strict=True):
         attention, keys = keys_of(run)
         assert cells[1:3] == [attention, f"{keys:,} of {run['options']['length']:,}"]
     for cells, run in zip(
-        found[6:8], (shared["64x16 sink 32K"], alone["64x16 sink 32K longer"]), strict=True
+        found[7:9], (shared["64x16 sink 32K"], alone["64x16 sink 32K longer"]), strict=True
     ):
         attention, keys = keys_of(run)
         cell = f"{attention}, {run['tokens'] / 1e6:.0f}M tokens"
@@ -103,7 +112,7 @@ def keys_of(run):
     return f"{size} x {topk}" + (f", sub-blocks of {part}" if part else ""), size * topk
 
 
-def test_the_comparison_with_the_papers_quotes_the_results(continued):
+def test_the_comparison_with_the_papers_quotes_the_results(continued, control):
     text = page().split("### Compare with the papers\n")[1].split("\n### ")[0]
     runs, found = continued
     scratch = runs_of("from-scratch-16k-h100") | runs_of("from-scratch-16k-more-h100")
@@ -114,13 +123,20 @@ def test_the_comparison_with_the_papers_quotes_the_results(continued):
     assert quote.format(*(gaps[x][0] for x in ("64x16", "128x8", "512x8"))) in text
     last = [x[1] for x in gaps.values()]
     assert f"Confirmed: {min(last):.3f} to {max(last):.3f} from scratch" in text
-    base = own(runs["full"])["loss"]
-    assert f"does not have: {own(runs['32x32 sink sub4'])['loss'] - base:.3f} more" in text
+    again = runs_of("smollm2-continued-seed-1-8k-h200")
+    pairs = (
+        (runs["32x32 sink sub4"], runs["full"]),
+        (again["32x32 sink sub4 seed 1"], again["full seed 1"]),
+    )
+    more = [own(x)["loss"] - own(full)["loss"] for x, full in pairs]
+    assert "does not have: {:.4f} and {:.4f} more with two seeds,".format(*more) in text
     layers = own(runs["64x16 sink"])["loss"] - own(runs["64x16 sink last 3 full"])["loss"]
     assert f"In continued training, by {layers:.3f} with three of 30 layers" in text
     eight = found["32x32 sink sub4", FINEST], found["full", FULL], found["64x16 sink", PLAIN]
-    quote = "inference: {} of 50 needles at 8,192 tokens, and full attention {}. Not confirmed"
+    quote = "inference: {} of 50 needles at 8,192 tokens, and full attention {}. With them"
     assert quote.format(*eight) in text
+    quote = f"with full attention: {control[FINEST]}, and full attention {control[FULL]}. Not"
+    assert quote in text
     models = report_of("smollm2-retrieval-32k-h100")["models"]
     end = [
         sum(models[x][y]["single"]["32768"])
@@ -134,8 +150,8 @@ def test_the_comparison_with_the_papers_quotes_the_results(continued):
 
 @pytest.fixture(scope="module")
 def ms():
-    """Returns the times of attention calls and of decoders at SmolLM2's sizes."""
-    return report_of("smollm2-step-times-h100")["ms"]
+    """Returns the times of attention calls at SmolLM2's sizes."""
+    return report_of("smollm2-step-times-h200")["ms"]
 
 
 def test_the_table_of_times_is_that_of_the_results(ms):
@@ -149,10 +165,57 @@ def test_the_table_of_times_is_that_of_the_results(ms):
     cells = []
     for key, *first in [("full", "full", "all"), *rows]:
         calls = [x for n in (8192, 32768) for x in ms[f"call {n} {key}"]]
-        decoder = ms.get(f"decoder 32768 {key}")
-        last = f"{decoder:.0f}" if decoder else ""
-        cells.append([*first, *(f"{x:.2f}" for x in calls), last])
+        cells.append([*first, *(f"{x:.2f}" for x in calls)])
     assert table("With the sizes of SmolLM2-135M", "docs/gates.md") == cells
+
+
+def test_the_text_on_times_quotes_the_results(ms):
+    report, text = report_of("smollm2-step-times-h200"), page("docs/gates.md")
+    assert (report["device"], report["versions"]["commit"][:7]) == ("NVIDIA H200", "0228a0f")
+    finest = [ms["call 32768 32x32+sub4"][i] / ms["call 32768 full"][i] for i in (0, 1)]
+    assert "with sub-blocks of 4, a call takes {:.2f} and {:.2f} times".format(*finest) in text
+    of_8k = report["kernels"]["8192 32x32+sub4"]["all"], ms["call 8192 32x32+sub4"][0]
+    assert "sub-blocks of 4 take {:.2f} ms of its {:.2f}.".format(*of_8k) in text
+    again = {
+        (name, i): x / ms[name][i] for name, y in report["again"].items() for i, x in enumerate(y)
+    }
+    assert len(report["again"]) == 6
+    coarse = again.pop(("call 32768 32x32", 1))
+    quote = f"took {min(again.values()):.2f} to {max(again.values()):.2f} times as long, and 32 x"
+    assert f"{quote} 32 with backward {coarse:.2f} times." in text
+    earlier = report_of("smollm2-step-times-h100")["ms"]
+    names = ("full", "64x16", "64x16+sub8", "32x32+sub4")
+    quote = (
+        "{:.0f} ms with full attention, {:.0f} with 64 x 16, {:.0f} with 64 x 16 and sub-blocks "
+        "of 8, and {:.0f} with 32 x 32 and sub-blocks of 4."
+    )
+    assert quote.format(*(earlier[f"decoder 32768 {x}"] for x in names)) in text
+    command = text.split("python examples/model_times.py")[1].split("```")[0]
+    options = report["options"]
+    assert all(x in command.split() for x in (*options["attention"], *map(str, options["lengths"])))
+    assert f"--heads {options['heads']} --kv-heads {options['kv_heads']}" in command
+
+
+NOTED = ("full", "64x16", "32x32", "32x32+sub4", "64x64")
+
+
+def test_the_note_on_lists_of_32_keys_quotes_the_times(ms):
+    text, before = page("docs/performance.md"), report_of("smollm2-step-times-h100")["ms"]
+    kernels = report_of("smollm2-step-times-h200")["kernels"]
+    gate = [kernels[f"32768 {x}"]["_select_kernel"] for x in ("32x32", "32x32+sub4")]
+    rest = [kernels["32768 32x32+sub4"][x] for x in ("attend_kernel", "finish_kernel")]
+    quote = "takes {:.2f} ms, and {:.2f} with sub-blocks of 4, beside {:.2f} for the attention and"
+    assert f"{quote.format(*gate, *rest)} {rest[1]:.2f} for own blocks and merge." in text
+    forward, both = (
+        {x: [y[f"call 32768 {x}"][i] for y in (ms, before)] for x in NOTED} for i in (0, 1)
+    )
+    assert "takes {:.2f} ms, instead of {:.2f} on an H100 before;".format(*forward["32x32"]) in text
+    quote = "it takes {:.2f} instead of {:.2f}, and with backward {:.2f} instead of {:.2f}."
+    assert quote.format(*forward["32x32+sub4"], *both["32x32+sub4"]) in text
+    pairs = [forward[x] for x in ("64x16", "64x64")]
+    quote = "it takes {:.2f} and {:.2f} ms, instead of {:.2f} and {:.2f}, and full attention"
+    numbers = [x[i] for i in (0, 1) for x in pairs]
+    assert quote.format(*numbers) + " {:.2f} instead of {:.2f}.".format(*forward["full"]) in text
 
 
 def test_the_summary_quotes_the_times(ms):
@@ -172,7 +235,7 @@ def test_the_summary_quotes_the_times(ms):
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
-def test_pages_quote_the_continued_training(continued, name):
+def test_pages_quote_the_continued_training(continued, control, ms, name):
     runs, found = continued
     full = own(runs["full"])["loss"]
     share = percent(own(runs["32x32 sink sub4"])["loss"], full).removeprefix("+")
@@ -186,12 +249,18 @@ def test_pages_quote_the_continued_training(continued, name):
         f"the loss is {plain} higher, the model finds {found['64x16 sink', PLAIN]}, and a hybrid"
     )
     assert f"{quote} has a loss {hybrid} higher with full attention." in text
+    assert f"with full attention finds {control[FINEST]} if it has the sub-blocks" in text
+    ratios = [ms["call 32768 32x32+sub4"][i] / ms["call 32768 full"][i] for i in (0, 1)]
+    quote = "takes {:.2f} times as long as full attention forward, and {:.2f} times with backward;"
+    assert quote.format(*ratios) in text
 
 
 QUOTES = {
     "docs/transformers.md": "with blocks of 32 and sub-blocks of 4, the loss is {share} above full "
-    "attention's, and the model finds {found} of 50 needles, where full attention finds {full}.",
-    "docs/gates.md": "the model finds {found} of 50 needles, and full attention {full}.",
+    "attention's, and the model finds {found} of 50 needles, where full attention finds {full}. A "
+    "model that continued with full attention finds {alone} if it has these sub-blocks",
+    "docs/gates.md": "the model finds {found} of 50 needles, and full attention {full}. A model "
+    "that continued with full attention finds {alone} if it has the sub-blocks at inference alone.",
     "docs/hybrid.md": "a hybrid of 64 x 16 ends {hybrid} above full attention's loss, read with "
     "full attention; MoBA to the end, with 32 x 32 and sub-blocks of 4, ends {share} above it.",
     "docs/results.md": "the loss of a 135M model was {share} above full attention's and it found",
@@ -199,11 +268,12 @@ QUOTES = {
 
 
 @pytest.mark.parametrize("name", QUOTES)
-def test_guides_quote_the_continued_training(continued, name):
+def test_guides_quote_the_continued_training(continued, control, name):
     runs, needles = continued
     full = own(runs["full"])["loss"]
     losses = own(runs["32x32 sink sub4"]), runs["64x16 sink hybrid"]["final"]["full"]
     share, hybrid = (percent(x["loss"], full).removeprefix("+") for x in losses)
     found = {"found": needles["32x32 sink sub4", FINEST], "full": needles["full", FULL]}
+    found["alone"] = control[FINEST]
     text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", page(name))
     assert QUOTES[name].format(share=share, hybrid=hybrid, **found) in text
