@@ -5,7 +5,6 @@ import json
 import math
 import re
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +20,9 @@ from flexmoba.nsa import nsa_select
 from flexmoba.nsa.reference import reference_masks
 from flexmoba.reference import reference_mask, reference_selection
 from flexmoba.reporting import versions
+from tests.results import DOCS
+from tests.results import table as table_of
 
-DOCS = Path(__file__).parent.parent / "docs"
 SMALL = Config(1, 2, 1, 300, 64, 3, head_dim=16)
 
 
@@ -459,20 +459,32 @@ def test_documented_tables_are_those_of_the_results(file):
         assert table.strip() in documented
 
 
+def over_cudnn(result):
+    """Returns cells of both passes: the time, and the time of cuDNN divided by it."""
+    cells = []
+    for times in (result["forward_ms"], result["both_ms"]):
+        ours = next(iter(times.values()))
+        cells += [f"{ours:.2f}", f"{times['SDPA cuDNN'] / ours:.1f}x"]
+    return cells
+
+
 def test_the_leading_table_is_that_of_the_results():
     rows = []
     for result in json.loads((DOCS / "benchmarks" / "h100-targets.json").read_text())["results"]:
         if result["target"] != "times cuDNN" or result["length"] > 2**17:
             continue
-        cells = [size(result["length"]), f"{result['block_size']}/{result['topk']}"]
-        for times in (result["forward_ms"], result["both_ms"]):
-            ours = times["flex_moba"]
-            cells += [f"{ours:.2f}", f"{times['SDPA cuDNN'] / ours:.1f}x"]
-        rows.append(f"| {' | '.join(cells)} |\n")
+        sizes = [size(result["length"]), f"{result['block_size']}/{result['topk']}"]
+        rows.append(f"| {' | '.join(sizes + over_cudnn(result))} |\n")
     table = re.search(
         r"^\| tokens .*\n.*\n((?:\|.*\n)+)", (DOCS / "benchmarks.md").read_text(), re.M
     )
     assert table[1] == "".join(rows)
+
+
+def test_the_table_of_nsa_is_that_of_the_results():
+    results = json.loads((DOCS / "benchmarks" / "h100-nsa.json").read_text())["results"]
+    rows = [[size(x["length"]), *over_cudnn(x)] for x in results if not x["decode"]]
+    assert table_of("## Speed", "docs/nsa.md") == rows
 
 
 def test_a_missing_baseline_costs_no_result(monkeypatch, capsys):
