@@ -40,17 +40,15 @@ def best_topks(layers: Sequence[Mapping[int, float]], budget: int) -> list[int]:
         layers: The captured mass of each topk, by layer.
         budget: Most blocks in total, at least the sum of the lowest topks.
     """
-    rest = sum(map(min, layers))  # the fewest blocks for the layers to come
     best: dict[int, tuple[_Value, list[int]]] = {0: ((0, 0), [])}  # by the number of blocks
     for layer in layers:
-        rest -= min(layer)
         longer: dict[int, tuple[_Value, list[int]]] = {}
         for blocks, ((mass, evenness), topks) in best.items():
             for topk, more in layer.items():
                 total = blocks + topk
                 value = (mass + round(more * _ONE), evenness - topk**2)
                 is_best = total not in longer or value > longer[total][0]
-                if total + rest <= budget and is_best:
+                if total <= budget and is_best:
                     longer[total] = value, [*topks, topk]
         best = longer
     # The fewest blocks first, as `max` returns the first of equal masses.
