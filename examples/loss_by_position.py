@@ -17,8 +17,8 @@ full size, one GPU, a model in a folder of yours (--gguf names a file in it):
       --length 8192 --windows 16 --json loss.json
 Only full attention and some of the settings, by a part of their names:
   python examples/loss_by_position.py --only sub-blocks "32 x 32, sink 1"
-Only full attention, and settings with one topk beside as many blocks distributed over the layers by
-flexmoba.tune, which reads one more context of each text:
+Only full attention, and settings with one topk beside as many blocks distributed over the layers so
+that the captured mass, measured in one more context of each text, is highest:
   python examples/loss_by_position.py --by-layer 16x4 16x4+sub4
 """
 
@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from finetune_transformers import tiny_llama, train
+from layer_topks import best_topks, masses_of, mean_mass
 from pretrained import load, tokenizer_of
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -89,11 +90,13 @@ def by_layer(calls: list[Call], setting: str) -> list[tuple[Setting, float]]:
     ]  # the own block and the sink, or more
     try:
         report = tune(calls, [size], topks, gate_block_sizes=parts, sink_blocks=1, timed=False)
-        best = report.topk_by_layer(size, topk, part)
-        same = [topk] * len(best)
-        masses = [report.mass_by_layer(size, x, part) for x in (same, best)]
     except ValueError as error:
         sys.exit(f"--by-layer {setting}: {error}")
+    layers = masses_of(report, part)
+    if topk not in layers[0]:
+        sys.exit(f"--by-layer {setting}: topk must be at least 2 and below the number of blocks")
+    best = best_topks(layers, topk * len(layers))
+    masses = [mean_mass(layers, x) for x in ([topk] * len(layers), best)]
     print(f"{setting} captures {masses[0]:.1%}, by layer {masses[1]:.1%}: {best}", flush=True)
     base: Setting = {"block_size": size, "topk": topk, "sink_blocks": 1}
     base |= {"gate_block_size": part} if part else {}

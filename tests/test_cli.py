@@ -133,7 +133,6 @@ def test_a_reader_that_has_enough_leaves_no_traceback():
         (["demo", "--output", f"{__file__}/x"], "the folder cannot be created (Not a directory)"),
         (["tune", "--example", "--mass", "1.5"], "--mass: must be greater than 0 and at most 1"),
         (["tune", "--example", "--mass", "much"], "--mass: must be a number, got 'much'"),
-        (["tune", "--example", "--by-layer", "0"], "--by-layer: must be at least 1, got 0"),
         (["tune", "--example", "--sink-blocks", "-1"], "sink_blocks must be at least 0, got -1"),
         (["tune", "--example", "--latency-ms", "0"], "--latency-ms: must be a positive number"),
         (["tune", "--example", "--latency-ms", "nan"], "--latency-ms: must be a positive number"),
@@ -188,37 +187,18 @@ def test_tune_prints_json_alone_or_writes_it(tmp_path, capsys):
     assert report["budget"] == "sparsity 0.5"
 
 
-def test_tune_finds_topks_by_layer(tmp_path, capsys):
+def test_tune_measures_sub_blocks_and_always_selected_blocks(tmp_path, capsys):
     file, torch_file = tmp_path / "tune.json", tmp_path / "qk.pt"
     q, k = torch.randn(2, 1, 2, 200, 16)
-    torch.save({"a.q": q, "a.k": k, "b.q": q, "b.k": 0 * k}, torch_file)
-    options = ["tune", "--tensors", str(torch_file), *SMALL, "--no-times", "--mass", "0.01"]
-    options += ["--gate-block-sizes", "4", "--sink-blocks", "1", "--by-layer", "3"]
+    torch.save({"q": q, "k": k}, torch_file)
+    options = ["tune", "--tensors", str(torch_file), "--block-sizes", "16", "--topks", "3", "4"]
+    options += ["--no-times", "--mass", "0.01", "--gate-block-sizes", "4"]
+    options += ["--sink-blocks", "1", "--local-blocks", "1"]
     assert main([*options, "--json", str(file)]) == 0
-    report = tune(
-        [sampled(q, k, 256, "a"), sampled(q, 0 * k, 256, "b")],
-        *((16, 32), (2, 3, 4)),
-        gate_block_sizes=(4,),
-        sink_blocks=1,
-        timed=False,
-    )
-    found = json.loads(file.read_text())
-    assert found["choices"] == report.to_dict()["choices"]
-    gates = [(16, None), (16, 4), (32, None), (32, 4)]
-    assert [(x["block_size"], x["gate_block_size"]) for x in found["by_layer"]] == gates
-    out = capsys.readouterr().out
-    for x, (size, part) in zip(found["by_layer"], gates, strict=True):
-        assert x["topk"] == report.topk_by_layer(size, 3, part)
-        assert x["mass"] == report.mass_by_layer(size, x["topk"], part)
-        assert x["mass_of_same_topk"] == report.mass_by_layer(size, [3, 3], part)
-        assert x["mass"] >= x["mass_of_same_topk"]
-        assert f"block_size={size}, topk={x['topk']}" in out
-    assert ", sink_blocks=1. It captures" in out
-
-
-def test_tune_says_that_no_block_size_has_a_topk_by_layer(capsys):
-    assert main([*EXAMPLE, "--no-times", "--mass", "0.01", "--by-layer", "50"]) == 0
-    assert "no block size was measured with topk=50; use smaller blocks" in capsys.readouterr().out
+    always = {"sink_blocks": 1, "local_blocks": 1}
+    report = tune([sampled(q, k, 256)], (16,), (3, 4), gate_block_sizes=(4,), **always, timed=False)
+    assert json.loads(file.read_text())["choices"] == report.to_dict()["choices"]
+    assert ", sink_blocks=1, local_blocks=1. It captures" in capsys.readouterr().out
 
 
 def test_tune_fails_if_nothing_keeps_to_the_budget(capsys):

@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flexmoba import flex_moba, moba_select
 from flexmoba.reference import reference_mask
+from flexmoba.tune import Call, gate_quality, tune
 from tests.conftest import assert_bitwise_equal
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DOCS = EXAMPLES.parent / "docs"
-NAMES = sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"pretrained"})  # a module of others
+MODULES = {"layer_topks", "pretrained"}  # of other examples
+NAMES = sorted({path.stem for path in EXAMPLES.glob("*.py")} - MODULES)
 HUGGING_FACE = (
     "corpus",
     "finetune_transformers",
@@ -904,10 +908,7 @@ def test_settings_by_layer_are_measured_beside_one_topk(example, text, tmp_path,
         grid, "convert", lambda *x, **y: applied.append((*x[1:], y)) or convert(*x, **y)
     )
     # The layers of this model are too much alike to get different topks.
-    monkeypatch.setattr(
-        "flexmoba.tune.Report.topk_by_layer",
-        lambda self, size, topk, part: [topk // 2, topk * 3 // 2],
-    )
+    monkeypatch.setattr(grid, "best_topks", lambda _, budget: [budget // 4, budget * 3 // 4])
     options = ["--text", text, "--length", "128", "--windows", "2", "--pretrain-steps", "2"]
     options += ["--by-layer", "8x4", "8x4+sub4", "--json", str(file), "--device", "cpu"]
     report = grid.main(options)
@@ -929,6 +930,67 @@ def test_settings_by_layer_are_measured_beside_one_topk(example, text, tmp_path,
     (context,) = unseen
     start = (len(tokens) - 128) // 2
     assert context.tolist() == tokens[start : start + 128].tolist()
+
+
+@st.composite
+def masses_by_layer(draw):
+    """Draws up to four measured topks and their masses, in thousandths, in up to four layers."""
+    topks = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4, unique=True))
+    mass = st.integers(0, 3) | st.integers(0, 1000)
+    layer = st.tuples(*(mass for _ in topks)).map(lambda x: dict(zip(topks, x, strict=True)))
+    return draw(st.lists(layer, min_size=1, max_size=4))
+
+
+@pytest.fixture(scope="module")
+def layer_topks():
+    """Returns the module of that name, which has no state."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        return __import__("layer_topks")
+
+
+@given(masses_by_layer(), st.data())
+def test_topks_by_layer_are_the_best_of_all(layer_topks, masses, data):
+    def value(topks):  # mass, then few blocks, then similar topks
+        mass = sum(layer[topk] for layer, topk in zip(masses, topks, strict=True))
+        return mass, -sum(topks), -sum(x**2 for x in topks)
+
+    layers = [{x: y / 1000 for x, y in layer.items()} for layer in masses]
+    budget = len(layers) * data.draw(st.integers(min(masses[0]), 10))
+    found = layer_topks.best_topks(layers, budget)
+    allowed = [x for x in itertools.product(*masses) if sum(x) <= budget]
+    assert tuple(found) in allowed
+    assert value(found) == max(map(value, allowed))
+    mean = value(found)[0] / 1000 / len(masses)
+    assert layer_topks.mean_mass(layers, found) == pytest.approx(mean)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6, unique=True), st.integers(1, 5))
+def test_layers_that_are_alike_get_the_same_topk(layer_topks, topks, layers):
+    for concave in (lambda x: x / 20, lambda x: 1 - 0.9**x):
+        for topk in topks:
+            same = [{x: concave(x) for x in topks}] * layers
+            assert layer_topks.best_topks(same, topk * layers) == [topk] * layers
+
+
+def test_a_layer_that_needs_no_more_blocks_leaves_them_to_others(layer_topks):
+    flat, steep = dict.fromkeys((2, 4, 6), 0.9), {2: 0.2, 4: 0.5, 6: 0.6}
+    masses = [flat, steep, flat]
+    assert layer_topks.best_topks(masses, 12) == [2, 6, 2]
+    assert layer_topks.mean_mass(masses, [2, 6, 2]) == pytest.approx(0.8)
+    assert layer_topks.best_topks(masses, 9) == [2, 4, 2]  # 3 was not measured
+    assert layer_topks.best_topks(masses, 6) == [2, 2, 2]
+
+
+def test_masses_by_layer_are_those_of_the_gate_and_the_heads(layer_topks):
+    calls = [Call(name, *torch.randn(2, 1, 2, 64, 8), torch.arange(64), 1.0) for name in "ab"]
+    report = tune(calls, (8,), (2, 3), gate_block_sizes=(4,), sink_blocks=1, timed=False)
+    for part in (None, 4):
+        gate = {"gate_block_size": part, "sink_blocks": 1, "scale": 1.0}
+        found = layer_topks.masses_of(report, part)
+        for call, layer in zip(calls, found, strict=True):
+            mass = gate_quality(call.q, call.k, 8, (2, 3), **gate)[8].mass.mean(1)
+            assert layer == pytest.approx(dict(zip((2, 3), mass.tolist(), strict=True)))
 
 
 def test_every_setting_of_the_grid_serves(example):
@@ -955,7 +1017,7 @@ def test_every_setting_of_the_grid_serves(example):
         (["--model", str(EXAMPLES)], "transformers cannot load it"),
         (["--json", "nowhere/x.json"], "there is no folder nowhere"),
         (["--by-layer", "64", "64x16"], "--by-layer 64: it must be like 64x16 or 64x16+sub4"),
-        (["--by-layer", "16x1", "--pretrain-steps", "1"], "topk must be at least 2, the lowest"),
+        (["--by-layer", "16x1", "--pretrain-steps", "1"], "topk must be at least 2 and below the"),
         (
             ["--text", __file__, "--length", "9000", "--by-layer", "16x4", "--pretrain-steps", "1"],
             "--by-layer needs 135,000 for a context of 9000 tokens between 8 others",

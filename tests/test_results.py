@@ -187,6 +187,72 @@ def test_the_table_of_options_is_that_of_the_results(settings):
     assert table("### Options") == expected
 
 
+@pytest.fixture(scope="module")
+def by_layer():
+    """Returns each setting with one topk, with its list by layer, and full attention's losses."""
+    report = report_of("smollm2-by-layer-4k-cpu")
+    full, *rest = report["settings"]
+    pairs = list(zip(rest[::2], rest[1::2], strict=True))
+    for one, other in pairs:
+        topks = other["setting"]["by_layer"]
+        assert one["setting"] == {x: y for x, y in other["setting"].items() if x != "by_layer"}
+        assert (len(topks), sum(topks)) == (30, 30 * one["setting"]["topk"])  # as many blocks
+    return pairs, full["texts"]
+
+
+def test_the_table_of_topks_by_layer_is_that_of_the_results(by_layer):
+    pairs, full = by_layer
+    expected = []
+    for one, other in pairs:
+        x = one["setting"]
+        part = f", sub-blocks of {x['gate_block_size']}" if "gate_block_size" in x else ""
+        name = f"{x['block_size']} x {x['topk']}{part}"
+        for run, more in ((one, ""), (other, ", by layer")):
+            row = [name + more, f"{100 * run['mass']:.1f} %"]
+            for text in ("prose", "source"):
+                increase = run["texts"][text]["loss"] / full[text]["loss"] - 1
+                row.append(f"{100 * increase:+.1f} %")
+            for text in ("prose", "source"):
+                a, b = run["texts"][text], one["texts"][text]
+                difference = f"{a['loss'] - b['loss']:.3f} ± {error_of(a, b):.3f}"
+                row.append(difference if run is other else "")
+            expected.append(row)
+    assert table("#### A topk for each layer") == expected
+
+
+def test_the_text_on_topks_by_layer_quotes_the_results(by_layer):
+    pairs, _ = by_layer
+    text = section("#### A topk for each layer by captured mass", "### Sub-blocks")
+    masses = [100 * (b["mass"] - a["mass"]) for a, b in pairs]
+    assert f"the mass is {min(masses):.1f} to {max(masses):.1f} percentage points higher" in text
+    errors, late, late_errors = [], [], []
+    for one, other in pairs:
+        both = [(other["texts"][x], one["texts"][x]) for x in ("prose", "source")]
+        errors.append([(a["loss"] - b["loss"]) / error_of(a, b) for a, b in both])
+        late += [f"{a['second_half'] - b['second_half']:.3f}" for a, b in both]
+        late_errors += [error_of(a, b, "second_half_by_window") for a, b in both]
+    assert min(errors[0] + errors[1]) > 5  # "by more than five standard errors"
+    assert f"at most {max(errors[2]):.1f} standard errors" in text
+    quote = "{} and {} nats higher with 64 x 8, {} and {} with 64 x 16, and {} and {} with sub-"
+    assert f"{quote.format(*late)}blocks (standard errors up to {max(late_errors):.3f})." in text
+    lists = [other["setting"]["by_layer"] for _, other in pairs]
+    for topks, (one, _) in zip(lists, pairs, strict=True):
+        more = [x >= one["setting"]["topk"] for x in topks]
+        assert more == [True] * 11 + [False] * 19  # "the first 11 of 30 layers"
+    shown = text.split("```text\n")[1].split("\n```")[0].splitlines()
+    assert [[int(x) for x in line.split(",")] for line in shown] == lists
+
+
+def test_the_measurement_of_topks_by_layer_is_that_of_the_results():
+    report, text = report_of("smollm2-by-layer-4k-cpu"), section("### Measurement", "### Limits")
+    x = report["options"]
+    settings = " ".join(x["by_layer"])
+    assert f"--length {x['length']} --windows {x['windows']} --batch {x['batch']} \\" in text
+    assert f"--by-layer {settings} --device {report['device']} --json" in text
+    versions = "torch {torch}, transformers {transformers}".format(**report["versions"])
+    assert f"on a CPU: {versions}, flexmoba at {report['commit'][:7]}" in text
+
+
 def test_the_numbers_of_the_text_are_those_of_the_results(settings):
     text = page()
     without = [

@@ -1,7 +1,6 @@
 """Tests of flexmoba.tune: captured mass, signal-to-noise ratio, capture, and recommendations."""
 
 import dataclasses
-import itertools
 import json
 import math
 import re
@@ -631,101 +630,6 @@ def test_the_table_marks_frontier_and_advice():
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["* <-", ""]
     assert "1.00 (9.0x)" in lines[2]
     assert len({len(line) for line in lines}) == 1
-
-
-# ---- A topk for each layer ----------------------------------------------------------------------
-
-
-def report_by_layer(masses, **gate):
-    """Returns a report of the captured mass of each topk, by layer."""
-    empty = report_of((0.9, 0.5, None))
-    choices = [
-        dataclasses.replace(
-            empty.choices[0], topk=topk, heads=[[layer[topk]] for layer in masses], **gate
-        )
-        for topk in masses[0]
-    ]
-    layers = [str(i) for i in range(len(masses))]
-    return dataclasses.replace(empty, layers=layers, choices=choices)
-
-
-@st.composite
-def masses_by_layer(draw):
-    """Draws up to four measured topks and their masses, in thousandths, in up to four layers."""
-    topks = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4, unique=True))
-    mass = st.integers(0, 3) | st.integers(0, 1000)
-    layer = st.tuples(*(mass for _ in topks)).map(lambda x: dict(zip(topks, x, strict=True)))
-    return draw(st.lists(layer, min_size=1, max_size=4))
-
-
-@given(masses_by_layer(), st.data())
-def test_topks_by_layer_are_the_best_of_all(masses, data):
-    def value(topks):  # mass, then few blocks, then similar topks
-        mass = sum(layer[topk] for layer, topk in zip(masses, topks, strict=True))
-        return mass, -sum(topks), -sum(x**2 for x in topks)
-
-    topk = data.draw(st.integers(min(masses[0]), 10))
-    report = report_by_layer([{x: y / 1000 for x, y in layer.items()} for layer in masses])
-    found = report.topk_by_layer(8, topk)
-    allowed = [x for x in itertools.product(*masses) if sum(x) <= topk * len(masses)]
-    assert tuple(found) in allowed
-    assert value(found) == max(map(value, allowed))
-    mean = value(found)[0] / 1000 / len(masses)
-    assert report.mass_by_layer(8, found) == pytest.approx(mean)
-
-
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=6, unique=True), st.integers(1, 5))
-def test_layers_that_are_alike_get_the_same_topk(topks, layers):
-    for concave in (lambda x: x / 20, lambda x: 1 - 0.9**x):
-        report = report_by_layer([{x: concave(x) for x in topks}] * layers)
-        for topk in topks:
-            assert report.topk_by_layer(8, topk) == [topk] * layers
-
-
-def test_a_layer_that_needs_no_more_blocks_leaves_them_to_others():
-    flat, steep = dict.fromkeys((2, 4, 6), 0.9), {2: 0.2, 4: 0.5, 6: 0.6}
-    report = report_by_layer([flat, steep, flat])
-    assert report.topk_by_layer(8, 4) == [2, 6, 2]
-    assert report.mass_by_layer(8, [2, 6, 2]) == pytest.approx(0.8)
-    assert report.topk_by_layer(8, 3) == [2, 4, 2]  # 3 was not measured
-    assert report.topk_by_layer(8, 2) == [2, 2, 2]
-
-
-def test_topks_by_layer_are_those_of_the_gate_and_the_heads():
-    calls = [Call(name, *torch.randn(2, 1, 2, 64, 8), torch.arange(64), 1.0) for name in "ab"]
-    report = tune(calls, (8, 16), (2, 3), gate_block_sizes=(4,), sink_blocks=1, timed=False)
-    quality = {
-        part: [
-            gate_quality(x.q, x.k, 8, (2, 3), gate_block_size=part, sink_blocks=1, scale=1.0)[8]
-            for x in calls
-        ]
-        for part in (None, 4)
-    }
-    for part, (a, b) in quality.items():
-        expected = float(a.mass[1].mean() + b.mass[0].mean()) / 2
-        assert report.mass_by_layer(8, [3, 2], part) == pytest.approx(expected)
-    assert report.topk_by_layer(8, 3, 4) == [3, 3]
-
-
-@pytest.mark.parametrize(
-    ("method", "arguments", "text"),
-    [
-        ("topk_by_layer", (16, 2), "block_size=16 was not measured; pass one of block_size=8, g"),
-        ("topk_by_layer", (8, 2), "block_size=8 was not measured; pass one of block_size=8, gate"),
-        ("topk_by_layer", (8, 1, 4), "topk must be at least 2, the lowest that was measured for b"),
-        ("topk_by_layer", (8, 0, 4), "topk must be at least 1, got 0"),
-        ("mass_by_layer", (8, [2], 4), "one value for each of 2 layers, got 1"),
-        (
-            "mass_by_layer",
-            (8, [2, 5], 4),
-            r"among \[2, 3\], .* block_size=8, gate_block_size=4, got",
-        ),
-    ],
-)
-def test_by_layer_refuses(method, arguments, text):
-    report = report_by_layer([{2: 0.5, 3: 0.6}] * 2, gate_block_size=4)
-    with pytest.raises(ValueError, match=text):
-        getattr(report, method)(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ difference of the two (lost), the lowest mass of any head (worst head), how ofte
 strongest past key is selected (found), the signal-to-noise ratio of the gate (SNR), the ratio that
 makes the gate reliable (needed), and the time, with the speedup over dense attention. A star marks
 the frontier: the choices without an alternative that captures more mass at no higher cost. An arrow
-marks the choice for your budget. --by-layer also distributes the blocks of a topk over the layers.
+marks the choice for your budget.
 
 Sources of queries and keys:
   --model FOLDER --text FILE   a local Hugging Face model, and a text for it
@@ -83,13 +83,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"always select the {which} N blocks, which count towards topk (default: 0)",
         )
     parser.add_argument(
-        "--by-layer",
-        type=positive,
-        metavar="TOPK",
-        help="also find, by block size, the topks of the layers that capture the most mass with as "
-        "many blocks as this topk in all layers; measures this topk, too",
-    )
-    parser.add_argument(
         "--queries",
         type=positive,
         default=256,
@@ -134,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         for report in reports(
             _calls(arguments),
             arguments.block_sizes,
-            arguments.topks + [arguments.by_layer] * (arguments.by_layer is not None),
+            arguments.topks,
             gate_block_sizes=arguments.gate_block_sizes,
             sink_blocks=arguments.sink_blocks,
             local_blocks=arguments.local_blocks,
@@ -163,13 +156,12 @@ def _show(report: Report, arguments: argparse.Namespace) -> Choice | None:
     """Prints or writes a report; returns the recommended choice."""
     budget, recommended = _recommend(report, arguments)
     example = "synthetic, from no model" if arguments.example else None
-    by_layer = _by_layer(report, arguments.by_layer)
     asked = {"budget": budget, "recommended": recommended, "example": example}
-    if write_json(_json(report, asked | {"by_layer": by_layer}), arguments.json):
-        advice = _advice(report, budget, recommended)
-        print("", _heading(report, example), report.table(recommended), advice, sep="\n\n")
-        if arguments.by_layer is not None:
-            print("", _layers_advice(by_layer, arguments.by_layer), sep="\n")
+    if write_json(_json(report, asked), arguments.json):
+        tables = report.table(recommended)
+        print(
+            "", _heading(report, example), tables, _advice(report, budget, recommended), sep="\n\n"
+        )
     return recommended
 
 
@@ -246,39 +238,6 @@ def _advice(report: Report, budget: str, choice: Choice | None) -> str:
         f"keys. The best selection of as many blocks captures {choice.best_mass:.1%}, so the gate "
         f"loses {choice.lost_mass:.1%}."
     )
-
-
-def _by_layer(report: Report, topk: int | None) -> list[dict[str, Any]]:
-    """Returns the topks by layer for each gate that was measured with this topk."""
-    found = []
-    for choice in report.choices:
-        if choice.topk == topk:
-            size, part = choice.block_size, choice.gate_block_size
-            topks = report.topk_by_layer(size, topk, part)
-            same = [topk] * len(topks)
-            found.append(
-                {
-                    "block_size": size,
-                    "gate_block_size": part,
-                    "topk": topks,
-                    "mass": report.mass_by_layer(size, topks, part),
-                    "mass_of_same_topk": report.mass_by_layer(size, same, part),
-                }
-            )
-    return found
-
-
-def _layers_advice(by_layer: list[dict[str, Any]], topk: int) -> str:
-    lines = [f"By layer, with as many blocks as topk={topk} in all layers:"]
-    for x in by_layer:
-        part = f", gate_block_size={x['gate_block_size']}" if x["gate_block_size"] else ""
-        lines.append(
-            f"block_size={x['block_size']}, topk={x['topk']}{part} captures {x['mass']:.1%}, "
-            f"topk={topk} in all layers {x['mass_of_same_topk']:.1%}."
-        )
-    if not by_layer:
-        lines.append(f"no block size was measured with topk={topk}; use smaller blocks.")
-    return "\n".join(lines)
 
 
 def _settings(choice: Choice) -> str:

@@ -1,12 +1,10 @@
 """The report of `flexmoba.tune`: choices of block size and topk, their frontier, and a table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from flexmoba.checks import check_topk
 from flexmoba.reporting import table
-from flexmoba.tune.layers import best_topks
 
 Cost = Literal["sparsity", "forward_ms"]
 
@@ -159,97 +157,6 @@ class Report:
             fitting = [x for x in self.choices if price(x) <= latency_ms]
         return max(fitting, key=lambda x: x.mass, default=None)
 
-    def topk_by_layer(
-        self, block_size: int, topk: int, gate_block_size: int | None = None
-    ) -> list[int]:
-        """Returns a topk for each layer that selects as many blocks as ``topk`` in all layers.
-
-        Of all distributions of at most ``topk * len(layers)`` blocks with measured topks, it is one
-        with the most captured mass, as `mass_by_layer` defines it; of these, one with the fewest
-        blocks. ``flexmoba.integrations.transformers.convert`` takes the list as its ``topk``.
-
-        Args:
-            block_size: A measured block size.
-            topk: Mean number of blocks of a layer, at least the lowest measured topk.
-            gate_block_size: A measured size of sub-blocks for this block size; None for the gate
-                without sub-blocks.
-
-        Returns:
-            The topks in the order of ``layers``, which is the order of the model's layers if the
-            calls come from `capture`.
-
-        Raises:
-            TypeError: ``topk`` is not an int.
-            ValueError: ``block_size`` with ``gate_block_size`` was not measured, or ``topk`` is
-                below the measured topks.
-
-        Examples:
-            The keys of the second layer are alike, so few blocks capture little of its attention,
-            and more blocks are worth more there:
-
-            >>> import torch
-            >>> from flexmoba.tune import Call, synthetic, tune
-            >>> q, k = synthetic(512)
-            >>> positions = torch.arange(512)
-            >>> calls = [Call("0", q, k, positions, 0.125), Call("1", q, 0 * k, positions, 0.125)]
-            >>> report = tune(calls, block_sizes=(32,), topks=(2, 4, 6, 8, 10), timed=False)
-            >>> topks = report.topk_by_layer(32, 6)
-            >>> topks
-            [4, 8]
-            >>> report.mass_by_layer(32, topks) > report.mass_by_layer(32, [6, 6])
-            True
-        """
-        choices = self._choices_of(block_size, gate_block_size)
-        check_topk(topk)
-        if topk < min(choices):
-            raise ValueError(
-                f"topk must be at least {min(choices)}, the lowest that was measured for "
-                f"{_gate(block_size, gate_block_size)}, got {topk}; measure lower topks"
-            )
-        layers = [
-            {value: _mean(choice.heads[i]) for value, choice in choices.items()}
-            for i in range(len(self.layers))
-        ]
-        return best_topks(layers, topk * len(layers))
-
-    def mass_by_layer(
-        self, block_size: int, topks: Sequence[int], gate_block_size: int | None = None
-    ) -> float:
-        """Returns the captured mass of a topk for each layer: the mean over layers of their means.
-
-        Args:
-            block_size: A measured block size.
-            topks: A measured topk for each layer, in the order of ``layers``.
-            gate_block_size: A measured size of sub-blocks for this block size, or None.
-
-        Raises:
-            ValueError: A setting was not measured, or ``topks`` has not one value for each layer.
-        """
-        choices = self._choices_of(block_size, gate_block_size)
-        if len(topks) != len(self.layers):
-            raise ValueError(
-                f"topks must have one value for each of {len(self.layers)} layers, got "
-                f"{len(topks)}; see report.layers"
-            )
-        if missing := sorted(set(topks) - set(choices)):
-            raise ValueError(
-                f"topks must be among {sorted(choices)}, which were measured for "
-                f"{_gate(block_size, gate_block_size)}, got {missing}; measure them too"
-            )
-        return _mean([_mean(choices[topk].heads[i]) for i, topk in enumerate(topks)])
-
-    def _choices_of(self, block_size: int, gate_block_size: int | None) -> dict[int, Choice]:
-        """Returns the choices of one gate by topk."""
-        gate = (block_size, gate_block_size)
-        found = {x.topk: x for x in self.choices if (x.block_size, x.gate_block_size) == gate}
-        if not found:
-            measured = {_gate(x.block_size, x.gate_block_size) for x in self.choices}
-            raise ValueError(
-                f"{_gate(*gate)} was not measured; pass one of {'; '.join(sorted(measured))}, or "
-                "measure it too"
-            )
-        return found
-
     def table(self, recommended: Choice | None = None) -> str:
         """Formats the choices as a Markdown table.
 
@@ -285,15 +192,6 @@ class Report:
         report = asdict(self)
         versions: dict[str, Any] = report.pop("versions")
         return versions | report
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _gate(block_size: int, gate_block_size: int | None) -> str:
-    part = f", gate_block_size={gate_block_size}" if gate_block_size else ""
-    return f"block_size={block_size}{part}"
 
 
 def _price(cost: Cost, choices: list[Choice]) -> Callable[[Choice], float]:
