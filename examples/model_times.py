@@ -4,15 +4,15 @@
 and with backward, and forward and backward of a decoder of transformers whose layers are compiled
 one by one. The decoder is a Llama with random weights and without the head. "full" is `topk=None`;
 "cudnn" and "flash" are backends of `scaled_dot_product_attention`. Names of MoBA are those of
-retrieval.py, for example "64x16+sub8" for 16 blocks of 64 keys with sub-blocks of 8; --sink-blocks
-applies to all of them. Calls queue one after another.
+retrieval.py, for example "64x16+sink+sub8" for 16 blocks of 64 keys, one of them a sink block, with
+sub-blocks of 8. Calls of up to 13 ms queue one after another.
 
 toy size, half a minute on a CPU:
   python examples/model_times.py
 
 full size, the sizes of SmolLM2-135M, four minutes on one GPU:
   python examples/model_times.py --heads 9 --kv-heads 3 --head-dim 64 --layers 30 --hidden 576 \\
-      --intermediate 1536 --attention full cudnn 64x16 64x16+sub8 32x32+sub4 \\
+      --intermediate 1536 --attention full cudnn 64x16+sink 64x16+sink+sub8 32x32+sink+sub4 \\
       --lengths 8192 32768 --decoder-lengths 32768 --json times.json
 """
 
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from retrieval import NAME, options_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaModel
@@ -44,24 +45,12 @@ from flexmoba.reporting import (
 )
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-NAME = re.compile(r"(\d+)x(\d+)(?:\+sub(\d+))?")
 
 
-def options_of(attention: str, o: argparse.Namespace) -> dict[str, Any]:
-    """The options of `flex_moba` and of `convert` for an attention, by its name."""
-    if attention == "full":
-        return {"block_size": 128, "topk": None}
-    name = NAME.fullmatch(attention)
-    assert name is not None
-    sub_blocks = {"gate_block_size": int(name[3])} if name[3] else {}
-    sizes = {"block_size": int(name[1]), "topk": int(name[2])}
-    return sizes | {"sink_blocks": o.sink_blocks} | sub_blocks
-
-
-def call_of(attention: str, o: argparse.Namespace) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def call_of(attention: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A causal call of queries, keys and values."""
     if attention not in BACKENDS:
-        return functools.partial(flex_moba, **options_of(attention, o))
+        return functools.partial(flex_moba, **options_of(attention))
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(BACKENDS[attention]):
@@ -79,7 +68,7 @@ def time_call(attention: str, length: int, o: argparse.Namespace) -> list[float]
         for name, n in heads.items()
     }
     grad, inputs = made.pop("grad"), [*made.values()]
-    call = call_of(attention, o)
+    call = call_of(attention)
     with torch.no_grad():
         forward = median_ms(lambda: call(*inputs), device)
     inputs = [x.requires_grad_() for x in inputs]
@@ -103,7 +92,7 @@ def time_decoder(attention: str, length: int, o: argparse.Namespace) -> float:
     config._attn_implementation = "sdpa"
     model = LlamaModel(config).to(device, dtype_of(o))
     if attention not in BACKENDS:
-        convert(model, **options_of(attention, o))
+        convert(model, **options_of(attention))
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = o.layers + 8  # a converted layer knows its index
     for layer in model.layers:
@@ -161,18 +150,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sizes = {"heads": 4, "kv-heads": 2, "head-dim": 16, "layers": 2, "hidden": 64}
     for name, size in (sizes | {"intermediate": 128, "vocabulary": 49152}).items():
         add(f"--{name}", type=positive, default=size, help="of the model (%(default)s)")
-    add("--attention", nargs="+", default=["full", "16x4", "16x4+sub4"], metavar="NAME",
-        help="full, cudnn, flash, or for example 64x16 or 64x16+sub8 (%(default)s)")  # fmt: skip
-    add("--sink-blocks", type=int, default=1, help="first blocks, always seen (%(default)s)")
+    add("--attention", nargs="+", default=["full", "16x4+sink", "16x4+sink+sub4"], metavar="NAME",
+        help="full, cudnn, flash, or for example 64x16+sink+sub8 (%(default)s)")  # fmt: skip
     add("--lengths", type=positive, nargs="+", default=[512], help="of calls (%(default)s)")
     add("--decoder-lengths", type=positive, nargs="*", default=[512], help="(%(default)s)")
     add("--json", metavar="FILE", help="write the times there")
     add_device(parser)
     o = parser.parse_args(argv)
-    known = {"full", *BACKENDS}
-    if wrong := [x for x in o.attention if x not in known and not NAME.fullmatch(x)]:
-        parser.error(f"--attention {wrong[0]}: expected full, cudnn, flash or, for example, 64x16 "
-                     "or 64x16+sub8")  # fmt: skip
+    of_moba = [x for x in o.attention if x not in ("full", *BACKENDS)]
+    if wrong := [x for x in of_moba if not re.fullmatch(NAME, x) or x.endswith("+full-decode")]:
+        parser.error(f"--attention {', '.join(wrong)}: say full, cudnn, flash, or for example "
+                     "64x16, 64x16+sink or 64x16+sink+sub8")  # fmt: skip
     if o.heads % o.kv_heads:
         parser.error(f"--kv-heads {o.kv_heads} must divide --heads {o.heads}")
     try:

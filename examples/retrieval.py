@@ -161,15 +161,15 @@ def is_right(model: PreTrainedModel, ids: Tensor, answer: int, full_decode: bool
     return bool((logits[0, :-1].argmax(-1) == ids[0, -answer:]).all())
 
 
-def apply(model: PreTrainedModel, attention: str) -> None:
-    """Gives the model an attention by its name, for example "64x16+sink" or "64x16+sink+sub8"."""
+def options_of(attention: str) -> dict[str, Any]:
+    """The options of `convert` and `flex_moba` by a name, for example "64x16+sink+sub8"."""
     if attention == "full":
-        convert(model, 128, None)
-        return
+        return {"block_size": 128, "topk": None}
     name = re.fullmatch(NAME, attention)
     assert name is not None
+    sizes = {"block_size": int(name[1]), "topk": int(name[2])}
     sub_blocks = {"gate_block_size": int(name[4])} if name[4] else {}
-    convert(model, int(name[1]), int(name[2]), sink_blocks=int(name[3] is not None), **sub_blocks)
+    return sizes | {"sink_blocks": int(name[3] is not None)} | sub_blocks
 
 
 NAME = r"(\d+)x(\d+)(\+sink)?(?:\+sub(\d+))?(\+full-decode)?"
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "right": {},
     }
     for attention in o.attention:
-        apply(model, attention)
+        convert(model, **options_of(attention))
         full_decode = attention.endswith("+full-decode")
         report["right"][attention] = measure(model, contexts, o, full_decode)
         if o.json:

@@ -676,7 +676,7 @@ def test_full_decoding_reads_the_context_with_moba(example, letters):
     for x in model.parameters():
         torch.nn.init.normal_(x, std=0.5)  # so that the attention decides the next token
     ids = torch.randint(256, (300,))
-    retrieval.apply(model, "8x3+sink+sub4+full-decode")
+    retrieval.convert(model, **retrieval.options_of("8x3+sink+sub4+full-decode"))
     settings = {"block_size": 8, "topk": 3, "sink_blocks": 1, "gate_block_size": 4}
     assert model.config.flexmoba.items() >= settings.items()
     read = model(input_ids=ids[None])
@@ -1037,17 +1037,16 @@ def test_calls_and_a_decoder_are_timed(example, tmp_path, capsys):
     main, file = example("model_times").main, tmp_path / "times.json"
     sizes = ["--layers", "1", "--vocabulary", "64", "--json", str(file)]
     with torch._dynamo.config.patch(recompile_limit=8):  # the example raises it
-        report = main(["--attention", "16x2+sub4", *sizes, *TIMES, "96"])
+        report = main(["--attention", "16x2+sink+sub4", *sizes, *TIMES, "96"])
     assert json.loads(file.read_text()) == report
-    assert list(report["ms"]) == ["call 64 16x2+sub4", "decoder 96 16x2+sub4"]
+    assert list(report["ms"]) == ["call 64 16x2+sink+sub4", "decoder 96 16x2+sink+sub4"]
     (forward, both), decoder = report["ms"].values()
     assert 0 < forward < both
     assert decoder > 0
-    assert report["options"]["sink_blocks"] == 1
     assert {"flexmoba", "commit", "torch", "transformers"} <= report["versions"].keys()
     head, _, row = capsys.readouterr().out.splitlines()[-3:]
     assert [x.strip() for x in head.split("|")[1:-1]] == ["attention", "call, 64", "decoder, 96"]
-    cells = ["16x2+sub4", f"{forward:.2f} / {both:.2f}", f"{decoder:.1f}"]
+    cells = ["16x2+sink+sub4", f"{forward:.2f} / {both:.2f}", f"{decoder:.1f}"]
     assert [x.strip() for x in row.split("|")[1:-1]] == cells
 
 
@@ -1057,22 +1056,24 @@ def test_calls_are_timed_without_a_decoder(example):
 
 
 def test_names_of_attentions_are_options(example):
-    times = example("model_times")
-    o = times.parse(["--sink-blocks", "2", "--device", "cpu"])
-    assert times.options_of("full", o)["topk"] is None
-    moba = {"block_size": 64, "topk": 16, "sink_blocks": 2}
-    assert times.options_of("64x16", o) == moba
-    assert times.options_of("64x16+sub8", o) == moba | {"gate_block_size": 8}
+    options_of = example("retrieval").options_of
+    assert options_of("full")["topk"] is None
+    moba = {"block_size": 64, "topk": 16}
+    assert options_of("64x16") == moba | {"sink_blocks": 0}
+    assert options_of("64x16+sink+full-decode") == moba | {"sink_blocks": 1}
+    sub_blocks = {"sink_blocks": 1, "gate_block_size": 8}
+    assert options_of("64x16+sink+sub8") == moba | sub_blocks
     q, k, v = torch.randn(3, 1, 2, 512, 16).unbind()
-    call = times.call_of("64x3+sub8", o)
-    expected = flex_moba(q, k, v, block_size=64, topk=3, sink_blocks=2, gate_block_size=8)
+    call = example("model_times").call_of("64x3+sink+sub8")
+    expected = flex_moba(q, k, v, block_size=64, topk=3, **sub_blocks)
     assert_bitwise_equal(call(q, k, v), expected)
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--attention", "full", "64"], "--attention 64: expected full, cudnn, flash or, for"),
+        (["--attention", "full", "64"], "--attention 64: say full, cudnn, flash, or for"),
+        (["--attention", "64x16+full-decode"], "--attention 64x16+full-decode: say full"),
         (["--heads", "3"], "--kv-heads 2 must divide --heads 3"),
         (["--json", "nowhere/x.json"], "there is no folder nowhere"),
     ],
