@@ -84,6 +84,8 @@ RUNS = {
     "512x8": "--attention moba --block-size 512 --topk 8",
     "128x8 sink": "--attention moba --block-size 128 --topk 8 --sink-blocks 1",
     "64x16 sub8": "--attention moba --block-size 64 --topk 16 --gate-block-size 8",
+    "64x16 sub8 seed 1": "--attention moba --block-size 64 --topk 16 --gate-block-size 8 --seed 1",
+    "32x32 sub4": "--attention moba --block-size 32 --topk 32 --gate-block-size 4",
     # NSA beside MoBA, with a quarter of the tokens, and with one KV head for eight query heads, for
     # which its selected branch has kernels. Of 16,384 tokens, a query sees 512 compressed keys on
     # average: with 4 blocks and a window of 256, also 1,024 keys.
@@ -131,6 +133,8 @@ PRETRAINED_RUNS = {
     # About the time of "full 32K" by FlexAttention: 1.01 s for its step, 0.43 s with MoBA, on one
     # H100. By cuDNN, a step of "full 32K" takes 0.80 s.
     "64x16 sink 32K longer": f"--attention moba {LONGER} --steps 470",
+    # About the time of "full 32K" by cuDNN.
+    "64x16 sink sub8 32K": f"--attention moba {LONGER} --gate-block-size 8 --steps 330",
     # An eighth of the keys, as 64x16 has at 8K, instead of a 32nd.
     "64x64 sink sub8 32K": f"--attention moba {LONGER} --topk 64 --gate-block-size 8",
 }

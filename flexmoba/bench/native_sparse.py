@@ -90,13 +90,15 @@ def _measure_step(config: Config, inputs: list[Tensor], new: dict[str, Tensor]) 
         dtype=q.dtype,
         device=q.device,
     )
-    before, last = ({name: x[:, :, rows] for name, x in new.items()} for rows in _BEFORE_AND_LAST)
+    new = {"k": k, "v": v} | new
+    # Projections leave the keys and values of a new token side by side.
+    last = {name: x[:, :, -1:].contiguous() for name, x in new.items()}
 
     def step() -> Tensor:
-        positions = cache.append(k[:, :, -1:], v[:, :, -1:], **last)
+        positions = cache.append(**last)
         return cache.attend(q, gates, positions, topk=config.count)[0]
 
-    cache.append(k[:, :, :-1], v[:, :, :-1], **before)
+    cache.append(**{name: x[:, :, :-1] for name, x in new.items()})
     result = _errors(step(), inputs, config)
     if not result["error"] <= result["allowed"]:
         return result
@@ -112,9 +114,6 @@ def _measure_step(config: Config, inputs: list[Tensor], new: dict[str, Tensor]) 
 
         result["step_ms"] |= try_to_time(name, measured)
     return result
-
-
-_BEFORE_AND_LAST = slice(None, -1), slice(-1, None)
 
 
 def _errors(out: Tensor, inputs: list[Tensor], config: Config) -> dict[str, Any]:
