@@ -671,6 +671,8 @@ def test_the_gate_kernel_selects_among_8192_blocks():
         ({"q_len": 1, "batch": 2}, (32, 16, 64, 5, 1, 1)),
         ({"q_len": 150, "head_dim": 32}, (18, 6, 18, 5, 1, 1)),  # three places for each block
         ({"q_len": 140, "kv_len": 140, "head_dim": 136}, (4, 4, 64, 3, 0, 0)),
+        ({"q_len": 140, "kv_len": 140, "head_dim": 192}, (4, 4, 64, 3, 0, 0)),
+        ({"q_len": 140, "kv_len": 140, "head_dim": 200}, (4, 4, 64, 3, 0, 0)),
     ],
 )
 @pytest.mark.parametrize("documents", [False, True])

@@ -21,6 +21,7 @@ TREES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
 
 # Modules that a room keeps out of its `__init__.py`, since they import Triton.
 KERNELS = {
+    "flexmoba.backends.fused.kernel_parts",
     "flexmoba.cache.kernels",
     "flexmoba.gate.kernel",
     "flexmoba.gate.lists",

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexmoba.backends.fused import is_split, padded_dim
+from flexmoba.backends.fused.kernel_parts import dot_parts, load_parts
 from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.gate.kernel import (
     MAX_COUNT,
@@ -79,7 +81,8 @@ def select_on_cuda(
     q, k_cmp = packed(q), packed(k_cmp)
     first = q if first_block is None else packed(first_block.expand(batch, -1).int())
     r, s = sizes.block_size // sizes.cmp_stride, sizes.cmp_block // sizes.cmp_stride
-    is_large = dim > 128 or q.element_size() > 2
+    is_split_dim = is_split(dim)
+    is_large = (dim > 128 and not is_split_dim) or q.element_size() > 2
     slots, room = next_power_of_2(sizes.scored), _room(sizes)
     constants = {
         "DIM": dim,
@@ -90,7 +93,7 @@ def select_on_cuda(
         "IN_COMPRESSED": s,
         "TILE_Q": 64,  # so that two programs fit on a multiprocessor of an H100
         "TILE_N": _LEAST_TILE if is_large else _TILE,
-        "TILE_D": max(16, next_power_of_2(dim)),
+        "TILE_D": max(16, padded_dim(dim)),
         "COUNT": sizes.scored,
         "SLOTS": slots,
         "ROOM": room,
@@ -117,8 +120,9 @@ def select_on_cuda(
             importance_kernel,
             tiles * batch * kv_heads,
             (q, k_cmp, first, packed(lse), selected, *numbers),
-            # With three tiles of queries, one is copied during the exponentials of another.
-            constants | {"num_stages": 2 if is_large else 3},
+            # With three tiles of queries, one is copied during the exponentials of another. Three
+            # tiles of 192 dims would leave room for one program on a multiprocessor of an H100.
+            constants | {"num_stages": 2 if is_large or is_split_dim else 3},
             (q.dtype,),
         )
     return selected
@@ -142,18 +146,16 @@ def _seen(
 
 @triton.jit
 def _load_keys(k_ptr, compressed, n_compressed, DIM: tl.constexpr, TILE_D: tl.constexpr):
-    """Loads a tile of compressed keys, clamped to those that exist."""
-    dim = tl.arange(0, TILE_D)
+    """Loads the parts of a tile of compressed keys, clamped to those that exist."""
     real = tl.maximum(tl.minimum(compressed, n_compressed - 1), 0).to(tl.int64)
-    return tl.load(k_ptr + real[:, None] * DIM + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
+    return load_parts(k_ptr, real * DIM, DIM, TILE_D)
 
 
 @triton.jit
 def _load_queries(q_ptr, head, row, q_len, DIM: tl.constexpr, TILE_D: tl.constexpr):
-    """Loads a tile of queries of a flat head, clamped to those that exist."""
-    dim = tl.arange(0, TILE_D)
+    """Loads the parts of a tile of queries of a flat head, clamped to those that exist."""
     real = head.to(tl.int64) * q_len + tl.minimum(row, q_len - 1)
-    return tl.load(q_ptr + real[:, None] * DIM + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
+    return load_parts(q_ptr, real * DIM, DIM, TILE_D)
 
 
 @kernel
@@ -181,7 +183,7 @@ def lse_kernel(
     for start in range(tl.min(begin, 0) // TILE_N * TILE_N, tl.max(end, 0), TILE_N):
         compressed = start + tl.arange(0, TILE_N)
         k = _load_keys(k_ptr, compressed, n_compressed, DIM, TILE_D)
-        score = tl.dot(q, tl.trans(k), input_precision="tf32x3") * factor
+        score = dot_parts(q, k, "tf32x3") * factor
         seen = (compressed[None, :] >= begin[:, None]) & (compressed[None, :] < end[:, None])
         score = tl.where(seen, score, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(score, 1))
@@ -340,13 +342,13 @@ def importance_kernel(
         tl.min(first_candidate, 0) - MARGIN, tl.max(end_candidate, 0), TILE_BLOCKS - MARGIN
     ):
         compressed = (first_block + place // ROOM) * IN_BLOCK + place % ROOM
-        k = tl.trans(_load_keys(k_ptr, compressed, n_compressed, DIM, TILE_D))
+        k = _load_keys(k_ptr, compressed, n_compressed, DIM, TILE_D)
         weights = tl.zeros([TILE_Q, TILE_N], tl.float32)
         for head_in_group in range(GROUP):
             head = kv_head * GROUP + head_in_group
             q = _load_queries(q_ptr, head, row, q_len, DIM, TILE_D)
             lse = tl.load(lse_ptr + head.to(tl.int64) * q_len + tl.minimum(row, q_len - 1))
-            score = tl.dot(q, k, input_precision="tf32x3") * factor
+            score = dot_parts(q, k, "tf32x3") * factor
             weights += tl.exp2(score - (lse * _LOG2_E)[:, None])
         seen = (compressed[None, :] >= begin[:, None]) & (compressed[None, :] < end[:, None])
         if ROOM != IN_BLOCK:

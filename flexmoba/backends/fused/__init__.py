@@ -7,5 +7,6 @@ log-sum-exp and selection.
 """
 
 from flexmoba.backends.fused.operator import fused_attention, why_not_fused
+from flexmoba.backends.fused.tile_sizes import is_split, padded_dim
 
-__all__ = ["fused_attention", "why_not_fused"]
+__all__ = ["fused_attention", "is_split", "padded_dim", "why_not_fused"]

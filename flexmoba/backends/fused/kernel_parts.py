@@ -109,11 +109,14 @@ def pairs_of_parts(x, y):
 
 
 @triton.jit
-def dot_parts(x, y):
-    """Returns the inner products of rows of ``x`` with rows of ``y``, over all parts."""
-    dots = tl.dot(x[0], tl.trans(y[0]))
+def dot_parts(x, y, PRECISION: tl.constexpr = None):
+    """Returns the inner products of rows of ``x`` with rows of ``y``, over all parts.
+
+    PRECISION is Triton's ``input_precision``, of products in single precision.
+    """
+    dots = tl.dot(x[0], tl.trans(y[0]), input_precision=PRECISION)
     for i in tl.static_range(1, len(x)):
-        dots = tl.dot(x[i], tl.trans(y[i]), dots)
+        dots = tl.dot(x[i], tl.trans(y[i]), dots, input_precision=PRECISION)
     return dots
 
 
