@@ -719,7 +719,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "(%(default)s)")  # fmt: skip
     add("--gate-block-size", type=positive, help="keys in a sub-block, whose mean keys the gate "
         "scores (the block size)")  # fmt: skip
-    add("--window", type=positive, default=64, help="tokens in the window of NSA (%(default)s)")
+    add("--window", type=int, default=64, help="tokens in the window of NSA, or 0 (%(default)s)")
     add("--dense", choices=["flex", "flash", "cudnn"], default="flex", help="kernel of full "
         "attention: flexmoba's FlexAttention, or one of torch's (%(default)s)")  # fmt: skip
     add("--qk-norm", action="store_true", help="normalise the queries and keys of each head")

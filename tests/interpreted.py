@@ -749,6 +749,7 @@ def test_ties_and_nan_in_the_selection_kernels_of_nsa():
         ({"q_len": 2, "kv_len": 600}, (4, 4, 4, 4, 1, 2), 7),  # no block is left to score
         ({"kv_len": 900, "kv_heads": 1}, (4, 2, 4, 9, 1, 1), 9),  # several splits
         ({"kv_len": 20}, (32, 16, 20, 3, 1, 0), 9),  # no compressed block
+        ({"q_len": 2}, (8, 4, 16, 6, 1, 1), 0),
     ],
 )
 def test_the_decoding_kernels_of_nsa(monkeypatch, changes, sizes, window):
@@ -764,7 +765,7 @@ def test_the_decoding_kernels_of_nsa(monkeypatch, changes, sizes, window):
         positions[2, -1] = 2**30
     generator, heads = problem.generator(), problem.kv_heads
     dims = problem.head_dim, problem.value_dim
-    n_compressed, ring = sizes.compressed_blocks(capacity), window + 15
+    n_compressed, ring = sizes.compressed_blocks(capacity), window + 15 if window else -1
     keys = [capacity + sizes.block_size] * 2 + [n_compressed + 1] * 2 + [ring + 1] * 2
     cache = BranchTensors(
         *(
@@ -796,8 +797,8 @@ def test_the_decoding_kernels_of_nsa(monkeypatch, changes, sizes, window):
         ((36, 12, 12), 16, (35, 20, 7)),  # a tail of two tiles
     ],
 )
-@pytest.mark.parametrize("means", [False, True])
-def test_the_append_kernels_of_nsa_are_plain_operations(sizes, n, lengths, means):
+@pytest.mark.parametrize(("means", "window"), [(False, 5), (True, 5), (False, 0)])
+def test_the_append_kernels_of_nsa_are_plain_operations(sizes, n, lengths, means, window):
     """Tests a compression that depends on the order of tokens and on positions, and means.
 
     The results are bitwise equal, but for means, which add tokens in another order.
@@ -815,7 +816,7 @@ def test_the_append_kernels_of_nsa_are_plain_operations(sizes, n, lengths, means
         return torch.randn(shape, generator=generator)
 
     names = ("cmp_block", "cmp_stride", "block_size")
-    options = dict(zip(names, sizes, strict=True)) | {"window": 5, "value_dim": 12}
+    options = dict(zip(names, sizes, strict=True)) | {"window": window, "value_dim": 12}
     plain, kernels = (NsaCache(3, 2, 24, max_len=60, **options) for _ in range(2))
     results = []
     # As from projections of all branches, with the heads of a token side by side.
@@ -828,7 +829,7 @@ def test_the_append_kernels_of_nsa_are_plain_operations(sizes, n, lengths, means
         cache.lengths.copy_(torch.tensor(lengths))
         state = CacheState(cache._branches, cache._tail, cache.lengths)
         if append is append_to_nsa_scattered:
-            positions, _ = append(state, new, None, cache.sizes, 5, compress)
+            positions, _ = append(state, new, None, cache.sizes, window, compress)
         else:
             positions = append(state, new, cache.sizes, compress)
         results.append([positions, cache.lengths, *cache._tail, *cache._branches])

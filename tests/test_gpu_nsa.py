@@ -62,6 +62,7 @@ PROBLEMS = {
     "chunk": variant(q_len=333, kv_len=1111),
     "few tokens": variant(q_len=31, kv_len=31),
     "scale": variant(scale=-0.2, gate_heads=False),
+    "no window": variant(window=0, batch=2),
 }
 # Without gradients, which compile for the longest time, and with torch's dense kernels.
 FORWARD_ALONE = [PROBLEMS[x] for x in ("blocks of 32", "one size", "one query", "few tokens")]
@@ -157,8 +158,9 @@ def test_documents_and_padding(group):
     assert padded.isfinite().all()
 
 
-def test_compiled():
-    layer = NsaAttention(256, 16, 1, head_dim=64, topk=6, window=100, rope_base=1e4)
+@pytest.mark.parametrize("window", [100, 0])
+def test_compiled(window):
+    layer = NsaAttention(256, 16, 1, head_dim=64, topk=6, window=window, rope_base=1e4)
     layer = layer.to(DEVICE, torch.bfloat16)
     compiled = torch.compile(layer, fullgraph=True)
     for length in (700, 1100):
@@ -188,8 +190,9 @@ def test_compiled_flex_nsa_at_two_lengths(changes):
         torch.testing.assert_close(out, expected, rtol=0, atol=2e-2)
 
 
-def test_decoding_in_a_cuda_graph():
-    layer = NsaAttention(256, 16, 1, head_dim=64, topk=6, window=100, rope_base=1e4)
+@pytest.mark.parametrize("window", [100, 0])
+def test_decoding_in_a_cuda_graph(window):
+    layer = NsaAttention(256, 16, 1, head_dim=64, topk=6, window=window, rope_base=1e4)
     layer = layer.to(DEVICE, torch.bfloat16)
     x = torch.randn(2, 1000, 256, device=DEVICE, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -219,6 +222,7 @@ def test_decoding_in_a_cuda_graph():
         ({"head_dim": 192}, 16),
         ({"dtype": torch.float32, "head_dim": 80, "value_dim": 48}, 16),
         ({"block_size": 256, "cmp_block": 64, "topk": 3}, 16),
+        ({"window": 0}, 16),
     ],
 )
 @pytest.mark.parametrize("n", [1, 5])
@@ -231,7 +235,9 @@ def test_a_decoding_step(changes, gate_heads, n):
     lengths = torch.tensor([4600, 2000, n], device=DEVICE)
     positions = (lengths[:, None] + torch.arange(-n, 0, device=DEVICE)).int()
     positions[1, 0] = -1
-    n_blocks, ring = problem.kv_len // problem.block_size, problem.window + 15
+    n_blocks, ring = problem.kv_len // problem.block_size, -1
+    if problem.window > 0:
+        ring = problem.window + 15
     n_compressed = sizes.compressed_blocks((n_blocks - 1) * problem.block_size)
     ends = n_blocks * problem.block_size, n_compressed + 1, ring + 1
     cache = BranchTensors(*(x[:, :, :end].contiguous() for end in ends for x in (k, v)))

@@ -1,6 +1,7 @@
 """Native Sparse Attention: the oracle by hand, and the selection and attention by the oracle."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -78,6 +79,11 @@ class Problem:
     def options(self) -> dict:
         return self.blocks | {"window": self.window, "scale": self.scale}
 
+    def named(self, others: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Names the tensors after the gates; those of the window branch only if there is one."""
+        names = NAMES[4:] if self.window > 0 else NAMES[4:6]
+        return dict(zip(names, others, strict=False))
+
     def tensors(self, device: str = "cpu", *, requires_grad: bool = False) -> tuple[Tensor, ...]:
         """Draws the tensors in the order of `NAMES`, in float64, and rounds them."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -115,7 +121,7 @@ def problems(draw: DrawFn, max_len: int = 110) -> Problem:
         topk=1 + sinks + locals_ + draw(st.integers(0, 4) | st.just(14)),
         sink_blocks=sinks,
         local_blocks=locals_,
-        window=draw(st.integers(1, 40) | st.just(512)),
+        window=draw(st.integers(1, 40) | st.sampled_from((0, 512))),
         scale=draw(st.sampled_from((None, 0.3, -1.0, 0.0))),
         gate_heads=draw(st.booleans()),
         seed=draw(st.integers(0, 2**32 - 1)),
@@ -140,6 +146,7 @@ EDGES = {
     "compressed blocks of a token": Problem(cmp_block=1, cmp_stride=1, block_size=3, topk=4),
     "head dims that differ": Problem(head_dim=12, value_dim=5, topk=5, block_size=16),
     "window of a token": Problem(window=1),
+    "no window": Problem(window=0, topk=5, block_size=16),
 }
 every_edge = pytest.mark.parametrize("problem", EDGES.values(), ids=EDGES)
 
@@ -163,8 +170,10 @@ def nsa_of(problem: Problem, **options):
     """Returns `flex_nsa` as a map from the tensors to the output and the log-sum-exps."""
 
     def attend(q, k, v, gates, *others) -> tuple[Tensor, Tensor]:
-        tensors = dict(zip(NAMES[4:], others, strict=True))
+        tensors = problem.named(others)
         out, aux = flex_nsa(q, k, v, gates, **tensors, **problem.options, return_aux=LSE, **options)
+        for x in others[len(tensors) :]:  # differentiable also in tensors of no branch
+            out = out + x[..., :0].sum()
         return out, aux.lse
 
     return attend
@@ -297,6 +306,21 @@ def test_the_window_by_hand(function):
 
 
 @pytest.mark.parametrize("function", [nsa_reference, flex_nsa])
+def test_without_a_window_its_gate_value_has_no_effect(function):
+    """Tests NaN, zero gradients, and that the other branches stay."""
+    q, k, v, gates = Problem(topk=5, block_size=16).tensors(requires_grad=True)[:4]
+    options = {"topk": 5, "block_size": 16}
+    no_window = gates * torch.tensor([1.0, 1.0, 0.0])
+    expected = function(q, k, v, no_window, **options, window=9)
+    without = torch.cat([gates[..., :2], torch.full_like(gates[..., :1], torch.nan)], -1)
+    out = function(q, k, v, without, **options, window=0)
+    torch.testing.assert_close(out, expected)
+    (grad,) = torch.autograd.grad(function(q, k, v, gates, **options, window=0).sum(), gates)
+    assert (grad[..., 2] == 0).all()
+    assert grad[..., :2].abs().sum() > 0
+
+
+@pytest.mark.parametrize("function", [nsa_reference, flex_nsa])
 def test_gates_are_factors_that_need_not_add_to_one(function):
     q, k, v, gates = Problem(topk=5, block_size=16, window=9).tensors()[:4]
     options = {"topk": 5, "block_size": 16, "window": 9}
@@ -419,7 +443,7 @@ def test_nan_is_the_highest_importance():
 @settings(max_examples=40)
 def test_equals_the_oracle(problem):
     q, k, v, gates, *others = problem.tensors()
-    tensors = dict(zip(NAMES[4:], others, strict=True))
+    tensors = problem.named(others)
     actual = flex_nsa(q, k, v, gates, **tensors, **problem.options)
     expected = nsa_reference(q, k, v, gates, **tensors, **problem.options)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
@@ -532,7 +556,7 @@ def test_the_compressed_branch_alone_trains_the_scores():
 def test_defaults_are_means_and_the_keys_of_the_selected_branch(problem):
     q, k, v, gates = problem.tensors()[:4]
     means = [reference_means(x, problem.cmp_block, problem.cmp_stride) for x in (k, v)]
-    named = dict(zip(NAMES[4:], (*means, k, v), strict=True))
+    named = problem.named((*means, k, v))
     expected = nsa_reference(q, k, v, gates, **named, **problem.options)
     for function in (flex_nsa, nsa_reference):
         actual = function(q, k, v, gates, **problem.options)
@@ -615,8 +639,9 @@ def test_autocast_does_not_change_the_result():
         assert_bitwise_equal(x, y)
 
 
-def test_compiled_without_a_graph_break():
-    problem = Problem(kv_heads=2, q_len=70, topk=5, block_size=16, window=20)
+@pytest.mark.parametrize("window", [20, 0])
+def test_compiled_without_a_graph_break(window):
+    problem = Problem(kv_heads=2, q_len=70, topk=5, block_size=16, window=window)
     compiled = torch.compile(nsa_of(problem), fullgraph=True, backend="eager")
     for length in (100, 123, 150):  # the second length becomes symbolic
         tensors = replace(problem, kv_len=length).tensors(requires_grad=True)
@@ -683,7 +708,8 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         ({"block_size": 40}, ValueError, "cmp_stride=16, cmp_block=32 and block_size=40; use"),
         ({"cmp_block": 0}, ValueError, "cmp_block must be at least 1, got 0; pass"),
         ({"cmp_stride": 2.0}, TypeError, "cmp_stride must be an int, got 2.0"),
-        ({"window": 0}, ValueError, "window must be at least 1, got 0; pass"),
+        ({"window": -1}, ValueError, "window must be at least 1, got -1; pass.*or 0"),
+        ({"window": 0}, ValueError, "to which k_win and v_win belong; pass neither"),
         ({"topk": 2}, ValueError, "topk=2 is too small.*use at least 3"),
         ({"sink_blocks": -1}, ValueError, "sink_blocks must be at least 0, got -1"),
         ({"scale": "1"}, TypeError, "scale must be a Python number or None, got str; pass"),

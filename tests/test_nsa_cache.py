@@ -58,7 +58,7 @@ def whole(problem: Problem, tokens: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def call(cache: NsaCache, problem: Problem, tokens: dict[str, Tensor], **options):
     """Appends tokens and attends from them."""
-    keys = {name: tokens[name] for name in ("k_cmp", "v_cmp", "k_win", "v_win")}
+    keys = problem.named([tokens[name] for name in NAMES[4:]])
     positions = cache.append(tokens["k"], tokens["v"], **keys, **options)
     names = ("topk", "sink_blocks", "local_blocks")
     return cache.attend(
@@ -88,10 +88,12 @@ def test_chunks_and_steps_equal_the_whole(problem, lengths, grows):
     assert cache.lengths.tolist() == problem.batch * [total]
 
 
+@pytest.mark.parametrize("window", [20, 0])
 @pytest.mark.parametrize("n", [3, 30])
-def test_rows_of_different_lengths(n):
+def test_rows_of_different_lengths(n, window):
     """Tests padding anywhere in a chunk; each row gets the results of a cache of its own."""
-    problem = Problem(batch=3, kv_heads=2, q_len=90, kv_len=90, block_size=16, topk=5, window=20)
+    sizes = {"q_len": 90, "kv_len": 90, "block_size": 16, "topk": 5, "window": window}
+    problem = Problem(batch=3, kv_heads=2, **sizes)
     tokens, cache = tokens_of(problem), cache_of(problem)
     alone = [cache_of(replace(problem, batch=1)) for _ in range(3)]
     generator = torch.Generator().manual_seed(0)
@@ -164,12 +166,25 @@ def test_no_tokens():
     torch.testing.assert_close(out, whole(problem, tokens)[0][:, :, 39:], rtol=0, atol=1e-10)
 
 
-def test_the_window_branch_keeps_the_tokens_of_windows_alone():
-    cache = cache_of(Problem(window=20), max_len=10000)
-    assert cache._branches.k_win.shape == (1, 1, 20 + 16, 8)
+@pytest.mark.parametrize(("window", "kept"), [(20, 20 + 16), (0, 0)])
+def test_the_window_branch_keeps_the_tokens_of_windows_alone(window, kept):
+    cache = cache_of(Problem(window=window), max_len=10000)
+    assert cache._branches.k_win.shape == cache._branches.v_win.shape == (1, 1, kept, 8)
 
 
-@pytest.mark.parametrize("options", [{}, {"rope_base": None, "gate": "token"}, {"value_dim": 5}])
+@pytest.mark.parametrize("n", [1, 40])
+def test_without_a_window_its_gate_value_has_no_effect(n):
+    problem = Problem(batch=2, q_len=n, kv_len=n, block_size=16, topk=5, window=0)
+    tokens = tokens_of(problem)
+    expected = call(cache_of(problem), problem, tokens)
+    tokens["gates"][..., 2] = torch.nan
+    for actual, x in zip(call(cache_of(problem), problem, tokens), expected, strict=True):
+        assert_bitwise_equal(actual, x)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rope_base": None, "gate": "token"}, {"value_dim": 5}, {"window": 0}]
+)
 def test_the_layer_with_a_cache(options):
     layer = layer_of(**options)
     x = torch.randn(2, 80, 32, dtype=torch.float64)
@@ -188,8 +203,9 @@ def test_the_layer_with_a_cache(options):
         torch.testing.assert_close(torch.cat(padded, 1), expected, rtol=0, atol=1e-9)
 
 
-def test_compiled_steps_are_one_graph():
-    layer = layer_of()
+@pytest.mark.parametrize("window", [12, 0])
+def test_compiled_steps_are_one_graph(window):
+    layer = layer_of(window=window)
     x = torch.randn(2, 60, 32, dtype=torch.float64)
     with torch.no_grad():
         expected, cache = layer(x), layer.make_cache(2, 60)
@@ -225,6 +241,8 @@ def test_errors():
     positions = cache.append(*(tokens[name][:, :, :9] for name in ("k", "v")))
     with pytest.raises(ValueError, match="last call of append had 9 tokens, got 5 queries"):
         cache.attend(*(tokens[name][:, :, :5] for name in ("q", "gates")), positions[:, :5])
+    with pytest.raises(ValueError, match="to which k_win and v_win belong; pass neither"):
+        call(cache_of(problem, window=0), problem, part(tokens, 0, 9))
     tokens["q"].requires_grad_()
     with pytest.raises(NotImplementedError, match="a cache has no gradients"):
         call(cache, problem, part(tokens, 0, 9))

@@ -141,9 +141,10 @@ def test_equals_the_oracle(problem, lengths, named):
     """Tests default keys and values, too, and a selection that names other documents' blocks."""
     total = sum(lengths)
     problem = replace(problem, batch=1, q_len=total, kv_len=total)
-    tensors = dict(zip(NAMES, problem.tensors(), strict=True))
-    if not named:
-        tensors = {name: tensors[name] for name in NAMES[:4]}
+    q, k, v, gates, *others = problem.tensors()
+    tensors = {"q": q, "k": k, "v": v, "gates": gates}
+    if named:
+        tensors |= problem.named(others)
     where = {"cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)])}
     n_blocks = sum(-(-n // problem.block_size) for n in lengths)
     every = torch.arange(n_blocks).expand(1, problem.kv_heads, total, -1)

@@ -30,10 +30,12 @@ def layer_of(**options) -> NsaAttention:
 def by_hand(layer: NsaAttention, x: Tensor, heads: int = 4) -> Tensor:
     """Computes the layer for one sequence with the oracle."""
     length = x.shape[1]
+    branches = 3 if layer.window > 0 else 2
     q = layer.q_proj(x).view(*x.shape[:2], heads, -1).transpose(1, 2)
-    k = layer.k_proj(x).view(*x.shape[:2], 3, 2, -1).permute(2, 0, 3, 1, 4)
-    v = layer.v_proj(x).view(*x.shape[:2], 3, 2, -1).permute(2, 0, 3, 1, 4)
-    gates = layer.gate_proj(x).sigmoid().unflatten(-1, (-1, 3)).transpose(1, 2)
+    k = layer.k_proj(x).view(*x.shape[:2], branches, 2, -1).permute(2, 0, 3, 1, 4)
+    v = layer.v_proj(x).view(*x.shape[:2], branches, 2, -1).permute(2, 0, 3, 1, 4)
+    gates = layer.gate_proj(x).sigmoid().unflatten(-1, (-1, branches)).transpose(1, 2)
+    gates = F.pad(gates, (0, 3 - branches))
     starts = range(0, length - layer.sizes.cmp_block + 1, layer.sizes.cmp_stride)
     compressed = []
     for branch, phi in ((k[0], layer.compress_k), (v[0], layer.compress_v)):
@@ -45,16 +47,15 @@ def by_hand(layer: NsaAttention, x: Tensor, heads: int = 4) -> Tensor:
         compressed.append(torch.stack(means, 2) if means else branch[:, :, :0])
     position = torch.arange(length)[None]
     if layer.rope_base is not None:
-        q, k_slc, k_win = (rotate(y, position, layer.rope_base) for y in (q, k[1], k[2]))
+        q, *rotated = (rotate(y, position, layer.rope_base) for y in (q, *k[1:]))
+        k = [k[0], *rotated]
         compressed[0] = rotate(compressed[0], position[:, : len(starts) * 4 : 4], layer.rope_base)
-    else:
-        _, k_slc, k_win = k
+    of_window = {"k_win": k[2], "v_win": v[2]} if layer.window > 0 else {}
     out = nsa_reference(
-        *(q, k_slc, v[1], gates),
+        *(q, k[1], v[1], gates),
         k_cmp=compressed[0],
         v_cmp=compressed[1],
-        k_win=k_win,
-        v_win=v[2],
+        **of_window,
         window=layer.window,
         **layer.sizes._asdict(),
     )
@@ -105,6 +106,7 @@ def test_compressed_blocks_of_documents_are_listed_in_order(lengths):
         {"compress": "mean", "gate": "token", "rope_base": None},
         {"head_dim": 6, "value_dim": 5},
         {"topk": 3, "cmp_block": 4},
+        {"window": 0},
     ],
     ids=lambda x: "-".join(x),
 )
@@ -120,9 +122,9 @@ def test_the_layer_by_hand(options, length):
     torch.testing.assert_close(*results, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("rope_base", [None, 100.0])
-def test_documents_and_padding_as_if_alone(rope_base):
-    layer = layer_of(rope_base=rope_base)
+@pytest.mark.parametrize("options", [{"rope_base": None}, {}, {"window": 0}])
+def test_documents_and_padding_as_if_alone(options):
+    layer = layer_of(**options)
     x = torch.randn(1, 90, 32, dtype=torch.float64)
     parts = [layer(part) for part in x.split([13, 50, 27], dim=1)]
     packed = layer(x, cu_seqlens=torch.tensor([0, 13, 63, 90]))
@@ -165,7 +167,7 @@ def test_selection_gets_its_signal_from_the_gate_of_the_compressed_branch():
         ({"head_dim": 3, "rope_base": 10.0}, ValueError, "needs an even head_dim"),
         ({"compress": "max"}, ValueError, "compress must be one of 'mlp', 'mean', got 'max'"),
         ({"gate": "row"}, ValueError, "gate must be one of 'head', 'token', got 'row'"),
-        ({"window": 0}, ValueError, "window must be at least 1"),
+        ({"window": -1}, ValueError, "window must be at least 1, got -1; pass.*or 0"),
         ({"value_dim": 0}, ValueError, "value_dim must be at least 1"),
         ({"cmp_stride": 5}, ValueError, "cmp_stride must divide"),
     ],

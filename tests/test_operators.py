@@ -42,8 +42,8 @@ def nsa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flex_nsa(q, k, v, gates, block_size=16, topk=5, window=20)
 
 
-def nsa_step(max_len: int) -> None:
-    cache = NsaCache(2, 2, 16, value_dim=32, window=40, max_len=max_len)
+def nsa_step(max_len: int, window: int = 40) -> None:
+    cache = NsaCache(2, 2, 16, value_dim=32, window=window, max_len=max_len)
     k, v = torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 32)
     cache.attend(torch.zeros(2, 4, 3, 16), torch.zeros(2, 4, 3, 3), cache.append(k, v), topk=4)
 
@@ -369,10 +369,11 @@ def test_flops_of_decoding_are_those_of_the_room():
     assert counted == 2 * 2 * 4 * (16 * cache.means.shape[2] + 3 * 16 * 32)
 
 
-def test_flops_of_a_decoding_step_of_nsa():
+@pytest.mark.parametrize("window", [40, 0])
+def test_flops_of_a_decoding_step_of_nsa(window):
     compressed = (640 - 32) // 16 + 1
-    expected = 2 * 2 * 4 * 3 * (compressed + 4 * 64 + 40) * (16 + 32)
-    assert flops_of(lambda: nsa_step(640)) == expected
+    expected = 2 * 2 * 4 * 3 * (compressed + 4 * 64 + window) * (16 + 32)
+    assert flops_of(lambda: nsa_step(640, window)) == expected
 
 
 # ---- Derivatives --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -10,7 +11,7 @@ from flexmoba.checks import check_documents, check_positive
 from flexmoba.nn.block_compress import BlockCompress
 from flexmoba.nn.checks import check_heads, check_rotary
 from flexmoba.nn.rotary import rotate
-from flexmoba.nsa import NsaCache, NsaSizes, check_sizes, flex_nsa, nsa_layout
+from flexmoba.nsa import NsaCache, NsaSizes, check_sizes, check_window, flex_nsa, nsa_layout
 from flexmoba.sequence import positions_of
 
 
@@ -43,13 +44,14 @@ class NsaAttention(nn.Module):
         topk: Number of blocks that each query selects, including the own block.
         sink_blocks: Number of first blocks that are always selected.
         local_blocks: Number of blocks right before the own block that are always selected.
-        window: Tokens in the window of a query, including its own.
+        window: Tokens in the window of a query, including its own; 0 for no window branch, which
+            then has no keys, values or gate values.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
         TypeError: A size is not an int.
-        ValueError: A size is not positive, or sizes do not fit each other.
+        ValueError: A size is too small, or sizes do not fit each other.
 
     Examples:
         >>> import torch
@@ -95,7 +97,7 @@ class NsaAttention(nn.Module):
         check_rotary(head_dim, rope_base)
         value_dim = head_dim if value_dim is None else value_dim
         check_positive("value_dim", value_dim, "pass a number of features or heads")
-        check_positive("window", window, "pass the number of tokens in a window")
+        check_window(window)
         for name, value, names in (
             ("compress", compress, ("mlp", "mean")),
             ("gate", gate, ("head", "token")),
@@ -109,9 +111,10 @@ class NsaAttention(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(dim, heads * head_dim, bias, **factory)
         # The keys of the compressed, the selected and the window branch, in this order.
-        self.k_proj = nn.Linear(dim, 3 * kv_heads * head_dim, bias, **factory)
-        self.v_proj = nn.Linear(dim, 3 * kv_heads * value_dim, bias, **factory)
-        self.gate_proj = nn.Linear(dim, 3 * (heads if gate == "head" else 1), **factory)
+        self.branches = branches = 3 if window > 0 else 2
+        self.k_proj = nn.Linear(dim, branches * kv_heads * head_dim, bias, **factory)
+        self.v_proj = nn.Linear(dim, branches * kv_heads * value_dim, bias, **factory)
+        self.gate_proj = nn.Linear(dim, branches * (heads if gate == "head" else 1), **factory)
         self.o_proj = nn.Linear(heads * value_dim, dim, bias, **factory)
         compressor: dict[str, Any] = {"mlp": compress == "mlp", **factory}
         self.compress_k = BlockCompress(head_dim, cmp_block, cmp_stride, **compressor)
@@ -199,18 +202,16 @@ class NsaAttention(nn.Module):
                     )
             return self._decode(q, keys, values, gates, cache, key_padding_mask)
         k_cmp, v_cmp = self.compress_k(keys[0], **where), self.compress_v(values[0], **where)
-        k_slc, k_win = keys[1:]
         if self.rope_base is not None and x.numel() > 0:
             positions, of_blocks = self._positions(x, where)
-            q, k_slc, k_win = (rotate(y, positions, self.rope_base) for y in (q, k_slc, k_win))
+            q, keys = self._rotate(q, keys, positions)
             k_cmp = rotate(k_cmp, of_blocks, self.rope_base)
         options: dict[str, Any] = self.sizes._asdict() | where | {"window": self.window}
+        options |= _of_window(keys, values)
         out: Tensor = flex_nsa(
-            *(q, k_slc, values[1], gates),
+            *(q, keys[1], values[1], gates),
             k_cmp=k_cmp,
             v_cmp=v_cmp,
-            k_win=k_win,
-            v_win=values[2],
             return_aux=None,
             **options,
         )
@@ -226,16 +227,13 @@ class NsaAttention(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """Appends new tokens to a cache and returns the output of the layer for them."""
-        k_slc, k_win = keys[1:]
         if self.rope_base is not None:
-            positions = cache.next_positions(q.shape[2], mask)
-            q, k_slc, k_win = (rotate(y, positions, self.rope_base) for y in (q, k_slc, k_win))
+            q, keys = self._rotate(q, keys, cache.next_positions(q.shape[2], mask))
         positions = cache.append(
-            *(k_slc, values[1]),
+            *(keys[1], values[1]),
             k_cmp=keys[0],
             v_cmp=values[0],
-            k_win=k_win,
-            v_win=values[2],
+            **_of_window(keys, values),
             key_padding_mask=mask,
         )
         sizes = self.sizes
@@ -255,12 +253,23 @@ class NsaAttention(nn.Module):
         return k, v
 
     def _project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-        """Returns queries, the keys and the values of the branches, and gate values."""
+        """Returns queries, the keys and the values of the branches, and three gate values."""
+        c = self.branches
         q = rearrange(self.q_proj(x), "b l (h d) -> b h l d", d=self.head_dim)
-        keys = rearrange(self.k_proj(x), "b l (c h d) -> c b h l d", c=3, d=self.head_dim)
-        values = rearrange(self.v_proj(x), "b l (c h d) -> c b h l d", c=3, d=self.value_dim)
-        gates = rearrange(self.gate_proj(x), "b l (h c) -> b h l c", c=3).sigmoid()
+        keys = rearrange(self.k_proj(x), "b l (c h d) -> c b h l d", c=c, d=self.head_dim)
+        values = rearrange(self.v_proj(x), "b l (c h d) -> c b h l d", c=c, d=self.value_dim)
+        gates = rearrange(self.gate_proj(x), "b l (h c) -> b h l c", c=c).sigmoid()
+        if c == 2:
+            gates = F.pad(gates, (0, 1))  # of the window branch, without effect
         return q, keys.unbind(), values.unbind(), gates
+
+    def _rotate(
+        self, q: Tensor, keys: tuple[Tensor, ...], positions: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Rotates queries, and the keys of all branches but the compressed one."""
+        assert self.rope_base is not None
+        q, *others = (rotate(y, positions, self.rope_base) for y in (q, *keys[1:]))
+        return q, (keys[0], *others)
 
     def _output(self, out: Tensor) -> Tensor:
         projected: Tensor = self.o_proj(rearrange(out, "b h l d -> b l (h d)"))
@@ -280,3 +289,8 @@ class NsaAttention(nn.Module):
         """Returns the sizes, for ``repr``."""
         sizes = {"head_dim": self.head_dim, "window": self.window, "rope_base": self.rope_base}
         return ", ".join(f"{name}={x}" for name, x in (sizes | self.sizes._asdict()).items())
+
+
+def _of_window(keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Returns the keys and values of the window branch as arguments; none without the branch."""
+    return dict(zip(("k_win", "v_win"), keys[2:] + values[2:], strict=False))

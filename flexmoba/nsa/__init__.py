@@ -7,7 +7,7 @@
 from flexmoba.nsa.attention import flex_nsa
 from flexmoba.nsa.branches import block_means_of
 from flexmoba.nsa.cache import NsaCache
-from flexmoba.nsa.checks import check_sizes
+from flexmoba.nsa.checks import check_sizes, check_window
 from flexmoba.nsa.flops import seen_pairs
 from flexmoba.nsa.layout import nsa_layout
 from flexmoba.nsa.reference import nsa_reference
@@ -19,6 +19,7 @@ __all__ = [
     "NsaSizes",
     "block_means_of",
     "check_sizes",
+    "check_window",
     "flex_nsa",
     "nsa_layout",
     "nsa_reference",

@@ -29,7 +29,7 @@ def append(
             of the compressed branch are inputs of the compression.
         mask: ``(B, n)`` bool, False for padding, or None.
         sizes: Sizes of the blocks.
-        window: Tokens in a window.
+        window: Tokens in a window, 0 for no window branch.
         compress: The compression, as in `NsaCache`; None for means.
 
     Returns:
@@ -74,8 +74,9 @@ def append_scattered(
     if n > MAX_STEP_QUERIES:
         # Later tokens of the chunk replace keys that earlier queries see.
         ring, tokens = (branches.k_win, branches.v_win), (new.k_win, new.v_win)
-        chunk = _windows_of_chunk(ring, _real_first(tokens, mask), lengths, window)
-    _append_to_ring(branches, new, positions, lengths + count)
+        chunk = _windows_of_chunk(ring, tokens, mask, lengths, window)
+    if window > 0:
+        _append_to_ring(branches, new, positions, lengths + count)
     inputs = _real_first((new.k_cmp, new.v_cmp), mask)
     _append_compressed(state, inputs, count, sizes, compress)
     lengths += count
@@ -91,13 +92,17 @@ def _real_first(pair: Pair, mask: Tensor | None) -> Pair:
     return keys, values
 
 
-def _windows_of_chunk(ring: Pair, new: Pair, lengths: Tensor, window: int) -> Pair:
+def _windows_of_chunk(
+    ring: Pair, new: Pair, mask: Tensor | None, lengths: Tensor, window: int
+) -> Pair:
     """Returns keys and values of ``window - 1`` tokens before a chunk, and of the chunk."""
+    if window == 0:
+        return ring  # no tokens
     before = lengths[:, None] + torch.arange(1 - window, 0, device=lengths.device)
     index = (before.clamp(min=0) % (ring[0].shape[2] - 1)).long()[:, None, :, None]
     keys, values = (
         torch.cat([x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])), y], 2)
-        for x, y in zip(ring, new, strict=True)
+        for x, y in zip(ring, _real_first(new, mask), strict=True)
     )
     return keys, values
 

@@ -187,9 +187,10 @@ def append_kernel(
             target = head * kv_len + position
             _copy_row(new_k_ptr, i * k_stride, k_ptr, target, DIM, TILE_D)
             _copy_row(new_v_ptr, i * v_stride, v_ptr, target, VALUE_DIM, TILE_VALUE_D)
-        target = head * (RING + 1) + position % RING
-        _copy_row(new_k_win_ptr, i * k_win_stride, k_win_ptr, target, DIM, TILE_D)
-        _copy_row(new_v_win_ptr, i * v_win_stride, v_win_ptr, target, VALUE_DIM, TILE_VALUE_D)
+        if RING > 0:
+            target = head * (RING + 1) + position % RING
+            _copy_row(new_k_win_ptr, i * k_win_stride, k_win_ptr, target, DIM, TILE_D)
+            _copy_row(new_v_win_ptr, i * v_win_stride, v_win_ptr, target, VALUE_DIM, TILE_VALUE_D)
         if head % kv_heads == 0:
             tl.store(positions_ptr + batch * N + i, position)
     block = tl.maximum((length - CMP_BLOCK + STRIDE) // STRIDE, 0)

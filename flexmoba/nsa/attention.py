@@ -1,9 +1,13 @@
-"""`flex_nsa`: validates, selects, attends in three branches, and merges them by gate values."""
+"""`flex_nsa`: validates, selects, attends in each branch, and merges them by gate values."""
 
+import functools
+import math
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
@@ -12,7 +16,6 @@ from flexmoba.checks import (
     check_documents,
     check_no_tangents,
     check_options,
-    check_positive,
     check_queries_and_keys,
     check_values,
 )
@@ -27,6 +30,7 @@ from flexmoba.nsa.checks import (
     check_gates,
     check_shared_selection,
     check_sizes,
+    check_window,
 )
 from flexmoba.nsa.layout import nsa_layout
 from flexmoba.nsa.select import select_in_slots
@@ -127,7 +131,8 @@ def flex_nsa(
     query (Eq. 7). The selected branch attends to the keys, at or before the query, of the blocks
     that `nsa_select` selects (Eq. 8 to 12). The window branch attends to the last ``window``
     tokens, including the query's own. A query that sees no compressed block gets zeros from that
-    branch, a log-sum-exp of -inf and zero gradients.
+    branch, a log-sum-exp of -inf and zero gradients. With ``window=0``, there is no window branch:
+    its log-sum-exp is -inf, and its gate value has no effect.
 
     The output and the log-sum-exps are differentiable by reverse mode in all tensors but the
     selection. The compressed branch alone trains the scores that select blocks. Forward
@@ -149,7 +154,8 @@ def flex_nsa(
             full blocks exist: ``blocks = (Lk - cmp_block) // cmp_stride + 1``, or 0 below
             ``cmp_block`` tokens. By default, the means of the keys of each compressed block.
         v_cmp: Compressed values, ``(B, Hkv, blocks, Dv)``; by default the means of the values.
-        k_win: Keys of the window branch, ``(B, Hkv, Lk, D)``, by default k.
+        k_win: Keys of the window branch, ``(B, Hkv, Lk, D)``, by default k. With ``window=0``,
+            pass neither keys nor values of this branch.
         v_win: Values of the window branch, ``(B, Hkv, Lk, Dv)``, by default v.
         cmp_block: Tokens in a compressed block.
         cmp_stride: Distance of the first tokens of two consecutive compressed blocks. It divides
@@ -159,7 +165,7 @@ def flex_nsa(
             local_blocks``. It includes the own block, which contains the query's position.
         sink_blocks: Number of first blocks that are always selected.
         local_blocks: Number of blocks right before the own block that are always selected.
-        window: Tokens in the window of a query, including its own.
+        window: Tokens in the window of a query, including its own; 0 for no window branch.
         scale: Factor on the scores of all branches, ``1 / sqrt(D)`` by default.
         impl: The backend of all branches, as in `flex_moba`.
         return_aux: ``AuxRequest(lse=True)`` also returns the log-sum-exps of the branches.
@@ -203,7 +209,7 @@ def flex_nsa(
     check_queries_and_keys(q, k)
     check_values(k, v)
     check_sizes(sizes)
-    check_positive("window", window, "pass the number of tokens in a window, with the query's own")
+    check_window(window, k_win, v_win)
     check_gates(q, gates)
     check_branches(q, k, v, (k_cmp, v_cmp), (k_win, v_win), sizes)
     if selection is not None:
@@ -247,7 +253,7 @@ class NsaCall(NamedTuple):
 
     Attributes:
         sizes: Sizes of the blocks and of the selection.
-        window: Tokens in a window.
+        window: Tokens in a window, 0 for no window branch.
         scale: Factor on the scores, ``1 / sqrt(D)`` if None.
         impl: The backend of all branches.
     """
@@ -266,13 +272,13 @@ def attend_in_branches(
     first_block: Tensor | None = None,
     selection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Selects, attends in three branches, and merges.
+    """Selects, attends in each branch, and merges.
 
     Args:
         q: Queries in slots, ``(B, Hq, Lq, D)``.
         gates: Gate values, ``(B, Hq or 1, Lq, 3)``.
         tensors: Keys and values in slots. Those of the window branch may begin with the first token
-            of the first window.
+            of the first window. Without a window branch, they have no effect.
         call: Options.
         first_block: ``(B, Lq)`` int32, the first block of each query's document, or None.
         selection: Block indices in slots, ``(B, Hkv, Lq, topk)``, or None for the most important
@@ -285,8 +291,9 @@ def attend_in_branches(
     sizes, window, scale, impl = call
     kv_len = k.shape[2]
     first_token = None if first_block is None else first_block * sizes.block_size
-    windowed = None
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, *tensors))):
+    windowed: tuple[Tensor, ...] = ()
+    has_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, *tensors))
+    if window > 0 and not has_gradients:
         # On CUDA, the window is computed while the host launches the kernels of the compressed
         # branch's mask, which are many and short.
         windowed = attend_to_window(q, k_win, v_win, window, first_token, scale, impl)
@@ -294,32 +301,30 @@ def attend_in_branches(
     if selection is None:
         selection = select_in_slots(q, k_cmp, kv_len, first_block, sizes, scale, compressed[1])
     selected = selected_branch(q, k, v, selection, sizes.block_size, scale, impl)
-    if windowed is None:
+    if window > 0 and has_gradients:
         # With gradients, the window comes last: autograd then differentiates it first, and frees
         # its tensors before the selected branch, whose backward pass needs the most memory.
         windowed = attend_to_window(q, k_win, v_win, window, first_token, scale, impl)
-    outs, lses = zip(compressed, selected, windowed, strict=True)
+    inputs = gates, *compressed, *selected, *windowed
     if q.is_cuda:  # compiled, the merge is one pass over memory, and so is its gradient
-        return run_compiled(_merge, *outs, *lses, gates, kernel_options=None)
-    return _merge(*outs, *lses, gates)
+        return run_compiled(_merge, *inputs, kernel_options=None)
+    return _merge(*inputs)
 
 
 def _merge(
-    compressed: Tensor,
-    selected: Tensor,
-    windowed: Tensor,
-    compressed_lse: Tensor,
-    selected_lse: Tensor,
-    windowed_lse: Tensor,
-    gates: Tensor,
-    *,
-    kernel_options: Mapping[str, Any] | None = None,
+    gates: Tensor, *results: Tensor, kernel_options: Mapping[str, Any] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns the sum of outputs times gate values, rounded once, and all log-sum-exps."""
+    """Returns the sum of outputs times gate values, rounded once, and all log-sum-exps.
+
+    ``results`` are the output and the log-sum-exp of each branch, in the order of the gates.
+    """
+    outs, lses = results[::2], results[1::2]
     precise = torch.promote_types(gates.dtype, torch.float32)
     weighted = [
         out.to(precise) * gate.to(precise)[..., None]
-        for out, gate in zip((compressed, selected, windowed), gates.unbind(-1), strict=True)
+        for out, gate in zip(outs, gates.unbind(-1), strict=False)
     ]
-    out = (weighted[0] + weighted[1] + weighted[2]).to(gates.dtype)
-    return out, torch.stack((compressed_lse, selected_lse, windowed_lse), dim=-1)
+    out = functools.reduce(operator.add, weighted).to(gates.dtype)
+    lse = torch.stack(lses, dim=-1)
+    missing = gates.shape[-1] - len(lses)
+    return out, lse if missing == 0 else F.pad(lse, (0, missing), value=-math.inf)

@@ -17,7 +17,7 @@ from flexmoba.cache import (
 from flexmoba.checks import check_options, check_positive, check_tensor
 from flexmoba.nsa.append import append
 from flexmoba.nsa.attention import NsaCall, attend_in_branches
-from flexmoba.nsa.checks import check_gates, check_sizes
+from flexmoba.nsa.checks import check_gates, check_sizes, check_window
 from flexmoba.nsa.decode import attend_step
 from flexmoba.nsa.sizes import NsaSizes
 from flexmoba.nsa.tensors import BranchTensors, CacheState, Compress
@@ -46,7 +46,8 @@ class NsaCache:
         cmp_block: Tokens in a compressed block.
         cmp_stride: Distance of the first tokens of two consecutive compressed blocks.
         block_size: Keys in a block of the selected branch.
-        window: Tokens in the window of a query, including its own.
+        window: Tokens in the window of a query, including its own; 0 for no window branch, whose
+            keys and values the cache then does not keep.
         compress: A function of the keys ``(N, Hkv, cmp_block, D)``, the values ``(N, Hkv,
             cmp_block, Dv)`` and the positions of the first tokens ``(N,)`` of ``N`` compressed
             blocks. It returns their compressed keys ``(N, Hkv, 1, D)`` and values ``(N, Hkv, 1,
@@ -61,7 +62,7 @@ class NsaCache:
 
     Raises:
         TypeError: A size is not an int.
-        ValueError: A size is not positive, or sizes do not match one another.
+        ValueError: A size is too small, or sizes do not match one another.
 
     Examples:
         >>> import torch
@@ -101,9 +102,9 @@ class NsaCache:
         value_dim = head_dim if value_dim is None else value_dim
         numbers = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim}
         numbers |= {"value_dim": value_dim, "max_len": 1 if max_len is None else max_len}
-        numbers["window"] = window
         for name, size in numbers.items():
             check_positive(name, size, "pass a number of rows, heads, features or tokens")
+        check_window(window)
         self.window = window
         self.grows = max_len is None
         self._compress = compress
@@ -146,7 +147,8 @@ class NsaCache:
             v: New values of the selected branch, ``(B, Hkv, n, Dv)``.
             k_cmp: Inputs of the compression for each new token, ``(B, Hkv, n, D)``; k by default.
             v_cmp: Inputs of the compression, ``(B, Hkv, n, Dv)``; v by default.
-            k_win: New keys of the window branch, ``(B, Hkv, n, D)``; k by default.
+            k_win: New keys of the window branch, ``(B, Hkv, n, D)``; k by default. Pass neither
+                keys nor values of this branch to a cache with ``window=0``.
             v_win: New values of the window branch, ``(B, Hkv, n, Dv)``; v by default.
             key_padding_mask: ``(B, n)`` bool, True for real tokens. The cache omits the others.
 
@@ -157,6 +159,7 @@ class NsaCache:
             ValueError: Shapes, dtypes or devices do not fit, or the cache is full.
             NotImplementedError: A tensor requires gradients.
         """
+        check_window(self.window, k_win, v_win)
         new = {"k": k, "v": v, "k_cmp": k if k_cmp is None else k_cmp}
         new |= {"v_cmp": v if v_cmp is None else v_cmp, "k_win": k if k_win is None else k_win}
         new |= {"v_win": v if v_win is None else v_win}
@@ -320,7 +323,7 @@ class NsaCache:
         length = tokens + self.sizes.block_size
         n_compressed = self.sizes.compressed_blocks(tokens) + 1
         # Keys in the windows of the queries of a step, and an entry that nothing reads.
-        ring = self.window + MAX_STEP_QUERIES
+        ring = self.window + MAX_STEP_QUERIES if self.window > 0 else 0
         lengths = (length, length, n_compressed, n_compressed, ring, ring)
         return BranchTensors(
             *(

@@ -28,6 +28,18 @@ def check_sizes(sizes: NsaSizes) -> None:
         )
 
 
+def check_window(window: int, *own: Tensor | None) -> None:
+    """Raises unless the window is positive, or 0 without ``own`` keys and values."""
+    if type(window) is not int or window != 0:
+        remedy = "pass the number of tokens in a window, with the query's own, or 0 for no window"
+        check_positive("window", window, remedy)
+    elif any(x is not None for x in own):
+        raise ValueError(
+            "window=0 leaves out the window branch, to which k_win and v_win belong; pass neither, "
+            "or a window of at least 1"
+        )
+
+
 def check_compressed_keys(q: Tensor, k_cmp: Tensor, kv_len: int, sizes: NsaSizes) -> None:
     """Raises unless there is one key for each compressed block of ``kv_len`` tokens.
 

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -38,7 +39,7 @@ def attend_step(
             entry of the ring of the window branch are never read. Token ``i`` has the index
             ``i % (entries - 1)`` in the ring.
         sizes: Sizes of the blocks and of the selection.
-        window: Tokens in a window.
+        window: Tokens in a window, 0 for no window branch.
         scale: Factor on the scores.
 
     Returns:
@@ -120,15 +121,20 @@ def attend_gathered(
     keys, values = (_blocks(x, index, sizes.block_size) for x in (cache.k, cache.v))
     selected_results, _ = _attend(queries, keys, values, seen)
 
-    token = position - torch.arange(min(window, capacity), device=q.device)
-    index = (token.clamp(min=0) % (cache.k_win.shape[2] - 1)).expand(-1, cache.k.shape[1], -1, -1)
-    keys, values = (_blocks(x, index, 1) for x in (cache.k_win, cache.v_win))
-    windowed, _ = _attend(queries, keys, values, token >= 0)
+    results = [compressed, selected_results]
+    if window > 0:
+        token = position - torch.arange(min(window, capacity), device=q.device)
+        index = token.clamp(min=0) % (cache.k_win.shape[2] - 1)
+        index = index.expand(-1, cache.k.shape[1], -1, -1)
+        keys, values = (_blocks(x, index, 1) for x in (cache.k_win, cache.v_win))
+        results.append(_attend(queries, keys, values, token >= 0)[0])
 
-    outs, lses = zip(compressed, selected_results, windowed, strict=True)
-    out = (torch.stack(outs, -1) * gates.to(precise)[..., None, :]).sum(-1)
+    outs, lses = zip(*results, strict=True)
+    factors = gates[..., None, : len(outs)].to(precise)
+    out = (torch.stack(outs, -1) * factors).sum(-1)
     out = out.masked_fill((positions < 0)[:, None, :, None], 0.0)  # gate values may be NaN there
-    out, lse = (x.masked_fill(beyond, math.nan) for x in (out, torch.stack(lses, -1)))
+    lse = F.pad(torch.stack(lses, -1), (0, gates.shape[-1] - len(lses)), value=-math.inf)
+    out, lse = (x.masked_fill(beyond, math.nan) for x in (out, lse))
     return out.to(q.dtype), lse
 
 

@@ -38,8 +38,9 @@ def nsa_reference(
     Implements Eq. 5 to 12 of arXiv 2502.11089, Sec. 3.2 and 3.3. Three branches attend to
     compressed keys, to the keys of selected blocks, and to a window of keys, by three separate
     softmaxes. The output is the sum of their outputs, each multiplied by its gate value (Eq. 5).
-    All steps compute in float64 for inputs of any dtype. Time and memory are at least O(Lq * Lk):
-    use this function to check results, not to train. It does not validate its arguments.
+    With ``window=0``, there is no window branch, and its gate value has no effect. All steps
+    compute in float64 for inputs of any dtype. Time and memory are at least O(Lq * Lk): use this
+    function to check results, not to train. It does not validate its arguments.
 
     Args:
         q: Queries, ``(B, Hq, Lq, D)``, floating point. Query ``i`` has the position
@@ -52,7 +53,8 @@ def nsa_reference(
             compressed block, rounded to the dtype of k. Compressed block ``i`` holds the tokens
             from ``i * cmp_stride`` to ``i * cmp_stride + cmp_block - 1``.
         v_cmp: Compressed values, ``(B, Hkv, blocks, Dv)``; by default the means of the values.
-        k_win: Keys of the window branch, ``(B, Hkv, Lk, D)``, by default k.
+        k_win: Keys of the window branch, ``(B, Hkv, Lk, D)``, by default k; None with
+            ``window=0``.
         v_win: Values of the window branch, ``(B, Hkv, Lk, Dv)``, by default v.
         cmp_block: Tokens in a compressed block.
         cmp_stride: Distance of the first tokens of two consecutive compressed blocks.
@@ -60,7 +62,7 @@ def nsa_reference(
         topk: Number of blocks that each query selects, including the own block.
         sink_blocks: Number of first blocks that are always selected.
         local_blocks: Number of blocks right before the own block that are always selected.
-        window: Tokens in the window of a query, including its own.
+        window: Tokens in the window of a query, including its own; 0 for no window branch.
         scale: Factor on the attention scores, ``1 / sqrt(D)`` by default.
         selection: The selection of the selected branch, int ``(B, Hkv, Lq, topk)``, -1 for none.
             By default, `reference_selection` computes it.
@@ -118,6 +120,8 @@ def nsa_reference(
     branches = zip((k_cmp, k, k_win), (v_cmp, v, v_win), masks, strict=True)
     out = torch.zeros((), dtype=torch.float64, device=q.device)
     for c, (keys, values, mask) in enumerate(branches):
+        if c == 2 and window == 0:
+            break
         o = reference_branch(q.double(), keys.double(), values.double(), mask, scale)[0]
         out = out + gates[..., c, None].double() * o
     return out.to(q.dtype)

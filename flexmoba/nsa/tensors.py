@@ -12,6 +12,8 @@ Compress = Callable[[Tensor, Tensor, Tensor], Pair]
 class BranchTensors(NamedTuple):
     """The keys and values of the branches.
 
+    A cache without a window branch has no tokens of it.
+
     Attributes:
         k: Keys of the selected branch, ``(B, Hkv, Lk, D)``.
         v: Values of the selected branch, ``(B, Hkv, Lk, Dv)``.
