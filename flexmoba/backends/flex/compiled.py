@@ -15,6 +15,9 @@ from flexmoba.backends.score_mod import ScoreMod
 from flexmoba.runtime import HAS_TRITON, has_values
 
 MIN_HEAD_DIM = 16
+# Tiles of the backward pass, the fastest of eight on an H200 (docs/performance.md).
+_TILES = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 32}
+_TILES |= {"bwd_num_warps": 8, "bwd_num_stages": 2}
 _INT32_OFFSETS = tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 14)
 
 
@@ -77,6 +80,8 @@ def call_flex(
     options: dict[str, Any] = {"BACKEND": "TRITON"}
     if divisible is not None:
         options["IS_DIVISIBLE"] = divisible
+    if _needs_tiles(q, v, block_mask):
+        options |= _TILES
     options |= kernel_options or {}
     out, aux = flex_attention(  # type: ignore[call-overload]
         q,
@@ -90,6 +95,21 @@ def call_flex(
         return_aux=AuxRequest(lse=True),
     )
     return out, aux.lse
+
+
+def _needs_tiles(q: Tensor, v: Tensor, block_mask: BlockMask) -> bool:
+    """Returns whether a call has head dims such as 192/128, for which torch has no tiles on Hopper.
+
+    Its default for all head dims above 128 is that of 256/256.
+    """
+    return (
+        128 < q.shape[-1] <= 192
+        and v.shape[-1] <= 128
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and all(size % _TILES["bwd_BLOCK_N1"] == 0 for size in block_mask.BLOCK_SIZE)
+        and q.is_cuda
+        and torch.cuda.get_device_properties(q.device).major == 9
+    )
 
 
 def run_compiled(

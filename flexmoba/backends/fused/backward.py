@@ -34,6 +34,8 @@ from flexmoba.selection import BlockSelection
 # that few blocks need a second item, and small enough that a block that most queries selected is
 # divided among several programs.
 _ITEM_FACTOR, _LEAST_ITEM = 4, 1024
+# With one program for each item, short calls need smaller items, to occupy a GPU to their end.
+_ITEMS, _MOST_KEYS_OF_ONE_PROGRAM = 2048, 128
 
 
 def _sorted_rows(routed: Tensor, group: SortGroup, sizes: Sizes, rows: Rows | None) -> Rows:
@@ -46,8 +48,11 @@ def _sorted_rows(routed: Tensor, group: SortGroup, sizes: Sizes, rows: Rows | No
 
 def _item_rows(sizes: Sizes) -> int:
     """Returns the number of rows of an item, for the gradients of keys."""
-    per_block = sizes.group * sizes.q_len * sizes.count // sizes.n_blocks
-    return max(_LEAST_ITEM, _ITEM_FACTOR * per_block)
+    per_kv_head = sizes.group * sizes.q_len * sizes.count
+    rows = _ITEM_FACTOR * (per_kv_head // sizes.n_blocks)
+    if sizes.block_size <= _MOST_KEYS_OF_ONE_PROGRAM:
+        rows = min(rows, sizes.batch * sizes.kv_heads * per_kv_head // _ITEMS)
+    return max(_LEAST_ITEM, rows)
 
 
 def _max_extra(n_pairs: int, item_rows: int) -> int:

@@ -21,8 +21,9 @@ from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.runtime.triton_launch import aligned, launch, on_device_of, packed
 
 # An item holds this many times the average number of tokens of a block, as in the fused backward
-# pass: few blocks need a second item, and a block that most tokens select has many.
-_ITEM_FACTOR, _LEAST_ITEM = 4, 256
+# pass: few blocks need a second item, and a block that most tokens select has many. Short calls
+# have smaller items, to occupy a GPU to their end.
+_ITEM_FACTOR, _LEAST_ITEM, _ITEMS = 4, 256, 1024
 
 
 def attend_on_cuda(
@@ -112,7 +113,8 @@ def attend_backward_on_cuda(
         group = SortGroup(0, n_kv_heads * sizes.q_len, 0, n_kv_heads, [])
         _, (pairs, first_rows) = sort_pairs(selected, group, tokens)
         all_blocks = n_kv_heads * sizes.n_blocks
-        item_rows = max(_LEAST_ITEM, _ITEM_FACTOR * (pairs.shape[0] // all_blocks))
+        item_rows = min(_ITEM_FACTOR * (pairs.shape[0] // all_blocks), pairs.shape[0] // _ITEMS)
+        item_rows = max(_LEAST_ITEM, item_rows)
         of_keys, first_extra, _ = items_of_blocks(first_rows, item_rows, None, group, tokens)
         first_item, block_of_item = of_keys
         # A block with several items has less than twice as many items as its tokens fill.
