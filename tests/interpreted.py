@@ -242,6 +242,20 @@ def test_warp_specialised_with_any_strides(launches_on_hopper):
 
 
 @pytest.mark.parametrize(
+    ("length", "block_size", "count", "rows"),
+    [
+        (8192, 128, 7, 1024),  # the least
+        (32768, 128, 7, 1792),  # a 2,048th of all
+        (65536, 128, 7, 3584),  # four times the average
+        (8192, 512, 2, 4096),  # four programs for each item
+    ],
+)
+def test_rows_of_an_item(length, block_size, count, rows):
+    sizes = schedule.Sizes(1, 16, 16, length, length, block_size, count, 128, 128)
+    assert backward_pass._item_rows(sizes) == rows
+
+
+@pytest.mark.parametrize(
     ("block_size", "sorting", "total", "forward", "backward"),
     [
         # The pieces of each sort group; in the backward pass, of those for keys, then for queries.

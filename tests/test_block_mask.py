@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 
 from flexmoba import moba_block_mask, moba_select
 from flexmoba.backends.flex.block_masks import full_mask, selection_mask, window_mask
-from flexmoba.backends.flex.range_mask import range_mask
+from flexmoba.backends.flex.range_mask import range_lists, range_mask
+from flexmoba.blocks import TILE
 from flexmoba.reference import reference_mask, reference_selection
 from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal
 from tests.problems import DTYPES, Problem, problems
@@ -228,3 +229,21 @@ def test_has_no_gradient():
     mask = moba_block_mask(q, k, 4, 2)
     tables = [cell.cell_contents for cell in mask.mask_mod.__closure__]
     assert not any(isinstance(x, Tensor) and x.requires_grad for x in tables)
+
+
+@given(
+    *(st.sampled_from((1, 4, 8, 16, 32, 64)), st.sampled_from((1, 2, 4))),
+    *(st.integers(1, 20), st.integers(0, 3000)),
+)
+def test_lists_of_ranges_from_key_0_hold_consecutive_tiles(stride, ratio, q_tiles, before):
+    """Tests the lists of the compressed branch of NSA, which FlexAttention does not look up."""
+    q_len, cmp_block = q_tiles * TILE, stride * ratio
+    kv_len = q_len + before
+    n_compressed = max(1, (kv_len - cmp_block) // stride + 1)
+    end = torch.arange(kv_len - q_len, kv_len, dtype=torch.int32) + 1 - (cmp_block - stride)
+    n_keys = n_compressed + -n_compressed % TILE
+    lists = range_lists(None, end.div(stride, rounding_mode="floor").int(), n_keys, True)
+    for counts, entries in zip(lists[::2], lists[1::2], strict=True):
+        steps = entries.diff(dim=-1)
+        listed = torch.arange(1, entries.shape[-1]) < counts[..., None]
+        assert (steps[listed] == 1).all()

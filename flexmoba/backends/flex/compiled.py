@@ -15,8 +15,9 @@ from flexmoba.backends.score_mod import ScoreMod
 from flexmoba.runtime import HAS_TRITON, has_values
 
 MIN_HEAD_DIM = 16
-# Tiles of the backward pass, the fastest of eight on an H200 (docs/performance.md).
-_TILES = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 32}
+# The fastest tiles of those that docs/performance.md lists.
+_TILES = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3}
+_TILES |= {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 32}
 _TILES |= {"bwd_num_warps": 8, "bwd_num_stages": 2}
 _INT32_OFFSETS = tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 14)
 
@@ -106,7 +107,7 @@ def _needs_tiles(q: Tensor, v: Tensor, block_mask: BlockMask) -> bool:
         128 < q.shape[-1] <= 192
         and v.shape[-1] <= 128
         and q.dtype in (torch.float16, torch.bfloat16)
-        and all(size % _TILES["bwd_BLOCK_N1"] == 0 for size in block_mask.BLOCK_SIZE)
+        and all(size % 128 == 0 for size in block_mask.BLOCK_SIZE)  # the largest tile
         and q.is_cuda
         and torch.cuda.get_device_properties(q.device).major == 9
     )

@@ -256,7 +256,9 @@ def _attend_within_ranges(
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     first_key = None if first_key is None else first_key[:, 0]
     mask = range_mask(first_key, end_key[0, 0], k.shape[2], backward=backward)
-    out, lse = call_flex(q, k, v, mask, scale, kernel_options, divisible=divisible)
+    # From key 0 on, with full tiles, every list of the mask holds consecutive tiles.
+    options = {"BLOCKS_ARE_CONTIGUOUS": first_key is None and bool(divisible), **kernel_options}
+    out, lse = call_flex(q, k, v, mask, scale, options, divisible=divisible)
     sees_none = end_key[0, 0] <= (0 if first_key is None else first_key[:, None])
     return out, lse.masked_fill(sees_none, float("-inf"))  # without a gradient
 
