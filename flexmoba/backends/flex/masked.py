@@ -257,7 +257,8 @@ def _attend_within_ranges(
     first_key = None if first_key is None else first_key[:, 0]
     mask = range_mask(first_key, end_key[0, 0], k.shape[2], backward=backward)
     # From key 0 on, with full tiles, every list of the mask holds consecutive tiles.
-    options = {"BLOCKS_ARE_CONTIGUOUS": first_key is None and bool(divisible), **kernel_options}
+    is_contiguous = first_key is None and bool(divisible)
+    options = {"BLOCKS_ARE_CONTIGUOUS": is_contiguous} | dict(kernel_options or {})
     out, lse = call_flex(q, k, v, mask, scale, options, divisible=divisible)
     sees_none = end_key[0, 0] <= (0 if first_key is None else first_key[:, None])
     return out, lse.masked_fill(sees_none, float("-inf"))  # without a gradient
