@@ -56,22 +56,28 @@ def trained():
 
 @pytest.fixture(scope="module")
 def later():
-    """Returns the runs from scratch with 512 x 8, and with full layers, which was stopped."""
-    names = [f"from-scratch-16k-{x}h100" for x in ("", "more-")]
-    assert report_of(names[0])["corpus"] == report_of(names[1])["corpus"]
-    full, runs = runs_of(names[0])["full"]["options"], runs_of(names[1])
+    """Returns the later runs from scratch with seed 0, by their names in the table."""
+    names = [f"from-scratch-16k-{x}" for x in ("h100", "more-h100", "h200")]
+    assert len({json.dumps(report_of(name)["corpus"]) for name in names}) == 1
+    full, runs = runs_of(names[0])["full"], runs_of(names[1]) | runs_of(names[2])
+    runs = {row: runs[name] for name, row in LATER.items()}
     shared = ("length", "batch", "steps", "seed", "lr", "optimizer", "layers", "windows")
-    assert all(run["options"][x] == full[x] for run in runs.values() for x in shared)
+    assert all(run["options"][x] == full["options"][x] for run in runs.values() for x in shared)
+    assert all(run["tokens"] == full["tokens"] for run in runs.values())
     return runs
 
 
 @pytest.fixture(scope="module")
 def complete(trained, later):
-    """Returns the runs with seed 0 that ran to the end."""
-    assert later["512x8"]["tokens"] == trained["full"]["tokens"]
-    return trained | {"512 x 8": later["512x8"]}
+    """Returns the runs with seed 0."""
+    return trained | later
 
 
+LATER = {
+    "64x16 sub8": "64 x 16, sub-blocks of 8",
+    "128x8 last 2 full": "128 x 8, last two layers full",
+    "512x8": "512 x 8",
+}
 ROWS = {
     "full": "full",
     "64x16": "64 x 16",
@@ -305,18 +311,19 @@ def test_pages_quote_the_results(settings, name):
 
 def second_seeds():
     """Returns the runs from scratch with seed 1 by their names in the table."""
-    runs = runs_of("from-scratch-16k-seed-1-h100")
+    full = {"full seed 1": runs_of("from-scratch-16k-h200")["full seed 1"]}
+    runs = full | runs_of("from-scratch-16k-seed-1-h100")
     assert {x["options"]["seed"] for x in runs.values()} == {1}
     return {f"{ROWS[name.removesuffix(' seed 1')]}, seed 1": run for name, run in runs.items()}
 
 
-def test_the_table_of_training_is_that_of_the_results(complete):
-    full, expected = own(complete["full"]), []
+def test_the_table_of_training_is_that_of_the_results(complete, later):
+    expected, others = [], (*later, "full, seed 1")  # with later versions, or on another GPU
     for name, run in (complete | second_seeds()).items():
         options, losses = run["options"], own(run)
         sizes = options["block_size"], options["topk"], options["length"]
-        share = 0 if name == "full" else sparsity(*sizes)
-        base = full if options["seed"] == 0 else losses  # full attention has one seed
+        share = 0 if options["attention"] == "full" else sparsity(*sizes)
+        base = own(complete["full"] if options["seed"] == 0 else second_seeds()["full, seed 1"])
         times = [f"{run['tokens_per_second']:,.0f}", f"{run['history']['seconds'][-1] / 60:.1f}"]
         expected.append(
             [
@@ -325,7 +332,7 @@ def test_the_table_of_training_is_that_of_the_results(complete):
                 with_increase(losses["loss"], base["loss"]),
                 f"{losses['first']:.4f}",
                 with_increase(losses["last"], base["last"]),
-                *(["", ""] if name == "512 x 8" else times),  # it ran with a later version
+                *(["", ""] if name in others else times),
             ]
         )
     assert table("## Train") == expected
@@ -354,19 +361,32 @@ def test_the_table_of_copies_is_that_of_the_results(complete):
 
 def test_the_numbers_of_the_text_on_later_runs_are_those_of_the_results(trained, later):
     text, full = section("## Train from scratch", "### Switch"), own(trained["full"])
-    coarse, layers = own(later["512x8"]), later["128x8 last 2 full"]
-    quote = f"Its gap is {coarse['loss'] - full['loss']:.3f}. In the last 2,048 tokens, it is"
-    assert f"{quote} {coarse['last'] - full['last']:.3f}." in text
-    assert f"0.066 more with 1,024 keys, {coarse['loss'] - full['loss']:.3f} with 4,096;" in page()
-    assert (layers["status"], layers["options"]["full_layers"]) == ("stopped", 2)
-    assert f"was stopped at step {layers['steps']:,} of {layers['options']['steps']:,}," in text
-    runs = layers, trained["128 x 8"], trained["full"]
-    assert all(run["options"]["check_windows"] == 16 for run in runs)
-    step = layers["history"]["checks"][-1][0]
-    ends = [next(x[1] for x in run["history"]["checks"] if x[0] == step) for run in runs]
-    quote = f"At step {step:,}, on 16 contexts, its loss is {ends[0]:.3f}; 128 x 8 has"
-    assert f"{quote} {ends[1]:.3f} there, and full attention {ends[2]:.3f}." in text
-    assert f"by {ends[1] - ends[0]:.3f} with two of eight at step {step:,}, not run" in page()
+    gaps = {
+        name: [own(run)[x] - full[x] for x in ("loss", "last")]
+        for name, run in (trained | later).items()
+    }
+    coarse, parts, layers = (gaps[LATER[x]] for x in ("512x8", "64x16 sub8", "128x8 last 2 full"))
+    assert f"Its gap is {coarse[0]:.3f}. In the last 2,048 tokens, it is {coarse[1]:.3f}." in text
+    plain = gaps["64 x 16"]
+    quote = f"{parts[0]:.3f} nats above full attention, and without them {plain[0]:.3f}; in the"
+    assert f"{quote} last 2,048 tokens, {parts[1]:.3f} and {plain[1]:.3f}." in text
+    assert later[LATER["128x8 last 2 full"]]["options"]["full_layers"] == 2
+    quote = f"leaves a gap of {layers[0]:.3f} instead of {gaps['128 x 8'][0]:.3f}"
+    assert quote in text
+    assert f"removed most of the gap: {layers[0]:.3f} instead of" in page()
+    assert f"with 1,024 keys, {coarse[0]:.3f} with 4,096, {parts[0]:.3f} with 1,024 and" in page()
+    change = gaps["128 x 8"][0] - layers[0]
+    assert f"from scratch, by {change:.3f} with two of eight" in page()
+    copied = [own(run)["copied"]["50%"] for run in (later[LATER["64x16 sub8"]], trained["64 x 16"])]
+    quote = "at 50 %, the loss with 64 x 16 is {:.2f} instead of {:.2f}."
+    assert quote.format(*copied) in page()
+    again = second_seeds()
+    runs = [again["full, seed 1"], *(later[LATER[x]] for x in ("64x16 sub8", "128x8 last 2 full"))]
+    assert {run["device"] for run in runs} == {"NVIDIA H200"}
+    speeds = [run["tokens_per_second"] for run in runs]
+    quote = "full attention trains with {:,.0f} tokens/s, 64 x 16 with sub-blocks with {:,.0f}"
+    assert quote.format(*speeds) in text
+    assert f"and 128 x 8 with two full layers with {speeds[2]:,.0f}." in text
 
 
 def test_the_numbers_of_the_text_on_training_are_those_of_the_results(trained, complete):
@@ -382,14 +402,16 @@ def test_the_numbers_of_the_text_on_training_are_those_of_the_results(trained, c
     assert f"and {max(errors['last_by_window']):.3f} of the last" in text
     fine, coarse, convolution = (own(trained[x]) for x in list(ROWS.values())[1:])
     assert f"64 x 16 is {coarse['loss'] - fine['loss']:.3f} nats below" in text
-    again, with_convolution = (own(x)["loss"] for x in second_seeds().values())
+    other_full, again, with_convolution = (own(x)["loss"] for x in second_seeds().values())
     gains = coarse["loss"] - convolution["loss"], again - with_convolution
     assert (
         f"takes {gains[0]:.3f} nats off the loss of 128 x 8 with seed 0 and {gains[1]:.3f}" in text
     )
     assert f"{gains[0]:.3f} and {gains[1]:.3f} with block 128, two seeds" in text
     changes = again - coarse["loss"], with_convolution - convolution["loss"]
-    assert f"changes the loss by {min(changes):.3f} to {max(changes):.3f}" in text
+    assert f"raises the loss of MoBA by {min(changes):.3f} to {max(changes):.3f}" in text
+    assert f"lowers that of full attention by {full['loss'] - other_full:.3f}" in text
+    assert f"the gap of 128 x 8 is {again - other_full:.3f} with seed 1" in text
     untrained = trained["full"]["final"]["moba"]["loss"]
     assert f"{untrained:.4f} with 128 x 8, {untrained - full['loss']:.3f} above" in text
     assert f"leaves {coarse['loss'] - full['loss']:.3f}." in text
@@ -417,10 +439,12 @@ def test_the_numbers_of_the_text_on_training_are_those_of_the_results(trained, c
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
-def test_pages_quote_the_training(trained, name):
-    full, fine = (own(trained[x])["loss"] for x in ("full", "64 x 16"))
-    increase = f"{100 * (fine / full - 1):.1f}"
-    assert f"{increase} % higher (16K tokens" in (ROOT / name).read_text()
+def test_pages_quote_the_training(complete, name):
+    rows = "full", "64 x 16", LATER["64x16 sub8"]
+    full, fine, parts = (own(complete[x])["loss"] for x in rows)
+    more = [f"{100 * (x / full - 1):.1f}" for x in (fine, parts)]
+    quote = f"{more[0]} % higher, and {more[1]} % higher with sub-blocks of 8 keys (16K tokens"
+    assert quote in (ROOT / name).read_text()
 
 
 @pytest.fixture(scope="module")
