@@ -490,13 +490,16 @@ def losses() -> None:
         drawn = [(label, by_name[name], *style) for name, label, *style in curves]
         full = by_name["full attention"]
         increases(f"loss-{text}", text.capitalize(), report["options"]["length"], full, drawn, 2.0)
-    runs = json.loads((folder / "from-scratch-16k-h100.json").read_text())["runs"]
+    files = [f"from-scratch-16k-{x}.json" for x in ("h100", "h200")]
+    first, second = (json.loads((folder / x).read_text())["runs"] for x in files)
+    runs = first | second
     full = runs["full"]["final"]
     drawn = [("128 x 8, untrained", full["moba"]["by_position"], 1024, "currentColor", "5 4")]
     for name, label, colour in (
         ("128x8", "128 x 8", OWN),
         ("128x8 conv", "128 x 8, conv.", OF_BLOCK[2]),
         ("64x16", "64 x 16", OF_BLOCK[3]),
+        ("64x16 sub8", "64 x 16, sub 8", PAST),
     ):
         drawn.append((label, runs[name]["final"]["moba"]["by_position"], 1024, colour, ""))
     length = runs["full"]["options"]["length"]
