@@ -373,7 +373,10 @@ def test_the_numbers_of_the_text_on_later_runs_are_those_of_the_results(trained,
     assert later[LATER["128x8 last 2 full"]]["options"]["full_layers"] == 2
     quote = f"leaves a gap of {layers[0]:.3f} instead of {gaps['128 x 8'][0]:.3f}"
     assert quote in text
+    assert quote in page("docs/hybrid.md").replace(" nats", "")
     assert f"removed most of the gap: {layers[0]:.3f} instead of" in page()
+    quote = f"leave a gap of {parts[0]:.3f} nats to full attention instead of {plain[0]:.3f}"
+    assert quote in page("docs/gates.md")
     assert f"with 1,024 keys, {coarse[0]:.3f} with 4,096, {parts[0]:.3f} with 1,024 and" in page()
     change = gaps["128 x 8"][0] - layers[0]
     assert f"from scratch, by {change:.3f} with two of eight" in page()
