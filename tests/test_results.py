@@ -375,6 +375,8 @@ def test_the_numbers_of_the_text_on_later_runs_are_those_of_the_results(trained,
     assert quote in text
     assert quote in page("docs/hybrid.md").replace(" nats", "")
     assert f"removed most of the gap: {layers[0]:.3f} instead of" in page()
+    more = [f"{100 * x[0] / full['loss']:.1f} %" for x in (parts, plain)]
+    assert "ends {} above full attention's loss, and without sub-blocks {}.".format(*more) in page()
     quote = f"leave a gap of {parts[0]:.3f} nats to full attention instead of {plain[0]:.3f}"
     assert quote in page("docs/gates.md")
     assert f"with 1,024 keys, {coarse[0]:.3f} with 4,096, {parts[0]:.3f} with 1,024 and" in page()
