@@ -482,7 +482,7 @@ def test_the_leading_table_is_that_of_the_results():
 
 
 def test_the_table_of_nsa_is_that_of_the_results():
-    for device, heading in ("h100", "## Speed"), ("h200", "A later version on one NVIDIA H200"):
+    for device, heading in ("h100", "## Speed"), ("h200", "The same command on one NVIDIA H200"):
         results = json.loads((DOCS / "benchmarks" / f"{device}-nsa.json").read_text())["results"]
         rows = [[size(x["length"]), *over_cudnn(x)] for x in results if not x["decode"]]
         assert table_of(heading, "docs/nsa.md") == rows

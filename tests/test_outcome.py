@@ -121,7 +121,12 @@ def test_the_comparison_with_the_papers_quotes_the_results(continued, control):
     gaps = {x: [own(scratch[x])[y] - full[y] for y in parts] for x in ("64x16", "128x8", "512x8")}
     quote = "not confirmed: {:.3f} and {:.3f} more with 1,024 keys, {:.3f} with 4,096,"
     assert quote.format(*(gaps[x][0] for x in ("64x16", "128x8", "512x8"))) in text
+    later = runs_of("from-scratch-16k-h200")
     last = [x[1] for x in gaps.values()]
+    last += [own(later[x])["last"] - full["last"] for x in ("64x16 sub8", "128x8 last 2 full")]
+    other_full = own(later["full seed 1"])
+    seeds = [own(x) for x in runs_of("from-scratch-16k-seed-1-h100").values()]
+    last += [x["last"] - other_full["last"] for x in seeds]
     assert f"Confirmed: {min(last):.3f} to {max(last):.3f} from scratch" in text
     again = runs_of("smollm2-continued-seed-1-8k-h200")
     pairs = (
@@ -129,7 +134,8 @@ def test_the_comparison_with_the_papers_quotes_the_results(continued, control):
         (again["32x32 sink sub4 seed 1"], again["full seed 1"]),
     )
     more = [own(x)["loss"] - own(full)["loss"] for x, full in pairs]
-    assert "does not have: {:.4f} and {:.4f} more with two seeds,".format(*more) in text
+    assert "sub-blocks of 4: {:.4f} and {:.4f} more with two seeds,".format(*more) in text
+    assert f"{seeds[0]['loss'] - other_full['loss']:.3f} with 1,024 and seed 1;" in text
     layers = own(runs["64x16 sink"])["loss"] - own(runs["64x16 sink last 3 full"])["loss"]
     assert f"In continued training, by {layers:.3f} with three of 30 layers" in text
     eight = found["32x32 sink sub4", FINEST], found["full", FULL], found["64x16 sink", PLAIN]

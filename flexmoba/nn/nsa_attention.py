@@ -44,8 +44,8 @@ class NsaAttention(nn.Module):
         topk: Number of blocks that each query selects, including the own block.
         sink_blocks: Number of first blocks that are always selected.
         local_blocks: Number of blocks right before the own block that are always selected.
-        window: Tokens in the window of a query, including its own; 0 for no window branch, which
-            then has no keys, values or gate values.
+        window: Tokens in the window of a query, including its own; 0 for no window branch. The
+            layer then has no projections for it.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 

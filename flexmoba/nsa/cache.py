@@ -46,8 +46,8 @@ class NsaCache:
         cmp_block: Tokens in a compressed block.
         cmp_stride: Distance of the first tokens of two consecutive compressed blocks.
         block_size: Keys in a block of the selected branch.
-        window: Tokens in the window of a query, including its own; 0 for no window branch, whose
-            keys and values the cache then does not keep.
+        window: Tokens in the window of a query, including its own; 0 for no window branch. The
+            cache then keeps no keys and values of it.
         compress: A function of the keys ``(N, Hkv, cmp_block, D)``, the values ``(N, Hkv,
             cmp_block, Dv)`` and the positions of the first tokens ``(N,)`` of ``N`` compressed
             blocks. It returns their compressed keys ``(N, Hkv, 1, D)`` and values ``(N, Hkv, 1,

@@ -101,7 +101,7 @@ def call_flex(
 def _needs_tiles(q: Tensor, v: Tensor, block_mask: BlockMask) -> bool:
     """Returns whether a call has head dims such as 192/128, for which torch has no tiles on Hopper.
 
-    Its default for all head dims above 128 is that of 256/256.
+    Torch takes default tiles forward, and in the backward pass those of all head dims above 128.
     """
     return (
         128 < q.shape[-1] <= 192
