@@ -77,6 +77,8 @@ RUNS = {
     "full seed 1": "--attention full --seed 1 --block-size 128 --topk 8",
     "128x8 hybrid": "--attention hybrid --block-size 128 --topk 8",
     "128x8 last 2 full": "--attention moba --block-size 128 --topk 8 --full-layers 2",
+    "128x8 last 2 full seed 1": "--attention moba --block-size 128 --topk 8 --full-layers 2 "
+    "--seed 1",
     "512x2": "--attention moba --block-size 512 --topk 2",
     "64x16 seed 1": "--attention moba --block-size 64 --topk 16 --seed 1",
     "128x8 seed 1": "--attention moba --block-size 128 --topk 8 --seed 1",
