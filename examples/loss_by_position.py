@@ -42,7 +42,7 @@ from transformers import PreTrainedModel
 
 from flexmoba.commands.demo import standard_library
 from flexmoba.integrations.transformers import convert
-from flexmoba.reporting import UsageError, add_device, check_writable, positive, table
+from flexmoba.reporting import add_device, parse_writable, positive, table
 from flexmoba.tune import Call, capture, tune
 
 PARTS = 64  # of the context, in the JSON file
@@ -319,10 +319,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--by-layer {' '.join(wrong)}: it must be like 64x16 or 64x16+sub4")
     if o.model and not Path(o.model).is_dir():
         parser.error(f"--model {o.model}: there is no such folder; nothing is downloaded")
-    try:
-        check_writable(json=o.json)
-    except UsageError as error:
-        parser.error(str(error))
+    parse_writable(parser, json=o.json)
     return o
 
 

@@ -35,10 +35,9 @@ from transformers import LlamaConfig, LlamaModel
 from flexmoba import flex_moba
 from flexmoba.integrations.transformers import convert
 from flexmoba.reporting import (
-    UsageError,
     add_device,
-    check_writable,
     median_ms,
+    parse_writable,
     positive,
     table,
     versions,
@@ -163,10 +162,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                      "64x16, 64x16+sink or 64x16+sink+sub8")  # fmt: skip
     if o.heads % o.kv_heads:
         parser.error(f"--kv-heads {o.kv_heads} must divide --heads {o.heads}")
-    try:
-        check_writable(json=o.json)
-    except UsageError as error:
-        parser.error(str(error))
+    parse_writable(parser, json=o.json)
     return o
 
 

@@ -45,9 +45,8 @@ from flexmoba.hybrid import set_attention
 from flexmoba.integrations.transformers import convert
 from flexmoba.nn import FlexMoba
 from flexmoba.reporting import (
-    UsageError,
     add_device,
-    check_writable,
+    parse_writable,
     positive,
     progress,
     table,
@@ -270,10 +269,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                      "64x16+sink or 64x16+sink+sub8+full-decode")  # fmt: skip
     if min(o.lengths) < 512:
         parser.error(f"--lengths {min(o.lengths)}: the longest question needs 512 tokens")
-    try:
-        check_writable(json=o.json)
-    except UsageError as error:
-        parser.error(str(error))
+    parse_writable(parser, json=o.json)
     return o
 
 

@@ -67,9 +67,8 @@ from flexmoba.commands.demo import standard_library
 from flexmoba.hybrid import HybridSchedule, set_attention
 from flexmoba.nn import FlexMoba, MobaAttention, NsaAttention
 from flexmoba.reporting import (
-    UsageError,
     add_device,
-    check_writable,
+    parse_writable,
     positive,
     progress,
     table,
@@ -765,10 +764,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     o = parser.parse_args(argv)
     if o.resume and not Path(o.resume).is_file():
         parser.error(f"--resume: there is no {o.resume}")
-    try:
-        check_writable(out=o.out, results=o.results)
-    except UsageError as error:
-        parser.error(str(error))
+    parse_writable(parser, out=o.out, results=o.results)
     if o.model and not Path(o.model).is_dir():
         parser.error(f"--model {o.model}: there is no such folder; nothing is downloaded")
     if o.save and not o.model:

@@ -31,7 +31,7 @@ from torch import Tensor
 from train import GPT, data_of, loss_by_position, read, windows
 
 from flexmoba.hybrid import set_attention
-from flexmoba.reporting import UsageError, add_device, check_writable, positive
+from flexmoba.reporting import add_device, parse_writable, positive
 from flexmoba.tune import Report, capture, tune
 
 
@@ -70,10 +70,7 @@ def main(argv: list[str] | None = None) -> tuple[Report, dict[str, float]]:
         parser.error(
             f"there is no {o.checkpoint}; train.py --attention full --out {o.checkpoint} makes it"
         )
-    try:
-        check_writable(plot=o.plot)
-    except UsageError as error:
-        parser.error(str(error))
+    parse_writable(parser, plot=o.plot)
     model, unseen = load(o, parser)
 
     starts = torch.linspace(0, len(unseen) - o.length - 1, 4).long()

@@ -28,6 +28,7 @@ from flexmoba.cache.kernels import append_on_cuda, attend_step_on_cuda
 from flexmoba.cache.options import CachedCall
 from flexmoba.gate.kernel import select_on_cuda
 from flexmoba.nsa import NsaCache, decode_on_cuda
+from flexmoba.nsa import kernel as nsa_kernel
 from flexmoba.nsa.append import append_scattered as append_to_nsa_scattered
 from flexmoba.nsa.append_kernels import append_on_cuda as append_to_nsa_on_cuda
 from flexmoba.nsa.branches import compressed_branch
@@ -176,7 +177,7 @@ HOPPER = variant(q_len=400, kv_len=700, head_dim=64, value_dim=64, block_size=25
     ],
 )
 def test_warp_specialised(changes, item_rows, launches_on_hopper, monkeypatch):
-    monkeypatch.setattr(backward_pass, "_ITEM_FACTOR", 0)
+    monkeypatch.setattr(schedule, "ITEM_FACTOR", 0)
     monkeypatch.setattr(backward_pass, "_LEAST_ITEM", item_rows)
     problem = replace(HOPPER, **changes)
     check(problem, gated(problem))
@@ -242,17 +243,17 @@ def test_warp_specialised_with_any_strides(launches_on_hopper):
 
 
 @pytest.mark.parametrize(
-    ("length", "block_size", "count", "rows"),
+    ("length", "block_size", "count", "tiles", "rows"),
     [
-        (8192, 128, 7, 1024),  # the least
-        (32768, 128, 7, 1792),  # a 2,048th of all
-        (65536, 128, 7, 3584),  # four times the average
-        (8192, 512, 2, 4096),  # four programs for each item
+        (8192, 128, 7, 1, 1024),  # the least
+        (32768, 128, 7, 1, 1792),  # a 2,048th of all
+        (65536, 128, 7, 1, 3584),  # four times the average
+        (8192, 512, 2, 4, 4096),  # four programs for each item
     ],
 )
-def test_rows_of_an_item(length, block_size, count, rows):
+def test_rows_of_an_item(length, block_size, count, tiles, rows):
     sizes = schedule.Sizes(1, 16, 16, length, length, block_size, count, 128, 128)
-    assert backward_pass._item_rows(sizes) == rows
+    assert backward_pass._item_rows(sizes, tiles) == rows
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def test_in_pieces(monkeypatch, block_size, sorting, total, forward, backward):
     schedule.sort_groups.cache_clear()
     groups = schedule.sort_groups(sizes, (2 * sizes.value_dim + 4) * sizes.count)
     assert [len(group.pieces) for group in groups] == forward
-    passes = list(backward_pass._passes(sizes, backward_pass._item_rows(sizes)))
+    passes = list(backward_pass._passes(sizes, backward_pass._item_rows(sizes, 1)))
     assert [len(step.group.pieces) for step in passes] == backward
     separate = {(step.for_keys, step.for_queries) for step in passes} != {(True, True)}
     pieces = results_of(*inputs, block_size)
@@ -439,7 +440,7 @@ def test_the_items_of_blocks_hold_all_rows_once(rows, block_size):
 
 def test_a_block_that_all_queries_select_is_divided_into_items(monkeypatch):
     monkeypatch.setattr("flexmoba.backends.fused.backward._LEAST_ITEM", 16)
-    monkeypatch.setattr("flexmoba.backends.fused.backward._ITEM_FACTOR", 1)
+    monkeypatch.setattr("flexmoba.backends.fused.schedule.ITEM_FACTOR", 1)
     problem = variant(block_size=32)
     selection = gated(problem)
     selection[..., 1] = torch.where(selection[..., 0] > 0, 0, -1)
@@ -466,7 +467,7 @@ def test_a_block_that_all_queries_select_is_divided_into_items(monkeypatch):
 def test_a_shared_selection(monkeypatch, changes, scale):
     """Tests any selection, its blocks divided into items, and lists that are sorted by block."""
     monkeypatch.setattr("flexmoba.backends.grouped.launches._LEAST_ITEM", 16)
-    monkeypatch.setattr("flexmoba.backends.grouped.launches._ITEM_FACTOR", 1)
+    monkeypatch.setattr("flexmoba.backends.fused.schedule.ITEM_FACTOR", 1)
     problem = variant(**({"q_len": 16, "kv_len": 50, "block_size": 16} | changes))
     q, k, v = problem.tensors()
     selection = problem.selection()[:, :: problem.group].contiguous()
@@ -709,6 +710,33 @@ def test_the_selection_kernels_of_nsa(changes, sizes, documents):
         best = select_on_cuda_of_nsa(q, k_cmp, first, known, length, sizes, 0.3)
         assert best.dtype == torch.int32
         assert_bitwise_equal(best, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "expected"),
+    [
+        (torch.half, 256, (True, True)),
+        (torch.half, 257, (False, False)),
+        (torch.float32, 64, (True, True)),
+        (torch.float32, 65, (True, False)),
+        (torch.float32, 192, (True, False)),
+        (torch.float32, 193, (False, False)),
+    ],
+)
+def test_the_selection_kernels_fit_in_shared_memory(monkeypatch, dtype, dim, expected):
+    """Tests the limits for 227 and for 99 KiB, as compiled for sm_90; beyond, a call would fail."""
+    q, sizes = torch.empty(1, 1, 1, dim, dtype=dtype), NsaSizes(32, 16, 64, 16, 1, 1)
+    found = []
+    for is_large in (True, False):
+        monkeypatch.setattr(nsa_kernel, "has_large_shared_memory", lambda _, x=is_large: x)
+        found.append(nsa_kernel.supports(q, sizes))
+    assert tuple(found) == expected
+
+
+def test_the_selection_kernels_with_tiles_for_99_kib(monkeypatch):
+    monkeypatch.setattr(nsa_kernel, "has_large_shared_memory", lambda _: False)
+    changes = {"q_len": 140, "kv_len": 140, "head_dim": 192}
+    test_the_selection_kernels_of_nsa(changes, (4, 4, 64, 3, 0, 0), documents=False)
 
 
 @given(

@@ -209,7 +209,7 @@ def test_fused_needs_little_memory(block_size, topk):
 @pytest.mark.parametrize("block_size", [128, 512])
 def test_fused_divides_a_block_that_all_queries_select(monkeypatch, block_size):
     monkeypatch.setattr("flexmoba.backends.fused.backward._LEAST_ITEM", 64)
-    monkeypatch.setattr("flexmoba.backends.fused.backward._ITEM_FACTOR", 1)
+    monkeypatch.setattr("flexmoba.backends.fused.schedule.ITEM_FACTOR", 1)
     problem = variant(block_size=block_size, q_len=2048, kv_len=2048)
     q, k, v = problem.tensors("cuda")
     q[..., 0], k[..., :block_size, 0] = 100.0, 100.0  # selects the first block

@@ -1,9 +1,12 @@
 """The masked backend, compiled; `test_attention` draws problems for it without compilation."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from flexmoba import flex_moba, selected_attention
+from flexmoba.backends.flex import compiled
 from tests.conftest import assert_as_exact_as_dense, with_lse
 from tests.problems import DTYPES, Problem
 from tests.test_attention import full_mask, moba_of, select
@@ -53,3 +56,29 @@ def test_supports_leaves_that_require_grad_under_no_grad():
     with torch.no_grad():
         out = flex_moba(q, k, v, 4, 2, impl="masked")
         torch.testing.assert_close(out, flex_moba(q, k, v, 4, 2, impl="portable"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"head_dim": 160, "value_dim": 64}, True),
+        ({"head_dim": 128}, False),
+        ({"head_dim": 256}, False),
+        ({"value_dim": 192}, False),
+        ({"dtype": torch.float32}, False),
+        ({"block": 64}, False),  # smaller than a tile
+        ({"major": 8}, False),
+        ({"hip": "7.0"}, False),  # AMD Instinct MI300, whose major version is 9
+    ],
+)
+def test_head_dims_without_tiles_in_torch(monkeypatch, changes, expected):
+    x = {"head_dim": 192, "value_dim": 128, "dtype": torch.half, "block": 128, "major": 9}
+    x = SimpleNamespace(**(x | {"hip": None} | changes))
+    monkeypatch.setattr(torch.version, "hip", x.hip)
+    device = SimpleNamespace(major=x.major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    shapes = (1, 4, 256, x.head_dim), (1, 4, 256, x.value_dim)
+    q, v = (SimpleNamespace(shape=y, dtype=x.dtype, is_cuda=True, device="cuda") for y in shapes)
+    mask = SimpleNamespace(BLOCK_SIZE=(128, x.block))
+    assert compiled._needs_tiles(q, v, mask) == expected

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexmoba.backends.fused import is_split, padded_dim
+from flexmoba.backends.fused import has_large_shared_memory, is_split, padded_dim
 from flexmoba.backends.fused.kernel_parts import dot_parts, load_parts
 from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.gate.kernel import (
@@ -46,7 +46,10 @@ _MAX_LIST = 16  # keys of a list that fits in registers
 def supports(q: Tensor, sizes: NsaSizes) -> bool:
     """Returns whether the kernels support these queries and sizes."""
     margin = ceil_div(sizes.cmp_block - sizes.cmp_stride, sizes.block_size)
-    few_dims = q.shape[-1] <= MAX_HEAD_DIM
+    most = MAX_HEAD_DIM
+    if q.element_size() > 2:  # by the shared memory of `lse_kernel`
+        most = 192 if has_large_shared_memory(q.device) else 64
+    few_dims = q.shape[-1] <= most
     # A tile must hold more blocks than its margin.
     return few_dims and sizes.scored <= MAX_COUNT and (margin + 1) * _room(sizes) <= _LEAST_TILE
 
@@ -83,6 +86,8 @@ def select_on_cuda(
     r, s = sizes.block_size // sizes.cmp_stride, sizes.cmp_block // sizes.cmp_stride
     is_split_dim = is_split(dim)
     is_large = (dim > 128 and not is_split_dim) or q.element_size() > 2
+    fits = not is_split_dim or has_large_shared_memory(q.device)
+    tile = _LEAST_TILE if is_large or not fits else _TILE
     slots, room = next_power_of_2(sizes.scored), _room(sizes)
     constants = {
         "DIM": dim,
@@ -92,12 +97,12 @@ def select_on_cuda(
         "IN_BLOCK": r,
         "IN_COMPRESSED": s,
         "TILE_Q": 64,  # so that two programs fit on a multiprocessor of an H100
-        "TILE_N": _LEAST_TILE if is_large else _TILE,
+        "TILE_N": tile,
         "TILE_D": max(16, padded_dim(dim)),
         "COUNT": sizes.scored,
         "SLOTS": slots,
         "ROOM": room,
-        "USE_LISTS": not is_large and slots <= _MAX_LIST and room <= _TILE // int(_LISTS),
+        "USE_LISTS": not is_large and slots <= _MAX_LIST and room <= tile // int(_LISTS),
         "SINKS": sizes.sink_blocks,
         "LOCALS": sizes.local_blocks,
         "num_warps": 4,

@@ -115,6 +115,14 @@ def check_writable(**options: str | Path | None) -> None:
             ) from error
 
 
+def parse_writable(parser: argparse.ArgumentParser, **options: str | Path | None) -> None:
+    """Calls `check_writable`; its error is one of the parser, which prints it and exits with 2."""
+    try:
+        check_writable(**options)
+    except UsageError as error:
+        parser.error(str(error))
+
+
 def _check_file(option: str, file: Path) -> None:
     if not file.parent.is_dir():
         raise UsageError(f"--{option} {file}: there is no folder {file.parent}; create it first")

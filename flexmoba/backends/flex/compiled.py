@@ -15,7 +15,7 @@ from flexmoba.backends.score_mod import ScoreMod
 from flexmoba.runtime import HAS_TRITON, has_values
 
 MIN_HEAD_DIM = 16
-# The fastest tiles of those that docs/performance.md lists.
+# For head dims such as 192/128 on Hopper: the fastest tiles of those in docs/performance.md.
 _TILES = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3}
 _TILES |= {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 32}
 _TILES |= {"bwd_num_warps": 8, "bwd_num_stages": 2}
@@ -109,6 +109,7 @@ def _needs_tiles(q: Tensor, v: Tensor, block_mask: BlockMask) -> bool:
         and q.dtype in (torch.float16, torch.bfloat16)
         and all(size % 128 == 0 for size in block_mask.BLOCK_SIZE)  # the largest tile
         and q.is_cuda
+        and not torch.version.hip  # whose GPUs have a major version of 9, too
         and torch.cuda.get_device_properties(q.device).major == 9
     )
 

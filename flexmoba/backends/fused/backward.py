@@ -19,7 +19,7 @@ from flexmoba.backends.fused.backward_kernels import (
     sum_extra_kernel,
 )
 from flexmoba.backends.fused.routing import Rows, items_of_blocks, sort_pairs
-from flexmoba.backends.fused.schedule import Sizes, SortGroup, sort_groups
+from flexmoba.backends.fused.schedule import Sizes, SortGroup, rows_of_items, sort_groups
 from flexmoba.backends.fused.strides import head_strides, token_stride
 from flexmoba.backends.fused.tile_sizes import (
     DELTA_ROWS,
@@ -30,12 +30,7 @@ from flexmoba.blocks import ceil_div
 from flexmoba.runtime.triton_launch import aligned, launch, on_device_of, packed
 from flexmoba.selection import BlockSelection
 
-# An item holds this many times the average number of rows of a block. The factor is large enough
-# that few blocks need a second item, and small enough that a block that most queries selected is
-# divided among several programs.
-_ITEM_FACTOR, _LEAST_ITEM = 4, 1024
-# With one program for each item, short calls need smaller items, to occupy a GPU to their end.
-_ITEMS, _MOST_KEYS_OF_ONE_PROGRAM = 2048, 128
+_LEAST_ITEM, _ITEMS = 1024, 2048  # of `rows_of_items`
 
 
 def _sorted_rows(routed: Tensor, group: SortGroup, sizes: Sizes, rows: Rows | None) -> Rows:
@@ -46,13 +41,13 @@ def _sorted_rows(routed: Tensor, group: SortGroup, sizes: Sizes, rows: Rows | No
     return rows
 
 
-def _item_rows(sizes: Sizes) -> int:
+def _item_rows(sizes: Sizes, tiles_per_block: int) -> int:
     """Returns the number of rows of an item, for the gradients of keys."""
-    per_kv_head = sizes.group * sizes.q_len * sizes.count
-    rows = _ITEM_FACTOR * (per_kv_head // sizes.n_blocks)
-    if sizes.block_size <= _MOST_KEYS_OF_ONE_PROGRAM:
-        rows = min(rows, sizes.batch * sizes.kv_heads * per_kv_head // _ITEMS)
-    return max(_LEAST_ITEM, rows)
+    n_rows = sizes.batch * sizes.heads * sizes.q_len * sizes.count
+    n_blocks = sizes.batch * sizes.kv_heads * sizes.n_blocks
+    # With several programs for each item, even short calls occupy a GPU.
+    items = _ITEMS if tiles_per_block == 1 else 1
+    return rows_of_items(n_rows, n_blocks, _LEAST_ITEM, items)
 
 
 def _max_extra(n_pairs: int, item_rows: int) -> int:
@@ -128,8 +123,8 @@ def attend_backward_on_cuda(
     )
     factor, dtypes = scale / math.log(2), (q.dtype,)
     grad_lse = None if grad_lse is None else packed(grad_lse)
-    item_rows = _item_rows(sizes)
     tiles_per_block = ceil_div(sizes.block_size, key_tile["KEYS"])
+    item_rows = _item_rows(sizes, tiles_per_block)
     use_hopper = hopper.supports_backward((q, k, v), grad_out, sizes, is_causal=is_causal)
     with on_device_of(q):
         delta = torch.empty_like(lse)

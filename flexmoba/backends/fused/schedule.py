@@ -61,6 +61,24 @@ class Sizes:
         return -(-self.kv_len // self.block_size)
 
 
+# An item of the gradients of keys holds this many times the average number of rows of a block. The
+# factor is large enough that few blocks need a second item, and small enough that a block that most
+# queries selected is divided among several programs.
+ITEM_FACTOR = 4
+
+
+def rows_of_items(n_rows: int, n_blocks: int, least: int, items: int) -> int:
+    """Returns the number of rows of an item, for the gradients of keys.
+
+    Args:
+        n_rows: Rows of all blocks.
+        n_blocks: Blocks of all KV heads.
+        least: The least number of rows of an item.
+        items: Number of items that occupy a GPU to the end of a short call.
+    """
+    return max(least, min(ITEM_FACTOR * (n_rows // n_blocks), n_rows // items))
+
+
 class Piece(NamedTuple):
     """Queries whose partial outputs exist at the same time, and the blocks of their KV heads."""
 

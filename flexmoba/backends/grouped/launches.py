@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flexmoba.backends.fused.backward_kernels import sum_extra_kernel
 from flexmoba.backends.fused.routing import items_of_blocks, sort_pairs
-from flexmoba.backends.fused.schedule import Sizes, SortGroup
+from flexmoba.backends.fused.schedule import Sizes, SortGroup, rows_of_items
 from flexmoba.backends.fused.strides import head_strides, token_stride
 from flexmoba.backends.fused.tile_sizes import has_large_shared_memory, is_split, padded_dim
 from flexmoba.backends.grouped.key_kernels import key_grads_kernel
@@ -20,10 +20,7 @@ from flexmoba.backends.grouped.query_kernels import (
 from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.runtime.triton_launch import aligned, launch, on_device_of, packed
 
-# An item holds this many times the average number of tokens of a block, as in the fused backward
-# pass: few blocks need a second item, and a block that most tokens select has many. Short calls
-# have smaller items, to occupy a GPU to their end.
-_ITEM_FACTOR, _LEAST_ITEM, _ITEMS = 4, 256, 1024
+_LEAST_ITEM, _ITEMS = 256, 1024  # of `rows_of_items`, whose rows are tokens here
 
 
 def attend_on_cuda(
@@ -113,8 +110,7 @@ def attend_backward_on_cuda(
         group = SortGroup(0, n_kv_heads * sizes.q_len, 0, n_kv_heads, [])
         _, (pairs, first_rows) = sort_pairs(selected, group, tokens)
         all_blocks = n_kv_heads * sizes.n_blocks
-        item_rows = min(_ITEM_FACTOR * (pairs.shape[0] // all_blocks), pairs.shape[0] // _ITEMS)
-        item_rows = max(_LEAST_ITEM, item_rows)
+        item_rows = rows_of_items(pairs.shape[0], all_blocks, _LEAST_ITEM, _ITEMS)
         of_keys, first_extra, _ = items_of_blocks(first_rows, item_rows, None, group, tokens)
         first_item, block_of_item = of_keys
         # A block with several items has less than twice as many items as its tokens fill.
