@@ -66,6 +66,7 @@ STEPS = 5500  # 360M tokens, 2.1 epochs of a corpus of 176M: up to four are near
 
 LONG = "--length 32768 --batch 2 --windows 48 --check-windows 8"
 HALF = f"{LONG} --steps 2750"  # 180M tokens
+SUB_BLOCKS = "--attention moba --block-size 64 --topk 16 --gate-block-size 8"
 ONE_KV_HEAD = "--kv-heads 1 --steps 1400"  # 92M tokens
 # By name; a name says block size x topk. In groups of four, 8 to 12 minutes each on one H100.
 # 1,024 keys of 16,384 are 94 % sparsity in the paper's terms, 4,096 are 75 %.
@@ -85,8 +86,9 @@ RUNS = {
     "128x8 conv seed 1": "--attention moba --block-size 128 --topk 8 --key-conv 3 --seed 1",
     "512x8": "--attention moba --block-size 512 --topk 8",
     "128x8 sink": "--attention moba --block-size 128 --topk 8 --sink-blocks 1",
-    "64x16 sub8": "--attention moba --block-size 64 --topk 16 --gate-block-size 8",
-    "64x16 sub8 seed 1": "--attention moba --block-size 64 --topk 16 --gate-block-size 8 --seed 1",
+    "64x16 sub8": SUB_BLOCKS,
+    "64x16 sub8 seed 1": f"{SUB_BLOCKS} --seed 1",
+    "64x16 sub8 last 2 full": f"{SUB_BLOCKS} --full-layers 2",
     "32x32 sub4": "--attention moba --block-size 32 --topk 32 --gate-block-size 4",
     # NSA beside MoBA, with a quarter of the tokens, and with one KV head for eight query heads, for
     # which its selected branch has kernels. Of 16,384 tokens, a query sees 512 compressed keys on
@@ -105,6 +107,11 @@ RUNS = {
     "full 32K": f"--attention full --block-size 128 --topk 8 {HALF}",
     "128x8 hybrid 32K": f"--attention hybrid --block-size 128 --topk 8 {HALF}",
     "128x8 hybrid 32K longer": f"--attention hybrid --block-size 128 --topk 8 {LONG} --steps 4300",
+    "full 32K seed 1": f"--attention full --block-size 128 --topk 8 {HALF} --seed 1",
+    "64x16 sub8 32K longer": f"{SUB_BLOCKS} {LONG} --steps 3900",
+    "64x16 sub8 32K longer seed 1": f"{SUB_BLOCKS} {LONG} --steps 3900 --seed 1",
+    # Full attention is the faster one in contexts of 2,048 tokens.
+    "64x16 sub8 full while short 32K": f"{SUB_BLOCKS} --full-while-short {LONG} --steps 4500",
 }
 # Continued training of a pretrained model with 8K of context, at a small learning rate.
 PRETRAINED = "--length 8192 --batch 8 --accumulate 4 --lr 2e-4 --to-zero --every 50"

@@ -450,13 +450,13 @@ def schedule_of(model: nn.Module, o: argparse.Namespace) -> "HybridSchedule | St
     """What each step attends to. The model has full attention where this says nothing."""
     if o.attention == "nsa":
         return Steps()
+    full = {"topk": None}
     moba = {"topk": o.topk, "layers": slice(0, o.layers - o.full_layers)}
-    phases = {
-        "full": [(0.0, {"topk": None})],
-        "moba": [(0.0, moba)],
-        "hybrid": [(0.0, moba), (1 - o.full_share, {"topk": None})],
-    }
-    return HybridSchedule(model, phases[o.attention], total=o.steps)
+    first = short_steps(o) if o.full_while_short else 0
+    phases = [(0, full), (first, moba)] if first else [(0, moba)]
+    if o.attention == "hybrid":
+        phases.append((1 - o.full_share, full))
+    return HybridSchedule(model, [(0, full)] if o.attention == "full" else phases, total=o.steps)
 
 
 def autocast(device: str) -> torch.autocast:
@@ -750,6 +750,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--short-length", type=int, default=0, metavar="N", help="contexts of so many tokens first "
         "(none)")  # fmt: skip
     add("--short-share", type=float, default=0.2, help="of the steps, with them (%(default)s)")
+    add("--full-while-short", action="store_true", help="these have full attention; moba and "
+        "hybrid begin after them")  # fmt: skip
     add("--seed", type=int, default=0)
     add_device(parser)
     add("--until", type=positive, metavar="STEP", help="stop there, to resume later")
@@ -795,6 +797,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--fsdp needs --optimizer adamw, not {o.optimizer}")
     if not 0 <= o.short_share <= 1:
         parser.error(f"--short-share {o.short_share} must lie between 0 and 1")
+    latest = {"moba": 1.0, "hybrid": 1 - o.full_share}.get(o.attention, 0.0)
+    if o.full_while_short and not (o.short_length and o.short_share < latest):
+        parser.error("--full-while-short needs --attention moba or hybrid, --short-length, and a "
+                     "--short-share that leaves steps to MoBA")  # fmt: skip
     if o.topk < o.sink_blocks + o.local_blocks + 1:
         parser.error("--topk must be at least --sink-blocks plus --local-blocks plus 1")
     if o.gate_block_size and o.block_size % o.gate_block_size:

@@ -256,6 +256,15 @@ def test_moba_learns_from_its_context(example, text, capsys):
         (["--attention", "nsa", "--full-layers", "1"], "--context-parallel are of MoBA"),
         (["--attention", "nsa", "--block-size", "6"], "--block-size 6 must be a multiple of 4"),
         (["--short-share", "2"], "--short-share 2.0 must lie between 0 and 1"),
+        (["--full-while-short"], "--full-while-short needs --attention moba or hybrid, --short"),
+        (
+            ["--full-while-short", "--short-length", "128", "--short-share", "0.9"],
+            "a --short-share that leaves steps to MoBA",
+        ),
+        (
+            ["--full-while-short", "--short-length", "128", "--attention", "full"],
+            "--full-while-short needs --attention moba or hybrid",
+        ),
         (["--text", __file__, "--length", "10000"], "--length 10000 needs 100,020"),
     ],
 )
@@ -445,6 +454,39 @@ def test_the_recipe_of_the_sweep_resumes_bitwise(example, text, tmp_path, monkey
     for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
         assert_bitwise_equal(a, b)
     assert train.learning_rate(10, train.parse(["--to-zero", "--steps", "10"])) == 0
+
+
+@pytest.mark.parametrize(
+    ("attention", "expected"),
+    [("moba", [None] * 5 + [3] * 5), ("hybrid", [None] * 5 + [3] * 3 + [None] * 2)],
+)
+def test_short_contexts_can_have_full_attention(
+    example, text, tmp_path, monkeypatch, attention, expected
+):
+    train, parts, found = example("train"), tmp_path / "parts.pt", []
+    windows = train.windows
+    monkeypatch.setattr(
+        train, "windows", lambda data, starts, length, device: (
+            found.append(length) or windows(data, starts, length, device)
+        )
+    )  # fmt: skip
+    forward, topks = train.GPT.forward, []
+
+    def kept(model, *inputs):
+        if model.training and torch.is_grad_enabled():
+            layers = [x for x in model.modules() if isinstance(x, train.FlexMoba)]
+            topks.append([x.topk for x in layers])
+        return forward(model, *inputs)
+
+    monkeypatch.setattr(train.GPT, "forward", kept)
+    common = ["--text", text, "--attention", attention, "--full-share", "0.2", "--steps", "10"]
+    common += [*TINY, *RECIPE, "--full-while-short", "--full-layers", "1"]
+    last = [None]  # of the last layer
+    train.main([*common, "--out", str(parts), "--until", "4"])
+    train.main(["--resume", str(parts), "--device", "cpu"])
+    assert found[:4] == [16] * 4
+    assert [x[0] for x in topks] == expected
+    assert all(x[1:] == last for x in topks)
 
 
 NSA = ["--attention", "nsa", "--window", "12", "--sink-blocks", "1", "--local-blocks", "1"]
