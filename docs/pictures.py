@@ -521,10 +521,12 @@ def losses() -> None:
 
 
 def seconds() -> None:
-    """Draws the validation loss against the seconds of training, of two runs of equal time."""
-    file = Path(__file__).parent / "results" / "from-scratch-32k-h200.json"
-    runs = json.loads(file.read_text())["runs"]
-    left, right, top, bottom = 50, 328, 78, 284
+    """Draws the validation loss against the seconds of training, of runs of equal time."""
+    folder = Path(__file__).parent / "results"
+    files = [f"from-scratch-32k-{x}h200.json" for x in ("", "sub-blocks-")]
+    first, second = (json.loads((folder / x).read_text())["runs"] for x in files)
+    runs = first | second
+    left, right, top, bottom = 50, 328, 98, 304
     low, high, most = 1.5, 3.0, 480
 
     def x(time: float) -> float:
@@ -533,7 +535,7 @@ def seconds() -> None:
     def y(nats: float) -> float:
         return bottom - (bottom - top) * (nats - low) / (high - low)
 
-    drawing = Drawing(330, width=340)
+    drawing = Drawing(350, width=340)
     drawing.text(0, 16, "32K tokens", "start", 15, 600)
     drawing.text(right, 16, "validation loss, 8 contexts", "end", 13)
     for half in range(round(2 * low), round(2 * high) + 1):
@@ -543,8 +545,10 @@ def seconds() -> None:
         drawing.line(x(time), bottom, x(time), bottom + 5)
         drawing.text(x(time), bottom + 20, str(time), size=13)
     drawing.text((left + right) / 2, bottom + 40, "seconds of training", size=13)
-    for number, (name, label, colour) in enumerate(
-        (("full 32K", "full attention", PAST), ("128x8 hybrid 32K longer", "hybrid", OWN))
+    for name, label, colour, start, line in (
+        ("full 32K", "full attention", PAST, 0, 46),
+        ("128x8 hybrid 32K longer", "hybrid", OWN, 170, 46),
+        ("64x16 sub8 full while short 32K", "sub-blocks, full while short", OF_BLOCK[3], 0, 66),
     ):
         o, history = runs[name]["options"], runs[name]["history"]
         ends = dict(zip(itertools.count(10, 10), history["seconds"], strict=False))
@@ -553,10 +557,9 @@ def seconds() -> None:
         if o["attention"] == "hybrid":
             switch = x(ends[round(o["steps"] * (1 - o["full_share"]))])
             drawing.line(switch, top, switch, bottom, 0.6)
-            drawing.text(switch - 5, top + 14, "full from here", "end", 13)
-        start = (0, 170)[number]
-        drawing.curve([(start + 4, 46), (start + 30, 46)], colour)
-        drawing.text(start + 40, 50, label, "start", 13)
+            drawing.text(switch - 5, top + 14, "hybrid: full from here", "end", 13)
+        drawing.curve([(start + 4, line), (start + 30, line)], colour)
+        drawing.text(start + 40, line + 4, label, "start", 13)
     drawing.save("loss-seconds")
 
 

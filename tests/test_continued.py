@@ -275,7 +275,11 @@ def test_the_cost_of_sub_blocks_in_the_text_is_that_of_the_results(ms):
     assert f"at 32,768 tokens, {ratios[1]:.2f} times, and forward alone {forward:.2f} times" in text
 
 
-LONG = {"full 32K": "full, 13M", "64x16 sink 32K longer": "64 x 16, sink, 31M"}
+LONG = {
+    "full 32K": "full, 13M",
+    "64x16 sink 32K longer": "64 x 16, sink, 31M",
+    "64x16 sink sub8 32K": "64 x 16, sink, sub-blocks of 8, 22M",
+}
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +291,16 @@ def alone():
 
 
 @pytest.fixture(scope="module")
+def finer():
+    """Returns full attention and sub-blocks in equal time at 32K, on one H200 each."""
+    names = [f"smollm2-32k-{x}" for x in ("alone-h100", "sub-blocks-h200")]
+    assert report_of(names[0])["corpus"] == report_of(names[1])["corpus"]
+    runs = runs_of(names[1])
+    assert {x["device"] for x in runs.values()} == {"NVIDIA H200"}
+    return runs["full 32K"], runs["64x16 sink sub8 32K"]
+
+
+@pytest.fixture(scope="module")
 def shared():
     """Returns the earlier runs with 32K of context, which read equal numbers of tokens."""
     return runs_of("smollm2-32k-h100")
@@ -295,10 +309,13 @@ def shared():
 @pytest.fixture(scope="module")
 def long():
     """Returns the answers of the models that were trained with 32K of context."""
-    report = report_of("smollm2-retrieval-32k-h100")
-    assert report["options"]["samples"] == 50
-    assert list(report["models"]) == list(LONG)
-    return report["models"]
+    reports = [report_of(f"smollm2-retrieval-32k-{x}") for x in ("h100", "sub-blocks-h200")]
+    models = {}
+    for report in reports:
+        assert (report["options"]["samples"], report["options"]["seed"]) == (50, 0)
+        models |= report["models"]
+    assert list(models) == list(LONG)
+    return models
 
 
 def seconds_of(run):
@@ -306,13 +323,19 @@ def seconds_of(run):
     return run["history"]["seconds"][-1] - run["history"]["compile_seconds"]
 
 
-def test_the_tables_of_long_contexts_are_those_of_the_results(alone, shared, long):
+def test_the_tables_of_long_contexts_are_those_of_the_results(alone, shared, finer, long):
     full, losses, found = own(alone["full 32K"]), [], []
-    three = alone["full 32K"], shared["64x16 sink 32K"], alone["64x16 sink 32K longer"]
-    for run in three:
-        name = "full" if run["options"]["attention"] == "full" else PLAIN
+    first, longer = alone["full 32K"], alone["64x16 sink 32K longer"]
+    parts = TRAINED[FINER]
+    for run, name, read in (
+        (first, "full", PLAIN),
+        (shared["64x16 sink 32K"], PLAIN, PLAIN),
+        (longer, PLAIN, PLAIN),
+        (finer[1], parts, parts),
+    ):
         seconds = "" if run in shared.values() else f"{seconds_of(run):.0f}"
-        for served, kind in (("full", "full"), (PLAIN, "moba")):
+        seconds += " (H200)" if "H200" in run["device"] else ""
+        for served, kind in (("full", "full"), (read, "moba")):
             x = run["final"][kind]
             found.append(x)
             ends = [with_increase(x[part], full[part]) for part in ("loss", "last")]
@@ -333,12 +356,39 @@ def test_the_tables_of_long_contexts_are_those_of_the_results(alone, shared, lon
     assert f"column is at most {error:.1f}, so a difference of up to {2 * error:.0f} may" in text
 
 
-def test_the_numbers_of_the_text_on_long_losses_are_those_of_the_results(alone, shared):
+def test_the_numbers_of_the_text_on_equal_time_are_those_of_the_results(alone, finer):
+    text, full = section("## Extend the context", "## Train"), own(finer[0])
+    steps = [x["step_ms"] for x in finer]
+    assert (
+        "takes {:.0f} ms with full attention (cuDNN) and {:.0f} ms with sub".format(*steps) in text
+    )
+    times, tokens = seconds_of(finer[1]) / seconds_of(finer[0]), finer[1]["tokens"]
+    quote = f"In {times:.2f} times the time, the run with sub-blocks reads"
+    assert f"{quote} {tokens / finer[0]['tokens']:.2f} times as many tokens." in text
+    more, switched = (finer[1]["final"][x] for x in ("moba", "full"))
+    gap, rest = (x["loss"] - full["loss"] for x in (more, switched))
+    assert f"sub-blocks leave {gap:.3f} nats.**" in text
+    quote = f"ends {gap:.3f} nats or {100 * gap / full['loss']:.1f} % higher with MoBA, and"
+    errors = [error_of(x, full) for x in (more, switched)]
+    quote += f" {rest:.3f} higher with full attention (standard errors {{:.3f}} and {{:.3f}})."
+    assert quote.format(*errors) in text
+    assert f"On this H200, full attention takes {seconds_of(finer[0]):.0f} seconds" in text
+    of_h100 = alone["full 32K"]["final"]
+    differences = [
+        abs(finer[0]["final"][x][y] - of_h100[x][y])
+        for x in ("full", "moba")
+        for y in ("loss", "first", "last")
+    ]
+    assert max(differences) < 0.0015  # "differ by 0.001 at most"
+
+
+def test_the_numbers_of_the_text_on_long_losses_are_those_of_the_results(alone, shared, finer):
     text = section("## Extend the context", "## Train")
     first, longer = alone["full 32K"], alone["64x16 sink 32K longer"]
     full = own(first)
-    compiled = [x["history"]["compile_seconds"] for x in (first, longer)]
-    assert f"without {compiled[0]:.0f} and {compiled[1]:.0f} seconds of compilation" in text
+    compiled = [x["history"]["compile_seconds"] for x in (first, longer, *finer)]
+    quote = f"without {min(compiled):.0f} to {max(compiled):.0f} seconds of compilation"
+    assert quote in text
     steps = [x["step_ms"] for x in (first, longer)]
     assert f"takes {steps[0]:.0f} ms with full attention (cuDNN) and {steps[1]:.0f} ms" in text
     assert f"took {seconds_of(longer) / seconds_of(first):.2f} times as long." in text
@@ -360,13 +410,15 @@ def test_the_numbers_of_the_text_on_long_losses_are_those_of_the_results(alone, 
 
 def test_the_numbers_of_the_text_on_long_needles_are_those_of_the_results(long, ms, decoder_ms):
     text = section("## Extend the context", "## Train")
-    first, longer = (long[x] for x in LONG)
+    first, longer, parts = (long[x] for x in LONG)
     plain, finer, wide = "64x16+sink", "64x16+sink+sub8", "64x64+sink+sub8"
     at_end = {x: sum(y["single"]["32768"]) for x, y in longer.items()}
     full = sum(first["full"]["single"]["32768"])
     assert f"longer run finds {at_end[plain]} of 50 needles with 64 x 16; the" in text
     assert f"reads with full attention finds {full}.\n" in text
     assert f"finds {at_end[finer]} needles with sub-blocks of 8, {at_end['full']} with" in text
+    ends = [sum(parts[x]["single"]["32768"]) for x in (finer, "full")]
+    assert "trained with sub-blocks finds {}, and {} with full".format(*ends) in text
     ratio = decoder_ms["decoder 32768 64x16+sub8"] / decoder_ms["decoder 32768 full"]
     assert f"takes {ratio:.2f} times as long as with full attention, forward" in text
     single, many = ([answers_of(x, (y,)) for x in (longer[wide], first["full"])] for y in TASKS)
@@ -383,7 +435,11 @@ def test_the_numbers_of_the_text_on_long_needles_are_those_of_the_results(long, 
     many = [answers_of(x["full"], ("multi-key",)) for x in (longer, first)]
     assert f"answers {sum(many[0])} of {len(many[0])} of these questions" in text
     assert f"trained with full attention {sum(many[1])}. The" in text
-    assert f"The difference has a standard error of {difference(*many)[1]:.0f}.\n" in text
+    assert f"The difference has a standard error of {difference(*many)[1]:.0f}. The" in text
+    several = answers_of(parts["full"], ("multi-key",))
+    less, error = difference(many[1], several)
+    quote = f"trained with sub-blocks answers {sum(several)} with full attention: {less} fewer,"
+    assert f"{quote} with a standard error of {error:.0f}." in text
     earlier = report_of("smollm2-retrieval-64k-h100")
     assert earlier["options"]["samples"] == 25
     found = [y["65536"] for x in earlier["models"].values() for z in x.values() for y in z.values()]

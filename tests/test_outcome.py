@@ -73,13 +73,22 @@ def test_the_first_table_is_that_of_the_results(continued, control):
         [percent(own(alone["64x16 sink 32K longer"])["loss"], full), found[PLAIN], most, 50],
         ["", found[FINER], most, 50],
     ]
+    parts = runs_of("smollm2-32k-sub-blocks-h200")["64x16 sink sub8 32K"]
+    answers = report_of("smollm2-retrieval-32k-sub-blocks-h200")["models"]["64x16 sink sub8 32K"]
+    rows.append(
+        [percent(own(parts)["loss"], full), sum(answers[FINER]["single"]["32768"]), most, 50]
+    )
     scratch = runs_of("from-scratch-16k-h100") | runs_of("from-scratch-16k-more-h100")
-    scratch |= runs_of("from-scratch-16k-h200")
-    shown = "64x16", "64x16 sub8", "512x8"
+    scratch |= runs_of("from-scratch-16k-h200") | runs_of("from-scratch-16k-more-h200")
+    shown = "64x16", "64x16 sub8", "64x16 sub8 last 2 full", "512x8"
     rows += [[percent(own(scratch[x])["loss"], own(scratch["full"])["loss"])] for x in shown]
+    again = percent(*(own(scratch[f"{x} seed 1"])["loss"] for x in ("64x16 sub8", "full")))
+    rows[-3][0] = f"{rows[-3][0].removesuffix(' %')} and {again}"
     timed = runs_of("from-scratch-32k-h200")
     full, hybrid = own(timed["full 32K"])["loss"], timed["128x8 hybrid 32K longer"]["final"]
     rows += [[percent(hybrid[x]["loss"], full)] for x in ("full", "moba")]
+    short = runs_of("from-scratch-32k-sub-blocks-h200")["64x16 sub8 full while short 32K"]
+    rows.append([percent(own(short)["loss"], full)])
     expected = [[loss, f"{x[0]} of {x[2]} (full: {x[1]})" if x else ""] for loss, *x in rows]
     found = table("This page shows")
     assert [row[-2:] for row in found] == expected
@@ -89,18 +98,21 @@ def test_the_first_table_is_that_of_the_results(continued, control):
     options.append((f"full, read with {options[-1][0]}", *options[-1][1:]))
     for cells, (attention, keys, length) in zip(found[:6], options, strict=True):
         assert cells[1:3] == [attention, f"{keys:,} of {length:,}"]
-    for cells, name in zip(found[10:13], shown, strict=True):
+    for cells, name in zip(found[11:15], shown, strict=True):
         attention, keys = keys_of(run := scratch[name])
+        attention = "the same, last two layers full" if "last" in name else attention
         assert cells[1:3] == [attention, f"{keys:,} of {run['options']['length']:,}"]
-    for cells, run in zip(
-        found[7:9], (shared["64x16 sink 32K"], alone["64x16 sink 32K longer"]), strict=True
-    ):
+    extended = shared["64x16 sink 32K"], alone["64x16 sink 32K longer"], parts
+    for cells, run in zip([*found[7:9], found[10]], extended, strict=True):
         attention, keys = keys_of(run)
         cell = f"{attention}, {run['tokens'] / 1e6:.0f}M tokens"
         assert cells[1:3] == [cell, f"{keys:,} of {run['options']['length']:,}"]
     attention, keys = keys_of(timed["128x8 hybrid 32K longer"])
-    assert found[-1][1:3] == [f"hybrid, read with {attention}", f"{keys:,} of 32,768"]
-    of_means = [x[3] for x in found if "sub-blocks" not in x[1] and "hybrid" not in x[1]]
+    assert found[-2][1:3] == [f"hybrid, read with {attention}", f"{keys:,} of 32,768"]
+    attention, keys = keys_of(short)
+    assert found[-1][1:3] == [attention, f"{keys:,} of 32,768"]
+    others = "sub-blocks", "hybrid", "last two layers"
+    of_means = [x[3] for x in found if not any(y in x[1] for y in others)]
     losses = [float(y) for x in of_means for y in re.findall(r"\d+\.\d", x)]
     quote = f"have a loss {min(losses):.0f} to {max(losses):.0f} % higher and lose needles."
     assert quote in page()
@@ -123,9 +135,12 @@ def test_the_comparison_with_the_papers_quotes_the_results(continued, control):
     assert quote.format(*(gaps[x][0] for x in ("64x16", "128x8", "512x8"))) in text
     later = runs_of("from-scratch-16k-h200")
     last = [x[1] for x in gaps.values()]
-    last += [own(later[x])["last"] - full["last"] for x in ("64x16 sub8", "128x8 last 2 full")]
+    more = runs_of("from-scratch-16k-more-h200")
+    names = "64x16 sub8", "128x8 last 2 full", "64x16 sub8 last 2 full"
+    last += [own((later | more)[x])["last"] - full["last"] for x in names]
     other_full = own(later["full seed 1"])
     seeds = [own(x) for x in runs_of("from-scratch-16k-seed-1-h100").values()]
+    seeds += [own(more[f"{x} seed 1"]) for x in names[:2]]
     last += [x["last"] - other_full["last"] for x in seeds]
     assert f"Confirmed: {min(last):.3f} to {max(last):.3f} from scratch" in text
     again = runs_of("smollm2-continued-seed-1-8k-h200")
