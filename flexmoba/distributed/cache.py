@@ -291,19 +291,17 @@ class ShardedMobaCache:
 
     def _share_means(self, first: int, end: int) -> None:
         """Computes the mean keys of blocks ``first`` to ``end - 1``, each on one rank."""
-        size = self.block_size
-        mine = [i for i in range(first, end) if i % self._ranks == self._rank]
-        # The sum of one mean key and zeros is exact.
-        precise = torch.promote_types(self.means.dtype, torch.float32)
-        shape = (*self.means.shape[:2], end - first, self.means.shape[3])
-        means = self.means.new_zeros(shape, dtype=precise)
-        if mine:
-            place = slice(mine[0] // self._ranks * size, (mine[-1] // self._ranks + 1) * size)
-            found = block_means(self.k[:, :, place], size)
-            means[:, :, mine[0] - first :: self._ranks] = found.to(precise)
-        if first < end:
-            dist.all_reduce(means, group=self.mesh.get_group())
-            self.means[:, :, first:end] = means
+        if first == end:
+            return
+        size, ranks, group = self.block_size, self._ranks, self.mesh.get_group()
+        # As many blocks on each rank, which may include blocks before and after these.
+        begin, stop = first // ranks, ceil_div(end, ranks)
+        wanted = slice(first - begin * ranks, end - begin * ranks)
+        mine = block_means(self.k[:, :, begin * size : stop * size], size)
+        for head in range(self.k.shape[1]):  # to hold little beside the cache
+            found = all_gather(mine[:, head].contiguous(), group, ranks).wait()
+            in_order = found.permute(1, 2, 0, 3).flatten(1, 2)  # from (ranks, B, blocks, D)
+            self.means[:, head, first:end] = in_order[:, wanted]
 
     def _share_last_block(self) -> None:
         """Sends the tokens of the last block, which is not full, to all ranks."""
