@@ -194,10 +194,11 @@ def test_layers(gpus, compiled):
 
 
 @torch.no_grad()
-def with_cache(mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def with_cache(mesh: DeviceMesh, dtype: torch.dtype, part: int | None) -> None:
     q, k, v = tensors_of(mesh, dtype)
-    expected = flex_moba(q, k, v, 64, 3)
-    cache = ShardedMobaCache(mesh, 1, 2, 64, block_size=64, max_len=sum(LENGTHS), dtype=dtype)
+    expected = flex_moba(q, k, v, 64, 3, gate_block_size=part)
+    sizes = {"block_size": 64, "gate_block_size": part, "max_len": sum(LENGTHS)}
+    cache = ShardedMobaCache(mesh, 1, 2, 64, **sizes, dtype=dtype)
     rank, prompt = mesh.get_local_rank(), 500
     shards = [x[:, :, :prompt].tensor_split(2, 2)[rank] for x in (k, v)]
     cache.append_shard(*shards)
@@ -209,6 +210,7 @@ def with_cache(mesh: DeviceMesh, dtype: torch.dtype) -> None:
     torch.testing.assert_close(torch.cat(outs, 2), expected[:, :, prompt:], **CLOSE[dtype])
 
 
+@pytest.mark.parametrize("part", [None, 16], ids=["", "sub-blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cache(gpus, dtype):
-    run(gpus, with_cache, dtype)
+def test_cache(gpus, dtype, part):
+    run(gpus, with_cache, dtype, part)

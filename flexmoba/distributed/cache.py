@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -15,6 +16,7 @@ from flexmoba.checks import (
     GateName,
     check_block_size,
     check_gate,
+    check_gate_block_size,
     check_options,
     check_positive,
     check_queries_and_keys,
@@ -38,8 +40,8 @@ class ShardedMobaCache:
     """Cache of one attention layer whose blocks are spread over the ranks of a mesh.
 
     Block ``i`` of the sequence (arXiv 2502.13189, Sec. 2.2) is on rank ``i % ranks``. Every rank
-    also has the mean keys of all blocks and the tokens of the last block that is not full. So each
-    rank selects the same blocks without communication, attends to the selected blocks that it
+    also has the mean keys of all sub-blocks and the tokens of the last block that is not full. So
+    each rank selects the same blocks without communication, attends to the selected blocks that it
     holds, and the ranks merge their partial outputs by the log-sum-exps.
 
     A prompt that is sharded over the ranks comes into the cache by `append_shard`. Further tokens,
@@ -52,6 +54,7 @@ class ShardedMobaCache:
         kv_heads: KV heads ``Hkv``.
         head_dim: Head dim ``D`` of the keys.
         block_size: Keys in a block, at least 1.
+        gate_block_size: Keys in a sub-block, as in `moba_select`; ``block_size`` by default.
         max_len: Capacity of a row in tokens, on all ranks together.
         value_dim: Head dim ``Dv`` of the values; ``head_dim`` by default.
         dtype: Dtype of keys and values.
@@ -60,12 +63,14 @@ class ShardedMobaCache:
     Attributes:
         k: Keys of this rank's blocks, ``(B, Hkv, N_r * block_size, D)`` in ``dtype``.
         v: Values of this rank's blocks, ``(B, Hkv, N_r * block_size, Dv)`` in ``dtype``.
-        means: Mean keys of all full blocks, ``(B, Hkv, N, D)`` in ``dtype``.
+        means: Mean keys of the sub-blocks of all full blocks,
+            ``(B, Hkv, N * block_size / gate_block_size, D)`` in ``dtype``.
         length: Tokens of a row, on all ranks together.
 
     Raises:
         TypeError: A size is not an int.
-        ValueError: A size is not positive, or the mesh has more than one dimension.
+        ValueError: A size is not positive, ``gate_block_size`` does not divide ``block_size``, or
+            the mesh has more than one dimension.
 
     Examples:
         One rank has all blocks.
@@ -96,6 +101,7 @@ class ShardedMobaCache:
         head_dim: int,
         *,
         block_size: int,
+        gate_block_size: int | None = None,
         max_len: int,
         value_dim: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -108,6 +114,7 @@ class ShardedMobaCache:
         sizes = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim}
         for name, size in (sizes | {"value_dim": value_dim, "max_len": max_len}).items():
             check_positive(name, size, "pass a number of rows, heads, features or tokens")
+        self.sub_blocks = check_gate_block_size(gate_block_size, block_size)
         self.mesh, self.block_size, self.max_len, self.length = mesh, block_size, max_len, 0
         self._rank, self._ranks = mesh.get_local_rank(), mesh.size()
         device = mesh.device_type if device is None else device
@@ -116,9 +123,14 @@ class ShardedMobaCache:
         shape = (batch, kv_heads)
         self.k = storage((*shape, mine, head_dim), dtype, device)
         self.v = storage((*shape, mine, value_dim), dtype, device)
-        self.means = storage((*shape, blocks, head_dim), dtype, device)
+        self.means = storage((*shape, blocks * self.sub_blocks, head_dim), dtype, device)
         # The keys and values of the last block, on every rank.
         self._last = [storage((*shape, 0, dim), dtype, device) for dim in (head_dim, value_dim)]
+
+    @property
+    def gate_block_size(self) -> int:
+        """Keys in a sub-block; the gate scores the mean key of each sub-block."""
+        return self.block_size // self.sub_blocks
 
     def append_shard(self, k: Tensor, v: Tensor, *, lengths: Sequence[int] | None = None) -> None:
         """Appends tokens of which each rank has a shard, such as those of a prompt.
@@ -212,7 +224,7 @@ class ShardedMobaCache:
         scale = q.shape[3] ** -0.5 if scale is None else float(scale)
         n_blocks = ceil_div(self.length, self.block_size)
         topk = n_blocks if topk is None else min(topk, n_blocks)
-        options = GateOptions(gate, sink_blocks, local_blocks)
+        options = GateOptions(gate, sink_blocks, local_blocks, self.sub_blocks)
         with torch.no_grad():
             own = self._attend_to_own_blocks(q, keys, values, scale)
             past = self._attend_to_past_blocks(q, max(topk, 1 + options.forced), options, scale)
@@ -237,7 +249,8 @@ class ShardedMobaCache:
         self.length += k.shape[2]
         full = self.length // size - first
         if full > 0:
-            self.means[:, :, first : first + full] = block_means(keys[:, :, : full * size], size)
+            means = block_means(keys[:, :, : full * size], size, sub_blocks=self.sub_blocks)
+            self._means_of(first, first + full).copy_(means)
         self._last = [x[:, :, full * size :].clone() for x in (keys, values)]
         return keys, values
 
@@ -262,7 +275,7 @@ class ShardedMobaCache:
         if mine == 0 or topk == 1:
             return _nothing(q, self.v)
         sizes = GateSizes(self.block_size, topk - 1, self.length - q.shape[2], is_causal=True)
-        rows, means = gate_rows(q, self.k.shape[1], gate), self.means[:, :, :full]
+        rows, means = gate_rows(q, self.k.shape[1], gate), self._means_of(0, full)
         selected = without_autocast(select_by_means)(rows, means, sizes, gate)
         selected = expand_rows(selected, q.shape[1], q.shape[2], gate)
         is_mine = (selected >= 0) & (selected % self._ranks == self._rank)
@@ -296,12 +309,13 @@ class ShardedMobaCache:
         size, ranks, group = self.block_size, self._ranks, self.mesh.get_group()
         # As many blocks on each rank, which may include blocks before and after these.
         begin, stop = first // ranks, ceil_div(end, ranks)
+        keys = self.k[:, :, begin * size : stop * size]
+        mine = block_means(keys, size, sub_blocks=self.sub_blocks)
         wanted = slice(first - begin * ranks, end - begin * ranks)
-        mine = block_means(self.k[:, :, begin * size : stop * size], size)
         for head in range(self.k.shape[1]):  # to hold little beside the cache
             found = all_gather(mine[:, head].contiguous(), group, ranks).wait()
-            in_order = found.permute(1, 2, 0, 3).flatten(1, 2)  # from (ranks, B, blocks, D)
-            self.means[:, head, first:end] = in_order[:, wanted]
+            in_order = rearrange(found, "r b (n s) d -> b (n r) s d", s=self.sub_blocks)
+            self._means_of(first, end)[:, head] = in_order[:, wanted].flatten(1, 2)
 
     def _share_last_block(self) -> None:
         """Sends the tokens of the last block, which is not full, to all ranks."""
@@ -314,6 +328,10 @@ class ShardedMobaCache:
         self._last = [x[:, :, start : start + count].contiguous() for x in (self.k, self.v)]
         for x in self._last:
             dist.broadcast(x, group=group, group_src=owner)
+
+    def _means_of(self, first: int, end: int) -> Tensor:
+        """Returns the mean keys of blocks ``first`` to ``end - 1``, a view."""
+        return self.means[:, :, first * self.sub_blocks : end * self.sub_blocks]
 
     def _owner(self, positions: Tensor) -> Tensor:
         """Returns the rank of each token."""
