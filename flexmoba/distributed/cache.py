@@ -275,7 +275,9 @@ class ShardedMobaCache:
         if mine == 0 or topk == 1:
             return _nothing(q, self.v)
         sizes = GateSizes(self.block_size, topk - 1, self.length - q.shape[2], is_causal=True)
-        rows, means = gate_rows(q, self.k.shape[1], gate), self._means_of(0, full)
+        rows = gate_rows(q, self.k.shape[1], gate)
+        # The kernel of the gate reads only past blocks, but copies tensors that have gaps.
+        means = self.means if q.is_cuda else self._means_of(0, full)
         selected = without_autocast(select_by_means)(rows, means, sizes, gate)
         selected = expand_rows(selected, q.shape[1], q.shape[2], gate)
         is_mine = (selected >= 0) & (selected % self._ranks == self._rank)
