@@ -23,8 +23,9 @@ from flexmoba.backends.fused import fused_attention, hopper, routing, schedule
 from flexmoba.backends.grouped import grouped_attention, launches
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.cache.append import append_scattered
+from flexmoba.cache.append_kernels import append_on_cuda
 from flexmoba.cache.decode import attend_gathered
-from flexmoba.cache.kernels import append_on_cuda, attend_step_on_cuda
+from flexmoba.cache.kernels import attend_step_on_cuda
 from flexmoba.cache.options import CachedCall
 from flexmoba.gate.kernel import select_on_cuda
 from flexmoba.nsa import NsaCache, decode_on_cuda
