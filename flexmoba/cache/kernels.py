@@ -3,7 +3,8 @@
 `_score_kernel` divides the blocks into ``SPLITS`` splits of ``SPLIT`` blocks, which it scores in
 parallel, and keeps the best blocks of each split. Each program of `_attend_kernel` finds one
 selected block among the best blocks of all splits, and attends to ``CHUNK`` of its keys, which
-makes one partial output. `merge_kernel` merges the partial outputs.
+makes one partial output. `merge_kernel` merges the partial outputs. `_select_kernel` writes the
+selected blocks instead, for a caller that attends by itself.
 
 Query ``i`` of head ``h`` and batch row ``b`` is row ``(b * Hq + h) * Lq + i``. Scores inside the
 kernels are in units of log2.
@@ -26,7 +27,7 @@ from flexmoba.gate.kernel import (
     only_candidates,
     sort_keys,
 )
-from flexmoba.runtime.triton_launch import kernel, launch, packed
+from flexmoba.runtime.triton_launch import kernel, launch, on_device_of, packed
 
 MAX_TOPK = 64
 
@@ -45,65 +46,30 @@ def attend_step_on_cuda(
     call: CachedCall,
 ) -> tuple[Tensor, Tensor]:
     """Computes `attend_step` by Triton kernels."""
-    topk, scale, gate, block_size = call
-    batch, heads, q_len, dim = q.shape
-    kv_heads, n_blocks, value_dim = k.shape[1], k.shape[2] // block_size, v.shape[3]
-    q, k, v, means, positions = (packed(x) for x in (q, k, v, means, positions))
-    gate_rows = packed(gate_rows)
-    rows, group = batch * heads * q_len, heads // kv_heads
-    n_gate_rows, gate_group = gate_rows.shape[:3].numel(), gate_rows.shape[1] // kv_heads
-    scored = call.scored
-    split = max(_LEAST_SPLIT, next_power_of_2(ceil_div(n_blocks, _MOST_SPLITS)))
-    splits = ceil_div(n_blocks, split)
-    chunks = ceil_div(block_size, _CHUNK)
-    n_partials = topk * chunks
-    constants = {
-        "GROUP": group,
-        "Q_LEN": q_len,
-        "GATE_GROUP": gate_group,
-        "BY_PARTS": gate_rows.dtype == torch.float32 and means.dtype != torch.float32,
-        "SINKS": gate.sink_blocks,
-        "LOCALS": gate.local_blocks,
-        "SUB_BLOCKS": gate.sub_blocks,
-        "COUNT": scored,
-        "SLOTS": next_power_of_2(max(1, scored)),
-        "SPLIT": split,
-        "SPLITS": splits,
-        "ALL_SPLITS": next_power_of_2(splits),
-        "TILE_Q": min(64, max(16, next_power_of_2(gate_group * q_len))),
-        "TILE_N": 32,
-        "BLOCK_SIZE": block_size,
+    batch, heads, q_len, _ = q.shape
+    kv_heads, n_blocks, value_dim = k.shape[1], k.shape[2] // call.block_size, v.shape[3]
+    q, k, v, positions = (packed(x) for x in (q, k, v, positions))
+    best, constants = _best_blocks(gate_rows, means, positions, call)
+    rows, chunks = batch * heads * q_len, ceil_div(call.block_size, _CHUNK)
+    n_partials = call.topk * chunks
+    constants |= {
+        "GROUP": heads // kv_heads,
         "CHUNK": _CHUNK,
         "CHUNKS": chunks,
         "PARTS": n_partials,
         "ALL_PARTS": next_power_of_2(n_partials),
         "SOME_PARTS": min(32, next_power_of_2(n_partials)),
         "KEYS": _KEYS,
-        "DIM": dim,
-        "TILE_D": max(16, next_power_of_2(dim)),
         "VALUE_DIM": value_dim,
         "TILE_VALUE_D": max(16, next_power_of_2(value_dim)),
-        "num_warps": 4,
     }
-    dtypes = (q.dtype, gate_rows.dtype)
-    best = torch.empty(
-        n_gate_rows * splits * constants["SLOTS"], dtype=torch.int64, device=q.device
-    )
+    dtypes = (q.dtype,)
     partial_out = torch.empty(rows, n_partials, value_dim, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(rows, n_partials, dtype=torch.float32, device=q.device)
     out = q.new_empty(batch, heads, q_len, value_dim)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    factor = scale / math.log(2)
+    factor = call.scale / math.log(2)
     with torch.cuda.device_of(q):
-        if scored > 0:
-            tiles = ceil_div(gate_group * q_len, constants["TILE_Q"])
-            launch(
-                _score_kernel,
-                batch * kv_heads * tiles * splits,
-                (gate_rows, means, positions, best, kv_heads, n_blocks),
-                constants,
-                dtypes,
-            )
         launch(
             _attend_kernel,
             rows * n_partials,
@@ -119,6 +85,62 @@ def attend_step_on_cuda(
             dtypes,
         )
     return out, lse
+
+
+def select_step_on_cuda(
+    gate_rows: Tensor, means: Tensor, positions: Tensor, call: CachedCall
+) -> Tensor:
+    """Selects the blocks to which `attend_step_on_cuda` attends, for the same arguments.
+
+    Returns:
+        Block indices, ``(B, Hq or Hkv, Lq, topk)`` int32: the own block, local blocks, sink blocks,
+        then the others by descending score; -1 for none.
+    """
+    positions, n_blocks = packed(positions), means.shape[2] // call.gate.sub_blocks
+    best, constants = _best_blocks(gate_rows, means, positions, call)
+    selected = positions.new_empty(*gate_rows.shape[:3], call.topk)
+    with on_device_of(positions):
+        arguments = positions, best, selected, means.shape[1], n_blocks
+        launch(_select_kernel, selected.numel(), arguments, constants | {"TOPK": call.topk}, ())
+    return selected
+
+
+def _best_blocks(
+    gate_rows: Tensor, means: Tensor, positions: Tensor, call: CachedCall
+) -> tuple[Tensor, dict[str, int]]:
+    """Launches `_score_kernel`; returns the best blocks of each split, and its constants."""
+    gate, (batch, heads, q_len, dim) = call.gate, gate_rows.shape
+    kv_heads, n_blocks = means.shape[1], means.shape[2] // gate.sub_blocks
+    gate_rows, means = packed(gate_rows), packed(means)
+    split = max(_LEAST_SPLIT, next_power_of_2(ceil_div(n_blocks, _MOST_SPLITS)))
+    splits, group = ceil_div(n_blocks, split), heads // kv_heads
+    constants = {
+        "Q_LEN": q_len,
+        "GATE_GROUP": group,
+        "BY_PARTS": gate_rows.dtype == torch.float32 and means.dtype != torch.float32,
+        "SINKS": gate.sink_blocks,
+        "LOCALS": gate.local_blocks,
+        "SUB_BLOCKS": gate.sub_blocks,
+        "COUNT": call.scored,
+        "SLOTS": next_power_of_2(max(1, call.scored)),
+        "SPLIT": split,
+        "SPLITS": splits,
+        "ALL_SPLITS": next_power_of_2(splits),
+        "TILE_Q": min(64, max(16, next_power_of_2(group * q_len))),
+        "TILE_N": 32,
+        "BLOCK_SIZE": call.block_size,
+        "DIM": dim,
+        "TILE_D": max(16, next_power_of_2(dim)),
+        "num_warps": 4,
+    }
+    n_best = gate_rows.shape[:3].numel() * splits * constants["SLOTS"]
+    best = torch.empty(n_best, dtype=torch.int64, device=means.device)
+    if call.scored > 0:
+        n_programs = batch * kv_heads * splits * ceil_div(group * q_len, constants["TILE_Q"])
+        arguments = (gate_rows, means, positions, best, kv_heads, n_blocks)
+        with on_device_of(means):
+            launch(_score_kernel, n_programs, arguments, constants, (gate_rows.dtype, means.dtype))
+    return best, constants
 
 
 @kernel
@@ -154,6 +176,13 @@ def _score_kernel(
     best = tl.where(slot < COUNT, best, NOTHING)
     offset = (row * SPLITS + split) * SLOTS
     tl.store(best_ptr + offset[:, None] + slot, best, mask=is_query[:, None])
+
+
+@triton.jit
+def own_block(position, n_blocks, BLOCK_SIZE: tl.constexpr):
+    """Returns the block of a position; -1 for padding and beyond the last block."""
+    own = tl.where(position < n_blocks * BLOCK_SIZE, position // BLOCK_SIZE, -1)
+    return tl.where(position >= 0, own, -1)
 
 
 @triton.jit
@@ -215,6 +244,23 @@ def attend_to_keys(
 
 
 @kernel
+def _select_kernel(
+    positions_ptr, best_ptr, selected_ptr, kv_heads: tl.int32, n_blocks: tl.int32,
+    GATE_GROUP: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr, Q_LEN: tl.constexpr,
+    COUNT: tl.constexpr, SLOTS: tl.constexpr, SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TOPK: tl.constexpr,
+):  # fmt: skip
+    """Writes one of the selected blocks of one row of the gate."""
+    row = (tl.program_id(0) // TOPK).to(tl.int64)
+    position = tl.load(positions_ptr + row // (Q_LEN * GATE_GROUP * kv_heads) * Q_LEN + row % Q_LEN)
+    own = own_block(position, n_blocks, BLOCK_SIZE)
+    best_ptr += row * (SPLITS * SLOTS)
+    column = tl.program_id(0) % TOPK
+    block = selected_block(column, own, best_ptr, SINKS, LOCALS, COUNT, SLOTS, SPLITS, ALL_SPLITS)
+    tl.store(selected_ptr + row * TOPK + column, block)
+
+
+@kernel
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, best_ptr, partial_out_ptr, partial_lse_ptr,
     kv_heads: tl.int32, n_blocks: tl.int32, factor: tl.float32,
@@ -230,8 +276,7 @@ def _attend_kernel(
     chunk = tl.program_id(0) % CHUNKS
     head = row // Q_LEN  # b * Hq + query head
     position = tl.load(positions_ptr + head // (GROUP * kv_heads) * Q_LEN + row % Q_LEN)
-    own = tl.where(position < n_blocks * BLOCK_SIZE, position // BLOCK_SIZE, -1)
-    own = tl.where(position >= 0, own, -1)
+    own = own_block(position, n_blocks, BLOCK_SIZE)
     best_ptr += (head // (GROUP // GATE_GROUP) * Q_LEN + row % Q_LEN) * (SPLITS * SLOTS)
     block = selected_block(column, own, best_ptr, SINKS, LOCALS, COUNT, SLOTS, SPLITS, ALL_SPLITS)
     partial = row * PARTS + tl.program_id(0) % PARTS
