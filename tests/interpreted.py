@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,6 +29,7 @@ from flexmoba.cache.append_kernels import append_on_cuda
 from flexmoba.cache.decode import attend_gathered
 from flexmoba.cache.kernels import attend_step_on_cuda, select_step_on_cuda
 from flexmoba.cache.options import CachedCall
+from flexmoba.distributed import ShardedMobaCache
 from flexmoba.gate.kernel import select_on_cuda
 from flexmoba.nsa import NsaCache, decode_on_cuda
 from flexmoba.nsa import kernel as nsa_kernel
@@ -957,6 +960,36 @@ def test_the_selection_of_a_step_is_that_of_the_gate(
         local_blocks=options.local_blocks,
     )
     assert_bitwise_equal(as_bools(every_query, n_blocks), expected)
+
+
+def test_steps_of_a_cache_over_ranks(monkeypatch):
+    q, k, v = variant(q_len=290, block_size=2).tied_tensors()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sizes = {"block_size": 8, "gate_block_size": 2, "max_len": 300, "dtype": q.dtype}
+        caches = [ShardedMobaCache(mesh, 1, 2, 16, **sizes) for _ in range(2)]
+        for cache in caches:
+            cache.append_shard(k[:, :, :240], v[:, :, :240])
+        end = 240
+        for n, gate_name in (
+            (1, "token"),
+            (16, "group"),
+            (2, "token"),
+            (17, "token"),
+            (9, "token"),
+        ):
+            new = [x[:, :, end : end + n] for x in (q, k, v)]
+            options = {"topk": 6, "gate": gate_name, "sink_blocks": 1, "local_blocks": 1}
+            plain = caches[0].attend(*new, **options)
+            with monkeypatch.context() as patch:
+                patch.setattr("flexmoba.distributed.cache.has_kernels", lambda *_: True)
+                by_kernels = caches[1].attend(*new, **options)
+            for actual, expected in zip(by_kernels, plain, strict=True):
+                assert_bitwise_equal(actual, expected)
+            end += n
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

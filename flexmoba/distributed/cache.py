@@ -11,7 +11,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flexmoba.backends import AttentionOptions, attend_selected, merge_two, resolve
 from flexmoba.blocks import ceil_div
-from flexmoba.cache import check_new_tokens, check_no_gradients, storage
+from flexmoba.cache import (
+    MAX_STEP_QUERIES,
+    CachedCall,
+    check_new_tokens,
+    check_no_gradients,
+    has_kernels,
+    storage,
+)
 from flexmoba.checks import (
     GateName,
     check_block_size,
@@ -225,9 +232,10 @@ class ShardedMobaCache:
         n_blocks = ceil_div(self.length, self.block_size)
         topk = n_blocks if topk is None else min(topk, n_blocks)
         options = GateOptions(gate, sink_blocks, local_blocks, self.sub_blocks)
+        call = CachedCall(max(topk, 1 + options.forced), scale, options, self.block_size)
         with torch.no_grad():
             own = self._attend_to_own_blocks(q, keys, values, scale)
-            past = self._attend_to_past_blocks(q, max(topk, 1 + options.forced), options, scale)
+            past = self._attend_to_past_blocks(q, call)
             return self._merged(*merge_two(*own, *past))
 
     def reset(self) -> None:
@@ -266,24 +274,34 @@ class ShardedMobaCache:
         selected = torch.where(is_mine, block - first, -1).int().to(q.device)
         return self._attend_selected(q, keys, values, selected[:, None], scale, is_causal=True)
 
-    def _attend_to_past_blocks(
-        self, q: Tensor, topk: int, gate: GateOptions, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def _attend_to_past_blocks(self, q: Tensor, call: CachedCall) -> tuple[Tensor, Tensor]:
         """Attends to the selected past blocks that are on this rank."""
         full = self.length // self.block_size
         mine = (full - self._rank + self._ranks - 1) // self._ranks
-        if mine == 0 or topk == 1:
+        if mine == 0 or call.topk == 1:
             return _nothing(q, self.v)
-        sizes = GateSizes(self.block_size, topk - 1, self.length - q.shape[2], is_causal=True)
-        rows = gate_rows(q, self.k.shape[1], gate)
-        # The kernel of the gate reads only past blocks, but copies tensors that have gaps.
-        means = self.means if q.is_cuda else self._means_of(0, full)
-        selected = without_autocast(select_by_means)(rows, means, sizes, gate)
-        selected = expand_rows(selected, q.shape[1], q.shape[2], gate)
+        selected = self._select_past_blocks(q, call)
+        selected = expand_rows(selected, q.shape[1], q.shape[2], call.gate)
         is_mine = (selected >= 0) & (selected % self._ranks == self._rank)
         selected = torch.where(is_mine, selected // self._ranks, -1)
         k, v = (x[:, :, : mine * self.block_size] for x in (self.k, self.v))
-        return self._attend_selected(q, k, v, selected, scale, is_causal=False)
+        return self._attend_selected(q, k, v, selected, call.scale, is_causal=False)
+
+    def _select_past_blocks(self, q: Tensor, call: CachedCall) -> Tensor:
+        """Selects the past blocks of each row of the gate, on every rank the same."""
+        batch, n, first = q.shape[0], q.shape[2], self.length - q.shape[2]
+        rows, means = gate_rows(q, self.k.shape[1], call.gate), self.means
+        if n <= MAX_STEP_QUERIES and has_kernels(q, self.v):
+            from flexmoba.cache.kernels import MAX_TOPK, select_step_on_cuda
+
+            if call.topk <= MAX_TOPK:
+                positions = torch.arange(first, self.length, dtype=torch.int32, device=q.device)
+                own_and_past = select_step_on_cuda(rows, means, positions.expand(batch, n), call)
+                return own_and_past[..., 1:]
+        if not q.is_cuda:  # the kernel of the gate reads only past blocks, and would copy a part
+            means = self._means_of(0, self.length // self.block_size)
+        sizes = GateSizes(self.block_size, call.topk - 1, first, is_causal=True)
+        return without_autocast(select_by_means)(rows, means, sizes, call.gate)
 
     def _attend_selected(
         self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, scale: float, *, is_causal: bool
