@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,9 +25,11 @@ from flexmoba.backends.fused import fused_attention, hopper, routing, schedule
 from flexmoba.backends.grouped import grouped_attention, launches
 from flexmoba.backends.options import AttentionOptions
 from flexmoba.cache.append import append_scattered
+from flexmoba.cache.append_kernels import append_on_cuda
 from flexmoba.cache.decode import attend_gathered
-from flexmoba.cache.kernels import append_on_cuda, attend_step_on_cuda
+from flexmoba.cache.kernels import attend_step_on_cuda, select_step_on_cuda
 from flexmoba.cache.options import CachedCall
+from flexmoba.distributed import ShardedMobaCache
 from flexmoba.gate.kernel import select_on_cuda
 from flexmoba.nsa import NsaCache, decode_on_cuda
 from flexmoba.nsa import kernel as nsa_kernel
@@ -41,6 +45,7 @@ from flexmoba.paged.append import append_scattered as append_to_pages
 from flexmoba.paged.append_kernels import append_on_cuda as append_to_pages_on_cuda
 from flexmoba.paged.attention import attend_steps_gathered
 from flexmoba.paged.kernels import attend_steps_on_cuda
+from flexmoba.reference import reference_selection
 from flexmoba.selection import BlockSelection
 from flexmoba.sequence.kernel import move_on_cuda
 from tests import bounds, emulated, interpreter
@@ -49,7 +54,7 @@ from tests.conftest import (
     assert_as_exact_as_dense,
     assert_bitwise_equal,
 )
-from tests.problems import Problem
+from tests.problems import Problem, as_bools
 from tests.ragged import Ragged
 
 interpreter.shorten()
@@ -917,6 +922,74 @@ def test_the_decoding_kernels_agree_with_plain_operations(
     out, lse = attend_step_on_cuda(q, *rest)
     torch.testing.assert_close(out, plain, equal_nan=True)
     torch.testing.assert_close(lse, plain_lse, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("block_size", "topk", "q_len", "n_blocks", "options"),
+    [
+        (8, 3, 1, 40, gate.GateOptions()),
+        (4, 9, 3, 300, gate.GateOptions(sink_blocks=3, local_blocks=2)),  # three splits
+        (4, 6, 16, 7, gate.GateOptions("group", 1, 1)),
+        (8, 6, 2, 40, gate.GateOptions("group", 2, 3)),  # no block is left to score
+        (8, 33, 1, 140, gate.GateOptions(sink_blocks=1, sub_blocks=4)),
+        (12, 4, 14, 150, gate.GateOptions("group", local_blocks=1, sub_blocks=3)),
+    ],
+)
+def test_the_selection_of_a_step_is_that_of_the_gate(
+    block_size, topk, q_len, n_blocks, options, dtype
+):
+    sub_block_size, length = block_size // options.sub_blocks, n_blocks * block_size - 2
+    sizes = {"q_len": q_len, "kv_len": length, "block_size": sub_block_size}
+    q, k, _ = variant(batch=2, **sizes, dtype=dtype).tied_tensors()
+    means = gate.block_means(k, block_size, sub_blocks=options.sub_blocks)
+    means = torch.nn.functional.pad(means, (0, 0, 0, options.sub_blocks), value=torch.nan)
+    rows, first = gate.gate_rows(q, 2, options), length - q_len
+    positions = torch.arange(first, length, dtype=torch.int32).expand(2, -1)
+    call = CachedCall(topk, 0.3, options, block_size)
+    selected = select_step_on_cuda(rows, means, positions, call)
+    sizes = gate.GateSizes(block_size, topk - 1, first, is_causal=True)
+    assert_bitwise_equal(selected[..., 1:], gate.select_by_means(rows, means, sizes, options))
+    every_query = gate.expand_rows(selected, 4, q_len, options)
+    expected = reference_selection(
+        *(q, k, block_size, topk),
+        is_causal=True,
+        gate=options.per,
+        gate_block_size=sub_block_size,
+        sink_blocks=options.sink_blocks,
+        local_blocks=options.local_blocks,
+    )
+    assert_bitwise_equal(as_bools(every_query, n_blocks), expected)
+
+
+def test_steps_of_a_cache_over_ranks(monkeypatch):
+    q, k, v = variant(q_len=290, block_size=2).tied_tensors()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sizes = {"block_size": 8, "gate_block_size": 2, "max_len": 300, "dtype": q.dtype}
+        caches = [ShardedMobaCache(mesh, 1, 2, 16, **sizes) for _ in range(2)]
+        for cache in caches:
+            cache.append_shard(k[:, :, :240], v[:, :, :240])
+        end = 240
+        for n, gate_name in (
+            (1, "token"),
+            (16, "group"),
+            (2, "token"),
+            (17, "token"),
+            (9, "token"),
+        ):
+            new = [x[:, :, end : end + n] for x in (q, k, v)]
+            options = {"topk": 6, "gate": gate_name, "sink_blocks": 1, "local_blocks": 1}
+            plain = caches[0].attend(*new, **options)
+            with monkeypatch.context() as patch:
+                patch.setattr("flexmoba.distributed.cache.has_kernels", lambda *_: True)
+                by_kernels = caches[1].attend(*new, **options)
+            for actual, expected in zip(by_kernels, plain, strict=True):
+                assert_bitwise_equal(actual, expected)
+            end += n
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

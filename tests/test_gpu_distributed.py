@@ -5,6 +5,7 @@ pairs of processes may share the GPUs: ``pytest -m gpu -n 5``.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -16,9 +17,13 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from flexmoba import flex_moba
+from flexmoba.cache import CachedCall
 from flexmoba.distributed import ContextParallel, ShardedMobaCache, context_parallel_moba
+from flexmoba.gate import GateOptions, expand_rows
 from flexmoba.nn import MobaAttention
+from flexmoba.reference import reference_selection
 from tests.conftest import assert_bitwise_equal
+from tests.problems import Problem, as_bools
 from tests.processes import Processes
 
 pytestmark = pytest.mark.gpu
@@ -38,11 +43,13 @@ def gpus(tmp_path_factory) -> Iterator[Processes]:
     processes.stop()
 
 
-def run(gpus: Processes, task: Callable[..., Any], *arguments: Any) -> None:
+def run(gpus: Processes, task: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Runs a task, which compares, in both processes. Compilation takes up to a minute."""
-    for result in gpus.run(task, [arguments] * 2, seconds=180):
+    results = gpus.run(task, [arguments] * 2, seconds=180)
+    for result in results:
         if isinstance(result, Exception):
             raise result
+    return results
 
 
 def tensors_of(mesh: DeviceMesh, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -194,10 +201,11 @@ def test_layers(gpus, compiled):
 
 
 @torch.no_grad()
-def with_cache(mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def with_cache(mesh: DeviceMesh, dtype: torch.dtype, part: int | None) -> None:
     q, k, v = tensors_of(mesh, dtype)
-    expected = flex_moba(q, k, v, 64, 3)
-    cache = ShardedMobaCache(mesh, 1, 2, 64, block_size=64, max_len=sum(LENGTHS), dtype=dtype)
+    expected = flex_moba(q, k, v, 64, 3, gate_block_size=part)
+    sizes = {"block_size": 64, "gate_block_size": part, "max_len": sum(LENGTHS)}
+    cache = ShardedMobaCache(mesh, 1, 2, 64, **sizes, dtype=dtype)
     rank, prompt = mesh.get_local_rank(), 500
     shards = [x[:, :, :prompt].tensor_split(2, 2)[rank] for x in (k, v)]
     cache.append_shard(*shards)
@@ -209,6 +217,57 @@ def with_cache(mesh: DeviceMesh, dtype: torch.dtype) -> None:
     torch.testing.assert_close(torch.cat(outs, 2), expected[:, :, prompt:], **CLOSE[dtype])
 
 
+@pytest.mark.parametrize("part", [None, 16], ids=["", "sub-blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cache(gpus, dtype):
-    run(gpus, with_cache, dtype)
+def test_cache(gpus, dtype, part):
+    run(gpus, with_cache, dtype, part)
+
+
+@torch.no_grad()
+def with_steps(mesh: DeviceMesh, dtype: torch.dtype, part: int, per: str) -> list[Tensor]:
+    """Compares steps that score splits of the blocks with the oracle, and with one GPU."""
+    n, device, rank, topk = 8200, mesh.device_type, mesh.get_local_rank(), 7
+    sizes = {"kv_heads": 2, "group": 2, "q_len": n, "kv_len": n, "block_size": part}
+    problem = Problem(**sizes, head_dim=64, value_dim=64, dtype=dtype)
+    q, k, v = (x.to(device) for x in problem.tied_tensors())  # so that scores are exact
+    forced = {"sink_blocks": 1, "local_blocks": 1}
+    cache = ShardedMobaCache(
+        mesh, 1, 2, 64, block_size=16, gate_block_size=part, max_len=9000, dtype=dtype
+    )
+    cache.append_shard(*(x[:, :, :8150].tensor_split(2, 2)[rank] for x in (k, v)))
+    gate, outs = GateOptions(per, 1, 1, 16 // part), []
+    for first, end in ((8150, 8151), (8151, 8167), (8167, 8184), (8184, n)):
+        new = q[:, :, first:end]
+        outs.append(
+            cache.attend(new, k[:, :, first:end], v[:, :, first:end], topk, gate=per, **forced)[0]
+        )
+        with no_synchronization():
+            past = cache._select_past_blocks(new, CachedCall(topk, 0.125, gate, 16))
+        selected = as_bools(expand_rows(past, 4, end - first, gate).cpu(), (end + 15) // 16)
+        expected = reference_selection(
+            *(new.cpu(), k[:, :, :end].cpu(), 16, topk),
+            **{"is_causal": True, "gate": per, "gate_block_size": part, **forced},
+        )
+        own = torch.arange(first, end) // 16
+        selected |= as_bools(own[None, None, :, None], (end + 15) // 16)
+        assert_bitwise_equal(selected, expected)
+    expected = flex_moba(q, k, v, 16, topk, gate=per, gate_block_size=part, **forced)
+    torch.testing.assert_close(torch.cat(outs, 2), expected[:, :, 8150:], **CLOSE[dtype])
+    return outs
+
+
+@contextmanager
+def no_synchronization() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("part", "per"), [(16, "token"), (4, "token"), (4, "group")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_of_a_cache(gpus, dtype, part, per):
+    results = run(gpus, with_steps, dtype, part, per)
+    for x, y in zip(*results, strict=True):
+        assert_bitwise_equal(x, y)

@@ -114,6 +114,7 @@ def test_layers_equal_one_process(ranks, data):
         "key_conv": data.draw(st.sampled_from((None, 3, 5)), label="key_conv"),
         "rope_base": data.draw(st.sampled_from((None, 100.0)), label="rope_base"),
         "topk": data.draw(st.sampled_from((1, 3, None)), label="topk"),
+        "gate_block_size": data.draw(st.sampled_from((None, 1, 4)), label="sub-blocks"),
     }
     documents = {}
     if data.draw(st.booleans(), label="has documents"):

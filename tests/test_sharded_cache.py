@@ -21,6 +21,7 @@ from tests.conftest import assert_as_exact_as_dense, assert_bitwise_equal, with_
 from tests.problems import DTYPES, Problem
 from tests.processes import Processes
 from tests.test_context_parallel import lengths_of
+from tests.test_gates import sub_blocks
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -45,13 +46,14 @@ def fill(
     shards: list[tuple[int, ...]],
     chunks: list[int],
     topk: int | None,
+    gate_block_size: int | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Appends prompts that are sharded, then attends in chunks.
 
     Returns the results of the chunks, the mean keys, and the number of keys on this rank.
     """
-    cache = cache_of(mesh, problem)
+    cache = cache_of(mesh, problem, gate_block_size=gate_block_size)
     tensors, begin, rank = problem.tensors(), 0, mesh.get_local_rank()
     for lengths in shards:
         first = begin + sum(lengths[:rank])
@@ -84,13 +86,16 @@ def test_equals_one_process(ranks, data):
     chunks = draw(st.lists(st.integers(1, 25), min_size=1, max_size=4), label="chunks")
     total = sum(prompts) + sum(chunks)
     size = draw(st.integers(1, 9), label="block size")
+    part = draw(sub_blocks(size), label="sub-blocks")
     problem = Problem(
         batch=2, kv_heads=2, group=2, value_dim=6, q_len=total, kv_len=total, block_size=size
     )
     options = {"gate": gate, "sink_blocks": forced[0], "local_blocks": forced[1]}
-    expected = with_lse(flex_moba, size, topk, **options)(*problem.tensors())
-    means = block_means(problem.tensors()[1], size)
-    arguments = (problem, shards, chunks, topk, options)
+    moba = with_lse(flex_moba, size, topk, gate_block_size=part, **options)
+    expected = moba(*problem.tensors())
+    parts = size // (part or size)
+    means = block_means(problem.tensors()[1], size, sub_blocks=parts)
+    arguments = (problem, shards, chunks, topk, part, options)
     results = ranks.run(fill, [arguments] * ranks.size)
     for result in results:
         if isinstance(result, Exception):
@@ -98,7 +103,7 @@ def test_equals_one_process(ranks, data):
         out, lse, found, keys = result
         torch.testing.assert_close(out, expected[0][:, :, sum(prompts) :])
         torch.testing.assert_close(lse, expected[1][:, :, sum(prompts) :])
-        full = total // size
+        full = total // size * parts
         assert_bitwise_equal(found[:, :, :full], means[:, :, :full])
         assert keys <= total / ranks.size + size  # no more than its share
         assert_bitwise_equal(out, results[0][0])
@@ -113,7 +118,7 @@ def test_autocast_does_not_change_the_selection(ranks):
     sizes = {"kv_heads": 2, "group": 2, "q_len": 400, "kv_len": 400, "block_size": 4}
     problem = Problem(**sizes, dtype=torch.float32)
     shards = [(200, *[0] * (ranks.size - 2), 100)]
-    arguments = (problem, shards, [100], 3, {})
+    arguments = (problem, shards, [100], 3, None, {})
     results = ranks.run(fill_under_autocast, [arguments] * ranks.size)
     expected = flex_moba(*problem.tensors(), 4, 3)
     for result in results:
@@ -123,18 +128,17 @@ def test_autocast_does_not_change_the_selection(ranks):
 
 
 def prompt_and_steps(
-    mesh: DeviceMesh, problem: Problem, q: Tensor, k: Tensor, v: Tensor
+    mesh: DeviceMesh, problem: Problem, part: int | None, q: Tensor, k: Tensor, v: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Attends from a sharded prompt, from the other tokens but two, and from none; once more."""
-    cache = cache_of(mesh, problem)
+    cache = cache_of(mesh, problem, gate_block_size=part)
     length, results = 30, []
     prompt = 30 * mesh.size()
     mine = [x[:, :, :prompt].split(length, 2)[mesh.get_local_rank()] for x in (q, k, v)]
     for _ in range(2):
         cache.append_shard(*mine[1:])
-        out, aux = context_parallel_moba(
-            *mine, problem.block_size, 3, mesh=mesh, return_aux=AuxRequest(lse=True)
-        )
+        options = {"gate_block_size": part, "return_aux": AuxRequest(lse=True)}
+        out, aux = context_parallel_moba(*mine, problem.block_size, 3, mesh=mesh, **options)
         parts = [(out, aux.lse)]
         for first, end in ((prompt, -2), (-2, problem.kv_len), (0, 0)):
             new = (x[:, :, first:end] for x in (q, k, v))
@@ -147,8 +151,11 @@ def prompt_and_steps(
     return results[0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype(ranks, dtype):
+# The scores of single keys, too, are exact in every dtype.
+@pytest.mark.parametrize(
+    ("dtype", "part"), [*((dtype, None) for dtype in DTYPES), (torch.bfloat16, 1)], ids=str
+)
+def test_every_dtype(ranks, dtype, part):
     n = 30 * ranks.size + 11
     problem = Problem(kv_heads=2, group=2, q_len=n, kv_len=n, block_size=7, dtype=dtype)
     tensors = problem.tied_tensors()  # so that all dtypes select the same blocks
@@ -156,7 +163,7 @@ def test_every_dtype(ranks, dtype):
     def attend(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         inputs = tuple(x.detach() for x in inputs)
         of_dtype = replace(problem, dtype=inputs[0].dtype)
-        results = ranks.run(prompt_and_steps, [(of_dtype, *inputs)] * ranks.size)
+        results = ranks.run(prompt_and_steps, [(of_dtype, part, *inputs)] * ranks.size)
         for result in results:
             if isinstance(result, Exception):
                 raise result
@@ -164,7 +171,7 @@ def test_every_dtype(ranks, dtype):
         out, lse = (torch.cat(x, 2) for x in zip(*prompt, *results[0][1:], strict=True))
         return out, lse
 
-    selected = reference_selection(*tensors[:2], 7, 3, is_causal=True)
+    selected = reference_selection(*tensors[:2], 7, 3, is_causal=True, gate_block_size=part)
     mask = reference_mask(selected, 7, n, is_causal=True)
     assert_as_exact_as_dense(attend, *tensors, mask)
 
@@ -192,6 +199,10 @@ def test_errors():
             cache.attend(*new, 1, sink_blocks=1)
         with pytest.raises(ValueError, match="max_len must be"):
             cache_of(mesh, problem, max_len=0)
+        with pytest.raises(ValueError, match="gate_block_size=3 and block_size=8; pass a divisor"):
+            cache_of(mesh, problem, gate_block_size=3)
+        assert cache_of(mesh, problem, gate_block_size=2).gate_block_size == 2
+        assert cache.gate_block_size == 8
         assert cache.length == 10
     finally:
         dist.destroy_process_group()

@@ -43,7 +43,7 @@ def _append_here(
     sub_blocks: int,
 ) -> Tensor:
     if k.shape[2] <= MAX_STEP_QUERIES and mask is None and has_kernels(k, v):
-        from flexmoba.cache.kernels import append_on_cuda
+        from flexmoba.cache.append_kernels import append_on_cuda
 
         return append_on_cuda(k_cache, v_cache, means, lengths, k, v, sub_blocks)
     return append_scattered(k_cache, v_cache, means, lengths, k, v, mask, sub_blocks)

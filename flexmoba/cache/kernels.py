@@ -1,9 +1,10 @@
-"""Triton kernels for a decoding step, in launch order: append, score, attend, merge.
+"""Triton kernels for a decoding step, in launch order: score, attend, merge.
 
-`_append_kernel` writes the new tokens. `_score_kernel` divides the blocks into ``SPLITS`` splits of
-``SPLIT`` blocks, which it scores in parallel, and keeps the best blocks of each split. Each program
-of `_attend_kernel` finds one selected block among the best blocks of all splits, and attends to
-``CHUNK`` of its keys, which makes one partial output. `merge_kernel` merges the partial outputs.
+`_score_kernel` divides the blocks into ``SPLITS`` splits of ``SPLIT`` blocks, which it scores in
+parallel, and keeps the best blocks of each split. Each program of `_attend_kernel` finds one
+selected block among the best blocks of all splits, and attends to ``CHUNK`` of its keys, which
+makes one partial output. `merge_kernel` merges the partial outputs. `_select_kernel` writes the
+selected blocks instead, for a caller that attends by itself.
 
 Query ``i`` of head ``h`` and batch row ``b`` is row ``(b * Hq + h) * Lq + i``. Scores inside the
 kernels are in units of log2.
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexmoba.blocks import ceil_div, next_power_of_2
-from flexmoba.cache.options import NO_ROOM, CachedCall
+from flexmoba.cache.options import CachedCall
 from flexmoba.gate.kernel import (
     NOTHING,
     block_scores,
@@ -26,12 +27,11 @@ from flexmoba.gate.kernel import (
     only_candidates,
     sort_keys,
 )
-from flexmoba.runtime.triton_launch import kernel, launch, packed
+from flexmoba.runtime.triton_launch import kernel, launch, on_device_of, packed
 
 MAX_TOPK = 64
 
 _LN_2 = tl.constexpr(0.6931471805599453)
-_NO_ROOM = tl.constexpr(NO_ROOM)
 _LEAST_SPLIT, _MOST_SPLITS = 128, 16
 _KEYS, _CHUNK = 64, 256  # measured on one NVIDIA H200
 
@@ -46,65 +46,30 @@ def attend_step_on_cuda(
     call: CachedCall,
 ) -> tuple[Tensor, Tensor]:
     """Computes `attend_step` by Triton kernels."""
-    topk, scale, gate, block_size = call
-    batch, heads, q_len, dim = q.shape
-    kv_heads, n_blocks, value_dim = k.shape[1], k.shape[2] // block_size, v.shape[3]
-    q, k, v, means, positions = (packed(x) for x in (q, k, v, means, positions))
-    gate_rows = packed(gate_rows)
-    rows, group = batch * heads * q_len, heads // kv_heads
-    n_gate_rows, gate_group = gate_rows.shape[:3].numel(), gate_rows.shape[1] // kv_heads
-    scored = call.scored
-    split = max(_LEAST_SPLIT, next_power_of_2(ceil_div(n_blocks, _MOST_SPLITS)))
-    splits = ceil_div(n_blocks, split)
-    chunks = ceil_div(block_size, _CHUNK)
-    n_partials = topk * chunks
-    constants = {
-        "GROUP": group,
-        "Q_LEN": q_len,
-        "GATE_GROUP": gate_group,
-        "BY_PARTS": gate_rows.dtype == torch.float32 and means.dtype != torch.float32,
-        "SINKS": gate.sink_blocks,
-        "LOCALS": gate.local_blocks,
-        "SUB_BLOCKS": gate.sub_blocks,
-        "COUNT": scored,
-        "SLOTS": next_power_of_2(max(1, scored)),
-        "SPLIT": split,
-        "SPLITS": splits,
-        "ALL_SPLITS": next_power_of_2(splits),
-        "TILE_Q": min(64, max(16, next_power_of_2(gate_group * q_len))),
-        "TILE_N": 32,
-        "BLOCK_SIZE": block_size,
+    batch, heads, q_len, _ = q.shape
+    kv_heads, n_blocks, value_dim = k.shape[1], k.shape[2] // call.block_size, v.shape[3]
+    q, k, v, positions = (packed(x) for x in (q, k, v, positions))
+    best, constants = _best_blocks(gate_rows, means, positions, call)
+    rows, chunks = batch * heads * q_len, ceil_div(call.block_size, _CHUNK)
+    n_partials = call.topk * chunks
+    constants |= {
+        "GROUP": heads // kv_heads,
         "CHUNK": _CHUNK,
         "CHUNKS": chunks,
         "PARTS": n_partials,
         "ALL_PARTS": next_power_of_2(n_partials),
         "SOME_PARTS": min(32, next_power_of_2(n_partials)),
         "KEYS": _KEYS,
-        "DIM": dim,
-        "TILE_D": max(16, next_power_of_2(dim)),
         "VALUE_DIM": value_dim,
         "TILE_VALUE_D": max(16, next_power_of_2(value_dim)),
-        "num_warps": 4,
     }
-    dtypes = (q.dtype, gate_rows.dtype)
-    best = torch.empty(
-        n_gate_rows * splits * constants["SLOTS"], dtype=torch.int64, device=q.device
-    )
+    dtypes = (q.dtype,)
     partial_out = torch.empty(rows, n_partials, value_dim, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(rows, n_partials, dtype=torch.float32, device=q.device)
     out = q.new_empty(batch, heads, q_len, value_dim)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    factor = scale / math.log(2)
+    factor = call.scale / math.log(2)
     with torch.cuda.device_of(q):
-        if scored > 0:
-            tiles = ceil_div(gate_group * q_len, constants["TILE_Q"])
-            launch(
-                _score_kernel,
-                batch * kv_heads * tiles * splits,
-                (gate_rows, means, positions, best, kv_heads, n_blocks),
-                constants,
-                dtypes,
-            )
         launch(
             _attend_kernel,
             rows * n_partials,
@@ -122,81 +87,60 @@ def attend_step_on_cuda(
     return out, lse
 
 
-def append_on_cuda(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    means: Tensor,
-    lengths: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sub_blocks: int,
+def select_step_on_cuda(
+    gate_rows: Tensor, means: Tensor, positions: Tensor, call: CachedCall
 ) -> Tensor:
-    """Computes `flexmoba.cache.append.append` of a few tokens without padding, in one launch.
-
-    Tokens beyond the capacity, which excludes the last block, are not written.
+    """Selects the blocks to which `attend_step_on_cuda` attends, for the same arguments.
 
     Returns:
-        The positions of the tokens, ``(B, n)`` int32; `NO_ROOM` beyond the capacity.
+        Block indices, ``(B, Hq or Hkv, Lq, topk)`` int32: the own block, local blocks, sink blocks,
+        then the others by descending score; -1 for none.
     """
-    batch, kv_heads, n, dim = k.shape
-    n_means, value_dim = means.shape[2], v.shape[3]
-    positions = lengths.new_empty(batch, n)
+    positions, n_blocks = packed(positions), means.shape[2] // call.gate.sub_blocks
+    best, constants = _best_blocks(gate_rows, means, positions, call)
+    selected = positions.new_empty(*gate_rows.shape[:3], call.topk)
+    with on_device_of(positions):
+        arguments = positions, best, selected, means.shape[1], n_blocks
+        launch(_select_kernel, selected.numel(), arguments, constants | {"TOPK": call.topk}, ())
+    return selected
+
+
+def _best_blocks(
+    gate_rows: Tensor, means: Tensor, positions: Tensor, call: CachedCall
+) -> tuple[Tensor, dict[str, int]]:
+    """Launches `_score_kernel`; returns the best blocks of each split, and its constants."""
+    gate, (batch, heads, q_len, dim) = call.gate, gate_rows.shape
+    kv_heads, n_blocks = means.shape[1], means.shape[2] // gate.sub_blocks
+    gate_rows, means = packed(gate_rows), packed(means)
+    split = max(_LEAST_SPLIT, next_power_of_2(ceil_div(n_blocks, _MOST_SPLITS)))
+    splits, group = ceil_div(n_blocks, split), heads // kv_heads
     constants = {
-        "N": n,
-        "SUB_BLOCKS": sub_blocks,
-        "SUB_BLOCK_SIZE": k_cache.shape[2] // n_means,
-        "KEYS": 64,
+        "Q_LEN": q_len,
+        "GATE_GROUP": group,
+        "BY_PARTS": gate_rows.dtype == torch.float32 and means.dtype != torch.float32,
+        "SINKS": gate.sink_blocks,
+        "LOCALS": gate.local_blocks,
+        "SUB_BLOCKS": gate.sub_blocks,
+        "COUNT": call.scored,
+        "SLOTS": next_power_of_2(max(1, call.scored)),
+        "SPLIT": split,
+        "SPLITS": splits,
+        "ALL_SPLITS": next_power_of_2(splits),
+        "TILE_Q": min(64, max(16, next_power_of_2(group * q_len))),
+        "TILE_N": 32,
+        "BLOCK_SIZE": call.block_size,
         "DIM": dim,
         "TILE_D": max(16, next_power_of_2(dim)),
-        "VALUE_DIM": value_dim,
-        "TILE_VALUE_D": max(16, next_power_of_2(value_dim)),
         "num_warps": 4,
     }
-    with torch.cuda.device_of(k):
-        tensors = (k_cache, v_cache, means, lengths, packed(k), packed(v), positions)
-        launch(
-            _append_kernel, batch * kv_heads, (*tensors, kv_heads, n_means), constants, (k.dtype,)
-        )
-    lengths += n
-    return positions
-
-
-@kernel
-def _append_kernel(
-    k_cache_ptr, v_cache_ptr, means_ptr, lengths_ptr, k_ptr, v_ptr, positions_ptr,
-    kv_heads: tl.int32, n_means: tl.int32,
-    N: tl.constexpr, SUB_BLOCKS: tl.constexpr, SUB_BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
-    DIM: tl.constexpr, TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
-):  # fmt: skip
-    """Writes the new tokens of one KV head, and the mean keys of the sub-blocks that they fill."""
-    head = tl.program_id(0).to(tl.int64)  # b * Hkv + KV head
-    length = tl.load(lengths_ptr + head // kv_heads)
-    capacity = (n_means - SUB_BLOCKS) * SUB_BLOCK_SIZE  # the last block stays empty
-    dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
-    first = head * (n_means * SUB_BLOCK_SIZE)
-    for i in range(N):
-        position = length + i
-        k = tl.load(k_ptr + (head * N + i) * DIM + dim, mask=dim < DIM)
-        v = tl.load(v_ptr + (head * N + i) * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM)
-        if position < capacity:
-            token = first + position
-            tl.store(k_cache_ptr + token * DIM + dim, k, mask=dim < DIM)
-            tl.store(v_cache_ptr + token * VALUE_DIM + value_dim, v, mask=value_dim < VALUE_DIM)
-        if head % kv_heads == 0:
-            stored_position = tl.where(position < capacity, position, _NO_ROOM)
-            tl.store(positions_ptr + head // kv_heads * N + i, stored_position)
-    tl.debug_barrier()  # the means read keys that other threads wrote
-    end = tl.minimum((length + N) // SUB_BLOCK_SIZE, n_means - SUB_BLOCKS)
-    for index in range(length // SUB_BLOCK_SIZE, end):
-        total = tl.zeros([TILE_D], tl.float32)
-        for start in range(0, SUB_BLOCK_SIZE, KEYS):
-            key = start + tl.arange(0, KEYS)
-            token = first + index * SUB_BLOCK_SIZE + key
-            mask = (key < SUB_BLOCK_SIZE)[:, None] & (dim < DIM)[None, :]
-            x = tl.load(k_cache_ptr + token[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
-            total += tl.sum(x.to(tl.float32), 0)
-        mean = (total / SUB_BLOCK_SIZE).to(means_ptr.dtype.element_ty)
-        tl.store(means_ptr + (head * n_means + index) * DIM + dim, mean, mask=dim < DIM)
+    n_best = gate_rows.shape[:3].numel() * splits * constants["SLOTS"]
+    best = torch.empty(n_best, dtype=torch.int64, device=means.device)
+    if call.scored > 0:
+        n_programs = batch * kv_heads * splits * ceil_div(group * q_len, constants["TILE_Q"])
+        arguments = (gate_rows, means, positions, best, kv_heads, n_blocks)
+        with on_device_of(means):
+            launch(_score_kernel, n_programs, arguments, constants, (gate_rows.dtype, means.dtype))
+    return best, constants
 
 
 @kernel
@@ -232,6 +176,13 @@ def _score_kernel(
     best = tl.where(slot < COUNT, best, NOTHING)
     offset = (row * SPLITS + split) * SLOTS
     tl.store(best_ptr + offset[:, None] + slot, best, mask=is_query[:, None])
+
+
+@triton.jit
+def own_block(position, n_blocks, BLOCK_SIZE: tl.constexpr):
+    """Returns the block of a position; -1 for padding and beyond the last block."""
+    own = tl.where(position < n_blocks * BLOCK_SIZE, position // BLOCK_SIZE, -1)
+    return tl.where(position >= 0, own, -1)
 
 
 @triton.jit
@@ -293,6 +244,23 @@ def attend_to_keys(
 
 
 @kernel
+def _select_kernel(
+    positions_ptr, best_ptr, selected_ptr, kv_heads: tl.int32, n_blocks: tl.int32,
+    GATE_GROUP: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr, Q_LEN: tl.constexpr,
+    COUNT: tl.constexpr, SLOTS: tl.constexpr, SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TOPK: tl.constexpr,
+):  # fmt: skip
+    """Writes one of the selected blocks of one row of the gate."""
+    row = (tl.program_id(0) // TOPK).to(tl.int64)
+    position = tl.load(positions_ptr + row // (Q_LEN * GATE_GROUP * kv_heads) * Q_LEN + row % Q_LEN)
+    own = own_block(position, n_blocks, BLOCK_SIZE)
+    best_ptr += row * (SPLITS * SLOTS)
+    column = tl.program_id(0) % TOPK
+    block = selected_block(column, own, best_ptr, SINKS, LOCALS, COUNT, SLOTS, SPLITS, ALL_SPLITS)
+    tl.store(selected_ptr + row * TOPK + column, block)
+
+
+@kernel
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, best_ptr, partial_out_ptr, partial_lse_ptr,
     kv_heads: tl.int32, n_blocks: tl.int32, factor: tl.float32,
@@ -308,8 +276,7 @@ def _attend_kernel(
     chunk = tl.program_id(0) % CHUNKS
     head = row // Q_LEN  # b * Hq + query head
     position = tl.load(positions_ptr + head // (GROUP * kv_heads) * Q_LEN + row % Q_LEN)
-    own = tl.where(position < n_blocks * BLOCK_SIZE, position // BLOCK_SIZE, -1)
-    own = tl.where(position >= 0, own, -1)
+    own = own_block(position, n_blocks, BLOCK_SIZE)
     best_ptr += (head // (GROUP // GATE_GROUP) * Q_LEN + row % Q_LEN) * (SPLITS * SLOTS)
     block = selected_block(column, own, best_ptr, SINKS, LOCALS, COUNT, SLOTS, SPLITS, ALL_SPLITS)
     partial = row * PARTS + tl.program_id(0) % PARTS

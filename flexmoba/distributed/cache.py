@@ -5,16 +5,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from flexmoba.backends import AttentionOptions, attend_selected, merge_two, resolve
 from flexmoba.blocks import ceil_div
-from flexmoba.cache import check_new_tokens, check_no_gradients, storage
+from flexmoba.cache import (
+    MAX_STEP_QUERIES,
+    CachedCall,
+    check_new_tokens,
+    check_no_gradients,
+    has_kernels,
+    storage,
+)
 from flexmoba.checks import (
     GateName,
     check_block_size,
     check_gate,
+    check_gate_block_size,
     check_options,
     check_positive,
     check_queries_and_keys,
@@ -38,8 +47,8 @@ class ShardedMobaCache:
     """Cache of one attention layer whose blocks are spread over the ranks of a mesh.
 
     Block ``i`` of the sequence (arXiv 2502.13189, Sec. 2.2) is on rank ``i % ranks``. Every rank
-    also has the mean keys of all blocks and the tokens of the last block that is not full. So each
-    rank selects the same blocks without communication, attends to the selected blocks that it
+    also has the mean keys of all sub-blocks and the tokens of the last block that is not full. So
+    each rank selects the same blocks without communication, attends to the selected blocks that it
     holds, and the ranks merge their partial outputs by the log-sum-exps.
 
     A prompt that is sharded over the ranks comes into the cache by `append_shard`. Further tokens,
@@ -52,6 +61,7 @@ class ShardedMobaCache:
         kv_heads: KV heads ``Hkv``.
         head_dim: Head dim ``D`` of the keys.
         block_size: Keys in a block, at least 1.
+        gate_block_size: Keys in a sub-block, as in `moba_select`; ``block_size`` by default.
         max_len: Capacity of a row in tokens, on all ranks together.
         value_dim: Head dim ``Dv`` of the values; ``head_dim`` by default.
         dtype: Dtype of keys and values.
@@ -60,12 +70,14 @@ class ShardedMobaCache:
     Attributes:
         k: Keys of this rank's blocks, ``(B, Hkv, N_r * block_size, D)`` in ``dtype``.
         v: Values of this rank's blocks, ``(B, Hkv, N_r * block_size, Dv)`` in ``dtype``.
-        means: Mean keys of all full blocks, ``(B, Hkv, N, D)`` in ``dtype``.
+        means: Mean keys of the sub-blocks of all full blocks,
+            ``(B, Hkv, N * block_size / gate_block_size, D)`` in ``dtype``.
         length: Tokens of a row, on all ranks together.
 
     Raises:
         TypeError: A size is not an int.
-        ValueError: A size is not positive, or the mesh has more than one dimension.
+        ValueError: A size is not positive, ``gate_block_size`` does not divide ``block_size``, or
+            the mesh has more than one dimension.
 
     Examples:
         One rank has all blocks.
@@ -96,6 +108,7 @@ class ShardedMobaCache:
         head_dim: int,
         *,
         block_size: int,
+        gate_block_size: int | None = None,
         max_len: int,
         value_dim: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -108,6 +121,7 @@ class ShardedMobaCache:
         sizes = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim}
         for name, size in (sizes | {"value_dim": value_dim, "max_len": max_len}).items():
             check_positive(name, size, "pass a number of rows, heads, features or tokens")
+        self.sub_blocks = check_gate_block_size(gate_block_size, block_size)
         self.mesh, self.block_size, self.max_len, self.length = mesh, block_size, max_len, 0
         self._rank, self._ranks = mesh.get_local_rank(), mesh.size()
         device = mesh.device_type if device is None else device
@@ -116,9 +130,14 @@ class ShardedMobaCache:
         shape = (batch, kv_heads)
         self.k = storage((*shape, mine, head_dim), dtype, device)
         self.v = storage((*shape, mine, value_dim), dtype, device)
-        self.means = storage((*shape, blocks, head_dim), dtype, device)
+        self.means = storage((*shape, blocks * self.sub_blocks, head_dim), dtype, device)
         # The keys and values of the last block, on every rank.
         self._last = [storage((*shape, 0, dim), dtype, device) for dim in (head_dim, value_dim)]
+
+    @property
+    def gate_block_size(self) -> int:
+        """Keys in a sub-block; the gate scores the mean key of each sub-block."""
+        return self.block_size // self.sub_blocks
 
     def append_shard(self, k: Tensor, v: Tensor, *, lengths: Sequence[int] | None = None) -> None:
         """Appends tokens of which each rank has a shard, such as those of a prompt.
@@ -212,10 +231,11 @@ class ShardedMobaCache:
         scale = q.shape[3] ** -0.5 if scale is None else float(scale)
         n_blocks = ceil_div(self.length, self.block_size)
         topk = n_blocks if topk is None else min(topk, n_blocks)
-        options = GateOptions(gate, sink_blocks, local_blocks)
+        options = GateOptions(gate, sink_blocks, local_blocks, self.sub_blocks)
+        call = CachedCall(max(topk, 1 + options.forced), scale, options, self.block_size)
         with torch.no_grad():
             own = self._attend_to_own_blocks(q, keys, values, scale)
-            past = self._attend_to_past_blocks(q, max(topk, 1 + options.forced), options, scale)
+            past = self._attend_to_past_blocks(q, call)
             return self._merged(*merge_two(*own, *past))
 
     def reset(self) -> None:
@@ -237,7 +257,8 @@ class ShardedMobaCache:
         self.length += k.shape[2]
         full = self.length // size - first
         if full > 0:
-            self.means[:, :, first : first + full] = block_means(keys[:, :, : full * size], size)
+            means = block_means(keys[:, :, : full * size], size, sub_blocks=self.sub_blocks)
+            self._means_of(first, first + full).copy_(means)
         self._last = [x[:, :, full * size :].clone() for x in (keys, values)]
         return keys, values
 
@@ -253,22 +274,34 @@ class ShardedMobaCache:
         selected = torch.where(is_mine, block - first, -1).int().to(q.device)
         return self._attend_selected(q, keys, values, selected[:, None], scale, is_causal=True)
 
-    def _attend_to_past_blocks(
-        self, q: Tensor, topk: int, gate: GateOptions, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def _attend_to_past_blocks(self, q: Tensor, call: CachedCall) -> tuple[Tensor, Tensor]:
         """Attends to the selected past blocks that are on this rank."""
         full = self.length // self.block_size
         mine = (full - self._rank + self._ranks - 1) // self._ranks
-        if mine == 0 or topk == 1:
+        if mine == 0 or call.topk == 1:
             return _nothing(q, self.v)
-        sizes = GateSizes(self.block_size, topk - 1, self.length - q.shape[2], is_causal=True)
-        rows, means = gate_rows(q, self.k.shape[1], gate), self.means[:, :, :full]
-        selected = without_autocast(select_by_means)(rows, means, sizes, gate)
-        selected = expand_rows(selected, q.shape[1], q.shape[2], gate)
+        selected = self._select_past_blocks(q, call)
+        selected = expand_rows(selected, q.shape[1], q.shape[2], call.gate)
         is_mine = (selected >= 0) & (selected % self._ranks == self._rank)
         selected = torch.where(is_mine, selected // self._ranks, -1)
         k, v = (x[:, :, : mine * self.block_size] for x in (self.k, self.v))
-        return self._attend_selected(q, k, v, selected, scale, is_causal=False)
+        return self._attend_selected(q, k, v, selected, call.scale, is_causal=False)
+
+    def _select_past_blocks(self, q: Tensor, call: CachedCall) -> Tensor:
+        """Selects the past blocks of each row of the gate, on every rank the same."""
+        batch, n, first = q.shape[0], q.shape[2], self.length - q.shape[2]
+        rows, means = gate_rows(q, self.k.shape[1], call.gate), self.means
+        if n <= MAX_STEP_QUERIES and has_kernels(q, self.v):
+            from flexmoba.cache.kernels import MAX_TOPK, select_step_on_cuda
+
+            if call.topk <= MAX_TOPK:
+                positions = torch.arange(first, self.length, dtype=torch.int32, device=q.device)
+                own_and_past = select_step_on_cuda(rows, means, positions.expand(batch, n), call)
+                return own_and_past[..., 1:]
+        if not q.is_cuda:  # the kernel of the gate reads only past blocks, and would copy a part
+            means = self._means_of(0, self.length // self.block_size)
+        sizes = GateSizes(self.block_size, call.topk - 1, first, is_causal=True)
+        return without_autocast(select_by_means)(rows, means, sizes, call.gate)
 
     def _attend_selected(
         self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, scale: float, *, is_causal: bool
@@ -291,19 +324,18 @@ class ShardedMobaCache:
 
     def _share_means(self, first: int, end: int) -> None:
         """Computes the mean keys of blocks ``first`` to ``end - 1``, each on one rank."""
-        size = self.block_size
-        mine = [i for i in range(first, end) if i % self._ranks == self._rank]
-        # The sum of one mean key and zeros is exact.
-        precise = torch.promote_types(self.means.dtype, torch.float32)
-        shape = (*self.means.shape[:2], end - first, self.means.shape[3])
-        means = self.means.new_zeros(shape, dtype=precise)
-        if mine:
-            place = slice(mine[0] // self._ranks * size, (mine[-1] // self._ranks + 1) * size)
-            found = block_means(self.k[:, :, place], size)
-            means[:, :, mine[0] - first :: self._ranks] = found.to(precise)
-        if first < end:
-            dist.all_reduce(means, group=self.mesh.get_group())
-            self.means[:, :, first:end] = means
+        if first == end:
+            return
+        size, ranks, group = self.block_size, self._ranks, self.mesh.get_group()
+        # As many blocks on each rank, which may include blocks before and after these.
+        begin, stop = first // ranks, ceil_div(end, ranks)
+        keys = self.k[:, :, begin * size : stop * size]
+        mine = block_means(keys, size, sub_blocks=self.sub_blocks)
+        wanted = slice(first - begin * ranks, end - begin * ranks)
+        for head in range(self.k.shape[1]):  # to hold little beside the cache
+            found = all_gather(mine[:, head].contiguous(), group, ranks).wait()
+            in_order = rearrange(found, "r b (n s) d -> b (n r) s d", s=self.sub_blocks)
+            self._means_of(first, end)[:, head] = in_order[:, wanted].flatten(1, 2)
 
     def _share_last_block(self) -> None:
         """Sends the tokens of the last block, which is not full, to all ranks."""
@@ -316,6 +348,10 @@ class ShardedMobaCache:
         self._last = [x[:, :, start : start + count].contiguous() for x in (self.k, self.v)]
         for x in self._last:
             dist.broadcast(x, group=group, group_src=owner)
+
+    def _means_of(self, first: int, end: int) -> Tensor:
+        """Returns the mean keys of blocks ``first`` to ``end - 1``, a view."""
+        return self.means[:, :, first * self.sub_blocks : end * self.sub_blocks]
 
     def _owner(self, positions: Tensor) -> Tensor:
         """Returns the rank of each token."""

@@ -49,6 +49,7 @@ class SpreadCall(NamedTuple):
         head_dim: Head dim of queries, keys and values.
         element_size: Bytes of an element.
         batch: Rows of the batch.
+        gate_block_size: Keys in a sub-block, or None for blocks without sub-blocks.
     """
 
     heads: int
@@ -59,6 +60,7 @@ class SpreadCall(NamedTuple):
     head_dim: int = 128
     element_size: int = 2
     batch: int = 1
+    gate_block_size: int | None = None
 
 
 class Cost(NamedTuple):
@@ -92,7 +94,7 @@ def estimate(
     """Returns the modeled cost of a forward call, or of a forward with backward.
 
     The rank that takes longest is the last one. Each query attends to at most ``topk`` blocks and
-    scores the mean keys of all past blocks, which takes more operations on later ranks.
+    scores the mean keys of all past sub-blocks, which takes more operations on later ranks.
 
     - ``"gather"``: the last rank receives the keys and values of ``ranks - 1`` shards. While it
       attends with a chunk of KV heads, it receives the next one. It copies each chunk into place
@@ -140,7 +142,7 @@ def estimate(
     first = 0 if exchange == "heads" else call.length - tokens
     heads = call.heads / ranks if exchange == "heads" else call.heads
     pairs = attended_pairs(call, call.length) - attended_pairs(call, first)
-    scored = scored_blocks(call, call.length) - scored_blocks(call, first)
+    scored = scored_means(call, call.length) - scored_means(call, first)
     products = 2 * call.batch * heads * call.head_dim
     forward_compute = products * (2 * pairs + scored) / machine.forward_flops
     backward_compute = products * 5 * pairs / machine.backward_flops
@@ -207,12 +209,13 @@ def attended_pairs(call: SpreadCall, n: int) -> float:
     return full + rest * (rest + 1) / 2 + rest * min(past, blocks) * size
 
 
-def scored_blocks(call: SpreadCall, n: int) -> float:
-    """Returns the query-block pairs of one head that the gate scores, of the first queries."""
+def scored_means(call: SpreadCall, n: int) -> float:
+    """Returns the pairs of a query and a mean key of one head, of the first ``n`` queries."""
     if call.topk is None or call.topk >= ceil_div(call.length, call.block_size):
         return 0.0
     blocks, rest = divmod(n, call.block_size)
-    return call.block_size * blocks * (blocks - 1) / 2 + rest * blocks
+    pairs = call.block_size * blocks * (blocks - 1) / 2 + rest * blocks
+    return pairs * (call.block_size // (call.gate_block_size or call.block_size))
 
 
 def _sum_of_least(n: int, bound: int) -> float:
