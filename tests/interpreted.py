@@ -1042,8 +1042,12 @@ STEPS = Ragged(
         ({"topk": 2}, gate.GateOptions("token", 1)),  # no block is left to score
         ({"topk": None, "layout": "token-major", "kv_heads": 2}, gate.GateOptions()),
         ({"topk": None, "block_size": 70, "sequences": ((230, 1), (3, 1))}, gate.GateOptions()),
+        ({"kv_heads": 2, "gate_block_size": 1}, gate.GateOptions()),
+        ({"layout": "token-major", "gate_block_size": 2}, gate.GateOptions("group", 1)),
+        ({"layout": "head-major", "block_size": 6, "gate_block_size": 2, "sequences": ((260, 3),)},
+         gate.GateOptions()),
     ],
-)
+)  # fmt: skip
 def test_the_kernels_for_pages_agree_with_plain_operations(monkeypatch, changes, options):
     monkeypatch.setattr("flexmoba.paged.kernels._LEAST_SPLIT", 32)
     monkeypatch.setattr("flexmoba.paged.kernels._PARTS_OF_ALL", 3)
@@ -1055,6 +1059,7 @@ def test_the_kernels_for_pages_agree_with_plain_operations(monkeypatch, changes,
     problem.fill(pages, table, tensors, append_to_pages)
     problem.poison(pages, table, problem.masks(tensors))
     q = problem.queries(tensors)
+    options = options._replace(sub_blocks=problem.sub_blocks)
     call = CachedCall(problem.topk or 0, 0.3, options, problem.block_size)
     batch = problem.batch(table, max_query_len=16)
     expected, expected_lse = attend_steps_gathered(q, pages, batch, call)
@@ -1065,10 +1070,12 @@ def test_the_kernels_for_pages_agree_with_plain_operations(monkeypatch, changes,
 
 
 @pytest.mark.parametrize("layout", ["head-major", "token-major"])
-def test_the_append_kernel_for_pages_agrees_with_plain_operations(layout):
+@pytest.mark.parametrize("sizes", [(5, None), (6, 3), (210, 70)])
+def test_the_append_kernel_for_pages_agrees_with_plain_operations(layout, sizes):
     # The last token fills a page whose other keys are old, of its own batch, or in other pages.
-    sequences = ((0, 1), (24, 1), (8, 2))
-    changes = {"layout": layout, "kv_heads": 2, "block_size": 5, "sequences": sequences}
+    sequences = ((0, 1), (24, 1), (8, 2), (139, 1))
+    changes = {"layout": layout, "kv_heads": 2, "sequences": sequences}
+    changes |= dict(zip(("block_size", "gate_block_size"), sizes, strict=True))
     problem = Ragged(**(vars(STEPS) | changes))
     table, n_pages = problem.table()
     plain, pages = problem.pages(n_pages), problem.pages(n_pages)

@@ -28,6 +28,7 @@ class Ragged:
     head_dim: int = 8
     value_dim: int = 8
     block_size: int = 4
+    gate_block_size: int | None = None
     topk: int | None = 3
     gate: str = "token"
     sink_blocks: int = 0
@@ -40,6 +41,10 @@ class Ragged:
     def options(self) -> dict:
         names = ("topk", "gate", "sink_blocks", "local_blocks")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def sub_blocks(self) -> int:
+        return self.block_size // (self.gate_block_size or self.block_size)
 
     @property
     def tokens(self) -> int:
@@ -75,9 +80,8 @@ class Ragged:
         """Returns the keys that each query of each sequence attends to, by the oracle."""
         masks = []
         for q, k in zip(tensors[::3], tensors[1::3], strict=True):
-            selected = reference_selection(
-                q[None], k[None], self.block_size, **self.options, is_causal=True
-            )
+            options = self.options | {"gate_block_size": self.gate_block_size, "is_causal": True}
+            selected = reference_selection(q[None], k[None], self.block_size, **options)
             masks.append(reference_mask(selected, self.block_size, k.shape[1], is_causal=True))
         return masks
 
@@ -108,25 +112,30 @@ class Ragged:
         return table.to(device), pages
 
     def pages(self, n: int, device: str = "cpu") -> Pages:
-        """Returns pages full of NaN in the layout of the problem."""
+        """Returns pages full of NaN in the layout of the problem.
+
+        The mean keys have a dimension of sub-blocks if the problem names their size.
+        """
         size, heads, dim, value_dim = self.block_size, self.kv_heads, self.head_dim, self.value_dim
+        sub_blocks = self.sub_blocks
 
         def storage(*shape: int) -> Tensor:
             return torch.full(shape, torch.nan, dtype=self.dtype, device=device)
 
         if self.layout == "separate":
-            shapes = (n, heads, size, dim), (n, heads, size, value_dim), (n, heads, dim)
-            return Pages(*(storage(*shape) for shape in shapes))
-        if self.layout == "head-major":  # keys, values and mean key of a head, one after the other
-            rows = storage(n, heads, size * (dim + value_dim) + -(-dim // size) * size)
-            k, v, mean, _ = rows.split(
-                [size * dim, size * value_dim, dim, rows.shape[2] - size * (dim + value_dim) - dim],
-                dim=2,
+            sizes = (size, dim), (size, value_dim), (sub_blocks, dim)
+            k, v, means = (storage(n, heads, *x) for x in sizes)
+        elif self.layout == "head-major":  # keys, values and mean keys of a head, in this order
+            sizes = [size * dim, size * value_dim, sub_blocks * dim]
+            rows = storage(n, heads, size * -(-sum(sizes) // size))
+            parts = rows[..., : sum(sizes)].split(sizes, dim=2)
+            k, v, means = (
+                x.unflatten(2, (-1, y)) for x, y in zip(parts, (dim, value_dim, dim), strict=True)
             )
-            return Pages(k.unflatten(2, (size, dim)), v.unflatten(2, (size, value_dim)), mean)
-        rows = storage(n, 2 * size + 1, heads, dim)
-        return Pages(rows[:, :size].transpose(1, 2), rows[:, size : 2 * size].transpose(1, 2),
-                     rows[:, 2 * size])  # fmt: skip
+        else:
+            rows = storage(n, 2 * size + sub_blocks, heads, dim).transpose(1, 2)
+            k, v, means = rows.split([size, size, sub_blocks], dim=2)
+        return Pages(k, v, means[:, :, 0] if self.gate_block_size is None else means)
 
     def batch(self, table: Tensor, max_query_len: int | None = None) -> PagedBatch:
         bounds = torch.tensor([0, *(new for _, new in self.sequences)]).cumsum(0).int()
@@ -177,6 +186,7 @@ class Ragged:
 def ragged(draw: DrawFn, dtype: torch.dtype | None = None) -> Ragged:
     """Draws batches of steps and chunks."""
     block_size = draw(st.integers(1, 9) | st.sampled_from((16, 50)))
+    divisors = [x for x in range(1, block_size + 1) if block_size % x == 0]
     new = st.just(1) | st.integers(0, 4) | st.integers(17, 60)
     sequences = draw(
         st.lists(st.tuples(st.integers(0, 90), new), min_size=1, max_size=4).filter(
@@ -196,6 +206,7 @@ def ragged(draw: DrawFn, dtype: torch.dtype | None = None) -> Ragged:
         head_dim=head_dim,
         value_dim=head_dim if layout == "token-major" else draw(st.sampled_from((8, 33))),
         block_size=block_size,
+        gate_block_size=draw(st.none() | st.sampled_from(divisors)),
         topk=None if draw(st.integers(0, 4)) == 0 else 1 + sinks + locals_ + scored,
         gate=draw(st.sampled_from(("token", "token", "group"))),
         sink_blocks=sinks,

@@ -67,6 +67,8 @@ def moba_model(family: str = "llama", topk=(3, None), **options):
     [
         ("llama", (3, None), {"sink_blocks": 0}),
         ("qwen3", (2, 3), {"gate": "group", "sink_blocks": 1}),
+        ("llama", (3, 4), {"gate_block_size": 2, "sink_blocks": 1}),
+        ("qwen3", (3, 3), {"gate_block_size": [4, None], "gate": "group", "sink_blocks": 0}),
     ],
 )
 def test_tokens_equal_those_of_generate(family, topk, options):
@@ -96,7 +98,8 @@ def test_tokens_do_not_depend_on_the_options_of_the_batches(options):
     assert_greedy(model, inputs, batched(model, inputs, **options))
 
 
-def test_evicted_requests_return_with_the_same_tokens(monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"gate_block_size": 2}])
+def test_evicted_requests_return_with_the_same_tokens(monkeypatch, options):
     offload, evictions = OffloadingManager.offload_requests, []
 
     def counted(manager):
@@ -104,7 +107,7 @@ def test_evicted_requests_return_with_the_same_tokens(monkeypatch):
         return evictions[-1]
 
     monkeypatch.setattr(OffloadingManager, "offload_requests", counted)
-    model, inputs = moba_model(), prompts(60, 40, 50, 21)
+    model, inputs = moba_model(**options), prompts(60, 40, 50, 21)
     assert_greedy(model, inputs, batched(model, inputs, num_blocks=16))
     assert any(evictions)
 
@@ -137,10 +140,10 @@ def test_requests_wait_no_longer_if_all_active_ones_are_cancelled():
     assert_greedy(model, [second], [output.generated_tokens])
 
 
-@pytest.mark.parametrize("n_blocks", [17, 300])
-def test_the_cache_has_as_many_blocks_as_the_config_names(n_blocks):
+@pytest.mark.parametrize(("n_blocks", "gate_block_size"), [(17, None), (300, None), (300, 2)])
+def test_the_cache_has_as_many_blocks_as_the_config_names(n_blocks, gate_block_size):
     config = ContinuousBatchingConfig(page_size=BLOCK, num_blocks=n_blocks, max_batch_tokens=40)
-    model = moba_model()
+    model = moba_model(gate_block_size=gate_block_size)
     manager = model.init_continuous_batching(
         generation_config=GREEDY, continuous_batching_config=config
     )
@@ -198,6 +201,7 @@ def test_nearly_all_free_memory_becomes_pages(monkeypatch):
         num_key_value_heads=8, head_dim=64,
     )  # fmt: skip
     page, block = 128, 16 * (2 * 128 + 1) * 8 * 64 * 2
+    config.flexmoba = {"block_size": page, "topk": 8}
 
     def share(attention: str) -> float:
         """Returns the share of the free memory that transformers gives to the pages."""
@@ -216,13 +220,19 @@ def test_nearly_all_free_memory_becomes_pages(monkeypatch):
     assert share("sdpa") < 0.6  # with the mask and the repeated keys of transformers
 
 
+def with_other_gate(model):
+    """Changes the sub-blocks of the last layer, after `convert` has written the config."""
+    model.model.layers[-1].self_attn.flexmoba.options["gate_block_size"] = 2
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "options", "error", "text"),
     [
         (moba_model, {"page_size": 16}, ValueError, "block of 8 tokens, got page_size=16; pass"),
         (lambda: moba_model(impl="portable"), {}, NotImplementedError, "impl='portable'; convert"),
-        (lambda: moba_model(gate_block_size=4), {}, NotImplementedError,
-         "gate_block_size=4; convert the model with gate_block_size=None"),
+        (lambda: with_other_gate(moba_model(gate_block_size=4)), {}, ValueError,
+         "layer 1 has 4 sub-blocks in a block now, but pages have 2.*with gate_block_size=2"),
         (lambda: convert(model_of("llama"), 128, 3, gate="tile"), {"page_size": 128},
          NotImplementedError, "gate='tile'; convert the model with gate='token' or 'group'"),
         (lambda: convert(model_of("local gemma3"), BLOCK, 3), {}, NotImplementedError,

@@ -111,8 +111,8 @@ def free_blocks(cache) -> int:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("seed", [0, 1])
-def test_no_wrong_token_no_lost_page_and_flat_memory(monkeypatch, seed):
+@pytest.mark.parametrize(("seed", "gate_block_size"), [(0, None), (1, 2)], ids=["0", "1"])
+def test_no_wrong_token_no_lost_page_and_flat_memory(monkeypatch, seed, gate_block_size):
     offload, evictions = OffloadingManager.offload_requests, []
 
     def counted(manager):
@@ -120,7 +120,8 @@ def test_no_wrong_token_no_lost_page_and_flat_memory(monkeypatch, seed):
         return evictions[-1]
 
     monkeypatch.setattr(OffloadingManager, "offload_requests", counted)
-    model = convert(model_of("llama", dtype=torch.float64), BLOCK, [3, 2], sink_blocks=0)
+    options = {"sink_blocks": 0, "gate_block_size": gate_block_size}
+    model = convert(model_of("llama", dtype=torch.float64), BLOCK, [3, 2], **options)
     load = Load(model, seed)
     cache, matches, peaks = load.engine.cache, 0, []
     all_blocks, finished = free_blocks(cache), 0

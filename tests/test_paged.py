@@ -44,23 +44,26 @@ def test_the_order_and_layout_of_pages_do_not_matter(problem, seed):
 
 @given(ragged())
 @settings(max_examples=20)
-def test_append_writes_slots_and_means_of_full_pages_and_nothing_else(problem):
+def test_append_writes_slots_and_means_of_full_sub_blocks_and_nothing_else(problem):
     table, n_pages = problem.table()
     pages, tensors = problem.pages(n_pages), problem.tensors()
     problem.fill(pages, table, tensors)
     size, used = problem.block_size, torch.zeros(n_pages, dtype=torch.int64)
+    sub_size = size // problem.sub_blocks
     for i, (k, v) in enumerate(zip(tensors[1::3], tensors[2::3], strict=True)):
         length = k.shape[1]
         own = table[i, : -(-length // size)].long()
         for x, y in ((pages.k, k), (pages.v, v)):
             assert_bitwise_equal(x[own].transpose(0, 1).flatten(1, 2)[:, :length], y)
-        means = block_means(k[None], size)[0, :, : length // size].transpose(0, 1)
-        torch.testing.assert_close(pages.means[own[: length // size]], means)
+        full = length // sub_size
+        means = pages.means_of_sub_blocks[own].transpose(0, 1).flatten(1, 2)
+        torch.testing.assert_close(means[:, :full], block_means(k[None], sub_size)[0, :, :full])
         used[own] = (length - torch.arange(len(own)) * size).clamp(max=size)
     for page, count in enumerate(used.tolist()):
         assert pages.k[page, :, count:].isnan().all()
         assert pages.v[page, :, count:].isnan().all()
-        assert pages.means[page].isnan().all() == (count < size)
+        full = count // sub_size
+        assert pages.means_of_sub_blocks[page, :, full:].isnan().all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,6 +97,28 @@ def test_a_bound_of_the_new_tokens_changes_nothing():
         attend(problem, *tensors, max_query_len=4), attend(problem, *tensors), strict=True
     ):
         assert_bitwise_equal(actual, expected)
+
+
+def test_a_dimension_of_one_sub_block_changes_nothing():
+    problem = Ragged()
+    tensors = problem.tensors()
+    one = attend(replace(problem, gate_block_size=problem.block_size), *tensors)
+    for actual, expected in zip(one, attend(problem, *tensors), strict=True):
+        assert_bitwise_equal(actual, expected)
+
+
+def test_the_gate_scores_sub_blocks():
+    # The second key of block 1 agrees with the query, and its other key cancels it in the mean.
+    k = torch.tensor([3.0, 3.0, -9.0, 9.0, 1.0, 1.0, 0.0]).view(7, 1, 1)
+    v, q = torch.arange(7.0).view(7, 1, 1), torch.ones(1, 1, 1)
+    batch = batch_of(lengths=(7,), table=((0, 1, 2, 3),))
+    for sub_blocks, block in ((1, 0), (2, 1)):
+        pages = Pages(*(torch.zeros(4, 1, n, 1) for n in (2, 2, sub_blocks)))
+        append_paged(k, v, pages, torch.arange(7))
+        out, _ = attend_paged(q, pages, batch, 2)
+        seen = [2 * block, 2 * block + 1, 6]
+        weights = k[seen, 0, 0].softmax(0)
+        torch.testing.assert_close(out[0, 0, 0], (weights * v[seen, 0, 0]).sum())
 
 
 def test_a_batch_without_tokens_or_sequences():
@@ -137,6 +162,10 @@ def batch_of(new=(0, 1), lengths=(5,), table=((0, 1),), tokens=1, dtype=torch.in
          r"\(2, 2, 4, 8\), \(3, 2, 4, 8\)"),
         (lambda: attend_paged(X, PAGES._replace(k=torch.zeros(3, 2, 8, 4).mT), batch_of(), 2),
          ValueError, r"last strides \[4, 1, 1\]"),
+        (lambda: attend_paged(X, PAGES._replace(means=torch.zeros(3, 2, 8, 8)), batch_of(), 2),
+         ValueError, "page of 4 keys must divide .* mean keys of 8; allocate block_size / gate_"),
+        (lambda: append_paged(X, X, PAGES._replace(means=torch.zeros(3, 1, 2, 8)), SLOT),
+         ValueError, r"or \(pages, Hkv, sub_blocks, D\), got .*\(3, 1, 2, 8\); call"),
         (lambda: append_paged(X, X, PAGES, SLOT.int()), ValueError, "got torch.int32 of shape"),
         (lambda: append_paged(X, X[..., :4], PAGES, SLOT), ValueError, r"v must be .tokens"),
         (lambda: append_paged(X.clone().requires_grad_(), X, PAGES, SLOT), NotImplementedError,

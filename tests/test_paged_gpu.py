@@ -20,15 +20,22 @@ STEPS = Ragged(
 MIXED = replace(STEPS, sequences=((2000, 1), (0, 900), (700, 300), (63, 1)))
 
 
+def means_of(problem: Ragged, i: int, pages: Pages, table: Tensor) -> Tensor:
+    """Returns the mean keys of all full sub-blocks of a sequence, ``(Hkv, n, D)``."""
+    length = sum(problem.sequences[i])
+    used = table[i, : -(-length // problem.block_size)].long()
+    means = pages.means_of_sub_blocks[used].transpose(0, 1).flatten(1, 2)
+    return means[:, : length // (problem.block_size // problem.sub_blocks)]
+
+
 def masks(problem: Ragged, tensors: list[Tensor], pages: Pages, table: Tensor) -> list[Tensor]:
     """Returns the oracle's masks, given the mean keys that the pages hold."""
     gated = []
-    for i, (old, new) in enumerate(problem.sequences):
+    for i in range(len(problem.sequences)):
         q, k, v = (x.cpu() for x in tensors[3 * i : 3 * i + 3])
-        full = (old + new) // problem.block_size
-        means = pages.means[table[i, :full].long()].cpu().transpose(0, 1)
-        k = k.clone()
-        k[:, : full * problem.block_size] = means.repeat_interleave(problem.block_size, 1)
+        means = means_of(problem, i, pages, table).cpu()
+        means = means.repeat_interleave(problem.block_size // problem.sub_blocks, 1)
+        k = torch.cat([means, k[:, means.shape[1] :]], 1)
         gated += [q, k, v]
     return problem.masks(gated)
 
@@ -41,20 +48,25 @@ def masks(problem: Ragged, tensors: list[Tensor], pages: Pages, table: Tensor) -
         {},
         {"gate": "group", "sink_blocks": 1, "local_blocks": 1, "block_size": 48},
         {"topk": None},
+        {"gate_block_size": 8},
+        {"gate_block_size": 4, "block_size": 32, "topk": 32, "sink_blocks": 1, "head_dim": 64,
+         "value_dim": 64},
+        {"gate": "group", "gate_block_size": 12, "block_size": 48, "sink_blocks": 1},
         {"sequences": MIXED.sequences},
+        {"sequences": MIXED.sequences, "gate_block_size": 16},
         {"sequences": MIXED.sequences, "topk": None},
     ],
-)
+)  # fmt: skip
 def test_attention_to_pages(changes, dtype, layout):
     problem = replace(STEPS, dtype=dtype, layout=layout, **changes)
     table, n_pages = problem.table("cuda")
     tensors, pages = [x.cuda() for x in problem.tensors()], problem.pages(n_pages, "cuda")
     problem.fill(pages, table, tensors)
     for i, k in enumerate(tensors[1::3]):
-        full = k.shape[1] // problem.block_size
-        blocks = k[:, : full * problem.block_size].unflatten(1, (full, problem.block_size))
-        means = blocks.mean(2, dtype=torch.float32).to(dtype).transpose(0, 1)
-        torch.testing.assert_close(pages.means[table[i, :full].long()], means)
+        means = means_of(problem, i, pages, table)
+        size = problem.block_size // problem.sub_blocks
+        keys = k[:, : means.shape[1] * size].unflatten(1, (-1, size))
+        torch.testing.assert_close(means, keys.mean(2, dtype=torch.float32).to(dtype))
     batch = problem.batch(table)
 
     def attend(*tensors: Tensor):
@@ -64,9 +76,12 @@ def test_attention_to_pages(changes, dtype, layout):
     assert_as_exact_as(lambda *x: problem.dense(expected, *x), attend, tensors)
 
 
-@pytest.mark.parametrize("topk", [4, None])
-def test_graphs_of_every_batch_size_share_memory_and_replay_with_other_values(topk):
-    problem, most = replace(STEPS, dtype=torch.bfloat16, topk=topk), 256
+@pytest.mark.parametrize(("topk", "gate_block_size"), [(4, None), (None, None), (4, 16)])
+def test_graphs_of_every_batch_size_share_memory_and_replay_with_other_values(
+    topk, gate_block_size
+):
+    changes = {"topk": topk, "gate_block_size": gate_block_size}
+    problem, most = replace(STEPS, dtype=torch.bfloat16, **changes), 256
     tables, n_pages = problem.table("cuda")
     tensors, pages = [x.cuda() for x in problem.tensors()], problem.pages(n_pages, "cuda")
     problem.fill(pages, tables, tensors)
@@ -129,17 +144,20 @@ def test_pages_that_are_not_selected_are_not_read():
         assert_bitwise_equal(actual, x)
 
 
-def test_a_step_equals_one_of_a_cache():
+@pytest.mark.parametrize("gate_block_size", [None, 8])
+def test_a_step_equals_one_of_a_cache(gate_block_size):
     torch.manual_seed(0)
-    cache = MobaCache(4, 2, 128, block_size=64, max_len=1024, dtype=torch.bfloat16, device="cuda")
+    sizes = {"block_size": 64, "gate_block_size": gate_block_size, "max_len": 1024}
+    cache = MobaCache(4, 2, 128, **sizes, dtype=torch.bfloat16, device="cuda")
     k, v = torch.randn(2, 4, 2, 1000, 128, device="cuda", dtype=torch.bfloat16)
     q = torch.randn(4, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
     positions = cache.append(k, v)
     expected, _ = cache.attend(q, positions[:, -1:], 4)
     pages = Pages(
         *(x.unflatten(2, (-1, 64)).transpose(1, 2).flatten(0, 1) for x in (cache.k, cache.v)),
-        cache.means.transpose(1, 2).flatten(0, 1),
+        cache.means.unflatten(2, (17, -1)).transpose(1, 2).flatten(0, 1),
     )
+    assert pages.sub_blocks == 64 // (gate_block_size or 64)
     table = torch.arange(4 * 17, device="cuda", dtype=torch.int32).view(4, 17)
     lengths = torch.full((4,), 1000, device="cuda", dtype=torch.int32)
     bounds = torch.arange(5, device="cuda", dtype=torch.int32)
@@ -148,8 +166,9 @@ def test_a_step_equals_one_of_a_cache():
     torch.testing.assert_close(out, expected[:, :, 0])
 
 
+@pytest.mark.parametrize("options", [{}, {"gate_block_size": 4}])
 @pytest.mark.parametrize("use_cuda_graph", [True, False])
-def test_continuous_batching(use_cuda_graph):
+def test_continuous_batching(use_cuda_graph, options):
     pytest.importorskip("transformers", minversion="5.22")
     from transformers import ContinuousBatchingConfig
 
@@ -157,7 +176,8 @@ def test_continuous_batching(use_cuda_graph):
     from tests.test_batching import GREEDY, assert_greedy, prompts
     from tests.tiny_models import model_of
 
-    model = convert(model_of("llama", dtype=torch.float32).cuda(), 16, [3, None], sink_blocks=0)
+    model = model_of("llama", dtype=torch.float32).cuda()
+    convert(model, 16, [3, None], sink_blocks=0, **options)
     inputs = prompts(2, 8, 90, 45)
     config = ContinuousBatchingConfig(
         page_size=16, num_blocks=80, max_batch_tokens=48, use_cuda_graph=use_cuda_graph

@@ -34,10 +34,11 @@ def save(model, folder) -> str:
 
 
 @pytest.mark.slow
-def test_the_server_answers_with_the_tokens_of_generate(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"gate_block_size": 2}])
+def test_the_server_answers_with_the_tokens_of_generate(tmp_path, options):
     for name in SERVER:
         pytest.importorskip(name)
-    model = convert(model_of("llama", dtype=torch.float32), 8, 3, sink_blocks=0)
+    model = convert(model_of("llama", dtype=torch.float32), 8, 3, sink_blocks=0, **options)
     folder = save(model, tmp_path)
     ids = torch.randint(1, VOCABULARY, (1, 90), generator=torch.Generator().manual_seed(0))
     expected = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 90:]

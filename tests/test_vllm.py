@@ -122,6 +122,8 @@ def run(model: str, rounds: list[list[list[int]]], **options) -> list[dict]:
         (128, [3, 2], {"gate": "group", "sink_blocks": 1}),
         (256, [9, 9], {"eval_topk": [3, 3], "sink_blocks": 1, "local_blocks": 1}),
         (512, [2, 2], {"sink_blocks": 0}),
+        (64, [3, 3], {"gate_block_size": 4, "sink_blocks": 1}),
+        (128, [3, 4], {"gate_block_size": [16, None], "gate": "group", "sink_blocks": 0}),
     ],
 )
 def test_tokens_equal_those_of_generate(tmp_path, block, topk, options):
@@ -129,7 +131,8 @@ def test_tokens_equal_those_of_generate(tmp_path, block, topk, options):
     inputs = prompts(block)
     first, again = run(saved(model, tmp_path), [inputs, inputs], block_size=block)
     assert_greedy(model, inputs, first["tokens"])
-    expected = model.generate(torch.tensor(inputs[2:3]), max_new_tokens=STEPS, do_sample=False)
+    options = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": 512}  # of no token
+    expected = model.generate(torch.tensor(inputs[2:3]), **options)
     assert inputs[2] + first["tokens"][2] == expected[0].tolist()
     assert again["tokens"] == first["tokens"]
     assert again["cached"][:3] == [len(x) // block * block for x in inputs[:3]]
@@ -164,7 +167,6 @@ def test_compiled_and_divided_models(tmp_path, options):
         (3, {}, {"block_size": 128}, "one block of 64 tokens, got --block-size 128; pass --block-"),
         (3, {}, {"kv_cache_dtype": "fp8"}, "does not support kv_cache_dtype=fp8"),
         (3, {"impl": "portable"}, {}, "pages do not support impl='portable'; convert the model"),
-        (3, {"gate_block_size": 16}, {}, "pages do not support gate_block_size=16; convert the m"),
         (3, {"block_size": 128, "gate": "tile"}, {"block_size": 128}, "support gate='tile'; conve"),
         (3, {"make": gemma}, {}, "does not support a sliding window in vLLM; omit the option of"),
         (3, {}, {"speculative_config": NGRAMS}, "does not support speculative decoding in vLLM"),

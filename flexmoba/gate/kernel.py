@@ -121,9 +121,21 @@ def block_scores(
     dim = tl.arange(0, TILE_D)
     mask = (block < n_blocks)[:, None] & (dim < DIM)[None, :]
     mean_ptr = means_ptr + block[:, None] * (SUB_BLOCKS * DIM) + dim[None, :]
+    return highest_scores(q, mean_ptr, mask, DIM, SUB_BLOCKS, BY_PARTS)
+
+
+@triton.jit
+def highest_scores(
+    q, mean_ptr, mask, STRIDE: tl.constexpr, SUB_BLOCKS: tl.constexpr, BY_PARTS: tl.constexpr
+):
+    """Returns the highest score of the sub-blocks of each block, NaN if a sub-block has NaN.
+
+    ``mean_ptr (blocks, TILE_D)`` points to the mean keys of the first sub-blocks. Those of the next
+    sub-blocks are ``STRIDE`` elements on.
+    """
     score = scores_of(q, tl.load(mean_ptr, mask=mask, other=0.0), BY_PARTS)
     for sub_block in range(1, SUB_BLOCKS):
-        mean = tl.load(mean_ptr + sub_block * DIM, mask=mask, other=0.0)
+        mean = tl.load(mean_ptr + sub_block * STRIDE, mask=mask, other=0.0)
         score = tl.maximum(score, scores_of(q, mean, BY_PARTS), tl.PropagateNan.ALL)
     return score
 

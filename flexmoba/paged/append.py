@@ -1,4 +1,4 @@
-"""Writes new tokens into pages, and the mean keys of the pages that they fill."""
+"""Writes new tokens into pages, and the mean keys of the sub-blocks that they fill."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,12 @@ from flexmoba.runtime import without_autocast
 
 
 def append_paged(k: Tensor, v: Tensor, pages: Pages, slots: Tensor) -> None:
-    """Writes keys and values of new tokens into pages, and the mean key of each page they fill.
+    """Writes keys and values of new tokens into pages, and the mean keys that they complete.
 
-    The mean key (arXiv 2502.13189, Sec. 2.2) is the mean of the keys of a page, accumulated in
-    float32 (float64 for float64 keys). It is written with the last token of the page. On CUDA, one
-    kernel does it without host synchronization, so that a CUDA graph can capture the call.
+    The mean key (arXiv 2502.13189, Sec. 2.2) is the mean of the keys of a page, or of a sub-block
+    if a page has several mean keys, accumulated in float32 (float64 for float64 keys). It is
+    written with the last token of the page or sub-block. On CUDA, one kernel does it without host
+    synchronization, so that a CUDA graph can capture the call.
 
     Args:
         k: New keys, ``(T, Hkv, D)`` in the dtype of the pages. The new tokens of a sequence are in
@@ -63,6 +64,9 @@ def append_scattered(k: Tensor, v: Tensor, pages: Pages, slots: Tensor) -> None:
     real = slots >= 0
     page, offset = slots[real] // pages.block_size, slots[real] % pages.block_size
     pages.k[page, :, offset], pages.v[page, :, offset] = k[real], v[real]
-    filled = page[offset == pages.block_size - 1]
+    size = pages.block_size // pages.sub_blocks
+    fills = offset % size == size - 1
+    filled, sub_block = page[fills], offset[fills] // size
     precise = torch.promote_types(k.dtype, torch.float32)
-    pages.means[filled] = pages.k[filled].mean(2, dtype=precise).to(k.dtype)
+    keys = pages.k.unflatten(2, (pages.sub_blocks, size))[filled, :, sub_block]
+    pages.means_of_sub_blocks[filled, :, sub_block] = keys.mean(2, dtype=precise).to(k.dtype)

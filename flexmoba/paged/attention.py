@@ -36,9 +36,10 @@ def attend_paged(
     """Attends from the new tokens of a ragged batch to the pages of their sequences (Eq. 2 to 6).
 
     Each query attends to its own block and to the past blocks that the gate selects (arXiv
-    2502.13189, Sec. 2.2). A page holds a block. Call `append_paged` before, since a query also
-    attends to its own key. A sequence with at most 16 new tokens is a step, which reads only mean
-    keys and the selected pages. On CUDA, a batch of steps is computed by kernels that do not
+    2502.13189, Sec. 2.2). A page holds a block. If it has mean keys of several sub-blocks, the
+    score of the block is the highest of their scores. Call `append_paged` before, since a query
+    also attends to its own key. A sequence with at most 16 new tokens is a step, which reads only
+    mean keys and the selected pages. On CUDA, a batch of steps is computed by kernels that do not
     synchronize with the host, so that a CUDA graph can capture them. A longer chunk gathers the
     pages of its sequence and calls the backends of `flex_moba`.
 
@@ -95,7 +96,7 @@ def attend_paged(
     n_blocks = batch.block_table.shape[1]
     if topk is not None and topk >= n_blocks:
         topk = None
-    options = GateOptions(gate, sink_blocks, local_blocks)
+    options = GateOptions(gate, sink_blocks, local_blocks, pages.sub_blocks)
     call = CachedCall(0 if topk is None else topk, scale, options, block_size)
     return _attend(q.detach(), pages, batch, call)
 
@@ -143,7 +144,7 @@ def attend_steps_gathered(
         topk = max(n_blocks, 1 + call.gate.forced)
         call = call._replace(topk=topk)
     table = batch.block_table[:, :n_blocks].long()[batch.rows].clamp(0, pages.k.shape[0] - 1)
-    means = pages.means[table].transpose(1, 2)
+    means = pages.means_of_sub_blocks[table].transpose(1, 2).flatten(2, 3)
     queries = q[:, :, None]
     rows = gate_rows(queries, kv_heads, call.gate)
     selected = select_for_step(rows, means, positions, q.shape[1], call)
@@ -161,8 +162,10 @@ def _attend_chunk(
     """Attends from the last tokens of a sequence, ``(n, Hq, D)``, to its gathered pages."""
     n_blocks = ceil_div(chunk.seq_len, call.block_size)
     table = block_table[chunk.row, :n_blocks]
-    k, v, means = (x.transpose(0, 1).index_select(1, table)[None] for x in pages)
-    k, v = k.flatten(2, 3), v.flatten(2, 3)
+    k, v, means = (
+        x.transpose(0, 1).index_select(1, table)[None].flatten(2, 3)
+        for x in (pages.k, pages.v, pages.means_of_sub_blocks)
+    )
     queries = q.transpose(0, 1)[None]
     if call.topk == 0 or call.topk >= n_blocks:
         k, v = k[:, :, : chunk.seq_len], v[:, :, : chunk.seq_len]

@@ -21,7 +21,7 @@ from flexmoba.cache import CachedCall
 from flexmoba.cache.kernels import MAX_TOPK as MAX_TOPK
 from flexmoba.cache.kernels import attend_to_keys, merge_kernel, selected_block
 from flexmoba.gate import gate_rows
-from flexmoba.gate.kernel import NOTHING, keep_best, nothing_yet, scores_of, sort_keys
+from flexmoba.gate.kernel import NOTHING, highest_scores, keep_best, nothing_yet, sort_keys
 from flexmoba.paged.batch import PagedBatch
 from flexmoba.paged.pages import Pages
 from flexmoba.runtime.triton_launch import kernel, launch, packed
@@ -99,6 +99,7 @@ def _best_blocks(
         "BY_PARTS": rows.dtype == torch.float32 and pages.means.dtype != torch.float32,
         "SINKS": call.gate.sink_blocks,
         "LOCALS": call.gate.local_blocks,
+        "SUB_BLOCKS": pages.sub_blocks,
         "COUNT": scored,
         "SLOTS": triton.next_power_of_2(max(1, scored)),
         "SPLIT": split,
@@ -143,7 +144,7 @@ def aligned(pages: Pages) -> Pages:
 
 def constants_of(pages: Pages) -> dict[str, int]:
     """Returns the strides and sizes of pages, as constants of kernels."""
-    k, v, means = pages
+    k, v, means = pages.k, pages.v, pages.means_of_sub_blocks
     return {
         "K_PAGE": k.stride(0),
         "K_HEAD": k.stride(1),
@@ -153,6 +154,7 @@ def constants_of(pages: Pages) -> dict[str, int]:
         "V_TOKEN": v.stride(2),
         "MEAN_PAGE": means.stride(0),
         "MEAN_HEAD": means.stride(1),
+        "MEAN_SUB_BLOCK": means.stride(2),
         "DIM": k.shape[3],
         "TILE_D": max(16, triton.next_power_of_2(k.shape[3])),
         "VALUE_DIM": v.shape[3],
@@ -164,10 +166,10 @@ def constants_of(pages: Pages) -> dict[str, int]:
 def _score_kernel(
     q_ptr, means_ptr, table_ptr, rows_ptr, positions_ptr, best_ptr, n_blocks: tl.int32,
     HEADS: tl.constexpr, GATE_GROUP: tl.constexpr, NEW_Q: tl.constexpr, BY_PARTS: tl.constexpr,
-    SINKS: tl.constexpr, LOCALS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
-    SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILE_Q: tl.constexpr, TILE_N: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, MEAN_PAGE: tl.constexpr, MEAN_HEAD: tl.constexpr,
-    DIM: tl.constexpr, TILE_D: tl.constexpr,
+    SINKS: tl.constexpr, LOCALS: tl.constexpr, SUB_BLOCKS: tl.constexpr, COUNT: tl.constexpr,
+    SLOTS: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILE_Q: tl.constexpr,
+    TILE_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, MEAN_PAGE: tl.constexpr,
+    MEAN_HEAD: tl.constexpr, MEAN_SUB_BLOCK: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """Keeps the best blocks of one split for the queries of one KV head of one token."""
     tiles: tl.constexpr = (GATE_GROUP + TILE_Q - 1) // TILE_Q
@@ -192,12 +194,10 @@ def _score_kernel(
         block = start + tl.arange(0, TILE_N)
         is_candidate = block < candidates_end
         page = tl.load(table_ptr + block, mask=is_candidate, other=0).to(tl.int64)
-        mean = tl.load(
-            means_ptr + page[:, None] * MEAN_PAGE + dim[None, :],
-            mask=is_candidate[:, None] & in_dim,
-            other=0.0,
-        )
-        keys = sort_keys(scores_of(q, mean, BY_PARTS), block)
+        mean_ptr = means_ptr + page[:, None] * MEAN_PAGE + dim[None, :]
+        mask = is_candidate[:, None] & in_dim
+        score = highest_scores(q, mean_ptr, mask, MEAN_SUB_BLOCK, SUB_BLOCKS, BY_PARTS)
+        keys = sort_keys(score, block)
         is_scored = (block >= SINKS) & is_candidate
         best = keep_best(best, tl.where(is_scored[None, :], keys, NOTHING))
     best = tl.where(slot < COUNT, best, NOTHING)

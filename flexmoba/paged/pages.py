@@ -17,7 +17,9 @@ class Pages(NamedTuple):
     Attributes:
         k: Keys, ``(pages, Hkv, block_size, D)``.
         v: Values, ``(pages, Hkv, block_size, Dv)``.
-        means: Mean keys, ``(pages, Hkv, D)``. Only the mean keys of full pages are read.
+        means: Mean keys, ``(pages, Hkv, D)`` or, for a gate that scores sub-blocks (see
+            `moba_select`), ``(pages, Hkv, block_size / gate_block_size, D)``. Only the mean keys of
+            full pages are read.
     """
 
     k: Tensor
@@ -29,16 +31,34 @@ class Pages(NamedTuple):
         """Keys in a page."""
         return self.k.shape[2]
 
+    @property
+    def sub_blocks(self) -> int:
+        """Sub-blocks of a block: mean keys in a page."""
+        return 1 if self.means.ndim == 3 else self.means.shape[2]
+
+    @property
+    def means_of_sub_blocks(self) -> Tensor:
+        """Mean keys as ``(pages, Hkv, sub_blocks, D)``."""
+        return self.means.unsqueeze(2) if self.means.ndim == 3 else self.means
+
 
 def check_pages(pages: Pages) -> None:
     """Raises unless the tensors of pages match one another."""
     k, v, means = pages
     shapes = tuple(k.shape), tuple(v.shape), tuple(means.shape)
-    if k.ndim != 4 or v.shape[:-1] != k.shape[:-1] or means.shape != (*k.shape[:2], k.shape[-1]):
+    per_page = (*means.shape[:2], *means.shape[-1:])  # without the sub-blocks
+    fits = k.ndim == 4 and means.ndim in (3, 4) and per_page == (*k.shape[:2], k.shape[-1])
+    if not fits or v.shape[:-1] != k.shape[:-1]:
         raise ValueError(
             "pages must have keys (pages, Hkv, block_size, D), values (pages, Hkv, block_size, Dv) "
-            f"and mean keys (pages, Hkv, D), got {shapes[0]}, {shapes[1]} and {shapes[2]}; call "
-            ".transpose(1, 2) on token-major pages (pages, block_size, Hkv, D)"
+            "and mean keys (pages, Hkv, D) or (pages, Hkv, sub_blocks, D), got "
+            f"{shapes[0]}, {shapes[1]} and {shapes[2]}; call .transpose(1, 2) on token-major pages "
+            "(pages, block_size, Hkv, D)"
+        )
+    if pages.sub_blocks == 0 or pages.block_size % pages.sub_blocks != 0:
+        raise ValueError(
+            f"a page of {pages.block_size} keys must divide evenly into sub-blocks, got mean keys "
+            f"of {pages.sub_blocks}; allocate block_size / gate_block_size mean keys for each page"
         )
     kinds = {(x.dtype, x.device) for x in pages}
     if len(kinds) > 1 or k.dtype not in DTYPES:

@@ -1,10 +1,10 @@
 """Continuous batching of transformers, ``generate_batch``, with pages that hold mean keys.
 
 transformers divides the memory of its cache into blocks, and a block into one page for each layer.
-`MobaAllocator` adds the mean key to each page, so that sharing, forking, eviction and offloading of
-blocks include it. `MobaMemoryHandler` computes how many blocks fit in memory. `MobaBatchingManager`
-accepts ``attn_implementation="flexmoba"``. All three leave other models alone. The attention writes
-the new keys itself and reads the pages in place.
+`MobaAllocator` adds the mean keys to each page, so that sharing, forking, eviction and offloading
+of blocks include them. `MobaMemoryHandler` computes how many blocks fit in memory.
+`MobaBatchingManager` accepts ``attn_implementation="flexmoba"``. All three leave other models
+alone. The attention writes the new keys itself and reads the pages in place.
 """
 
 import weakref
@@ -18,7 +18,13 @@ from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 
 from flexmoba.blocks import ceil_div
-from flexmoba.integrations.entry import SERVED, check_served
+from flexmoba.integrations.entry import (
+    CHILD,
+    SERVED,
+    check_served,
+    mean_keys_by_layer,
+    mean_keys_of,
+)
 from flexmoba.integrations.transformers.settings import (
     NAME,
     local_layers,
@@ -44,9 +50,10 @@ def register_batching() -> None:
 
 
 class MobaAllocator(FullAttentionCacheAllocator):
-    """Allocator whose page has ``page_size`` rows of keys, as many of values, and the mean key.
+    """Allocator whose page has ``page_size`` rows of keys, as many of values, and the mean keys.
 
-    A row is ``(Hkv, D)``. For a model with another attention, the class constructs the allocator of
+    A row is ``(Hkv, D)``. All pages have room for as many mean keys as the layer with the most
+    sub-blocks needs. For a model with another attention, the class constructs the allocator of
     transformers.
 
     Attributes:
@@ -59,19 +66,19 @@ class MobaAllocator(FullAttentionCacheAllocator):
             return FullAttentionCacheAllocator(config=config, **kwargs)
         return super().__new__(cls)
 
-    def __init__(self, *, page_size: int, **kwargs: Any) -> None:
+    def __init__(self, *, config: Any, page_size: int, **kwargs: Any) -> None:
         """Computes the sizes. The cache calls `register_cache_tensor` later."""
-        super().__init__(page_size=page_size, **kwargs)
-        self.page_rows = 2 * page_size + 1
+        self.mean_keys = _mean_keys(config)
+        self.page_rows = 2 * page_size + max(self.mean_keys)
+        super().__init__(config=config, page_size=page_size, **kwargs)
         # Rows from block to block. transformers counts its indices in rows of the keys' view.
         self.block_physical_stride = self.page_rows * self.pages_per_block
 
-    @classmethod
     def get_bytes_per_page(
-        cls, num_key_value_heads: int, head_dim: int, cache_dtype: torch.dtype, page_size: int
+        self, num_key_value_heads: int, head_dim: int, cache_dtype: torch.dtype, page_size: int
     ) -> int:
         """Returns the bytes of a page."""
-        return (2 * page_size + 1) * num_key_value_heads * head_dim * cache_dtype.itemsize
+        return self.page_rows * num_key_value_heads * head_dim * cache_dtype.itemsize
 
     def register_cache_tensor(
         self, bytes_per_sector: int, non_trash_bytes: int, cache_tensor: Tensor, pool: Any
@@ -85,14 +92,11 @@ class MobaAllocator(FullAttentionCacheAllocator):
         rows = cache_tensor.view(self.cache_dtype)[: shape.numel()].view(shape)
         self._after_cache_tensor_init(non_trash_bytes, bytes_per_sector, rows, pool)
         size = self.tokens_per_page
-        self.pages = {
-            layer: Pages(
-                rows[:, i, :size].transpose(1, 2),
-                rows[:, i, size : 2 * size].transpose(1, 2),
-                rows[:, i, 2 * size],
-            )
-            for i, layer in enumerate(self.layer_indices)
-        }
+        self.pages = {}
+        for i, layer in enumerate(self.layer_indices):
+            means = rows[:, i, 2 * size :][:, : self.mean_keys[layer]]
+            keys, values = rows[:, i, :size], rows[:, i, size : 2 * size]
+            self.pages[layer] = Pages(*(x.transpose(1, 2) for x in (keys, values, means)))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -132,7 +136,8 @@ class MobaMemoryHandler(_MemoryHandler):  # type: ignore[misc, valid-type]
             self.num_attention_masks = 0
             self.kv_heads_at_peak = 2 * batching_cache.find_num_key_value_heads(config)
             rows = 2 * kwargs["cb_config"].page_size
-            self.bytes_per_block = kwargs["bytes_per_block"] // rows * (rows + 1)
+            page_rows = rows + max(_mean_keys(config))
+            self.bytes_per_block = kwargs["bytes_per_block"] // rows * page_rows
 
 
 class MobaBatchingManager(_Manager):  # type: ignore[misc, valid-type]
@@ -222,7 +227,8 @@ def check_batching(model: Any, page_size: int) -> None:
         page_size: Tokens in a page.
 
     Raises:
-        ValueError: The page is not a block.
+        ValueError: The page is not a block, or the sub-blocks of a layer are not those of the
+            config.
         NotImplementedError: The model has local layers, or an option that pages do not support.
     """
     config = model.config.get_text_config(decoder=True)
@@ -241,6 +247,18 @@ def check_batching(model: Any, page_size: int) -> None:
                 f"a page must hold one block of {block_size} tokens, got page_size={page_size}; "
                 f"pass ContinuousBatchingConfig(page_size={block_size})"
             )
+        now, converted = mean_keys_of(options, block_size), _mean_keys(config)[module.layer_idx]
+        if now != converted:
+            raise ValueError(
+                f"the gate of layer {module.layer_idx} has {now} sub-blocks in a block now, but "
+                f"pages have {converted}, as in config.flexmoba; call convert with gate_block_size="
+                f"{block_size // now}"
+            )
+
+
+def _mean_keys(config: Any) -> list[int]:
+    """Returns the mean keys in a page of each layer."""
+    return mean_keys_by_layer(getattr(config, CHILD), config.num_hidden_layers)
 
 
 def is_paged(kwargs: Mapping[str, Any]) -> bool:

@@ -1,9 +1,9 @@
-"""The attention backend of vLLM. A page of a KV head holds keys, values, and the mean key.
+"""The attention backend of vLLM. A page of a KV head holds keys, values, and mean keys.
 
 A page of vLLM has the logical shape ``(Hkv, N, C)`` for N tokens with C features. The backend asks
-for room for the mean key, ``C = D + Dv + ceil(D / N)``, so that vLLM counts, shares and moves it
-with the page. Within the contiguous run of a head come the keys ``(N, D)``, the values ``(N, Dv)``,
-and the mean key ``(D,)``.
+for room for S mean keys, ``C = D + Dv + ceil(S * D / N)``, so that vLLM counts, shares and moves
+them with the page. S is 1, or the number of sub-blocks of a block. Within the contiguous run of a
+head come the keys ``(N, D)``, the values ``(N, Dv)``, and the mean keys ``(S, D)``.
 """
 
 from dataclasses import dataclass, replace
@@ -32,6 +32,7 @@ from flexmoba.integrations.vllm.settings import (
     check_features,
     check_page_size,
     entry_of,
+    most_mean_keys,
     settings_of,
 )
 from flexmoba.paged import PagedBatch, Pages, append_paged, attend_paged, paged_batch
@@ -43,6 +44,9 @@ class MobaBackend(AttentionBackend):
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar = ["auto"]
+    # Mean keys for which all pages have room. `MobaImpl` sets it, since vLLM asks for the spec
+    # of a layer right after it has constructed the layers, but without its config.
+    mean_keys: ClassVar[int] = 1
 
     @staticmethod
     def get_name() -> str:
@@ -67,10 +71,11 @@ class MobaBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """Adds room for the mean key to each page."""
+        """Adds room for the mean keys to each page."""
         if spec.state_content_bytes is not None:
             return spec
-        features = spec.head_size + spec.head_size_v + ceil_div(spec.head_size, spec.block_size)
+        means = ceil_div(cls.mean_keys * spec.head_size, spec.block_size)
+        features = spec.head_size + spec.head_size_v + means
         return replace(spec, state_content_bytes=features * spec.dtype.itemsize)
 
     @staticmethod
@@ -157,6 +162,7 @@ class MobaImpl(AttentionImpl[MobaMetadata]):
         entry = entry_of(get_current_vllm_config())
         assert entry is not None  # `check_selected` has raised otherwise
         self.entry = entry
+        MobaBackend.mean_keys = most_mean_keys()
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
@@ -178,7 +184,7 @@ class MobaImpl(AttentionImpl[MobaMetadata]):
     ) -> None:
         """Writes new keys ``(T, Hkv, D)`` and values ``(T, Hkv, Dv)`` into their slots."""
         n = min(key.shape[0], slot_mapping.shape[0])  # either may be padded
-        append_paged(key[:n], value[:n], self.pages_of(kv_cache), slot_mapping[:n])
+        append_paged(key[:n], value[:n], self.pages_of(layer, kv_cache), slot_mapping[:n])
 
     def forward(
         self,
@@ -195,29 +201,33 @@ class MobaImpl(AttentionImpl[MobaMetadata]):
         """Attends from ``query (T, Hq, D)`` to the pages, and writes ``output (T, Hq, Dv)``."""
         if attn_metadata is None:  # vLLM measures memory
             return output.zero_()
-        if self.settings is None:
-            self.settings = settings_of(self.entry, extract_layer_index(layer.layer_name))
-        n, (topk, options) = attn_metadata.tokens, self.settings
+        n, settings = attn_metadata.tokens, self.settings_of(layer)
         out, _ = attend_paged(
             query[:n],
-            self.pages_of(kv_cache),
+            self.pages_of(layer, kv_cache),
             attn_metadata.batch,
-            topk,
+            settings.topk,
             scale=self.scale,
-            **options,
+            **settings.options,
         )
         output[:n] = out
         return output
 
-    def pages_of(self, kv_cache: Tensor) -> Pages:
-        """Returns the pages of a layer, as views of ``kv_cache (B, Hkv, N, C)``."""
+    def settings_of(self, layer: Any) -> LayerSettings:
+        """Returns the settings of the layer."""
+        if self.settings is None:
+            self.settings = settings_of(self.entry, extract_layer_index(layer.layer_name))
+        return self.settings
+
+    def pages_of(self, layer: Any, kv_cache: Tensor) -> Pages:
+        """Returns the pages of the layer, as views of ``kv_cache (B, Hkv, N, C)``."""
         pages, heads, n, features = kv_cache.shape
         dim, value_dim = self.head_size, self.value_size
         run = kv_cache.view(pages, heads, n * features)  # not a copy, which `flatten` could be
-        means = run[..., n * (dim + value_dim) :][..., :dim]
-        values = run[..., n * dim : n * (dim + value_dim)]
+        keys, values, means = run.tensor_split((n * dim, n * (dim + value_dim)), dim=2)
+        mean_keys = self.settings_of(layer).mean_keys
         return Pages(
-            run[..., : n * dim].unflatten(2, (n, dim)),
+            keys.unflatten(2, (n, dim)),
             values.unflatten(2, (n, value_dim)),
-            means,
+            means[..., : mean_keys * dim].unflatten(2, (mean_keys, dim)),
         )

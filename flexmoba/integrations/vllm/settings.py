@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 
 from vllm.config import get_current_vllm_config
 
-from flexmoba.integrations.entry import CHILD, SERVED, check_served, layer_arguments
+from flexmoba.integrations.entry import (
+    CHILD,
+    SERVED,
+    check_served,
+    layer_arguments,
+    mean_keys_by_layer,
+    mean_keys_of,
+)
 
 
 class LayerSettings(NamedTuple):
@@ -17,10 +24,12 @@ class LayerSettings(NamedTuple):
     Attributes:
         topk: Blocks that each query attends to, its own block included; None for full attention.
         options: Keyword arguments of `flexmoba.paged.attend_paged`.
+        mean_keys: Mean keys in a page.
     """
 
     topk: int | None
     options: Mapping[str, Any]
+    mean_keys: int
 
 
 def entry_of(vllm_config: Any) -> Mapping[str, Any] | None:
@@ -34,7 +43,17 @@ def settings_of(entry: Mapping[str, Any], layer: int) -> LayerSettings:
     """Returns the settings of a layer in evaluation mode."""
     given = layer_arguments(entry, layer)
     topk = given["topk"] if given["eval_topk"] == "same" else given["eval_topk"]
-    return LayerSettings(topk, {name: given[name] for name in SERVED if name in given})
+    options = {name: given[name] for name in SERVED if name in given}
+    return LayerSettings(topk, options, mean_keys_of(given, given["block_size"]))
+
+
+def most_mean_keys() -> int:
+    """Returns the mean keys in a page of the layer with the most sub-blocks."""
+    vllm_config = get_current_vllm_config()
+    entry = entry_of(vllm_config)
+    assert entry is not None
+    layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+    return max(mean_keys_by_layer(entry, layers))
 
 
 def check_selected(name: str, is_ours: bool, selected: Any) -> None:
