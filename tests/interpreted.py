@@ -27,7 +27,7 @@ from flexmoba.backends.options import AttentionOptions
 from flexmoba.cache.append import append_scattered
 from flexmoba.cache.append_kernels import append_on_cuda
 from flexmoba.cache.decode import attend_gathered
-from flexmoba.cache.kernels import attend_step_on_cuda, select_step_on_cuda
+from flexmoba.cache.kernels import attend_step_on_cuda, select_step_on_cuda, split_size
 from flexmoba.cache.options import CachedCall
 from flexmoba.distributed import ShardedMobaCache
 from flexmoba.gate.kernel import select_on_cuda
@@ -1032,6 +1032,14 @@ STEPS = Ragged(
 
 
 @pytest.mark.parametrize(
+    ("n_blocks", "sub_blocks", "expected"),
+    [(1024, 1, 128), (1024, 8, 64), (256, 8, 32), (256, 3, 32), (4096, 8, 256), (100, 64, 32)],
+)
+def test_splits_hold_at_least_128_mean_keys(n_blocks, sub_blocks, expected):
+    assert split_size(n_blocks, sub_blocks) == expected
+
+
+@pytest.mark.parametrize(
     ("changes", "options"),
     [
         ({"kv_heads": 2}, gate.GateOptions()),
@@ -1049,7 +1057,7 @@ STEPS = Ragged(
     ],
 )  # fmt: skip
 def test_the_kernels_for_pages_agree_with_plain_operations(monkeypatch, changes, options):
-    monkeypatch.setattr("flexmoba.paged.kernels._LEAST_SPLIT", 32)
+    monkeypatch.setattr("flexmoba.cache.kernels._LEAST_SPLIT", 32)
     monkeypatch.setattr("flexmoba.paged.kernels._PARTS_OF_ALL", 3)
     gates = {"gate": options.per, "sink_blocks": options.sink_blocks}
     gates |= {"local_blocks": options.local_blocks, "shared": 0}

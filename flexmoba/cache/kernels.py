@@ -32,7 +32,8 @@ from flexmoba.runtime.triton_launch import kernel, launch, on_device_of, packed
 MAX_TOPK = 64
 
 _LN_2 = tl.constexpr(0.6931471805599453)
-_LEAST_SPLIT, _MOST_SPLITS = 128, 16
+_LEAST_SPLIT, _MOST_SPLITS = 128, 16  # mean keys of a split, and splits
+_TILE_N = 32  # blocks that a program scores at a time
 _KEYS, _CHUNK = 64, 256  # measured on one NVIDIA H200
 
 
@@ -105,6 +106,12 @@ def select_step_on_cuda(
     return selected
 
 
+def split_size(n_blocks: int, sub_blocks: int) -> int:
+    """Returns the number of blocks in a split: 128 mean keys or more, and at least one tile."""
+    least = max(_TILE_N, _LEAST_SPLIT // next_power_of_2(sub_blocks))
+    return max(least, next_power_of_2(ceil_div(n_blocks, _MOST_SPLITS)))
+
+
 def _best_blocks(
     gate_rows: Tensor, means: Tensor, positions: Tensor, call: CachedCall
 ) -> tuple[Tensor, dict[str, int]]:
@@ -112,7 +119,7 @@ def _best_blocks(
     gate, (batch, heads, q_len, dim) = call.gate, gate_rows.shape
     kv_heads, n_blocks = means.shape[1], means.shape[2] // gate.sub_blocks
     gate_rows, means = packed(gate_rows), packed(means)
-    split = max(_LEAST_SPLIT, next_power_of_2(ceil_div(n_blocks, _MOST_SPLITS)))
+    split = split_size(n_blocks, gate.sub_blocks)
     splits, group = ceil_div(n_blocks, split), heads // kv_heads
     constants = {
         "Q_LEN": q_len,
@@ -127,7 +134,7 @@ def _best_blocks(
         "SPLITS": splits,
         "ALL_SPLITS": next_power_of_2(splits),
         "TILE_Q": min(64, max(16, next_power_of_2(group * q_len))),
-        "TILE_N": 32,
+        "TILE_N": _TILE_N,
         "BLOCK_SIZE": call.block_size,
         "DIM": dim,
         "TILE_D": max(16, next_power_of_2(dim)),

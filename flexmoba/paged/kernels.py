@@ -19,14 +19,13 @@ from torch import Tensor
 
 from flexmoba.cache import CachedCall
 from flexmoba.cache.kernels import MAX_TOPK as MAX_TOPK
-from flexmoba.cache.kernels import attend_to_keys, merge_kernel, selected_block
+from flexmoba.cache.kernels import attend_to_keys, merge_kernel, selected_block, split_size
 from flexmoba.gate import gate_rows
 from flexmoba.gate.kernel import NOTHING, highest_scores, keep_best, nothing_yet, sort_keys
 from flexmoba.paged.batch import PagedBatch
 from flexmoba.paged.pages import Pages
 from flexmoba.runtime.triton_launch import kernel, launch, packed
 
-_LEAST_SPLIT, _MOST_SPLITS = 128, 16
 _KEYS, _CHUNK = 64, 256  # as for `MobaCache`
 _PARTS_OF_ALL = 32  # of full attention; for one sequence and 8 KV heads, 256 programs
 
@@ -90,7 +89,7 @@ def _best_blocks(
     rows = by_token(rows)
     tokens, heads, _ = rows.shape
     gate_group, scored = heads // kv_heads, call.scored
-    split = max(_LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(n_blocks, _MOST_SPLITS)))
+    split = split_size(n_blocks, pages.sub_blocks)
     splits = triton.cdiv(n_blocks, split)
     constants = {
         "HEADS": kv_heads,
