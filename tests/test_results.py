@@ -368,7 +368,7 @@ def test_the_numbers_of_the_text_on_later_runs_are_those_of_the_results(trained,
     }
     shown = "512x8", "64x16 sub8", "128x8 last 2 full", "64x16 sub8 last 2 full"
     coarse, parts, layers, together = (gaps[LATER[x]] for x in shown)
-    assert f"Sub-blocks and two full layers leave {together[0]:.3f} nats**" in text
+    assert f"Sub-blocks and two full layers leave a gap of {together[0]:.3f} nats**" in text
     again = second_seeds()
     other_full = own(again["full, seed 1"])["loss"]
     seconds = {
