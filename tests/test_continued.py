@@ -367,7 +367,7 @@ def test_the_numbers_of_the_text_on_equal_time_are_those_of_the_results(alone, f
     assert f"{quote} {tokens / finer[0]['tokens']:.2f} times as many tokens." in text
     more, switched = (finer[1]["final"][x] for x in ("moba", "full"))
     gap, rest = (x["loss"] - full["loss"] for x in (more, switched))
-    assert f"sub-blocks leave {gap:.3f} nats.**" in text
+    assert f"sub-blocks leave a gap of {gap:.3f} nats.**" in text
     quote = f"ends {gap:.3f} nats or {100 * gap / full['loss']:.1f} % higher with MoBA, and"
     errors = [error_of(x, full) for x in (more, switched)]
     quote += f" {rest:.3f} higher with full attention (standard errors {{:.3f}} and {{:.3f}})."
@@ -417,8 +417,9 @@ def test_the_numbers_of_the_text_on_long_needles_are_those_of_the_results(long, 
     assert f"longer run finds {at_end[plain]} of 50 needles with 64 x 16; the" in text
     assert f"reads with full attention finds {full}.\n" in text
     assert f"finds {at_end[finer]} needles with sub-blocks of 8, {at_end['full']} with" in text
-    ends = [sum(parts[x]["single"]["32768"]) for x in (finer, "full")]
-    assert "trained with sub-blocks finds {}, and {} with full".format(*ends) in text
+    ends = [sum(parts[x][task]["32768"]) for task in TASKS for x in (finer, "full")]
+    quote = "trained with sub-blocks finds {}, and {} with full attention; in *multi-key*, it finds"
+    assert f"{quote} {{}} and {{}}.".format(*ends) in text
     ratio = decoder_ms["decoder 32768 64x16+sub8"] / decoder_ms["decoder 32768 full"]
     assert f"takes {ratio:.2f} times as long as with full attention, forward" in text
     single, many = ([answers_of(x, (y,)) for x in (longer[wide], first["full"])] for y in TASKS)

@@ -1,6 +1,7 @@
 """Tests that the first table of docs/results.md and the README quote the JSON files."""
 
 import re
+import statistics
 
 import pytest
 
@@ -11,6 +12,13 @@ FULL, PLAIN, FINER, FINEST = "full", "64x16+sink", "64x16+sink+sub8", "32x32+sin
 
 def percent(loss, full):
     return f"{100 * (loss / full - 1):+.1f} %"
+
+
+def increases(losses, full):
+    """Returns the increases of a loss over full attention's in each eighth of the context."""
+    each = [a - b for a, b in zip(losses["by_position"], full["by_position"], strict=True)]
+    part = len(each) // 8
+    return [statistics.mean(each[x : x + part]) for x in range(0, len(each), part)]
 
 
 def converted(**setting):
@@ -142,7 +150,9 @@ def test_the_comparison_with_the_papers_quotes_the_results(continued, control):
     seeds = [own(x) for x in runs_of("from-scratch-16k-seed-1-h100").values()]
     seeds += [own(more[f"{x} seed 1"]) for x in names[:2]]
     last += [x["last"] - other_full["last"] for x in seeds]
-    assert f"Confirmed: {min(last):.3f} to {max(last):.3f} from scratch" in text
+    assert f"Confirmed: {min(last):.3f} to {max(last):.3f} from scratch. With two full" in text
+    grows = [increases(x, other_full) for x in seeds]
+    assert [x[-1] == max(x) for x in grows] == [True, True, True, False]
     again = runs_of("smollm2-continued-seed-1-8k-h200")
     pairs = (
         (runs["32x32 sink sub4"], runs["full"]),

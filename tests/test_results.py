@@ -368,7 +368,7 @@ def test_the_numbers_of_the_text_on_later_runs_are_those_of_the_results(trained,
     }
     shown = "512x8", "64x16 sub8", "128x8 last 2 full", "64x16 sub8 last 2 full"
     coarse, parts, layers, together = (gaps[LATER[x]] for x in shown)
-    assert f"Sub-blocks and two full layers leave {together[0]:.3f} nats**" in text
+    assert f"Sub-blocks and two full layers leave a gap of {together[0]:.3f} nats**" in text
     again = second_seeds()
     other_full = own(again["full, seed 1"])["loss"]
     seconds = {
@@ -404,7 +404,9 @@ def test_the_numbers_of_the_text_on_later_runs_are_those_of_the_results(trained,
     assert f"{quote} {plain[0]:.3f} above it without" in page("docs/gates.md")
     assert f"with 1,024 keys, {coarse[0]:.3f} with 4,096, {parts[0]:.3f} and" in page()
     assert f" and {seconds[LATER['64x16 sub8']]:.3f} with 1,024 and sub-blocks of 8, two" in page()
-    assert f"from scratch, by {coarser - layers[0]:.3f} with two of eight" in page()
+    less = seconds["128 x 8"] - seconds[LATER["128x8 last 2 full"]]
+    quote = f"from scratch, with two of eight, by {coarser - layers[0]:.3f} and {less:.3f} with two"
+    assert f"{quote} seeds, and by {parts[0] - together[0]:.3f} with sub-blocks |" in page()
     copied = [own(run)["copied"]["50%"] for run in (later[LATER["64x16 sub8"]], trained["64 x 16"])]
     quote = "at 50 %, the loss with 64 x 16 is {:.2f} instead of {:.2f}."
     assert quote.format(*copied) in page()
