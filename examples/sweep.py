@@ -89,6 +89,7 @@ RUNS = {
     "64x16 sub8": SUB_BLOCKS,
     "64x16 sub8 seed 1": f"{SUB_BLOCKS} --seed 1",
     "64x16 sub8 last 2 full": f"{SUB_BLOCKS} --full-layers 2",
+    "64x16 sub8 last 2 full seed 1": f"{SUB_BLOCKS} --full-layers 2 --seed 1",
     "32x32 sub4": "--attention moba --block-size 32 --topk 32 --gate-block-size 4",
     # NSA beside MoBA, with a quarter of the tokens, and with one KV head for eight query heads, for
     # which its selected branch has kernels. Of 16,384 tokens, a query sees 512 compressed keys on
@@ -112,6 +113,8 @@ RUNS = {
     "64x16 sub8 32K longer seed 1": f"{SUB_BLOCKS} {LONG} --steps 3900 --seed 1",
     # Full attention is the faster one in contexts of 2,048 tokens.
     "64x16 sub8 full while short 32K": f"{SUB_BLOCKS} --full-while-short {LONG} --steps 4500",
+    "64x16 sub8 full while short 32K seed 1": f"{SUB_BLOCKS} --full-while-short {LONG} "
+    "--steps 4500 --seed 1",
 }
 # Continued training of a pretrained model with 8K of context, at a small learning rate.
 PRETRAINED = "--length 8192 --batch 8 --accumulate 4 --lr 2e-4 --to-zero --every 50"

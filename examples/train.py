@@ -798,9 +798,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not 0 <= o.short_share <= 1:
         parser.error(f"--short-share {o.short_share} must lie between 0 and 1")
     latest = {"moba": 1.0, "hybrid": 1 - o.full_share}.get(o.attention, 0.0)
-    if o.full_while_short and not (o.short_length and o.short_share < latest):
+    if o.full_while_short and not (short_steps(o) and o.short_share < latest):
         parser.error("--full-while-short needs --attention moba or hybrid, --short-length, and a "
-                     "--short-share that leaves steps to MoBA")  # fmt: skip
+                     "--short-share that leaves steps to both")  # fmt: skip
     if o.topk < o.sink_blocks + o.local_blocks + 1:
         parser.error("--topk must be at least --sink-blocks plus --local-blocks plus 1")
     if o.gate_block_size and o.block_size % o.gate_block_size:

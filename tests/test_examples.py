@@ -259,7 +259,11 @@ def test_moba_learns_from_its_context(example, text, capsys):
         (["--full-while-short"], "--full-while-short needs --attention moba or hybrid, --short"),
         (
             ["--full-while-short", "--short-length", "128", "--short-share", "0.9"],
-            "a --short-share that leaves steps to MoBA",
+            "a --short-share that leaves steps to both",
+        ),
+        (
+            ["--full-while-short", "--short-length", "128", "--short-share", "0"],
+            "a --short-share that leaves steps to both",
         ),
         (
             ["--full-while-short", "--short-length", "128", "--attention", "full"],
