@@ -30,7 +30,7 @@ from flexmoba.cache.decode import attend_gathered
 from flexmoba.cache.kernels import attend_step_on_cuda, select_step_on_cuda, split_size
 from flexmoba.cache.options import CachedCall
 from flexmoba.distributed import ShardedMobaCache
-from flexmoba.gate.kernel import select_on_cuda
+from flexmoba.gate.kernel import rows_of_a_tile, select_on_cuda
 from flexmoba.nsa import NsaCache, decode_on_cuda
 from flexmoba.nsa import kernel as nsa_kernel
 from flexmoba.nsa.append import append_scattered as append_to_nsa_scattered
@@ -642,6 +642,28 @@ def test_the_gate_kernel_agrees_with_the_plain_gate(block_size, count, options, 
         expected = gate.select_by_means(rows, means, sizes, options, candidates)
         best = select_on_cuda(rows, means.to(rows.dtype), sizes, options, candidates)
         assert_bitwise_equal(best, expected[..., -scored:])
+
+
+@pytest.mark.parametrize("options", [gate.GateOptions("group"), gate.GateOptions(sub_blocks=2)])
+def test_the_gate_with_tiles_for_99_kib(monkeypatch, options):
+    """Tests float32 rows of more than 128 dims, of which a program scores 32 there."""
+    monkeypatch.setattr("flexmoba.gate.kernel.has_large_shared_memory", lambda _: False)
+    dtype = torch.half if options.per == "group" else torch.float32
+    sizes = {"q_len": 100, "kv_len": 228, "block_size": 16, "head_dim": 136, "group": 4}
+    q, k, v = variant(**sizes, dtype=dtype).tied_tensors()
+    means = gate.block_means(k, 16, sub_blocks=options.sub_blocks)
+    rows, sizes = gate.gate_rows(q, 2, options), gate.GateSizes(16, 4, 128, is_causal=True)
+    assert (rows_of_a_tile(rows), rows_of_a_tile(rows.half())) == (32, 64)
+    expected = gate.select_by_means(rows, means, sizes, options)
+    best = select_on_cuda(rows, means, sizes, options, gate.Candidates())
+    assert_bitwise_equal(best, expected)
+    positions = torch.arange(211, 227, dtype=torch.int32)[None]  # a step of 64 rows a KV head
+    rest = k[:, :, :224], v[:, :, :224], means[:, :, : 14 * options.sub_blocks], positions
+    rest += gate.gate_rows(q[:, :, :16], 2, options), CachedCall(5, 0.3, options, 16)
+    out, lse = attend_step_on_cuda(q[:, :, :16], *rest)
+    plain, plain_lse = attend_gathered(q[:, :, :16], *rest)
+    torch.testing.assert_close(out, plain, equal_nan=True)
+    torch.testing.assert_close(lse, plain_lse, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -227,18 +227,68 @@ print(max(shared_memory(*kernel, capability) for kernel in kernels))
     ],
 )
 def test_kernels_for_large_head_dims_fit_in_shared_memory(capability, most, sizes, tmp_path):
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    (tmp_path / "compile.py").write_text(COMPILE_WIDE)
-    arguments = [str(x) for x in (capability, *sizes)]
-    result = subprocess.run(
-        [sys.executable, tmp_path / "compile.py", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    assert compiled_shared_memory(COMPILE_WIDE, tmp_path, capability, *sizes) <= most * 1024
+
+
+def compiled_shared_memory(program, folder, *arguments):
+    """Returns the bytes that a program of this file prints, which compiles without a GPU."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
+    (folder / "compile.py").write_text(program)
+    command = [sys.executable, folder / "compile.py", *map(str, arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) <= most * 1024
+    return int(result.stdout)
+
+
+COMPILE_GATE = """
+import sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from flexmoba import gate
+from flexmoba.cache import CachedCall, kernels as steps
+from flexmoba.gate import kernel as gates
+
+capability, dim = (int(x) for x in sys.argv[1:])
+gates.has_large_shared_memory = lambda _: capability == 90
+INTEGERS = ("first_ptr", "end_ptr", "selected_ptr", "positions_ptr")
+NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
+shared = []
+
+def compile(kernel, _, arguments, constants, dtypes):
+    signature, constexprs, aligned = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name], constexprs[(i,)] = "constexpr", constants[parameter.name]
+        elif isinstance(arguments[i], torch.Tensor):
+            unused = "*i32" if parameter.name in INTEGERS else NAMES[arguments[i].dtype]
+            signature[parameter.name], aligned[(i,)] = unused, [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32"
+    options = {x: constants[x] for x in ("num_warps", "num_stages") if x in constants}
+    source = ASTSource(kernel, signature, constexprs, aligned)
+    target = GPUTarget("cuda", capability, 32)
+    shared.append(triton.compile(source, target=target, options=options).metadata.shared)
+
+gates.launch = steps.launch = compile
+for rows_dtype, dtype in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16)):
+    for sub_blocks in (1, 8):
+        options = gate.GateOptions(sub_blocks=sub_blocks)
+        rows = torch.empty(1, 64, 16, dim, dtype=rows_dtype)
+        means = torch.empty(1, 1, 200 * sub_blocks, dim, dtype=dtype)
+        sizes = gate.GateSizes(64, 8, 0, is_causal=True)
+        gates.select_on_cuda(rows, means, sizes, options, gate.Candidates())
+        positions = torch.zeros(1, 16, dtype=torch.int32)
+        steps._best_blocks(rows, means, positions, CachedCall(9, 1.0, options, 64))
+print(max(shared))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize(("capability", "most"), [(90, 227), (89, 99)])
+@pytest.mark.parametrize("dim", [128, 256])
+def test_the_gate_in_float32_fits_in_shared_memory(capability, most, dim, tmp_path):
+    assert compiled_shared_memory(COMPILE_GATE, tmp_path, capability, dim) <= most * 1024
 
 
 @st.composite

@@ -25,6 +25,7 @@ from flexmoba.gate.kernel import (
     keep_best,
     nothing_yet,
     only_candidates,
+    rows_of_a_tile,
     sort_keys,
 )
 from flexmoba.runtime.triton_launch import kernel, launch, on_device_of, packed
@@ -133,7 +134,7 @@ def _best_blocks(
         "SPLIT": split,
         "SPLITS": splits,
         "ALL_SPLITS": next_power_of_2(splits),
-        "TILE_Q": min(64, max(16, next_power_of_2(group * q_len))),
+        "TILE_Q": min(rows_of_a_tile(gate_rows), max(16, next_power_of_2(group * q_len))),
         "TILE_N": _TILE_N,
         "BLOCK_SIZE": call.block_size,
         "DIM": dim,

@@ -20,6 +20,7 @@ from torch import Tensor
 from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.gate.lists import best_of_lists, keep_best_in_lists
 from flexmoba.gate.options import Candidates, GateOptions, GateSizes
+from flexmoba.runtime import has_large_shared_memory
 from flexmoba.runtime.triton_launch import kernel, launch, on_device_of, packed
 
 MAX_COUNT = tl.constexpr(64)  # blocks of a row, which the kernel keeps in registers
@@ -48,7 +49,7 @@ def select_on_cuda(
     first = q if first_block is None else packed(first_block)
     last = q if end_block is None else packed(end_block)
     selected = torch.empty(batch, heads, q_len, count, dtype=torch.int32, device=q.device)
-    tile_q, slots = 64, next_power_of_2(count)
+    tile_q, slots = rows_of_a_tile(q), next_power_of_2(count)
     is_half = q.element_size() == 2
     # Sums of groups are float32, and take more registers for their products by parts.
     use_lists = slots <= (_MAX_LIST if is_half else _MAX_LIST // 4 if by_parts else 0)
@@ -85,6 +86,15 @@ def select_on_cuda(
         tensors = q, means, first, last, selected
         launch(_select_kernel, n_programs, (*tensors, *numbers), constants, dtypes)
     return selected
+
+
+def rows_of_a_tile(rows: Tensor) -> int:
+    """Returns how many rows ``(..., D)`` of the gate a program scores at most.
+
+    64, or 32 where 64 rows and the mean keys may not fit in 99 KiB of shared memory.
+    """
+    is_wide = rows.element_size() == 4 and rows.shape[-1] > 128
+    return 32 if is_wide and not has_large_shared_memory(rows.device) else 64
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexmoba.backends.fused import has_large_shared_memory, is_split, padded_dim
+from flexmoba.backends.fused import is_split, padded_dim
 from flexmoba.backends.fused.kernel_parts import dot_parts, load_parts
 from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.gate.kernel import (
@@ -34,6 +34,7 @@ from flexmoba.gate.lists import (
     sort_runs,
 )
 from flexmoba.nsa.sizes import NsaSizes
+from flexmoba.runtime import has_large_shared_memory
 from flexmoba.runtime.triton_launch import kernel, launch, on_device_of, packed
 
 _LN_2 = tl.constexpr(math.log(2))

@@ -21,7 +21,14 @@ from flexmoba.cache import CachedCall
 from flexmoba.cache.kernels import MAX_TOPK as MAX_TOPK
 from flexmoba.cache.kernels import attend_to_keys, merge_kernel, selected_block, split_size
 from flexmoba.gate import gate_rows
-from flexmoba.gate.kernel import NOTHING, highest_scores, keep_best, nothing_yet, sort_keys
+from flexmoba.gate.kernel import (
+    NOTHING,
+    highest_scores,
+    keep_best,
+    nothing_yet,
+    rows_of_a_tile,
+    sort_keys,
+)
 from flexmoba.paged.batch import PagedBatch
 from flexmoba.paged.pages import Pages
 from flexmoba.runtime.triton_launch import kernel, launch, packed
@@ -104,7 +111,7 @@ def _best_blocks(
         "SPLIT": split,
         "SPLITS": splits,
         "ALL_SPLITS": triton.next_power_of_2(splits),
-        "TILE_Q": min(64, max(16, triton.next_power_of_2(gate_group))),
+        "TILE_Q": min(rows_of_a_tile(rows), max(16, triton.next_power_of_2(gate_group))),
         "TILE_N": 32,
         "BLOCK_SIZE": pages.block_size,
         "num_warps": 4,

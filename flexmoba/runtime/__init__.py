@@ -6,6 +6,7 @@ Import `triton_launch` directly and only from kernels, because it imports Triton
 import importlib.util
 
 from flexmoba.runtime.autocast import autocast_dtype, without_autocast
+from flexmoba.runtime.devices import has_large_shared_memory
 from flexmoba.runtime.signatures import accepts, described
 from flexmoba.runtime.tracing import (
     has_values,
@@ -22,6 +23,7 @@ __all__ = [
     "accepts",
     "autocast_dtype",
     "described",
+    "has_large_shared_memory",
     "has_values",
     "is_plain_call",
     "is_transformed",

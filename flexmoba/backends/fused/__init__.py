@@ -7,11 +7,10 @@ log-sum-exp and selection.
 """
 
 from flexmoba.backends.fused.operator import fused_attention, why_not_fused
-from flexmoba.backends.fused.tile_sizes import has_large_shared_memory, is_split, padded_dim
+from flexmoba.backends.fused.tile_sizes import is_split, padded_dim
 
 __all__ = [
     "fused_attention",
-    "has_large_shared_memory",
     "is_split",
     "padded_dim",
     "why_not_fused",

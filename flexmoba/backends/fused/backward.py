@@ -21,12 +21,9 @@ from flexmoba.backends.fused.backward_kernels import (
 from flexmoba.backends.fused.routing import Rows, items_of_blocks, sort_pairs
 from flexmoba.backends.fused.schedule import Sizes, SortGroup, rows_of_items, sort_groups
 from flexmoba.backends.fused.strides import head_strides, token_stride
-from flexmoba.backends.fused.tile_sizes import (
-    DELTA_ROWS,
-    backward_constants,
-    has_large_shared_memory,
-)
+from flexmoba.backends.fused.tile_sizes import DELTA_ROWS, backward_constants
 from flexmoba.blocks import ceil_div
+from flexmoba.runtime import has_large_shared_memory
 from flexmoba.runtime.triton_launch import aligned, launch, on_device_of, packed
 from flexmoba.selection import BlockSelection
 

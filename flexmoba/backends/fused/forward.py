@@ -10,8 +10,9 @@ from flexmoba.backends.fused.forward_kernels import attend_kernel, finish_kernel
 from flexmoba.backends.fused.routing import Rows, sort_pairs
 from flexmoba.backends.fused.schedule import Sizes, sort_groups
 from flexmoba.backends.fused.strides import head_strides, token_stride
-from flexmoba.backends.fused.tile_sizes import forward_constants, has_large_shared_memory
+from flexmoba.backends.fused.tile_sizes import forward_constants
 from flexmoba.blocks import ceil_div
+from flexmoba.runtime import has_large_shared_memory
 from flexmoba.runtime.triton_launch import aligned, launch, on_device_of, packed
 from flexmoba.selection import BlockSelection
 

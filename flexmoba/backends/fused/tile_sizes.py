@@ -3,8 +3,6 @@
 import functools
 from collections.abc import Iterator
 
-import torch
-
 from flexmoba.backends.fused.schedule import QUERY_TILE, Sizes
 from flexmoba.blocks import next_power_of_2
 
@@ -161,11 +159,3 @@ def _is_ragged(sizes: Sizes, keys: int, is_causal: bool) -> bool:
     If causal, no query routes to the last block, which may be shorter than the others.
     """
     return sizes.block_size % keys != 0 or (not is_causal and sizes.kv_len % sizes.block_size != 0)
-
-
-@functools.cache
-def has_large_shared_memory(device: torch.device) -> bool:
-    """Returns whether a program can use 227 KiB of shared memory, as on an H100."""
-    if device.type != "cuda":  # Triton's interpreter
-        return True
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -10,7 +10,7 @@ from flexmoba.backends.fused.backward_kernels import sum_extra_kernel
 from flexmoba.backends.fused.routing import items_of_blocks, sort_pairs
 from flexmoba.backends.fused.schedule import Sizes, SortGroup, rows_of_items
 from flexmoba.backends.fused.strides import head_strides, token_stride
-from flexmoba.backends.fused.tile_sizes import has_large_shared_memory, is_split, padded_dim
+from flexmoba.backends.fused.tile_sizes import is_split, padded_dim
 from flexmoba.backends.grouped.key_kernels import key_grads_kernel
 from flexmoba.backends.grouped.query_kernels import (
     attend_kernel,
@@ -18,6 +18,7 @@ from flexmoba.backends.grouped.query_kernels import (
     query_grads_kernel,
 )
 from flexmoba.blocks import ceil_div, next_power_of_2
+from flexmoba.runtime import has_large_shared_memory
 from flexmoba.runtime.triton_launch import aligned, launch, on_device_of, packed
 
 _LEAST_ITEM, _ITEMS = 256, 1024  # of `rows_of_items`, whose rows are tokens here
