@@ -115,6 +115,12 @@ RUNS = {
     "64x16 sub8 full while short 32K": f"{SUB_BLOCKS} --full-while-short {LONG} --steps 4500",
     "64x16 sub8 full while short 32K seed 1": f"{SUB_BLOCKS} --full-while-short {LONG} "
     "--steps 4500 --seed 1",
+    # As many tokens as full attention; full attention at the end, too; and a model of full attention
+    # that is evaluated with sub-blocks.
+    "64x16 sub8 full while short 32K half": f"{SUB_BLOCKS} --full-while-short {HALF}",
+    "64x16 sub8 hybrid 32K": f"{SUB_BLOCKS} --attention hybrid --full-while-short {LONG} "
+    "--steps 3900",
+    "full read sub8 32K": f"{SUB_BLOCKS} --attention full {HALF}",
 }
 # Continued training of a pretrained model with 8K of context, at a small learning rate.
 PRETRAINED = "--length 8192 --batch 8 --accumulate 4 --lr 2e-4 --to-zero --every 50"
@@ -135,6 +141,9 @@ PRETRAINED_RUNS = {
     "full seed 1": "--attention full --block-size 64 --topk 16 --sink-blocks 1 --seed 1",
     "32x32 sink sub4 seed 1": "--attention moba --block-size 32 --topk 32 --sink-blocks 1 "
     "--gate-block-size 4 --seed 1",
+    # Evaluated with the blocks of "32x32 sink sub4".
+    "full read sub4": "--attention full --block-size 32 --topk 32 --sink-blocks 1 "
+    "--gate-block-size 4",
     "64x16": "--attention moba --block-size 64 --topk 16",
     "64x16 sink hybrid": "--attention hybrid --block-size 64 --topk 16 --sink-blocks 1",
     "64x16 sink last 3 full": "--attention moba --block-size 64 --topk 16 --sink-blocks 1 "
