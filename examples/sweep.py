@@ -115,8 +115,8 @@ RUNS = {
     "64x16 sub8 full while short 32K": f"{SUB_BLOCKS} --full-while-short {LONG} --steps 4500",
     "64x16 sub8 full while short 32K seed 1": f"{SUB_BLOCKS} --full-while-short {LONG} "
     "--steps 4500 --seed 1",
-    # As many tokens as full attention; full attention at the end, too; and a model of full attention
-    # that is evaluated with sub-blocks.
+    # As many tokens as full attention; with full attention at the end, too; and a model that trains
+    # with full attention and is evaluated with sub-blocks.
     "64x16 sub8 full while short 32K half": f"{SUB_BLOCKS} --full-while-short {HALF}",
     "64x16 sub8 hybrid 32K": f"{SUB_BLOCKS} --attention hybrid --full-while-short {LONG} "
     "--steps 3900",
@@ -142,7 +142,7 @@ PRETRAINED_RUNS = {
     "32x32 sink sub4 seed 1": "--attention moba --block-size 32 --topk 32 --sink-blocks 1 "
     "--gate-block-size 4 --seed 1",
     # Evaluated with the blocks of "32x32 sink sub4".
-    "full read sub4": "--attention full --block-size 32 --topk 32 --sink-blocks 1 "
+    "full read 32x32 sub4": "--attention full --block-size 32 --topk 32 --sink-blocks 1 "
     "--gate-block-size 4",
     "64x16": "--attention moba --block-size 64 --topk 16",
     "64x16 sink hybrid": "--attention hybrid --block-size 64 --topk 16 --sink-blocks 1",

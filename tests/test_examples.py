@@ -631,7 +631,7 @@ def test_a_sweep_continues_the_training_of_a_pretrained_model(example, tmp_path,
         assert (o.sink_blocks > 0) == ("sink" in name or name.startswith("full"))
         part = re.search(r"sub(\d)", name)
         assert o.gate_block_size == (int(part[1]) if part else None)
-        sizes = re.match(r"(\d+)x(\d+)", name)
+        sizes = re.search(r"(\d+)x(\d+)", name)
         assert (o.block_size, o.topk) == ((int(sizes[1]), int(sizes[2])) if sizes else (64, 16))
         assert o.save == str(tmp_path / "models" / name.replace(" ", "-"))
 
