@@ -236,7 +236,7 @@ def test_pages_quote_the_equal_time(timed, finer_timed, seeds, name):
         for x in ("moba", "full")
     )
     assert f"reads {run['tokens'] / full['tokens']:.2f} times as many tokens" in text
-    quote = f"Its loss is {less} with MoBA at inference, and {least} with full attention (one"
+    quote = f"Its loss is {less} with MoBA at inference, and {least} with full attention."
     assert quote in text
     apart = f"{100 * (second / first - 1):.1f} %"
-    assert f"(one seed; the seeds of a similar run differ by {apart}; 16 blocks" in text
+    assert f"This is one seed; the seeds of a similar run differ by {apart}. Queries" in text
