@@ -232,7 +232,7 @@ def with_other_gate(model):
         (moba_model, {"page_size": 16}, ValueError, "block of 8 tokens, got page_size=16; pass"),
         (lambda: moba_model(impl="portable"), {}, NotImplementedError, "impl='portable'; convert"),
         (lambda: with_other_gate(moba_model(gate_block_size=4)), {}, ValueError,
-         "layer 1 has 4 sub-blocks in a block now, but pages have 2.*with gate_block_size=2"),
+         r"have \[4, 2\] keys now, .* have \[4, 4\]; call convert with gate_block_size=\[4, 2\]$"),
         (lambda: convert(model_of("llama"), 128, 3, gate="tile"), {"page_size": 128},
          NotImplementedError, "gate='tile'; convert the model with gate='token' or 'group'"),
         (lambda: convert(model_of("local gemma3"), BLOCK, 3), {}, NotImplementedError,
