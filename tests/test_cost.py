@@ -31,6 +31,11 @@ def test_counts(n, block_size, topk):
     assert scored_means(call._replace(gate_block_size=1), n) == block_size * scored
 
 
+def test_sub_blocks_divide_blocks():
+    with pytest.raises(ValueError, match="gate_block_size=7 and block_size=4096; pass a divisor"):
+        estimate(CALL._replace(gate_block_size=7), 2, FREE, "gather")
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_bytes_are_those_of_the_plan(ranks):
     shards = Ranks(None, ranks - 1, (CALL.length // ranks,) * ranks)
