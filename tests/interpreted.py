@@ -954,7 +954,7 @@ def test_the_decoding_kernels_agree_with_plain_operations(
         (4, 9, 3, 300, gate.GateOptions(sink_blocks=3, local_blocks=2)),  # three splits
         (4, 6, 16, 7, gate.GateOptions("group", 1, 1)),
         (8, 6, 2, 40, gate.GateOptions("group", 2, 3)),  # no block is left to score
-        (8, 33, 1, 140, gate.GateOptions(sink_blocks=1, sub_blocks=4)),
+        (8, 19, 1, 140, gate.GateOptions(sink_blocks=1, sub_blocks=4)),
         (12, 4, 14, 150, gate.GateOptions("group", local_blocks=1, sub_blocks=3)),
     ],
 )
