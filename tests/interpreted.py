@@ -954,7 +954,7 @@ def test_the_decoding_kernels_agree_with_plain_operations(
         (4, 9, 3, 300, gate.GateOptions(sink_blocks=3, local_blocks=2)),  # three splits
         (4, 6, 16, 7, gate.GateOptions("group", 1, 1)),
         (8, 6, 2, 40, gate.GateOptions("group", 2, 3)),  # no block is left to score
-        (8, 33, 1, 140, gate.GateOptions(sink_blocks=1, sub_blocks=4)),
+        (8, 19, 1, 140, gate.GateOptions(sink_blocks=1, sub_blocks=4)),
         (12, 4, 14, 150, gate.GateOptions("group", local_blocks=1, sub_blocks=3)),
     ],
 )
@@ -966,22 +966,25 @@ def test_the_selection_of_a_step_is_that_of_the_gate(
     q, k, _ = variant(batch=2, **sizes, dtype=dtype).tied_tensors()
     means = gate.block_means(k, block_size, sub_blocks=options.sub_blocks)
     means = torch.nn.functional.pad(means, (0, 0, 0, options.sub_blocks), value=torch.nan)
-    rows, first = gate.gate_rows(q, 2, options), length - q_len
-    positions = torch.arange(first, length, dtype=torch.int32).expand(2, -1)
+    rows, lengths = gate.gate_rows(q, 2, options), (length, length - block_size)
+    positions = torch.stack([torch.arange(n - q_len, n, dtype=torch.int32) for n in lengths])
     call = CachedCall(topk, 0.3, options, block_size)
     selected = select_step_on_cuda(rows, means, positions, call)
-    sizes = gate.GateSizes(block_size, topk - 1, first, is_causal=True)
-    assert_bitwise_equal(selected[..., 1:], gate.select_by_means(rows, means, sizes, options))
-    every_query = gate.expand_rows(selected, 4, q_len, options)
-    expected = reference_selection(
-        *(q, k, block_size, topk),
-        is_causal=True,
-        gate=options.per,
-        gate_block_size=sub_block_size,
-        sink_blocks=options.sink_blocks,
-        local_blocks=options.local_blocks,
-    )
-    assert_bitwise_equal(as_bools(every_query, n_blocks), expected)
+    for i, n in enumerate(lengths):
+        row = slice(i, i + 1)
+        sizes = gate.GateSizes(block_size, topk - 1, n - q_len, is_causal=True)
+        plain = gate.select_by_means(rows[row], means[row], sizes, options)
+        assert_bitwise_equal(selected[row, ..., 1:], plain)
+        every_query = gate.expand_rows(selected[row], 4, q_len, options)
+        expected = reference_selection(
+            *(q[row], k[row, :, :n], block_size, topk),
+            is_causal=True,
+            gate=options.per,
+            gate_block_size=sub_block_size,
+            sink_blocks=options.sink_blocks,
+            local_blocks=options.local_blocks,
+        )
+        assert_bitwise_equal(as_bools(every_query, n_blocks - i), expected)
 
 
 def test_steps_of_a_cache_over_ranks(monkeypatch):
@@ -993,14 +996,15 @@ def test_steps_of_a_cache_over_ranks(monkeypatch):
         caches = [ShardedMobaCache(mesh, 1, 2, 16, **sizes) for _ in range(2)]
         for cache in caches:
             cache.append_shard(k[:, :, :240], v[:, :, :240])
-        end = 240
-        for n, gate_name in (
-            (1, "token"),
-            (16, "group"),
-            (2, "token"),
-            (17, "token"),
-            (9, "token"),
-        ):
+        end, selected = 240, []
+
+        def select(rows, means, positions, call):
+            selected.append(positions.shape[1])
+            return select_step_on_cuda(rows, means, positions, call)
+
+        monkeypatch.setattr("flexmoba.cache.kernels.select_step_on_cuda", select)
+        steps = (1, "token"), (16, "group"), (2, "token"), (17, "token"), (9, "token")
+        for n, gate_name in steps:
             new = [x[:, :, end : end + n] for x in (q, k, v)]
             options = {"topk": 6, "gate": gate_name, "sink_blocks": 1, "local_blocks": 1}
             plain = caches[0].attend(*new, **options)
@@ -1010,6 +1014,7 @@ def test_steps_of_a_cache_over_ranks(monkeypatch):
             for actual, expected in zip(by_kernels, plain, strict=True):
                 assert_bitwise_equal(actual, expected)
             end += n
+        assert selected == [1, 16, 2, 9]
     finally:
         dist.destroy_process_group()
 
@@ -1055,7 +1060,7 @@ STEPS = Ragged(
 
 @pytest.mark.parametrize(
     ("n_blocks", "sub_blocks", "expected"),
-    [(1024, 1, 128), (1024, 8, 64), (256, 8, 32), (256, 3, 32), (4096, 8, 256), (100, 64, 32)],
+    [(1024, 1, 128), (1024, 8, 64), (256, 8, 32), (256, 3, 64), (4096, 8, 256), (100, 64, 32)],
 )
 def test_splits_hold_at_least_128_mean_keys(n_blocks, sub_blocks, expected):
     assert split_size(n_blocks, sub_blocks) == expected
@@ -1073,7 +1078,8 @@ def test_splits_hold_at_least_128_mean_keys(n_blocks, sub_blocks, expected):
         ({"topk": None, "layout": "token-major", "kv_heads": 2}, gate.GateOptions()),
         ({"topk": None, "block_size": 70, "sequences": ((230, 1), (3, 1))}, gate.GateOptions()),
         ({"kv_heads": 2, "gate_block_size": 1}, gate.GateOptions()),
-        ({"layout": "token-major", "gate_block_size": 2}, gate.GateOptions("group", 1)),
+        ({"layout": "token-major", "kv_heads": 2, "gate_block_size": 2},
+         gate.GateOptions("group", 1)),
         ({"layout": "head-major", "block_size": 6, "gate_block_size": 2, "sequences": ((260, 3),)},
          gate.GateOptions()),
     ],

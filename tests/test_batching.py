@@ -68,7 +68,7 @@ def moba_model(family: str = "llama", topk=(3, None), **options):
         ("llama", (3, None), {"sink_blocks": 0}),
         ("qwen3", (2, 3), {"gate": "group", "sink_blocks": 1}),
         ("llama", (3, 4), {"gate_block_size": 2, "sink_blocks": 1}),
-        ("qwen3", (3, 3), {"gate_block_size": [4, None], "gate": "group", "sink_blocks": 0}),
+        ("qwen3", (3, 3), {"gate_block_size": [None, 4], "gate": "group", "sink_blocks": 0}),
     ],
 )
 def test_tokens_equal_those_of_generate(family, topk, options):
@@ -110,6 +110,26 @@ def test_evicted_requests_return_with_the_same_tokens(monkeypatch, options):
     model, inputs = moba_model(**options), prompts(60, 40, 50, 21)
     assert_greedy(model, inputs, batched(model, inputs, num_blocks=16))
     assert any(evictions)
+
+
+@pytest.mark.parametrize("gate_block_size", [None, 2])
+def test_forked_requests_continue_with_copies_of_their_last_page(gate_block_size):
+    # The page of tokens 40 to 44 is copied, and is a past block from token 48 on.
+    model, inputs = moba_model(topk=(3, 3), gate_block_size=gate_block_size), prompts(45, 5)
+    config = {"page_size": BLOCK, "num_blocks": 80, "max_batch_tokens": 64, "return_logprobs": True}
+    sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": 3, "max_new_tokens": 14}
+    outputs = model.generate_batch(
+        inputs,
+        generation_config=GenerationConfig(**sampling, eos_token_id=VOCABULARY, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(**config),
+    )
+    requests = [(list(x.prompt_ids), x.generated_tokens, x.logprobs) for x in outputs.values()]
+    assert len({tuple(new) for _, new, _ in requests}) == 3 * len(inputs)
+    for prompt, new, found in requests:
+        ids = torch.tensor([prompt + new])
+        logprobs = model(ids[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :].log_softmax(-1)
+        expected = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found), expected.float(), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -232,7 +252,7 @@ def with_other_gate(model):
         (moba_model, {"page_size": 16}, ValueError, "block of 8 tokens, got page_size=16; pass"),
         (lambda: moba_model(impl="portable"), {}, NotImplementedError, "impl='portable'; convert"),
         (lambda: with_other_gate(moba_model(gate_block_size=4)), {}, ValueError,
-         "layer 1 has 4 sub-blocks in a block now, but pages have 2.*with gate_block_size=2"),
+         r"have \[4, 2\] keys now, .* have \[4, 4\]; call convert with gate_block_size=\[4, 2\]$"),
         (lambda: convert(model_of("llama"), 128, 3, gate="tile"), {"page_size": 128},
          NotImplementedError, "gate='tile'; convert the model with gate='token' or 'group'"),
         (lambda: convert(model_of("local gemma3"), BLOCK, 3), {}, NotImplementedError,

@@ -10,16 +10,14 @@ from flexmoba.distributed import Machine, SpreadCall, estimate
 from flexmoba.distributed.cost import attended_pairs, chunks_of, received_bytes, scored_means
 from flexmoba.distributed.plan import first_keys, plan_of
 from flexmoba.distributed.ranks import Ranks
-from tests.test_gates import sub_blocks
 
 CALL = SpreadCall(heads=32, kv_heads=8, length=2**20, block_size=4096, topk=12)
 FREE = Machine(1e15, 1e15, math.inf, math.inf, 8)
 
 
-@given(st.integers(0, 60), st.integers(1, 9), st.none() | st.integers(1, 5), st.data())
-def test_counts(n, block_size, topk, data):
-    part = data.draw(sub_blocks(block_size))
-    call = SpreadCall(4, 2, 60, block_size, topk, gate_block_size=part)
+@given(st.integers(0, 60), st.integers(1, 9), st.none() | st.integers(1, 5))
+def test_counts(n, block_size, topk):
+    call = SpreadCall(4, 2, 60, block_size, topk)
     past = [i // block_size for i in range(n)]
     if topk is None:
         assert attended_pairs(call, n) == sum(i + 1 for i in range(n))
@@ -28,8 +26,14 @@ def test_counts(n, block_size, topk, data):
     pairs = (min(topk - 1, past[i]) * block_size + i % block_size + 1 for i in range(n))
     assert attended_pairs(call, n) == sum(pairs)
     is_full = topk >= math.ceil(60 / block_size)
-    scored = sum(past) * (block_size // (part or block_size))
-    assert scored_means(call, n) == (0 if is_full else scored)
+    scored = 0 if is_full else sum(past)
+    assert scored_means(call, n) == scored
+    assert scored_means(call._replace(gate_block_size=1), n) == block_size * scored
+
+
+def test_sub_blocks_divide_blocks():
+    with pytest.raises(ValueError, match="gate_block_size=7 and block_size=4096; pass a divisor"):
+        estimate(CALL._replace(gate_block_size=7), 2, FREE, "gather")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])

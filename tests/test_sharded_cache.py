@@ -130,7 +130,10 @@ def test_autocast_does_not_change_the_selection(ranks):
 def prompt_and_steps(
     mesh: DeviceMesh, problem: Problem, part: int | None, q: Tensor, k: Tensor, v: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Attends from a sharded prompt, from the other tokens but two, and from none; once more."""
+    """Attends from a sharded prompt, from the other tokens but two, and from none; once more.
+
+    At last, a cache that was reset equals a new one.
+    """
     cache = cache_of(mesh, problem, gate_block_size=part)
     length, results = 30, []
     prompt = 30 * mesh.size()
@@ -145,6 +148,10 @@ def prompt_and_steps(
             parts.append(cache.attend(*new, 3))
         results.append(parts)
         cache.reset()
+    first = [x[:, :, :9] for x in (q, k, v)]
+    anew = cache_of(mesh, problem, gate_block_size=part).attend(*first, 3)
+    for x, y in zip(cache.attend(*first, 3), anew, strict=True):
+        assert_bitwise_equal(x, y)
     for one, other in zip(*results, strict=True):
         for x, y in zip(one, other, strict=True):
             assert_bitwise_equal(x, y)

@@ -551,6 +551,8 @@ def test_settings_that_do_not_fit_raise():
     ]:
         with pytest.raises(error, match=text):
             convert(model, *arguments)
+    with pytest.raises(ValueError, match=r"gate_block_size must be one value, .* 2 layers, got 1"):
+        convert(model, 8, 3, gate_block_size=(4,))
     with pytest.raises(TypeError, match=r"among gate, .* got score_mod"):
         convert(model, 8, 3, score_mod=max)
     with pytest.raises(TypeError, match="got Linear"):

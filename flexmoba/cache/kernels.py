@@ -34,7 +34,7 @@ MAX_TOPK = 64
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LEAST_SPLIT, _MOST_SPLITS = 128, 16  # mean keys of a split, and splits
-_TILE_N = 32  # blocks that a program scores at a time
+_TILE_N = 32  # blocks that a program scores at a time; divides a split
 _KEYS, _CHUNK = 64, 256  # measured on one NVIDIA H200
 
 
@@ -71,7 +71,7 @@ def attend_step_on_cuda(
     out = q.new_empty(batch, heads, q_len, value_dim)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     factor = call.scale / math.log(2)
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         launch(
             _attend_kernel,
             rows * n_partials,
@@ -109,23 +109,26 @@ def select_step_on_cuda(
 
 def split_size(n_blocks: int, sub_blocks: int) -> int:
     """Returns the number of blocks in a split: 128 mean keys or more, and at least one tile."""
-    least = max(_TILE_N, _LEAST_SPLIT // next_power_of_2(sub_blocks))
+    least = max(_TILE_N, next_power_of_2(ceil_div(_LEAST_SPLIT, sub_blocks)))
     return max(least, next_power_of_2(ceil_div(n_blocks, _MOST_SPLITS)))
 
 
-def _best_blocks(
-    gate_rows: Tensor, means: Tensor, positions: Tensor, call: CachedCall
-) -> tuple[Tensor, dict[str, int]]:
-    """Launches `_score_kernel`; returns the best blocks of each split, and its constants."""
-    gate, (batch, heads, q_len, dim) = call.gate, gate_rows.shape
-    kv_heads, n_blocks = means.shape[1], means.shape[2] // gate.sub_blocks
-    gate_rows, means = packed(gate_rows), packed(means)
-    split = split_size(n_blocks, gate.sub_blocks)
-    splits, group = ceil_div(n_blocks, split), heads // kv_heads
-    constants = {
-        "Q_LEN": q_len,
-        "GATE_GROUP": group,
-        "BY_PARTS": gate_rows.dtype == torch.float32 and means.dtype != torch.float32,
+def score_constants(
+    rows: Tensor, means: Tensor, n_blocks: int, queries: int, call: CachedCall
+) -> dict[str, int]:
+    """Returns the constants of a kernel that keeps the best blocks of each split.
+
+    Args:
+        rows: Rows of the gate, ``(..., D)``.
+        means: Mean keys, ``(..., D)``.
+        n_blocks: Blocks of a sequence.
+        queries: Rows of the gate that score the same mean keys.
+        call: Options of the call.
+    """
+    gate, split = call.gate, split_size(n_blocks, call.gate.sub_blocks)
+    splits = ceil_div(n_blocks, split)
+    return {
+        "BY_PARTS": rows.dtype == torch.float32 and means.dtype != torch.float32,
         "SINKS": gate.sink_blocks,
         "LOCALS": gate.local_blocks,
         "SUB_BLOCKS": gate.sub_blocks,
@@ -134,13 +137,28 @@ def _best_blocks(
         "SPLIT": split,
         "SPLITS": splits,
         "ALL_SPLITS": next_power_of_2(splits),
-        "TILE_Q": min(rows_of_a_tile(gate_rows), max(16, next_power_of_2(group * q_len))),
+        "TILE_Q": min(rows_of_a_tile(rows), max(16, next_power_of_2(queries))),
         "TILE_N": _TILE_N,
         "BLOCK_SIZE": call.block_size,
-        "DIM": dim,
-        "TILE_D": max(16, next_power_of_2(dim)),
         "num_warps": 4,
     }
+
+
+def _best_blocks(
+    gate_rows: Tensor, means: Tensor, positions: Tensor, call: CachedCall
+) -> tuple[Tensor, dict[str, int]]:
+    """Launches `_score_kernel`; returns the best blocks of each split, and its constants."""
+    batch, heads, q_len, dim = gate_rows.shape
+    kv_heads, n_blocks = means.shape[1], means.shape[2] // call.gate.sub_blocks
+    gate_rows, means = packed(gate_rows), packed(means)
+    group = heads // kv_heads
+    constants = score_constants(gate_rows, means, n_blocks, group * q_len, call) | {
+        "Q_LEN": q_len,
+        "GATE_GROUP": group,
+        "DIM": dim,
+        "TILE_D": max(16, next_power_of_2(dim)),
+    }
+    splits = constants["SPLITS"]
     n_best = gate_rows.shape[:3].numel() * splits * constants["SLOTS"]
     best = torch.empty(n_best, dtype=torch.int64, device=means.device)
     if call.scored > 0:

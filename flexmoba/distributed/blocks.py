@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexmoba.backends import AttentionOptions, attend, resolve
 from flexmoba.blocks import ceil_div
+from flexmoba.checks import check_gate_block_size
 from flexmoba.distributed.attend import Attention
 from flexmoba.distributed.gather import arranged, chunks_of, start_gathering
 from flexmoba.distributed.plan import plan_of
@@ -120,7 +121,7 @@ def why_not_blocks(
 def _selected(q: Tensor, k: Tensor, attention: Attention, ranks: Ranks) -> tuple[Tensor, int]:
     """Returns the past blocks of each query, ``(B, Hq, L, T)`` int32, and the number of blocks."""
     size, options = attention.block_size, attention.options
-    sub_blocks = 1 if options["gate_block_size"] is None else size // options["gate_block_size"]
+    sub_blocks = check_gate_block_size(options["gate_block_size"], size)
     gate = GateOptions(options["gate"], options["sink_blocks"], options["local_blocks"], sub_blocks)
     full = k[:, :, : k.shape[2] // size * size]
     means = block_means(full, size, sub_blocks=sub_blocks)

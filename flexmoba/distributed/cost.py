@@ -8,6 +8,7 @@ import math
 from typing import Literal, NamedTuple
 
 from flexmoba.blocks import ceil_div
+from flexmoba.checks import check_gate_block_size
 from flexmoba.distributed import gather
 from flexmoba.distributed.choice import NestedExchange
 
@@ -118,6 +119,9 @@ def estimate(
     Returns:
         The cost.
 
+    Raises:
+        ValueError: ``gate_block_size`` does not divide ``block_size``.
+
     Examples:
         >>> from flexmoba.distributed import Machine, SpreadCall, estimate
         >>> call = SpreadCall(heads=32, kv_heads=8, length=2**20, block_size=4096, topk=12)
@@ -211,11 +215,11 @@ def attended_pairs(call: SpreadCall, n: int) -> float:
 
 def scored_means(call: SpreadCall, n: int) -> float:
     """Returns the pairs of a query and a mean key of one head, of the first ``n`` queries."""
+    sub_blocks = check_gate_block_size(call.gate_block_size, call.block_size)
     if call.topk is None or call.topk >= ceil_div(call.length, call.block_size):
         return 0.0
     blocks, rest = divmod(n, call.block_size)
-    pairs = call.block_size * blocks * (blocks - 1) / 2 + rest * blocks
-    return pairs * (call.block_size // (call.gate_block_size or call.block_size))
+    return (call.block_size * blocks * (blocks - 1) / 2 + rest * blocks) * sub_blocks
 
 
 def _sum_of_least(n: int, bound: int) -> float:

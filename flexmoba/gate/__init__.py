@@ -1,4 +1,4 @@
-"""The gate: scores the mean key of every block, and selects the best blocks for each query.
+"""The gate: scores the mean keys of every block, and selects the best blocks for each query.
 
 `moba_select` is the public function. `select_for_attention` returns the same selection without the
 own block, which the backends add.

@@ -1,4 +1,4 @@
-"""Paged attention for servers: a page holds the keys, values and mean key of one block.
+"""Paged attention for servers: a page holds the keys, values and mean keys of one block.
 
 `append_paged` writes new tokens into pages, and `attend_paged` attends to the pages of a ragged
 batch of prefill chunks and decoding steps. The server owns the pages and decides which sequence

@@ -4,26 +4,23 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from flexmoba.blocks import next_power_of_2
 from flexmoba.paged.kernels import aligned, by_token, constants_of
 from flexmoba.paged.pages import Pages
 from flexmoba.runtime.triton_launch import kernel, launch, packed
 
-_KEYS, _LEAST_KEYS = 64, 16
+_KEYS = 64
 
 
 def append_on_cuda(k: Tensor, v: Tensor, pages: Pages, slots: Tensor) -> None:
     """Computes `append_paged` by one Triton kernel."""
     k, v = by_token(k), by_token(v)
-    sub_block_size = pages.block_size // pages.sub_blocks
-    small = max(_LEAST_KEYS, next_power_of_2(sub_block_size))
     constants = {
         "HEADS": pages.k.shape[1],
         "BLOCK_SIZE": pages.block_size,
-        "SUB_BLOCK_SIZE": sub_block_size,
+        "SUB_BLOCK_SIZE": pages.block_size // pages.sub_blocks,
         "NEW_K": k.stride(0),
         "NEW_V": v.stride(0),
-        "KEYS": _KEYS if pages.sub_blocks == 1 else min(_KEYS, small),
+        "KEYS": _KEYS,
         "num_warps": 4,
     }
     constants |= constants_of(pages)

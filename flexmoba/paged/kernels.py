@@ -19,14 +19,13 @@ from torch import Tensor
 
 from flexmoba.cache import CachedCall
 from flexmoba.cache.kernels import MAX_TOPK as MAX_TOPK
-from flexmoba.cache.kernels import attend_to_keys, merge_kernel, selected_block, split_size
+from flexmoba.cache.kernels import attend_to_keys, merge_kernel, score_constants, selected_block
 from flexmoba.gate import gate_rows
 from flexmoba.gate.kernel import (
     NOTHING,
     highest_scores,
     keep_best,
     nothing_yet,
-    rows_of_a_tile,
     sort_keys,
 )
 from flexmoba.paged.batch import PagedBatch
@@ -95,32 +94,18 @@ def _best_blocks(
     rows = q if call.gate.per == "token" else gate_rows(q[:, :, None], kv_heads, call.gate)[:, :, 0]
     rows = by_token(rows)
     tokens, heads, _ = rows.shape
-    gate_group, scored = heads // kv_heads, call.scored
-    split = split_size(n_blocks, pages.sub_blocks)
-    splits = triton.cdiv(n_blocks, split)
-    constants = {
+    gate_group = heads // kv_heads
+    constants = score_constants(rows, pages.means, n_blocks, gate_group, call) | {
         "HEADS": kv_heads,
         "GATE_GROUP": gate_group,
         "NEW_Q": rows.stride(0),
-        "BY_PARTS": rows.dtype == torch.float32 and pages.means.dtype != torch.float32,
-        "SINKS": call.gate.sink_blocks,
-        "LOCALS": call.gate.local_blocks,
-        "SUB_BLOCKS": pages.sub_blocks,
-        "COUNT": scored,
-        "SLOTS": triton.next_power_of_2(max(1, scored)),
-        "SPLIT": split,
-        "SPLITS": splits,
-        "ALL_SPLITS": triton.next_power_of_2(splits),
-        "TILE_Q": min(rows_of_a_tile(rows), max(16, triton.next_power_of_2(gate_group))),
-        "TILE_N": 32,
-        "BLOCK_SIZE": pages.block_size,
-        "num_warps": 4,
     }
     constants |= constants_of(pages)
+    splits = constants["SPLITS"]
     best = torch.empty(
         tokens * heads * splits * constants["SLOTS"], dtype=torch.int64, device=q.device
     )
-    if scored > 0:
+    if call.scored > 0:
         tiles = triton.cdiv(gate_group, constants["TILE_Q"])
         arguments = (rows, pages.means, *where, best, n_blocks)
         dtypes = (rows.dtype, pages.means.dtype)

@@ -239,6 +239,7 @@ def check_batching(model: Any, page_size: int) -> None:
             f"model type {config.model_type!r} has {', '.join(groups)}; use generate, or another "
             "attn_implementation"
         )
+    sizes: list[int] = []  # of sub-blocks
     for module in _modules(model):
         block_size, _, options = settings_of(module)
         check_served(options)
@@ -247,13 +248,15 @@ def check_batching(model: Any, page_size: int) -> None:
                 f"a page must hold one block of {block_size} tokens, got page_size={page_size}; "
                 f"pass ContinuousBatchingConfig(page_size={block_size})"
             )
-        now, converted = mean_keys_of(options, block_size), _mean_keys(config)[module.layer_idx]
-        if now != converted:
-            raise ValueError(
-                f"the gate of layer {module.layer_idx} has {now} sub-blocks in a block now, but "
-                f"pages have {converted}, as in config.flexmoba; call convert with gate_block_size="
-                f"{block_size // now}"
-            )
+        sizes.append(block_size // mean_keys_of(options, block_size))
+    converted = [page_size // n for n in _mean_keys(config)]
+    if sizes != converted:
+        of_all = sizes[0] if len(set(sizes)) == 1 else sizes
+        raise ValueError(
+            f"the sub-blocks of the layers have {sizes} keys now, but those of config.flexmoba, "
+            f"for which pages are made, have {converted}; call convert with gate_block_size="
+            f"{of_all}"
+        )
 
 
 def _mean_keys(config: Any) -> list[int]:

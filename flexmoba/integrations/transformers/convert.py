@@ -71,8 +71,9 @@ def convert(
             (docs/results.md, which also counts the needles that the mean loss hides). 0 is the
             gate of the paper, which ``topk=1`` needs.
         options: Options of `flex_moba`: ``gate``, ``gate_block_size``, ``local_blocks``, ``impl``
-            and ``kernel_options``. ``gate_block_size=8`` lowered the increases above to 1.2 and
-            1.8 %. It is not the default, since it takes time in the gate and memory for mean keys.
+            and ``kernel_options``. A sequence gives one value for each layer.
+            ``gate_block_size=8`` lowered the increases above to 1.2 and 1.8 %. It is not the
+            default, since it takes time in the gate and memory for mean keys.
 
     Returns:
         The same model.

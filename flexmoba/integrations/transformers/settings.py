@@ -93,15 +93,10 @@ def checked_entry(
         if name not in OPTIONS:
             raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {name}; omit it")
     entry = {"block_size": block_size, "topk": topk, "eval_topk": eval_topk, **options}
+    entry = {name: _one_or_one_per_layer(name, value, config) for name, value in entry.items()}
     for name in ("topk", "eval_topk"):
         value = entry[name]
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            value = entry[name] = list(value)
-            if len(value) != config.num_hidden_layers:
-                raise ValueError(
-                    f"{name} must be one value, or one for each of the "
-                    f"{config.num_hidden_layers} layers, got {len(value)}; pass one per layer"
-                )
+        if isinstance(value, list):
             for layer in local:
                 if value[layer] not in (None, "same"):
                     raise ValueError(
@@ -118,6 +113,18 @@ def checked_entry(
                     "selects by default (sink_blocks=1); pass at least 2, or sink_blocks=0"
                 )
     return entry
+
+
+def _one_or_one_per_layer(name: str, value: Any, config: Any) -> Any:
+    """Returns a setting, as a list if it has a value for each layer."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return value
+    if len(value) != config.num_hidden_layers:
+        raise ValueError(
+            f"{name} must be one value, or one for each of the {config.num_hidden_layers} layers, "
+            f"got {len(value)}; pass one per layer"
+        )
+    return list(value)
 
 
 def name_of(module: nn.Module) -> str:

@@ -82,8 +82,9 @@ def check_selected(name: str, is_ours: bool, selected: Any) -> None:
             'registered CUSTOM), or remove "flexmoba" from config.json to serve full attention'
         )
     layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-    for layer in range(layers):
-        check_served(layer_arguments(entry, layer))
+    settings = [layer_arguments(entry, layer) for layer in range(layers)]
+    for options in settings:
+        check_served(options)
     check_features(
         {
             f"kv_cache_dtype={selected.kv_cache_dtype}": selected.kv_cache_dtype
@@ -104,7 +105,7 @@ def check_selected(name: str, is_ours: bool, selected: Any) -> None:
         check_page_size(entry, selected.block_size)
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     ranks, kv_heads = parallel.tensor_parallel_size, model.get_total_num_kv_heads()
-    if entry.get("gate") == "group" and ranks > kv_heads:
+    if ranks > kv_heads and any(options.get("gate") == "group" for options in settings):
         raise ValueError(
             f'gate="group" sums over the query heads of a KV head, but {ranks} ranks divide the '
             f"heads of {kv_heads} KV heads; use --tensor-parallel-size {kv_heads} or less"
