@@ -46,7 +46,7 @@ class MobaBackend(AttentionBackend):
     supported_kv_cache_dtypes: ClassVar = ["auto"]
     # Mean keys for which all pages have room. `MobaImpl` sets it, since vLLM asks for the spec
     # of a layer right after it has constructed the layers, but without its config.
-    mean_keys: ClassVar[int] = 1
+    page_mean_keys: ClassVar[int] = 1
 
     @staticmethod
     def get_name() -> str:
@@ -74,7 +74,7 @@ class MobaBackend(AttentionBackend):
         """Adds room for the mean keys to each page."""
         if spec.state_content_bytes is not None:
             return spec
-        means = ceil_div(cls.mean_keys * spec.head_size, spec.block_size)
+        means = ceil_div(cls.page_mean_keys * spec.head_size, spec.block_size)
         features = spec.head_size + spec.head_size_v + means
         return replace(spec, state_content_bytes=features * spec.dtype.itemsize)
 
@@ -162,7 +162,7 @@ class MobaImpl(AttentionImpl[MobaMetadata]):
         entry = entry_of(get_current_vllm_config())
         assert entry is not None  # `check_selected` has raised otherwise
         self.entry = entry
-        MobaBackend.mean_keys = most_mean_keys()
+        MobaBackend.page_mean_keys = most_mean_keys()
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
