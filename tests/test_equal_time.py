@@ -239,4 +239,6 @@ def test_pages_quote_the_equal_time(timed, finer_timed, seeds, name):
     quote = f"Its loss is {less} with MoBA at inference, and {least} with full attention."
     assert quote in text
     apart = f"{100 * (second / first - 1):.1f} %"
-    assert f"This is one seed; the seeds of a similar run differ by {apart}. Queries" in text
+    assert 3250 / finer_timed[1]["options"]["steps"] == 5 / 6  # "five sixths of its steps"
+    quote = f"This is one seed; two seeds of a similar run differ by {apart} after five sixths of"
+    assert f"{quote} its steps. Queries" in text

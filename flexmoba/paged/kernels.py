@@ -21,13 +21,7 @@ from flexmoba.cache import CachedCall
 from flexmoba.cache.kernels import MAX_TOPK as MAX_TOPK
 from flexmoba.cache.kernels import attend_to_keys, merge_kernel, score_constants, selected_block
 from flexmoba.gate import gate_rows
-from flexmoba.gate.kernel import (
-    NOTHING,
-    highest_scores,
-    keep_best,
-    nothing_yet,
-    sort_keys,
-)
+from flexmoba.gate.kernel import NOTHING, highest_scores, keep_best, nothing_yet, sort_keys
 from flexmoba.paged.batch import PagedBatch
 from flexmoba.paged.pages import Pages
 from flexmoba.runtime.triton_launch import kernel, launch, packed
