@@ -5,6 +5,7 @@ import pytest
 from tests.results import (
     error_of,
     own,
+    page,
     report_of,
     runs_of,
     section,
@@ -67,6 +68,20 @@ def second(continued):
     return report["runs"]
 
 
+@pytest.fixture(scope="module")
+def read(continued):
+    """Returns full attention's losses with sub-blocks at inference, of one more run."""
+    report = report_of("smollm2-continued-read-8k-h100")
+    assert report["corpus"] == report_of("smollm2-continued-8k-h100")["corpus"]
+    (run,) = report["runs"].values()
+    options = run["options"]
+    blocks = {x: continued[FINEST]["options"][x] for x in ("block_size", "topk")}
+    assert blocks.items() | {"gate_block_size": 4}.items() <= options.items()
+    shared = ("length", "steps", "batch", "seed", "lr", "windows", "sink_blocks", "attention")
+    assert all(options[x] == continued["full"]["options"][x] for x in shared)
+    return run["final"]["moba"]
+
+
 def read_with(runs):
     """Yields the two first cells of a row, and the losses, first of the attention at the end."""
     names = TRAINED | SECOND
@@ -79,10 +94,13 @@ def read_with(runs):
                 yield [names[name], served], run["final"][kind]
 
 
-def test_the_table_of_continued_training_is_that_of_the_results(continued, second):
+def test_the_table_of_continued_training_is_that_of_the_results(continued, second, read):
     rows, pairs = [], []
     for runs, full in ((continued, own(continued["full"])), (second, own(second["full seed 1"]))):
-        for cells, x in read_with(runs):
+        found = list(read_with(runs))
+        if runs is continued:
+            found.insert(2, (["full", TRAINED[FINEST]], read))
+        for cells, x in found:
             ends = [with_increase(x[part], full[part]) for part in ("loss", "last")]
             copies = [f"{x['copied'][depth]:.2f}" for depth in ("25%", "90%")]
             rows.append([*cells, ends[0], f"{x['first']:.4f}", ends[1], *copies])
@@ -94,7 +112,7 @@ def test_the_table_of_continued_training_is_that_of_the_results(continued, secon
         assert f"{error:.3f} nats {name}" in text or f"{error:.3f} {name}" in text
 
 
-def test_the_numbers_of_the_text_on_continued_training_are_those_of_the_results(continued):
+def test_the_numbers_of_the_text_on_continued_training_are_those_of_the_results(continued, read):
     text = section("## Continue the training", "### Needles after")
     full = own(continued["full"])
     gaps = {name: own(run)["loss"] - full["loss"] for name, run in continued.items()}
@@ -104,7 +122,11 @@ def test_the_numbers_of_the_text_on_continued_training_are_those_of_the_results(
     assert f"sub-blocks of 8 {gaps[FINER]:.4f} or {shares[FINER]:.1f} %. Without" in text
     assert f"64 x 16 is {gaps['64x16 sink']:.3f} higher. A model" in text
     untrained = continued["full"]["final"]["moba"]["loss"] - full["loss"]
-    assert f"reads with 64 x 16 is {untrained:.3f} higher." in text
+    finer = read["loss"] - full["loss"]
+    quote = f"reads with 64 x 16 is {untrained:.3f} higher, and with 32 x 32 and sub-blocks of 4"
+    assert f"{quote} {finer:.4f}." in text
+    quote = f"with 32 x 32 and sub-blocks of 4, {gaps[FINEST]:.3f} and {finer:.3f}."
+    assert quote in page()
     checked = {}
     for name, run in continued.items():
         pairs = zip(*(x["history"]["checks"] for x in (continued["full"], run)), strict=True)

@@ -53,18 +53,42 @@ def finer_timed(timed):
     return runs
 
 
-def test_the_table_of_equal_time_is_that_of_the_results(timed, equal, finer_timed):
-    full, rows = own(timed[0]), []
+@pytest.fixture(scope="module")
+def on_h100(timed, finer_timed):
+    """Returns the later runs: full attention, two second seeds, a hybrid, and one that stopped."""
+    report = report_of("from-scratch-32k-sub-blocks-h100")
+    assert report["corpus"] == report_of("from-scratch-32k-h200")["corpus"]
+    full, *again, hybrid, half = report["runs"].values()
+    same = ("full_while_short", "length", "batch", "lr", "optimizer", "layers", "windows")
+    for run, first in zip(again, reversed(finer_timed[1:]), strict=True):
+        assert run["options"] == first["options"] | {"seed": 1}
+    for run in (hybrid, half):
+        assert all(run["options"][x] == finer_timed[2]["options"][x] for x in same)
+    assert hybrid["options"]["full_share"] == 0.1
+    assert full["tokens"] == timed[0]["tokens"] == half["options"]["steps"] * 65536
+    assert [x["options"]["seed"] for x in (full, hybrid, half)] == [0, 0, 0]
+    assert [x["status"] for x in report["runs"].values()] == ["done"] * 4 + ["stopped"]
+    assert {x["device"] for x in report["runs"].values()} == {"NVIDIA H100 80GB HBM3"}
+    return {"full": full, "short": again[0], "every": again[1], "hybrid": hybrid, "half": half}
+
+
+def test_the_table_of_equal_time_is_that_of_the_results(timed, equal, finer_timed, on_h100):
     again, every, short = finer_timed
+    bases, rows = [own(timed[0]), own(again)], []
     for name, run, read in (
         ("full", timed[0], "128 x 8"),
         ("full, seed 1", again, "128 x 8"),
+        ("full, again", on_h100["full"], PARTS),
         ("hybrid", timed[1], "128 x 8"),
         ("hybrid", equal, "128 x 8"),
         ("sub-blocks", every, PARTS),
+        ("sub-blocks, seed 1", on_h100["every"], PARTS),
         ("sub-blocks, full while short", short, PARTS),
+        ("sub-blocks, full while short, seed 1", on_h100["short"], PARTS),
+        ("hybrid, sub-blocks", on_h100["hybrid"], PARTS),
     ):
-        seconds, speed = run["history"]["seconds"][-1], run["tokens_per_second"]
+        full, card = bases[run["options"]["seed"]], " (H100)" if "H100" in run["device"] else ""
+        times = [f"{run['history']['seconds'][-1]:.0f}", f"{run['tokens_per_second']:,.0f}"]
         for served, kind in (("full", "full"), (read, "moba")):
             x = run["final"][kind]
             ends = [with_increase(x[part], full[part]) for part in ("loss", "last")]
@@ -72,8 +96,7 @@ def test_the_table_of_equal_time_is_that_of_the_results(timed, equal, finer_time
                 [
                     name,
                     f"{run['tokens'] / 1e6:.0f}M",
-                    f"{seconds:.0f}" if run is not equal else "",
-                    f"{speed:,.0f}" if run is not equal else "",
+                    *(x + card if run is not equal else "" for x in times),
                     *(served, ends[0], f"{x['first']:.4f}", ends[1]),
                 ]
             )
@@ -87,90 +110,131 @@ def check(run, step):
 
 
 def test_the_numbers_of_the_text_on_sub_blocks_in_equal_time_are_those_of_the_results(
-    timed, finer_timed
+    timed, finer_timed, on_h100
 ):
     text = section("### Loss in equal time", "### One KV")
     full, (again, every, short) = timed[0], finer_timed
     assert (short["options"]["full_while_short"], short["options"]["short_share"]) == (True, 0.3)
     assert not every["options"]["full_while_short"]
-    first, second, less, least = (own(x)["loss"] for x in (full, again, every, short))
-    share = f"{100 * (1 - least / first):.1f} %"
-    quote = f"ends {first - least:.3f} nats or {share} lower than full attention, and"
-    assert f"{quote} {second - least:.3f} lower than full attention with seed 1." in text
-    times = [run["history"]["seconds"][-1] for run in (short, full, again)]
-    quote = f"read {short['tokens'] / full['tokens']:.2f} times as many tokens in {times[0]:.0f}"
-    assert f"{quote} seconds, where full attention took {times[1]:.0f} and {times[2]:.0f}." in text
-    quote = f"read {every['tokens'] / full['tokens']:.2f} times as many tokens and ends"
-    assert f"{quote} {first - less:.3f} nats lower." in text
-    quote = f"The gain of *sub-blocks, full while short*, {first - least:.3f}, is larger than the"
-    assert quote in text
-    assert f"The seeds of full attention end {first - second:.3f} apart." in text
+    first, second, least = (own(x)["loss"] for x in (full, again, short))
+    last = own(on_h100["short"])["loss"]
+    shares = [f"{100 * (1 - x / y):.1f} %" for x, y in ((least, first), (last, second))]
+    quote = f"ends {first - least:.3f} nats or {shares[0]} lower than full attention, and with seed"
+    assert f"{quote} 1 {second - last:.3f} nats or {shares[1]} lower." in text
+    times = [run["history"]["seconds"][-1] for run in (short, full)]
+    quote = f"read {short['tokens'] / full['tokens']:.2f} times as many tokens, on the H200 in"
+    assert f"{quote} {times[0]:.0f} seconds, where full attention took {times[1]:.0f}." in text
     ends = [[run["history"]["seconds"][x // 10 - 1] for x in (250, 500)] for run in (short, every)]
     quote = "250 steps take {:.0f} seconds, and {:.0f} with sub-blocks."
     assert quote.format(*(x[1] - x[0] for x in ends)) in text
     gains = [
-        own(full)[part] - short["final"][kind][part]
+        own(base)[part] - run["final"][kind][part]
+        for run, base in ((short, full), (on_h100["short"], again))
         for kind in ("moba", "full")
         for part in ("first", "last")
     ]
     quote = "is {:.3f} lower than that of full attention, and in the last 4,096 tokens {:.3f}; with"
-    quote += " full attention at inference, it is {:.3f} and {:.3f} lower."
+    quote += (
+        " full attention at inference, it is {:.3f} and {:.3f} lower. With seed 1, it is {:.3f}"
+    )
+    quote += " and {:.3f} lower, and {:.3f} and {:.3f}."
     assert quote.format(*gains) in text
-    last = check(full, full["history"]["checks"][-1][0])
+    end = check(full, full["history"]["checks"][-1][0])
     above, below = check(short, 3250), check(short, 3500)
-    assert f"full attention is {last[0]:.3f} after {last[1]:.0f} seconds. With" in text
+    assert f"full attention is {end[0]:.3f} after {end[1]:.0f} seconds. With" in text
     assert "has {:.3f} after {:.0f} seconds and {:.3f} after".format(*above, below[0]) in text
     assert f"{below[0]:.3f} after {below[1]:.0f}." in text
-    assert above[0] > last[0] > below[0]
-    read = short["final"]["full"]["loss"]
-    assert f"same model ends {first - read:.3f} nats below full attention, although" in text
-    hybrid = timed[1]["final"]["full"]["loss"]
-    assert f"This is {hybrid - read:.3f} lower than the hybrid, a difference that may be" in text
-    higher = every["final"]["full"]["loss"] - hybrid
-    assert f"in all steps, it is {higher:.3f} higher than the hybrid. The hybrid took" in text
-    assert f"The hybrid took {timed[1]['history']['seconds'][-1]:.0f} seconds, and" in text
-    copied = [own(again)["copied"]] + [short["final"][x]["copied"] for x in ("moba", "full")]
-    one, moba, dense = ([f"{x[y]:.2f}" for y in ("75%", "90%")] for x in copied)
+    assert above[0] > end[0] > below[0]
+    read, reads = (x["final"]["full"]["loss"] for x in (short, on_h100["short"]))
+    quote = f"same model ends {first - read:.3f} nats below full attention, and with seed 1"
+    assert f"{quote} {second - reads:.3f}, although" in text
+    copied = [own(again)["copied"]]
+    copied += [x["final"][y]["copied"] for x in (short, on_h100["short"]) for y in ("moba", "full")]
+    one, *others = ([f"{x[y]:.2f}" for y in ("75%", "90%")] for x in copied)
     assert f"({one[0]} with seed 1)" in text
     assert f"({one[1]} with seed 1)" in text
-    quote = f"has {moba[0]} and {moba[1]} with MoBA, and {dense[0]} and {dense[1]} with full"
-    assert quote in text
-    assert f"such a model ends {share} below it, with one seed, but copies less well." in page()
+    quote = "has {} and {} with MoBA, and {} and {} with full attention; with seed 1 {} and {}, and"
+    quote += " {} and {}."
+    assert quote.format(*(x for pair in others for x in pair)) in text
+    quote = f"H200, in contexts of 32K tokens, such a model ends {shares[0]} below it, and"
+    assert f"{quote} {shares[1]} with a second seed, but copies less well." in page()
     for depth in ("75%", "90%"):
         best = [own(x)["copied"][depth] for x in (full, again)]
         assert short["final"]["moba"]["copied"][depth] > max(best)
-    assert f"the loss of one seed ends {share} below full attention's." in page()
-    assert f"1,024 keys and sub-blocks: {first - least:.3f} less, one seed." in page()
+    quote = f"the loss ends {shares[0]} below full attention's, and {shares[1]} with a second seed."
+    assert quote in page()
+    quote = (
+        f"1,024 keys and sub-blocks: {first - least:.3f} and {second - last:.3f} less, two seeds."
+    )
+    assert quote in page()
     times = short["tokens"] / full["tokens"]
     quote = f"sub-blocks to the end and {times:.2f} times the tokens, {first - read:.3f} lower |"
     assert quote in page()
     row = next(x for x in table("This page shows") if x[1:3] == [PARTS, "1,024 of 32,768"])
-    assert row[3] == f"-{share}"
+    assert row[3] == f"-{shares[0].removesuffix(' %')} and -{shares[1]}"
 
 
-@pytest.fixture(scope="module")
-def seeds(finer_timed):
-    """Returns the losses of two seeds with sub-blocks on a few contexts, before the end."""
-    again = runs_of("from-scratch-32k-sub-blocks-h200")["64x16 sub8 32K longer seed 1"]
-    assert again["options"] == finer_timed[1]["options"] | {"seed": 1}
-    assert again["status"] == "stopped"
-    return again["steps"], [check(run, 3250)[0] for run in (finer_timed[1], again)]
-
-
-def test_the_text_names_the_seed_that_did_not_end(timed, finer_timed, seeds):
+def test_the_numbers_of_the_text_on_the_runs_on_h100_are_those_of_the_results(
+    timed, finer_timed, on_h100
+):
     text = section("### Loss in equal time", "### One KV")
-    steps, (first, second) = seeds
-    every = finer_timed[1]
-    quote = f"stopped after {steps:,} of its {every['steps']:,} steps, at a time limit. After 3,250"
+    full, hybrid, half = (on_h100[x] for x in ("full", "hybrid", "half"))
+    steps = [on_h100[x]["step_ms"] for x in ("short", "full")]
+    quote = "a step takes {:.0f} ms there, and {:.0f} ms with full attention."
+    assert quote.format(*steps) in text
+    seconds = {name: run["history"]["seconds"][-1] for name, run in on_h100.items()}
+    ratio = f"{seconds['short'] / seconds['full']:.2f} times"
+    quote = f"takes {seconds['short']:.0f} seconds, {ratio} as long as full attention."
     assert quote in text
-    assert f"its loss on 8 contexts is {second:.3f}, where seed 0 has {first:.3f}." in text
-    gain = own(timed[0])["loss"] - own(every)["loss"]
-    quote = f"The difference, {second - first:.3f}, is larger than the gain of *sub-blocks*,"
-    assert f"{quote} {gain:.3f}, so this gain may be chance." in text
-    assert second - first > gain
+    each = []
+    for run in (on_h100["short"], hybrid):
+        end = round(run["options"]["steps"] * 0.3)
+        first, last = (run["history"]["seconds"][x // 10 - 1] for x in (end // 2, end))
+        each.append(1e3 * (last - first) / (end - end // 2 // 10 * 10))
+    quote = "their second half takes {:.0f} ms for a step, and {:.0f} ms in *hybrid, sub-blocks*,"
+    assert quote.format(*each) in text
+    again, every, short = finer_timed
+    runs = (timed[0], again), (every, on_h100["every"]), (short, on_h100["short"])
+    losses = [[own(x)["loss"] for x in pair] for pair in runs]
+    gains = [x - y for x, y in zip(losses[0], losses[1], strict=True)]
+    quote = (
+        "ends {:.3f} nats below full attention with seed 0, and {:.3f} with seed 1, so this gain"
+    )
+    assert quote.format(*gains) in text
+    apart = [abs(x - y) for x, y in (losses[1], losses[2], losses[0])]
+    quote = "end {:.3f} apart, those of *sub-blocks, full while short* {:.3f}, and those of full"
+    assert f"{quote} attention {{:.3f}}.".format(*apart) in text
+
+    read = full["final"]["moba"]["loss"]
+    more = f"{100 * (read / own(full)['loss'] - 1):.1f} %"
+    quote = f"a loss of {read:.4f} if it reads with them, {read - own(full)['loss']:.3f} above its"
+    assert f"{quote} own loss on the H100, or {more}." in text
+    higher = f"{more} higher"
+    assert f"full attention's model has a loss {higher} if it reads with them." in page()
+    least = hybrid["final"]["full"]["loss"]
+    share = f"{100 * (1 - least / losses[0][0]):.1f} %"
+    times = hybrid["tokens"] / full["tokens"]
+    quote = f"it ends {losses[0][0] - least:.3f} nats or {share} lower, with one seed, after"
+    assert f"{quote} {times:.2f} times as many tokens." in text
+    quote = f"takes {seconds['hybrid']:.0f} seconds, and full attention {seconds['full']:.0f} on"
+    assert quote in text
+    copied = [x["final"]["full"]["copied"] for x in (hybrid, full)]
+    quote = "has losses of {:.2f} and {:.2f}, with full attention's model on this host {:.2f} and"
+    numbers = [x[depth] for x in copied for depth in ("75%", "90%")]
+    assert f"{quote} {{:.2f}}.".format(*numbers) in text
+    quote = f"read with full attention, ends {share} below it and copies as well, with one seed."
+    assert quote in page()
+    quote = f"{times:.2f} times the tokens, {losses[0][0] - least:.3f} lower; with sub-blocks to"
+    assert quote in page()
+    quote = f"stopped after {half['steps']:,} of its {half['options']['steps']:,} steps, at a time"
+    assert quote in text
+    ends = check(half, 2250)[0], check(full, 2250)[0]
+    assert "its loss is {:.3f}, and that of full attention {:.3f}".format(*ends) in text
 
 
-def test_the_numbers_of_the_text_on_equal_time_are_those_of_the_results(timed, equal, finer_timed):
+def test_the_numbers_of_the_text_on_equal_time_are_those_of_the_results(
+    timed, equal, finer_timed, on_h100
+):
     text = section("### Loss in equal time", "### One KV")
     full, hybrid = timed
     assert full["options"]["seed"] == hybrid["options"]["seed"]
@@ -180,20 +244,22 @@ def test_the_numbers_of_the_text_on_equal_time_are_those_of_the_results(timed, e
     assert f"If the difference at the end, {less:.3f}, holds" in text
     times = hybrid["tokens"] / full["tokens"]
     quote = f"with {times:.2f} times the tokens in the time of full attention, the loss is"
-    assert f"{quote} {less:.3f} lower; with sub-blocks to" in page()
+    assert f"{quote} {less:.3f} lower; with sub-blocks and" in page()
     assert f"stays behind**: {more:.3f} nats" in text
     assert f"{hybrid['tokens'] / full['tokens']:.2f} times as many tokens" in text
     steps = [run["step_ms"] for run in (*timed, finer_timed[2])]
-    quote = "takes {:.0f} ms with full attention, {:.0f} ms with 128 x 8, and {:.0f} ms with 64 x"
+    quote = "takes {:.0f} ms with full attention on an H200, {:.0f} ms with 128 x 8, and {:.0f} ms"
     assert quote.format(*steps) in text
-    compiled = [run["history"]["compile_seconds"] for run in (*timed, *finer_timed)]
+    later = [run for run in on_h100.values() if run["status"] == "done"]
+    compiled = [run["history"]["compile_seconds"] for run in (*timed, *finer_timed, *later)]
     assert f"with {min(compiled):.0f} to {max(compiled):.0f} seconds of compilation" in text
     again, *parts = finer_timed
+    bases = [own(full), own(again)]
     errors = [
-        max(error_of(run["final"][x], own(full)) for run in runs)
+        max(error_of(run["final"][x], bases[run["options"]["seed"]]) for run in runs)
         for x, runs in (
-            ("full", (hybrid, equal, *finer_timed)),
-            ("moba", parts),
+            ("full", (hybrid, equal, *parts, *later)),
+            ("moba", (*parts, *later)),
             ("moba", (full, hybrid, equal, again)),
         )
     ]
@@ -227,18 +293,19 @@ def test_the_numbers_of_the_text_on_equal_time_are_those_of_the_results(timed, e
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
-def test_pages_quote_the_equal_time(timed, finer_timed, seeds, name):
-    first, second = seeds[1]
-    full, run = timed[0], finer_timed[2]
+def test_pages_quote_the_equal_time(timed, finer_timed, on_h100, name):
+    full, again, run = timed[0], finer_timed[0], finer_timed[2]
     text = (ROOT / name).read_text()
-    less, least = (
-        f"{100 * (1 - run['final'][x]['loss'] / own(full)['loss']):.1f} % lower"
+    less, least, *others = (
+        f"{100 * (1 - one['final'][x]['loss'] / own(base)['loss']):.1f}"
+        for one, base in ((run, full), (on_h100["short"], again))
         for x in ("moba", "full")
     )
     assert f"reads {run['tokens'] / full['tokens']:.2f} times as many tokens" in text
-    quote = f"Its loss is {less} with MoBA at inference, and {least} with full attention."
+    quote = f"Its loss is {less} % lower with MoBA at inference, and {least} % lower with full"
+    assert (
+        f"{quote} attention. With a second seed, it is {others[0]} and {others[1]} % lower." in text
+    )
+    seconds = [x["history"]["seconds"][-1] for x in (on_h100["short"], on_h100["full"])]
+    quote = f"the second seed ran on an H100, in {seconds[0] / seconds[1]:.2f} times the time of"
     assert quote in text
-    apart = f"{100 * (second / first - 1):.1f} %"
-    assert 3250 / finer_timed[1]["options"]["steps"] == 5 / 6  # "five sixths of its steps"
-    quote = f"This is one seed; two seeds of a similar run differ by {apart} after five sixths of"
-    assert f"{quote} its steps. Queries" in text

@@ -7,6 +7,7 @@ import pytest
 
 from tests.results import own, page, report_of, runs_of, table
 
+SHORT = "64x16 sub8 full while short 32K"
 FULL, PLAIN, FINER, FINEST = "full", "64x16+sink", "64x16+sink+sub8", "32x32+sink+sub4"
 
 
@@ -68,7 +69,9 @@ def test_the_first_table_is_that_of_the_results(continued, control):
     ):
         of_full = found["full", FULL]
         rows.append([percent(own(runs[name])["loss"], full), found[name, read], of_full, 50])
-    rows.append(["", control[FINEST], control[FULL], 50])
+    read = runs_of("smollm2-continued-read-8k-h100")["full read 32x32 sub4"]["final"]
+    loss = percent(read["moba"]["loss"], read["full"]["loss"])
+    rows.append([loss, control[FINEST], control[FULL], 50])
     rows.append([percent(runs["64x16 sink hybrid"]["final"]["full"]["loss"], full)])
     alone, shared = (runs_of(f"smollm2-32k-{x}h100") for x in ("alone-", ""))
     models = report_of("smollm2-retrieval-32k-h100")["models"]
@@ -90,13 +93,20 @@ def test_the_first_table_is_that_of_the_results(continued, control):
     scratch |= runs_of("from-scratch-16k-h200") | runs_of("from-scratch-16k-more-h200")
     shown = "64x16", "64x16 sub8", "64x16 sub8 last 2 full", "512x8"
     rows += [[percent(own(scratch[x])["loss"], own(scratch["full"])["loss"])] for x in shown]
-    again = percent(*(own(scratch[f"{x} seed 1"])["loss"] for x in ("64x16 sub8", "full")))
-    rows[-3][0] = f"{rows[-3][0].removesuffix(' %')} and {again}"
+    scratch |= runs_of("from-scratch-16k-sub-blocks-seed-1-h100")
+    for row, name in zip(rows[-3:-1], shown[1:3], strict=True):
+        again = percent(*(own(scratch[f"{x} seed 1"])["loss"] for x in (name, "full")))
+        row[0] = f"{row[0].removesuffix(' %')} and {again}"
     timed = runs_of("from-scratch-32k-h200")
     full, hybrid = own(timed["full 32K"])["loss"], timed["128x8 hybrid 32K longer"]["final"]
     rows += [[percent(hybrid[x]["loss"], full)] for x in ("full", "moba")]
-    short = runs_of("from-scratch-32k-sub-blocks-h200")["64x16 sub8 full while short 32K"]
-    rows.append([percent(own(short)["loss"], full)])
+    equal = runs_of("from-scratch-32k-sub-blocks-h200") | runs_of(
+        "from-scratch-32k-sub-blocks-h100"
+    )
+    short = equal[SHORT]
+    again = percent(*(own(equal[f"{x} seed 1"])["loss"] for x in (SHORT, "full 32K")))
+    rows.append([f"{percent(own(short)['loss'], full).removesuffix(' %')} and {again}"])
+    rows.append([percent(equal["64x16 sub8 hybrid 32K"]["final"]["full"]["loss"], full)])
     expected = [[loss, f"{x[0]} of {x[2]} (full: {x[1]})" if x else ""] for loss, *x in rows]
     found = table("This page shows")
     assert [row[-2:] for row in found] == expected
@@ -116,9 +126,10 @@ def test_the_first_table_is_that_of_the_results(continued, control):
         cell = f"{attention}, {run['tokens'] / 1e6:.0f}M tokens"
         assert cells[1:3] == [cell, f"{keys:,} of {run['options']['length']:,}"]
     attention, keys = keys_of(timed["128x8 hybrid 32K longer"])
-    assert found[-2][1:3] == [f"hybrid, read with {attention}", f"{keys:,} of 32,768"]
+    assert found[-3][1:3] == [f"hybrid, read with {attention}", f"{keys:,} of 32,768"]
     attention, keys = keys_of(short)
-    assert found[-1][1:3] == [attention, f"{keys:,} of 32,768"]
+    assert found[-2][1:3] == [attention, f"{keys:,} of 32,768"]
+    assert keys_of(equal["64x16 sub8 hybrid 32K"]) == (attention, keys)  # "these sub-blocks"
     others = "sub-blocks", "hybrid", "last two layers"
     of_means = [x[3] for x in found if not any(y in x[1] for y in others)]
     losses = [float(y) for x in of_means for y in re.findall(r"\d+\.\d", x)]
@@ -148,11 +159,12 @@ def test_the_comparison_with_the_papers_quotes_the_results(continued, control):
     last += [own((later | more)[x])["last"] - full["last"] for x in names]
     other_full = own(later["full seed 1"])
     seeds = [own(x) for x in runs_of("from-scratch-16k-seed-1-h100").values()]
-    seeds += [own(more[f"{x} seed 1"]) for x in names[:2]]
+    more |= runs_of("from-scratch-16k-sub-blocks-seed-1-h100")
+    seeds += [own(more[f"{x} seed 1"]) for x in names]
     last += [x["last"] - other_full["last"] for x in seeds]
     assert f"Confirmed: {min(last):.3f} to {max(last):.3f} from scratch. With two full" in text
     grows = [increases(x, other_full) for x in seeds]
-    assert [x[-1] == max(x) for x in grows] == [True, True, True, False]
+    assert [x[-1] == max(x) for x in grows] == [True, True, True, False, False]
     again = runs_of("smollm2-continued-seed-1-8k-h200")
     pairs = (
         (runs["32x32 sink sub4"], runs["full"]),

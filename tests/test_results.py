@@ -308,7 +308,8 @@ def test_pages_quote_the_results(settings, name):
 
 def second_seeds():
     """Returns the runs from scratch with seed 1 by their names in the table."""
-    files = [f"from-scratch-16k-{x}" for x in ("h200", "seed-1-h100", "more-h200")]
+    parts = ("h200", "seed-1-h100", "more-h200", "sub-blocks-seed-1-h100")
+    files = [f"from-scratch-16k-{x}" for x in parts]
     assert len({json.dumps(report_of(name)["corpus"]) for name in files}) == 1
     runs = {x: run for name in files for x, run in runs_of(name).items() if x.endswith(" seed 1")}
     assert {x["options"]["seed"] for x in runs.values()} == {1}
@@ -373,7 +374,7 @@ def test_the_numbers_of_the_text_on_later_runs_are_those_of_the_results(trained,
     other_full = own(again["full, seed 1"])["loss"]
     seconds = {
         x: own(again[f"{x}, seed 1"])["loss"] - other_full
-        for x in ("128 x 8", *(LATER[y] for y in shown[1:3]))
+        for x in ("128 x 8", *(LATER[y] for y in shown[1:]))
     }
     assert f"With seed 1, the gap with sub-blocks is {seconds[LATER['64x16 sub8']]:.3f};" in text
     quote = "and with seed 1 {:.3f} instead of {:.3f}. These"
@@ -381,7 +382,9 @@ def test_the_numbers_of_the_text_on_later_runs_are_those_of_the_results(trained,
     pairs = [(f"{gaps[x][0]:.3f}", f"{y:.3f}") for x, y in seconds.items()]
     quote = "seed 0 and seed 1 are {} and {} with 128 x 8, {} and {} with 64 x 16 and sub-blocks,"
     assert quote.format(*pairs[0], *pairs[1]) in text
-    assert "and {} and {} with 128 x 8 and two full layers.".format(*pairs[2]) in text
+    quote = "{} and {} with 128 x 8 and two full layers, and {} and {} with 64 x 16, sub-blocks"
+    assert quote.format(*pairs[2], *pairs[3]) in text
+    assert pairs[3][0] == pairs[3][1]  # "with 64 x 16 and each of two seeds"
     assert f"Its gap is {coarse[0]:.3f}. In the last 2,048 tokens, it is {coarse[1]:.3f}." in text
     plain = gaps["64 x 16"]
     quote = f"{parts[0]:.3f} nats above full attention, and without them {plain[0]:.3f}; in the"
@@ -394,7 +397,7 @@ def test_the_numbers_of_the_text_on_later_runs_are_those_of_the_results(trained,
     assert f"and {coarser:.3f} above it without such layers." in hybrids
     quote = f"leave a gap of {layers[0]:.3f} instead of {coarser:.3f} nats with 128 x 8,"
     quote += " sub-blocks of 8 leave the same gap with 64 x 16, and both together"
-    assert f"{quote} {together[0]:.3f}." in page()
+    assert f"{quote} {together[0]:.3f}, also with a second seed." in page()
     assert f"{layers[0]:.3f}" == f"{parts[0]:.3f}"
     less, more = (f"{100 * x[0] / full['loss']:.1f}" for x in (parts, plain))
     again_less = f"{100 * seconds[LATER['64x16 sub8']] / other_full:.1f} %"
@@ -406,7 +409,9 @@ def test_the_numbers_of_the_text_on_later_runs_are_those_of_the_results(trained,
     assert f" and {seconds[LATER['64x16 sub8']]:.3f} with 1,024 and sub-blocks of 8, two" in page()
     less = seconds["128 x 8"] - seconds[LATER["128x8 last 2 full"]]
     quote = f"from scratch, with two of eight, by {coarser - layers[0]:.3f} and {less:.3f} with two"
-    assert f"{quote} seeds, and by {parts[0] - together[0]:.3f} with sub-blocks |" in page()
+    finer = seconds[LATER["64x16 sub8"]] - seconds[LATER["64x16 sub8 last 2 full"]]
+    quote += f" seeds, and by {parts[0] - together[0]:.3f} and {finer:.3f} with sub-blocks |"
+    assert quote in page()
     copied = [own(run)["copied"]["50%"] for run in (later[LATER["64x16 sub8"]], trained["64 x 16"])]
     quote = "at 50 %, the loss with 64 x 16 is {:.2f} instead of {:.2f}."
     assert quote.format(*copied) in page()
@@ -450,6 +455,8 @@ def test_the_numbers_of_the_text_on_training_are_those_of_the_results(trained, c
     }
     assert abs(changes.pop("128 x 8, last two layers full, seed 1")) < 0.001
     assert changes.pop("full, seed 1") == pytest.approx(other_full - full["loss"])
+    lower = -changes.pop("64 x 16, sub-blocks of 8, last two layers full, seed 1")
+    assert f"64 x 16 with sub-blocks and two full layers by {lower:.3f}, and lowers" in text
     changes = changes.values()
     assert (
         f"raises the loss of MoBA without full layers by {min(changes):.3f} to {max(changes):.3f}"
@@ -473,8 +480,8 @@ def test_the_numbers_of_the_text_on_training_are_those_of_the_results(trained, c
         closed.append(100 * (1 - gaps[1] / gaps[0]))
     assert f"closes {min(closed):.0f} to {max(closed):.0f} % of the gap" in text
     quote = "it removes {:.0f} % of the gap of 128 x 8, {:.0f} % with the key convolution, {:.0f} %"
-    quote += " with sub-blocks and {:.0f} % with two full layers."
-    assert quote.format(*closed[-4:]) in text
+    quote += " with sub-blocks, {:.0f} % with two full layers and {:.0f} % with both."
+    assert quote.format(*closed[-5:]) in text
     shown = [run for name, run in complete.items() if "convolution" not in name]
     copied = [x["final"]["full"]["copied"] for x in shown]
     for depth in ("90%", "25%"):
