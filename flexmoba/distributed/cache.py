@@ -1,6 +1,7 @@
 """`ShardedMobaCache`: a cache whose blocks are spread over the ranks of a mesh."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -158,24 +159,22 @@ class ShardedMobaCache:
             lengths = agree_on_lengths(k, self.mesh)
         ranks = Ranks(self.mesh.get_group(), self._rank, tuple(lengths))
         self._check_room(ranks.total)
-        positions = [
-            torch.arange(first, first + length) + self.length
-            for first, length in zip(ranks.firsts, ranks.lengths, strict=True)
-        ]
-        owner = self._owner(positions[self._rank])
-        order = owner.argsort(stable=True).to(k.device)
-        sent = torch.bincount(owner, minlength=self._ranks).tolist()
-        mine = [x[self._owner(x) == self._rank] for x in positions]
-        place = self._place(torch.cat(mine)).to(k.device)
+        bounds = [self.length + x for x in (*ranks.firsts, ranks.total)]
+        everyone, mine = range(self._ranks), [self._tokens(x, self._rank) for x in bounds]
+        begin, end = bounds[self._rank], bounds[self._rank + 1]
+        sent = [self._tokens(end, r) - self._tokens(begin, r) for r in everyone]
+        # On the device, because the host would take longer to sort than the exchange.
+        order = self._owner(torch.arange(begin, end, device=k.device)).argsort(stable=True)
         for head in range(k.shape[1]):
             both = torch.cat([k[:, head], v[:, head]], dim=-1).transpose(0, 1)  # (L, B, D + Dv)
             size = both.shape[1] * both.shape[2]
-            received = [size * len(x) for x in mine]
+            received = [size * (last - first) for first, last in pairwise(mine)]
             parts = both.index_select(0, order).flatten()
             exchange = all_to_all(parts, [size * n for n in sent], received, ranks.group)
             found = exchange.wait().view(-1, *both.shape[1:]).transpose(0, 1)
-            self.k[:, head].index_copy_(1, place, found[..., : k.shape[3]])
-            self.v[:, head].index_copy_(1, place, found[..., k.shape[3] :])
+            # The tokens of this rank are adjacent in its storage, in the order of positions.
+            self.k[:, head, mine[0] : mine[-1]] = found[..., : k.shape[3]]
+            self.v[:, head, mine[0] : mine[-1]] = found[..., k.shape[3] :]
         first = self.length // self.block_size
         self.length += ranks.total
         self._share_means(first, self.length // self.block_size)
@@ -352,6 +351,12 @@ class ShardedMobaCache:
     def _means_of(self, first: int, end: int) -> Tensor:
         """Returns the mean keys of blocks ``first`` to ``end - 1``, a view."""
         return self.means[:, :, first * self.sub_blocks : end * self.sub_blocks]
+
+    def _tokens(self, end: int, rank: int) -> int:
+        """Returns the number of tokens before a position that a rank has."""
+        rounds, rest = divmod(end, self.block_size * self._ranks)
+        rest -= rank * self.block_size
+        return rounds * self.block_size + min(max(rest, 0), self.block_size)
 
     def _owner(self, positions: Tensor) -> Tensor:
         """Returns the rank of each token."""
