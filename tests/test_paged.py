@@ -166,6 +166,8 @@ def batch_of(new=(0, 1), lengths=(5,), table=((0, 1),), tokens=1, dtype=torch.in
          ValueError, "page of 4 keys must divide .* mean keys of 8; allocate block_size / gate_"),
         (lambda: append_paged(X, X, PAGES._replace(means=torch.zeros(3, 2, 0, 8)), SLOT),
          ValueError, "mean keys of 0; allocate"),
+        (lambda: append_paged(X, X, PAGES._replace(k=PAGES.k[:, :, :0], v=PAGES.v[:, :, :0]), SLOT),
+         ValueError, r"at least one key, got keys of shape \(3, 2, 0, 8\); allocate"),
         (lambda: append_paged(X, X, PAGES._replace(means=torch.zeros(3, 1, 2, 8)), SLOT),
          ValueError, r"or \(pages, Hkv, sub_blocks, D\), got .*\(3, 1, 2, 8\); call"),
         (lambda: append_paged(X, X, PAGES, SLOT.int()), ValueError, "got torch.int32 of shape"),

@@ -55,6 +55,11 @@ def check_pages(pages: Pages) -> None:
             f"{shapes[0]}, {shapes[1]} and {shapes[2]}; call .transpose(1, 2) on token-major pages "
             "(pages, block_size, Hkv, D)"
         )
+    if pages.block_size == 0:
+        raise ValueError(
+            f"a page must hold at least one key, got keys of shape {shapes[0]}; allocate block_size "
+            "keys for each page"
+        )
     if pages.sub_blocks == 0 or pages.block_size % pages.sub_blocks != 0:
         raise ValueError(
             f"a page of {pages.block_size} keys must divide evenly into sub-blocks, got mean keys "
