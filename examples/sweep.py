@@ -1,9 +1,9 @@
 """Train one small GPT for each way to attend, side by side on several GPUs, and compare.
 
-Every configuration is a run of train.py with the same seed, contexts and number of tokens. Each
-GPU takes the next one of the list as soon as it is free. After --minutes all stop with a
-checkpoint in --work; the same command goes on from there, unfinished runs first. A run that fails
-stops no other. --results is written anew every few seconds:
+Every configuration is a run of train.py with the same seed, contexts and number of tokens, unless
+its name says otherwise. Each GPU takes the next one of the list as soon as it is free. After
+--minutes all stop with a checkpoint in --work; the same command goes on from there, unfinished runs
+first. A run that fails stops no other. --results is written anew every few seconds:
 
   {"corpus": ..., "smoke": {name: ...}, "runs": {name: {"status": ..., "final": ..., ...}}}
 

@@ -125,7 +125,7 @@ def test_the_numbers_of_the_text_on_continued_training_are_those_of_the_results(
     finer = read["loss"] - full["loss"]
     quote = f"reads with 64 x 16 is {untrained:.3f} higher, and with 32 x 32 and sub-blocks of 4"
     assert f"{quote} {finer:.4f}." in text
-    quote = f"with 32 x 32 and sub-blocks of 4, {gaps[FINEST]:.3f} and {finer:.3f}."
+    quote = f"with 32 x 32 and sub-blocks of 4, {gaps[FINEST]:.3f} and {finer:.3f}, a"
     assert quote in page()
     checked = {}
     for name, run in continued.items():

@@ -103,6 +103,11 @@ def test_the_table_of_equal_time_is_that_of_the_results(timed, equal, finer_time
     assert table("### Loss in equal time") == rows
 
 
+def seconds_of(run):
+    """Returns the seconds of all steps."""
+    return run["history"]["seconds"][-1]
+
+
 def check(run, step):
     """Returns the loss of a run on a few contexts after a step, and the seconds until then."""
     loss = next(y for x, y, _ in run["history"]["checks"] if x == step)
@@ -150,23 +155,29 @@ def test_the_numbers_of_the_text_on_sub_blocks_in_equal_time_are_those_of_the_re
     assert f"{quote} {second - reads:.3f}, although" in text
     copied = [own(again)["copied"]]
     copied += [x["final"][y]["copied"] for x in (short, on_h100["short"]) for y in ("moba", "full")]
+    copied += [own(x)["copied"] for x in (every, on_h100["every"])]
     one, *others = ([f"{x[y]:.2f}" for y in ("75%", "90%")] for x in copied)
     assert f"({one[0]} with seed 1)" in text
     assert f"({one[1]} with seed 1)" in text
     quote = "has {} and {} with MoBA, and {} and {} with full attention; with seed 1 {} and {}, and"
-    quote += " {} and {}."
+    quote += " {} and {}. With sub-blocks in all steps, the model has {} and {} with MoBA, and"
+    quote += " with seed 1 {} and {}."
     assert quote.format(*(x for pair in others for x in pair)) in text
-    quote = f"H200, in contexts of 32K tokens, such a model ends {shares[0]} below it, and"
-    assert f"{quote} {shares[1]} with a second seed, but copies less well." in page()
+    assert (
+        f"in contexts of 32K tokens, such a model ends {shares[0]} below it on an H200." in page()
+    )
+    longer = f"{seconds_of(on_h100['short']) / seconds_of(on_h100['full']):.2f} times the time"
+    quote = f"With a second seed, on an H100 and in {longer}, it ends {shares[1]} below it."
+    assert quote in page()
     for depth in ("75%", "90%"):
         best = [own(x)["copied"][depth] for x in (full, again)]
         assert short["final"]["moba"]["copied"][depth] > max(best)
-    quote = f"the loss ends {shares[0]} below full attention's, and {shares[1]} with a second seed."
-    assert quote in page()
-    quote = (
-        f"1,024 keys and sub-blocks: {first - least:.3f} and {second - last:.3f} less, two seeds."
-    )
-    assert quote in page()
+    quote = f"the loss ends {shares[0]} below full attention's; a second seed, on an H100 in"
+    assert f"{quote} {longer}, ends {shares[1]} below it." in page()
+    quote = f"1,024 keys and sub-blocks: {first - least:.3f} less on an H200; with seed 1, in"
+    assert f"{quote} {longer} on an H100, {second - last:.3f} less." in page()
+    for name in ("docs/gates.md", "docs/hybrid.md"):
+        assert f"a second seed took {longer}" in page(name)
     times = short["tokens"] / full["tokens"]
     quote = f"sub-blocks to the end and {times:.2f} times the tokens, {first - read:.3f} lower |"
     assert quote in page()
@@ -180,18 +191,22 @@ def test_the_numbers_of_the_text_on_the_runs_on_h100_are_those_of_the_results(
     text = section("### Loss in equal time", "### One KV")
     full, hybrid, half = (on_h100[x] for x in ("full", "hybrid", "half"))
     steps = [on_h100[x]["step_ms"] for x in ("short", "full")]
-    quote = "a step takes {:.0f} ms there, and {:.0f} ms with full attention."
-    assert quote.format(*steps) in text
-    seconds = {name: run["history"]["seconds"][-1] for name, run in on_h100.items()}
+    quote = "a step takes {:.0f} ms there, and {:.0f} ms with full attention: it is {:.2f} times"
+    faster = [full["step_ms"] / on_h100["short"]["step_ms"]]
+    faster.append(timed[0]["step_ms"] / finer_timed[2]["step_ms"])
+    assert f"{quote} as fast, and {{:.2f}} times on".format(*steps, *faster) in text
+    seconds = {name: seconds_of(run) for name, run in on_h100.items()}
     ratio = f"{seconds['short'] / seconds['full']:.2f} times"
-    quote = f"takes {seconds['short']:.0f} seconds, {ratio} as long as full attention."
+    quote = f"takes {seconds['short']:.0f} seconds, {ratio} as long as full attention with seed 0."
     assert quote in text
     each = []
     for run in (on_h100["short"], hybrid):
         end = round(run["options"]["steps"] * 0.3)
         first, last = (run["history"]["seconds"][x // 10 - 1] for x in (end // 2, end))
         each.append(1e3 * (last - first) / (end - end // 2 // 10 * 10))
-    quote = "their second half takes {:.0f} ms for a step, and {:.0f} ms in *hybrid, sub-blocks*,"
+    quote = (
+        "the second half of them takes {:.0f} ms for a step, and {:.0f} ms in *hybrid, sub-blocks*,"
+    )
     assert quote.format(*each) in text
     again, every, short = finer_timed
     runs = (timed[0], again), (every, on_h100["every"]), (short, on_h100["short"])
@@ -205,12 +220,34 @@ def test_the_numbers_of_the_text_on_the_runs_on_h100_are_those_of_the_results(
     quote = "end {:.3f} apart, those of *sub-blocks, full while short* {:.3f}, and those of full"
     assert f"{quote} attention {{:.3f}}.".format(*apart) in text
 
+    pair = [own(run)["last"] for run in (on_h100["every"], again)]
+    error = error_of(own(on_h100["every"]), own(again), "last_by_window")
+    quote = "*sub-blocks* with seed 1 is {:.3f} above full attention, with a standard error of"
+    assert f"{quote} {{:.3f}}.".format(pair[0] - pair[1], error) in text
+    ends = [check(run, x) for run, x in ((hybrid, 3250), (full, 2250), (full, 2500))]
+    ends.append(check(on_h100["short"], 3500))
+    quote = (
+        "*hybrid, sub-blocks* has {:.3f} after {:.0f} seconds, and full attention {:.3f}. The run"
+    )
+    assert quote.format(*ends[0], ends[1][0]) in text
+    assert abs(ends[0][1] - ends[1][1]) < 1
+    quote = (
+        "has {:.3f} after {:.0f} seconds, and full attention with seed 0 has {:.3f} after {:.0f}."
+    )
+    assert quote.format(*ends[3], *ends[2]) in text
+
     read = full["final"]["moba"]["loss"]
     more = f"{100 * (read / own(full)['loss'] - 1):.1f} %"
-    quote = f"a loss of {read:.4f} if it reads with them, {read - own(full)['loss']:.3f} above its"
-    assert f"{quote} own loss on the H100, or {more}." in text
+    quote = f"it has a loss of {read:.4f}, {read - own(full)['loss']:.3f} or {more} above its own"
+    assert f"{quote} loss on the H100, and the copied span" in text
+    copied = [full["final"][x]["copied"][y] for x in ("moba", "full") for y in ("75%", "90%")]
+    assert "has {:.2f} and {:.2f} instead of {:.2f} and {:.2f}.".format(*copied) in text
     higher = f"{more} higher"
-    assert f"full attention's model has a loss {higher} if it reads with them." in page()
+    assert (
+        f"Full attention's model has a loss {higher} if it reads with these sub-blocks." in page()
+    )
+    quote = f"Full attention's model from scratch has a loss {higher} if it reads with these"
+    assert quote in page("docs/gates.md")
     least = hybrid["final"]["full"]["loss"]
     share = f"{100 * (1 - least / losses[0][0]):.1f} %"
     times = hybrid["tokens"] / full["tokens"]
@@ -222,14 +259,31 @@ def test_the_numbers_of_the_text_on_the_runs_on_h100_are_those_of_the_results(
     quote = "has losses of {:.2f} and {:.2f}, with full attention's model on this host {:.2f} and"
     numbers = [x[depth] for x in copied for depth in ("75%", "90%")]
     assert f"{quote} {{:.2f}}.".format(*numbers) in text
-    quote = f"read with full attention, ends {share} below it and copies as well, with one seed."
+    longer = f"{seconds['hybrid'] / seconds['full']:.2f} times the time"
+    quote = f"ends {share} below it in {longer}, and copies as well, with one seed."
     assert quote in page()
+    assert f"ends below it in {longer}, and copies as well" in page("docs/hybrid.md")
+    ratios = [f"{seconds[x] / seconds['full']:.2f}" for x in ("short", "hybrid")]
+    assert "ran on an H100, in {} and {} times the time of full".format(*ratios) in page()
+    read, copied = own(hybrid)["loss"], own(hybrid)["copied"]
+    quote = f"hybrid ends {losses[0][0] - read:.3f} lower, and the span has {copied['75%']:.2f}"
+    assert f"{quote} and {copied['90%']:.2f}." in text
+    quote = f"is then {read - losses[2][0]:.3f} behind the model with sub-blocks to the end, which"
+    assert f"{quote} read {short['tokens'] / hybrid['tokens']:.2f} times as many tokens." in page()
     quote = f"{times:.2f} times the tokens, {losses[0][0] - least:.3f} lower; with sub-blocks to"
     assert quote in page()
     quote = f"stopped after {half['steps']:,} of its {half['options']['steps']:,} steps, at a time"
     assert quote in text
-    ends = check(half, 2250)[0], check(full, 2250)[0]
-    assert "its loss is {:.3f}, and that of full attention {:.3f}".format(*ends) in text
+    ends = [next(x for x in run["history"]["checks"] if x[0] == 2250)[1:] for run in (half, full)]
+    quote = "its loss is {:.3f}, and that of full attention {:.3f} on the same host; in the last"
+    assert quote.format(*(x[0] for x in ends)) in text
+    assert "4,096 tokens, they are {:.3f} and {:.3f}.".format(*(x[1] for x in ends)) in text
+    stopped = runs_of("from-scratch-32k-sub-blocks-h200")["64x16 sub8 32K longer seed 1"]
+    quote = f"last of these at step {stopped['steps']:,}, after {seconds_of(stopped):.0f} seconds."
+    assert quote in page()
+    for name in ("checks", "loss_of_10_steps"):
+        equal = stopped["history"][name], on_h100["every"]["history"][name]
+        assert equal[0] == equal[1][: len(equal[0])]
 
 
 def test_the_numbers_of_the_text_on_equal_time_are_those_of_the_results(
@@ -265,6 +319,11 @@ def test_the_numbers_of_the_text_on_equal_time_are_those_of_the_results(
     ]
     quote = "is at most {:.3f} nats for models that read with full attention, {:.3f} with sub-"
     assert f"{quote}blocks, and {{:.3f}} with 128 x 8;".format(*errors) in text
+    last = [
+        error_of(run["final"]["moba"], bases[run["options"]["seed"]], "last_by_window")
+        for run in (*parts, *later)
+    ]
+    assert f"In the last 4,096 tokens, it is at most {max(last):.3f} with sub-blocks." in text
     gaps = [equal["final"][x]["loss"] - own(full)["loss"] for x in ("full", "moba")]
     assert f"the hybrid ends {gaps[0]:.3f} nats higher** with full" in text
     assert f"and {gaps[1]:.3f} with 128 x 8." in text
@@ -307,5 +366,6 @@ def test_pages_quote_the_equal_time(timed, finer_timed, on_h100, name):
         f"{quote} attention. With a second seed, it is {others[0]} and {others[1]} % lower." in text
     )
     seconds = [x["history"]["seconds"][-1] for x in (on_h100["short"], on_h100["full"])]
-    quote = f"the second seed ran on an H100, in {seconds[0] / seconds[1]:.2f} times the time of"
-    assert quote in text
+    quote = f"the second one ran on an H100, in {seconds[0] / seconds[1]:.2f} times the time."
+    longer = f"{seconds_of(run) / seconds_of(full):.2f} times the time of full attention on an H200"
+    assert f"takes {longer}; {quote}" in text

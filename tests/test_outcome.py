@@ -153,18 +153,21 @@ def test_the_comparison_with_the_papers_quotes_the_results(continued, control):
     quote = "not confirmed: {:.3f} and {:.3f} more with 1,024 keys, {:.3f} with 4,096,"
     assert quote.format(*(gaps[x][0] for x in ("64x16", "128x8", "512x8"))) in text
     later = runs_of("from-scratch-16k-h200")
-    last = [x[1] for x in gaps.values()]
     more = runs_of("from-scratch-16k-more-h200")
     names = "64x16 sub8", "128x8 last 2 full", "64x16 sub8 last 2 full"
-    last += [own((later | more)[x])["last"] - full["last"] for x in names]
     other_full = own(later["full seed 1"])
     seeds = [own(x) for x in runs_of("from-scratch-16k-seed-1-h100").values()]
     more |= runs_of("from-scratch-16k-sub-blocks-seed-1-h100")
     seeds += [own(more[f"{x} seed 1"]) for x in names]
-    last += [x["last"] - other_full["last"] for x in seeds]
-    assert f"Confirmed: {min(last):.3f} to {max(last):.3f} from scratch. With two full" in text
-    grows = [increases(x, other_full) for x in seeds]
-    assert [x[-1] == max(x) for x in grows] == [True, True, True, False, False]
+    pairs = [(own(x), full) for x in (scratch | later | more).values() if x["options"]["seed"] == 0]
+    grows = [increases(*x) for x in pairs[1:]] + [increases(x, other_full) for x in seeds]
+    last = [x[-1] for x in grows if x[-1] == max(x)]
+    quote = f"Confirmed in {len(last)} of {len(grows)} runs from scratch: {min(last):.3f} to"
+    assert f"{quote} {max(last):.3f} in the last eighth" in text
+    others = [(max(x), x[-1]) for x in grows if x[-1] < max(x)]
+    quote = "{:.3f} instead of {:.3f} with the key convolution and seed 0, and with seed 1 and two"
+    quote += " full layers {:.3f} instead of {:.3f}, and {:.3f} instead of {:.3f} with sub-blocks |"
+    assert quote.format(*(x for pair in others for x in pair)) in text
     again = runs_of("smollm2-continued-seed-1-8k-h200")
     pairs = (
         (runs["32x32 sink sub4"], runs["full"]),

@@ -396,8 +396,9 @@ def test_the_numbers_of_the_text_on_later_runs_are_those_of_the_results(trained,
     assert f"ends [{layers[0]:.3f} nats above full attention's loss]" in hybrids
     assert f"and {coarser:.3f} above it without such layers." in hybrids
     quote = f"leave a gap of {layers[0]:.3f} instead of {coarser:.3f} nats with 128 x 8,"
-    quote += " sub-blocks of 8 leave the same gap with 64 x 16, and both together"
-    assert f"{quote} {together[0]:.3f}, also with a second seed." in page()
+    quote += " sub-blocks of 8 leave the same gap with 64 x 16 (with a second seed, {} and {}), and"
+    quote = quote.format(pairs[2][1], pairs[1][1])
+    assert f"{quote} both together {together[0]:.3f} with each of two seeds." in page()
     assert f"{layers[0]:.3f}" == f"{parts[0]:.3f}"
     less, more = (f"{100 * x[0] / full['loss']:.1f}" for x in (parts, plain))
     again_less = f"{100 * seconds[LATER['64x16 sub8']] / other_full:.1f} %"
