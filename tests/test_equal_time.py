@@ -272,7 +272,7 @@ def test_the_numbers_of_the_text_on_the_runs_on_h100_are_those_of_the_results(
     assert f"{quote} read {short['tokens'] / hybrid['tokens']:.2f} times as many tokens." in page()
     quote = f"{times:.2f} times the tokens, {losses[0][0] - least:.3f} lower; with sub-blocks to"
     assert quote in page()
-    quote = f"stopped after {half['steps']:,} of its {half['options']['steps']:,} steps, at a time"
+    quote = f"stopped it after {half['steps']:,} of its {half['options']['steps']:,} steps."
     assert quote in text
     ends = [next(x for x in run["history"]["checks"] if x[0] == 2250)[1:] for run in (half, full)]
     quote = "its loss is {:.3f}, and that of full attention {:.3f} on the same host; in the last"

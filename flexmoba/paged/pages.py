@@ -57,8 +57,8 @@ def check_pages(pages: Pages) -> None:
         )
     if pages.block_size == 0:
         raise ValueError(
-            f"a page must hold at least one key, got keys of shape {shapes[0]}; allocate block_size "
-            "keys for each page"
+            f"a page must hold at least one key, got keys of shape {shapes[0]}; allocate "
+            "block_size keys for each page"
         )
     if pages.sub_blocks == 0 or pages.block_size % pages.sub_blocks != 0:
         raise ValueError(
