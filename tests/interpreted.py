@@ -6,13 +6,12 @@ The file needs its own process, because Triton selects its interpreter when it i
 import functools
 import importlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,7 +26,12 @@ from flexmoba.backends.options import AttentionOptions
 from flexmoba.cache.append import append_scattered
 from flexmoba.cache.append_kernels import append_on_cuda
 from flexmoba.cache.decode import attend_gathered
-from flexmoba.cache.kernels import attend_step_on_cuda, select_step_on_cuda, split_size
+from flexmoba.cache.kernels import (
+    attend_step_on_cuda,
+    attend_to_selected_on_cuda,
+    select_step_on_cuda,
+    split_size,
+)
 from flexmoba.cache.options import CachedCall
 from flexmoba.distributed import ShardedMobaCache
 from flexmoba.gate.kernel import rows_of_a_tile, select_on_cuda
@@ -45,7 +49,7 @@ from flexmoba.paged.append import append_scattered as append_to_pages
 from flexmoba.paged.append_kernels import append_on_cuda as append_to_pages_on_cuda
 from flexmoba.paged.attention import attend_steps_gathered
 from flexmoba.paged.kernels import attend_steps_on_cuda
-from flexmoba.reference import reference_selection
+from flexmoba.reference import reference_attention, reference_mask, reference_selection
 from flexmoba.selection import BlockSelection
 from flexmoba.sequence.kernel import move_on_cuda
 from tests import bounds, emulated, interpreter
@@ -987,36 +991,52 @@ def test_the_selection_of_a_step_is_that_of_the_gate(
         assert_bitwise_equal(as_bools(every_query, n_blocks - i), expected)
 
 
-def test_steps_of_a_cache_over_ranks(monkeypatch):
-    q, k, v = variant(q_len=290, block_size=2).tied_tensors()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        sizes = {"block_size": 8, "gate_block_size": 2, "max_len": 300, "dtype": q.dtype}
-        caches = [ShardedMobaCache(mesh, 1, 2, 16, **sizes) for _ in range(2)]
-        for cache in caches:
-            cache.append_shard(k[:, :, :240], v[:, :, :240])
-        end, selected = 240, []
+@pytest.mark.parametrize(("ranks", "prompt"), [(1, 240), (2, 240), (3, 3)])
+def test_steps_of_a_cache_over_ranks(monkeypatch, ranks, prompt):
+    """Computes the partial output of one rank after the other, and merges them."""
+    by_kernels = []
 
-        def select(rows, means, positions, call):
-            selected.append(positions.shape[1])
-            return select_step_on_cuda(rows, means, positions, call)
+    def attend(q, *rest):
+        by_kernels.append(q.shape[2])
+        return attend_to_selected_on_cuda(q, *rest)
 
-        monkeypatch.setattr("flexmoba.cache.kernels.select_step_on_cuda", select)
-        steps = (1, "token"), (16, "group"), (2, "token"), (17, "token"), (9, "token")
-        for n, gate_name in steps:
-            new = [x[:, :, end : end + n] for x in (q, k, v)]
-            options = {"topk": 6, "gate": gate_name, "sink_blocks": 1, "local_blocks": 1}
-            plain = caches[0].attend(*new, **options)
-            with monkeypatch.context() as patch:
-                patch.setattr("flexmoba.distributed.cache.has_kernels", lambda *_: True)
-                by_kernels = caches[1].attend(*new, **options)
-            for actual, expected in zip(by_kernels, plain, strict=True):
-                assert_bitwise_equal(actual, expected)
-            end += n
-        assert selected == [1, 16, 2, 9]
-    finally:
-        dist.destroy_process_group()
+    monkeypatch.setattr("flexmoba.cache.kernels.attend_to_selected_on_cuda", attend)
+    monkeypatch.setattr("flexmoba.cache.kernels._CHUNK", 5)  # a block of 8 keys has two chunks
+    monkeypatch.setattr("flexmoba.distributed.cache.MAX_STEP_QUERIES", 6)
+    monkeypatch.setattr("flexmoba.distributed.cache.has_kernels", lambda *_: True)
+    monkeypatch.setattr("flexmoba.distributed.cache.check_mesh", lambda _: None)
+    monkeypatch.setattr(ShardedMobaCache, "_merged", lambda _, *partial: partial)
+    problem = variant(
+        batch=2, q_len=260, kv_len=260, block_size=2, value_dim=24, dtype=torch.float32
+    )
+    q, k, v = problem.tied_tensors()
+    sizes = {"block_size": 8, "gate_block_size": 2, "max_len": 270, "value_dim": 24}
+    caches = []
+    for rank in range(ranks):
+        mesh = SimpleNamespace(get_local_rank=lambda x=rank: x, size=lambda: ranks)
+        caches.append(ShardedMobaCache(mesh, 2, 2, 16, **sizes, device="cpu"))
+        caches[-1].k.fill_(torch.nan)
+        caches[-1].v.fill_(torch.nan)
+        caches[-1]._append(k[:, :, :prompt], v[:, :, :prompt])
+    first = prompt
+    for n, per in ((1, "token"), (6, "group"), (7, "token"), (3, "token")):
+        end = first + n
+        new = q[:, :, first:end], k[:, :, first:end], v[:, :, first:end]
+        forced = {"gate": per, "sink_blocks": 1, "local_blocks": 1}
+        partials = [cache.attend(*new, 5, **forced) for cache in caches]
+        outs, lses = (torch.stack(x) for x in zip(*partials, strict=True))
+        lse = lses.logsumexp(0)
+        out = (outs * (lses - lse).exp()[..., None]).sum(0)
+        keys = k[:, :, :end]
+        selected = reference_selection(
+            new[0], keys, 8, 5, is_causal=True, gate_block_size=2, **forced
+        )
+        mask = reference_mask(selected, 8, end, is_causal=True)
+        expected = reference_attention(new[0], keys, v[:, :, :end], mask)
+        for actual, x in zip((out, lse), expected, strict=True):
+            torch.testing.assert_close(actual, x)
+        first = end
+    assert by_kernels == [n for n in (1, 6, 3) for _ in caches]
 
 
 @pytest.mark.parametrize(

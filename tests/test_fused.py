@@ -245,7 +245,7 @@ import sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from flexmoba import gate
-from flexmoba.cache import CachedCall, kernels as steps
+from flexmoba.cache import CachedCall, kernels as steps, select_kernel as select
 from flexmoba.gate import kernel as gates
 
 capability, dim = (int(x) for x in sys.argv[1:])
@@ -269,7 +269,7 @@ def compile(kernel, _, arguments, constants, dtypes):
     target = GPUTarget("cuda", capability, 32)
     shared.append(triton.compile(source, target=target, options=options).metadata.shared)
 
-gates.launch = steps.launch = compile
+gates.launch = steps.launch = select.launch = compile
 for rows_dtype, dtype in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16)):
     for sub_blocks in (1, 8):
         options = gate.GateOptions(sub_blocks=sub_blocks)
@@ -278,7 +278,7 @@ for rows_dtype, dtype in ((torch.float32, torch.float32), (torch.float32, torch.
         sizes = gate.GateSizes(64, 8, 0, is_causal=True)
         gates.select_on_cuda(rows, means, sizes, options, gate.Candidates())
         positions = torch.zeros(1, 16, dtype=torch.int32)
-        steps._best_blocks(rows, means, positions, CachedCall(9, 1.0, options, 64))
+        steps.select_step_on_cuda(rows, means, positions, CachedCall(9, 1.0, options, 64))
 print(max(shared))
 """
 

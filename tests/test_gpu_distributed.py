@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from flexmoba import flex_moba
-from flexmoba.cache import CachedCall
+from flexmoba.cache import MAX_STEP_QUERIES, CachedCall
 from flexmoba.distributed import ContextParallel, ShardedMobaCache, context_parallel_moba
 from flexmoba.gate import GateOptions, expand_rows
 from flexmoba.nn import MobaAttention
@@ -224,35 +224,41 @@ def test_cache(gpus, dtype, part):
 
 
 @torch.no_grad()
-def with_steps(mesh: DeviceMesh, dtype: torch.dtype, part: int, per: str) -> list[Tensor]:
+def with_steps(
+    mesh: DeviceMesh, dtype: torch.dtype, size: int, part: int, per: str
+) -> list[Tensor]:
     """Compares steps that score splits of the blocks with the oracle, and with one GPU."""
     n, device, rank, topk = 8200, mesh.device_type, mesh.get_local_rank(), 7
     sizes = {"kv_heads": 2, "group": 2, "q_len": n, "kv_len": n, "block_size": part}
-    problem = Problem(**sizes, head_dim=64, value_dim=64, dtype=dtype)
+    problem = Problem(**sizes, head_dim=64, value_dim=32, dtype=dtype)
     q, k, v = (x.to(device) for x in problem.tied_tensors())  # so that scores are exact
     forced = {"sink_blocks": 1, "local_blocks": 1}
-    cache = ShardedMobaCache(
-        mesh, 1, 2, 64, block_size=16, gate_block_size=part, max_len=9000, dtype=dtype
-    )
+    sizes = {"block_size": size, "gate_block_size": part, "max_len": 9000, "value_dim": 32}
+    cache, empty = (ShardedMobaCache(mesh, 1, 2, 64, **sizes, dtype=dtype) for _ in range(2))
     cache.append_shard(*(x[:, :, :8150].tensor_split(2, 2)[rank] for x in (k, v)))
-    gate, outs = GateOptions(per, 1, 1, 16 // part), []
+    call, outs = CachedCall(topk, 0.125, GateOptions(per, 1, 1, size // part), size), []
     for first, end in ((8150, 8151), (8151, 8167), (8167, 8184), (8184, n)):
-        new = q[:, :, first:end]
-        outs.append(
-            cache.attend(new, k[:, :, first:end], v[:, :, first:end], topk, gate=per, **forced)[0]
-        )
+        new, is_step = [x[:, :, first:end] for x in (q, k, v)], end - first <= MAX_STEP_QUERIES
+        outs.append(cache.attend(*new, topk, gate=per, **forced)[0])
         with no_synchronization():
-            past = cache._select_past_blocks(new, CachedCall(topk, 0.125, gate, 16))
-        selected = as_bools(expand_rows(past, 4, end - first, gate).cpu(), (end + 15) // 16)
+            select = cache._select_step if is_step else cache._select_past_blocks
+            blocks = select(new[0], call)
+        blocks = blocks[1] if is_step else blocks  # after the positions
+        n_blocks = -(-end // size)
+        selected = as_bools(expand_rows(blocks, 4, end - first, call.gate).cpu(), n_blocks)
         expected = reference_selection(
-            *(new.cpu(), k[:, :, :end].cpu(), 16, topk),
+            *(new[0].cpu(), k[:, :, :end].cpu(), size, topk),
             **{"is_causal": True, "gate": per, "gate_block_size": part, **forced},
         )
-        own = torch.arange(first, end) // 16
-        selected |= as_bools(own[None, None, :, None], (end + 15) // 16)
+        own = torch.arange(first, end) // size
+        selected |= as_bools(own[None, None, :, None], n_blocks)
         assert_bitwise_equal(selected, expected)
-    expected = flex_moba(q, k, v, 16, topk, gate=per, gate_block_size=part, **forced)
-    torch.testing.assert_close(torch.cat(outs, 2), expected[:, :, 8150:], **CLOSE[dtype])
+    with no_synchronization():  # with an empty cache, the last rank has no key
+        new = [x[:, :, :1] for x in (q, k, v)]
+        outs.append(empty.attend(*new, topk, gate=per, **forced)[0])
+    expected = flex_moba(q, k, v, size, topk, gate=per, gate_block_size=part, **forced)
+    expected = torch.cat([expected[:, :, 8150:], expected[:, :, :1]], 2)
+    torch.testing.assert_close(torch.cat(outs, 2), expected, **CLOSE[dtype])
     return outs
 
 
@@ -265,9 +271,12 @@ def no_synchronization() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("part", "per"), [(16, "token"), (4, "token"), (4, "group")])
+@pytest.mark.parametrize(
+    ("size", "part", "per"),
+    [(16, 16, "token"), (16, 4, "token"), (16, 4, "group"), (272, 272, "token")],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_steps_of_a_cache(gpus, dtype, part, per):
-    results = run(gpus, with_steps, dtype, part, per)
+def test_steps_of_a_cache(gpus, dtype, size, part, per):
+    results = run(gpus, with_steps, dtype, size, part, per)
     for x, y in zip(*results, strict=True):
         assert_bitwise_equal(x, y)

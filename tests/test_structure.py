@@ -23,6 +23,7 @@ TREES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
 KERNELS = {
     "flexmoba.backends.fused.kernel_parts",
     "flexmoba.cache.kernels",
+    "flexmoba.cache.select_kernel",
     "flexmoba.gate.kernel",
     "flexmoba.gate.lists",
     "flexmoba.runtime.triton_launch",

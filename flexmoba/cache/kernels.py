@@ -1,10 +1,9 @@
-"""Triton kernels for a decoding step, in launch order: score, attend, merge.
+"""Triton kernels for a decoding step, in launch order: score, select, attend, merge.
 
 `_score_kernel` divides the blocks into ``SPLITS`` splits of ``SPLIT`` blocks, which it scores in
-parallel, and keeps the best blocks of each split. Each program of `_attend_kernel` finds one
-selected block among the best blocks of all splits, and attends to ``CHUNK`` of its keys, which
-makes one partial output. `merge_kernel` merges the partial outputs. `_select_kernel` writes the
-selected blocks instead, for a caller that attends by itself.
+parallel, and keeps the best blocks of each split. `select_best_on_cuda` selects among the best
+blocks of all splits. Each program of `_attend_kernel` attends to ``CHUNK`` keys of one selected
+block, which makes one partial output. `merge_kernel` merges the partial outputs.
 
 Query ``i`` of head ``h`` and batch row ``b`` is row ``(b * Hq + h) * Lq + i``. Scores inside the
 kernels are in units of log2.
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from flexmoba.blocks import ceil_div, next_power_of_2
 from flexmoba.cache.options import CachedCall
+from flexmoba.cache.select_kernel import select_best_on_cuda
 from flexmoba.gate.kernel import (
     NOTHING,
     block_scores,
@@ -48,63 +48,96 @@ def attend_step_on_cuda(
     call: CachedCall,
 ) -> tuple[Tensor, Tensor]:
     """Computes `attend_step` by Triton kernels."""
-    batch, heads, q_len, _ = q.shape
-    kv_heads, n_blocks, value_dim = k.shape[1], k.shape[2] // call.block_size, v.shape[3]
-    q, k, v, positions = (packed(x) for x in (q, k, v, positions))
-    best, constants = _best_blocks(gate_rows, means, positions, call)
+    n_blocks = means.shape[2] // call.gate.sub_blocks
+    selected = select_step_on_cuda(gate_rows, means, positions, call)
+    return attend_to_selected_on_cuda(q, k, v, positions, selected, n_blocks, call)
+
+
+def select_step_on_cuda(
+    gate_rows: Tensor, means: Tensor, positions: Tensor, call: CachedCall
+) -> Tensor:
+    """Selects the blocks of each row of the gate, for the arguments of `attend_step`.
+
+    Returns:
+        Block indices, ``(B, Hq or Hkv, Lq, topk)`` int32: the own block, local blocks, sink blocks,
+        then the others by descending score; -1 for none.
+    """
+    batch, heads, q_len, dim = gate_rows.shape
+    kv_heads, n_blocks = means.shape[1], means.shape[2] // call.gate.sub_blocks
+    gate_rows, means, positions = (packed(x) for x in (gate_rows, means, positions))
+    group = heads // kv_heads
+    constants = score_constants(gate_rows, means, n_blocks, group * q_len, call) | {
+        "Q_LEN": q_len,
+        "GATE_GROUP": group,
+        "DIM": dim,
+        "TILE_D": max(16, next_power_of_2(dim)),
+    }
+    shape = batch, heads, q_len, constants["SPLITS"], constants["SLOTS"]
+    best = torch.empty(shape, dtype=torch.int64, device=means.device)
+    if call.scored > 0:
+        tiles = ceil_div(group * q_len, constants["TILE_Q"])
+        n_programs = batch * kv_heads * constants["SPLITS"] * tiles
+        arguments = (gate_rows, means, positions, best, kv_heads, n_blocks)
+        with on_device_of(means):
+            launch(_score_kernel, n_programs, arguments, constants, (gate_rows.dtype, means.dtype))
+    return select_best_on_cuda(best, positions, n_blocks, call)
+
+
+def attend_to_selected_on_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    selected: Tensor,
+    n_blocks: int,
+    call: CachedCall,
+) -> tuple[Tensor, Tensor]:
+    """Attends from each query to its selected blocks, of which the first is its own.
+
+    Args:
+        q: ``(B, Hq, Lq, D)``.
+        k: ``(B, Hkv, N * block_size, D)``.
+        v: ``(B, Hkv, N * block_size, Dv)``.
+        positions: Position of each query, ``(B, Lq)`` int32, as in `attend_step`.
+        selected: Indices of the blocks of k and v, ``(B, Hq or Hkv, Lq, topk)`` int32; -1 for none.
+        n_blocks: Blocks of a sequence. Results of queries whose positions are beyond are NaN.
+        call: Options.
+    """
+    batch, heads, q_len, dim = q.shape
+    kv_heads, value_dim = k.shape[1], v.shape[3]
+    q, k, v, positions, selected = (packed(x) for x in (q, k, v, positions, selected))
     rows, chunks = batch * heads * q_len, ceil_div(call.block_size, _CHUNK)
     n_partials = call.topk * chunks
-    constants |= {
+    constants = {
         "GROUP": heads // kv_heads,
+        "GATE_GROUP": selected.shape[1] // kv_heads,
+        "Q_LEN": q_len,
+        "BLOCK_SIZE": call.block_size,
         "CHUNK": _CHUNK,
         "CHUNKS": chunks,
         "PARTS": n_partials,
         "ALL_PARTS": next_power_of_2(n_partials),
         "SOME_PARTS": min(32, next_power_of_2(n_partials)),
         "KEYS": _KEYS,
+        "DIM": dim,
+        "TILE_D": max(16, next_power_of_2(dim)),
         "VALUE_DIM": value_dim,
         "TILE_VALUE_D": max(16, next_power_of_2(value_dim)),
+        "num_warps": 4,
     }
     dtypes = (q.dtype,)
     partial_out = torch.empty(rows, n_partials, value_dim, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(rows, n_partials, dtype=torch.float32, device=q.device)
     out = q.new_empty(batch, heads, q_len, value_dim)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    factor = call.scale / math.log(2)
+    inputs, partials = (q, k, v, positions, selected), (partial_out, partial_lse)
+    numbers = kv_heads, k.shape[2] // call.block_size, call.scale / math.log(2)
+    merged = (*partials, positions, out, lse, kv_heads, n_blocks)
     with on_device_of(q):
-        launch(
-            _attend_kernel,
-            rows * n_partials,
-            (q, k, v, positions, best, partial_out, partial_lse, kv_heads, n_blocks, factor),
-            constants,
-            dtypes,
-        )
-        launch(
-            merge_kernel,
-            rows,
-            (partial_out, partial_lse, positions, out, lse, kv_heads, n_blocks),
-            constants,
-            dtypes,
-        )
+        arguments = (*inputs, *partials, *numbers)
+        launch(_attend_kernel, rows * n_partials, arguments, constants, dtypes)
+        launch(merge_kernel, rows, merged, constants, dtypes)
     return out, lse
-
-
-def select_step_on_cuda(
-    gate_rows: Tensor, means: Tensor, positions: Tensor, call: CachedCall
-) -> Tensor:
-    """Selects the blocks to which `attend_step_on_cuda` attends, for the same arguments.
-
-    Returns:
-        Block indices, ``(B, Hq or Hkv, Lq, topk)`` int32: the own block, local blocks, sink blocks,
-        then the others by descending score; -1 for none.
-    """
-    positions, n_blocks = packed(positions), means.shape[2] // call.gate.sub_blocks
-    best, constants = _best_blocks(gate_rows, means, positions, call)
-    selected = positions.new_empty(*gate_rows.shape[:3], call.topk)
-    with on_device_of(positions):
-        arguments = positions, best, selected, means.shape[1], n_blocks
-        launch(_select_kernel, selected.numel(), arguments, constants | {"TOPK": call.topk}, ())
-    return selected
 
 
 def split_size(n_blocks: int, sub_blocks: int) -> int:
@@ -136,37 +169,11 @@ def score_constants(
         "SLOTS": next_power_of_2(max(1, call.scored)),
         "SPLIT": split,
         "SPLITS": splits,
-        "ALL_SPLITS": next_power_of_2(splits),
         "TILE_Q": min(rows_of_a_tile(rows), max(16, next_power_of_2(queries))),
         "TILE_N": _TILE_N,
         "BLOCK_SIZE": call.block_size,
         "num_warps": 4,
     }
-
-
-def _best_blocks(
-    gate_rows: Tensor, means: Tensor, positions: Tensor, call: CachedCall
-) -> tuple[Tensor, dict[str, int]]:
-    """Launches `_score_kernel`; returns the best blocks of each split, and its constants."""
-    batch, heads, q_len, dim = gate_rows.shape
-    kv_heads, n_blocks = means.shape[1], means.shape[2] // call.gate.sub_blocks
-    gate_rows, means = packed(gate_rows), packed(means)
-    group = heads // kv_heads
-    constants = score_constants(gate_rows, means, n_blocks, group * q_len, call) | {
-        "Q_LEN": q_len,
-        "GATE_GROUP": group,
-        "DIM": dim,
-        "TILE_D": max(16, next_power_of_2(dim)),
-    }
-    splits = constants["SPLITS"]
-    n_best = gate_rows.shape[:3].numel() * splits * constants["SLOTS"]
-    best = torch.empty(n_best, dtype=torch.int64, device=means.device)
-    if call.scored > 0:
-        n_programs = batch * kv_heads * splits * ceil_div(group * q_len, constants["TILE_Q"])
-        arguments = (gate_rows, means, positions, best, kv_heads, n_blocks)
-        with on_device_of(means):
-            launch(_score_kernel, n_programs, arguments, constants, (gate_rows.dtype, means.dtype))
-    return best, constants
 
 
 @kernel
@@ -205,43 +212,6 @@ def _score_kernel(
 
 
 @triton.jit
-def own_block(position, n_blocks, BLOCK_SIZE: tl.constexpr):
-    """Returns the block of a position; -1 for padding and beyond the last block."""
-    own = tl.where(position < n_blocks * BLOCK_SIZE, position // BLOCK_SIZE, -1)
-    return tl.where(position >= 0, own, -1)
-
-
-@triton.jit
-def selected_block(
-    column, own, best_ptr, SINKS: tl.constexpr, LOCALS: tl.constexpr, COUNT: tl.constexpr,
-    SLOTS: tl.constexpr, SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Returns the block in a column of the selection of one query; -1 for none.
-
-    The columns are the own block ``own`` (-1 for padding), local blocks, sink blocks, and the
-    ``COUNT`` blocks of the highest scores among the best blocks of all splits at ``best_ptr``.
-    """
-    block, rank = own, column - (1 + LOCALS + SINKS)
-    if column > 0:
-        block = own - column
-        if block < SINKS:  # a block that is also a sink block counts as a sink block
-            block = -1
-        if column > LOCALS:
-            block = column - (1 + LOCALS)
-            if block >= own:
-                block = -1
-    if COUNT > 0:  # a constexpr, so a separate condition  # noqa: SIM102
-        if rank >= 0:
-            index = tl.arange(0, ALL_SPLITS * SLOTS)
-            keys = tl.load(best_ptr + index, mask=index < SPLITS * SLOTS, other=NOTHING)
-            keys = tl.sort(keys, descending=True)
-            ranked_key = tl.max(tl.where(index == rank, keys, NOTHING), 0)
-            exists = (own >= 0) & (ranked_key >= NOTHING + SLOTS)
-            block = tl.where(exists, (ranked_key & 0xFFFFFFFF).to(tl.int32), -1)
-    return block
-
-
-@triton.jit
 def attend_to_keys(
     q, k_ptr, v_ptr, n_keys, factor, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     KEYS: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -270,50 +240,29 @@ def attend_to_keys(
 
 
 @kernel
-def _select_kernel(
-    positions_ptr, best_ptr, selected_ptr, kv_heads: tl.int32, n_blocks: tl.int32,
-    GATE_GROUP: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr, Q_LEN: tl.constexpr,
-    COUNT: tl.constexpr, SLOTS: tl.constexpr, SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TOPK: tl.constexpr,
-):  # fmt: skip
-    """Writes one of the selected blocks of one row of the gate."""
-    row = (tl.program_id(0) // TOPK).to(tl.int64)
-    position = tl.load(positions_ptr + row // (Q_LEN * GATE_GROUP * kv_heads) * Q_LEN + row % Q_LEN)
-    own = own_block(position, n_blocks, BLOCK_SIZE)
-    best_ptr += row * (SPLITS * SLOTS)
-    column = tl.program_id(0) % TOPK
-    block = selected_block(column, own, best_ptr, SINKS, LOCALS, COUNT, SLOTS, SPLITS, ALL_SPLITS)
-    tl.store(selected_ptr + row * TOPK + column, block)
-
-
-@kernel
 def _attend_kernel(
-    q_ptr, k_ptr, v_ptr, positions_ptr, best_ptr, partial_out_ptr, partial_lse_ptr,
+    q_ptr, k_ptr, v_ptr, positions_ptr, selected_ptr, partial_out_ptr, partial_lse_ptr,
     kv_heads: tl.int32, n_blocks: tl.int32, factor: tl.float32,
-    GROUP: tl.constexpr, GATE_GROUP: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr,
-    Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
-    SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    GROUP: tl.constexpr, GATE_GROUP: tl.constexpr, Q_LEN: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
     DIM: tl.constexpr, TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
 ):  # fmt: skip
     """Attends from one query to at most ``CHUNK`` keys of one of its selected blocks."""
-    row = (tl.program_id(0) // PARTS).to(tl.int64)
-    column = tl.program_id(0) % PARTS // CHUNKS
-    chunk = tl.program_id(0) % CHUNKS
+    partial = tl.program_id(0).to(tl.int64)
+    row = partial // PARTS
+    chunk, column = tl.program_id(0) % CHUNKS, tl.program_id(0) % PARTS // CHUNKS
     head = row // Q_LEN  # b * Hq + query head
+    gate_row = head // (GROUP // GATE_GROUP) * Q_LEN + row % Q_LEN
+    block = tl.load(selected_ptr + gate_row * (PARTS // CHUNKS) + column)
     position = tl.load(positions_ptr + head // (GROUP * kv_heads) * Q_LEN + row % Q_LEN)
-    own = own_block(position, n_blocks, BLOCK_SIZE)
-    best_ptr += (head // (GROUP // GATE_GROUP) * Q_LEN + row % Q_LEN) * (SPLITS * SLOTS)
-    block = selected_block(column, own, best_ptr, SINKS, LOCALS, COUNT, SLOTS, SPLITS, ALL_SPLITS)
-    partial = row * PARTS + tl.program_id(0) % PARTS
-    first = block * BLOCK_SIZE + chunk * CHUNK
-    end = tl.minimum(tl.minimum(first + CHUNK, (block + 1) * BLOCK_SIZE), position + 1)
+    first = chunk * CHUNK
+    end = tl.minimum(first + CHUNK, keys_of_block(column, position, BLOCK_SIZE))
     if (block < 0) | (first >= end):
         tl.store(partial_lse_ptr + partial, float("-inf"))
         return
     dim, value_dim = tl.arange(0, TILE_D), tl.arange(0, TILE_VALUE_D)
     q = tl.load(q_ptr + row * DIM + dim, mask=dim < DIM, other=0.0).to(tl.float32)
-    first_key = head // GROUP * (n_blocks * BLOCK_SIZE) + first
+    first_key = (head // GROUP * n_blocks + block) * BLOCK_SIZE + first
     out, lse = attend_to_keys(
         q, k_ptr + first_key * DIM, v_ptr + first_key * VALUE_DIM, end - first, factor,
         DIM, VALUE_DIM, KEYS, DIM, TILE_D, VALUE_DIM, TILE_VALUE_D,
@@ -321,6 +270,15 @@ def _attend_kernel(
     tl.store(partial_lse_ptr + partial, lse)
     offset = partial * VALUE_DIM + value_dim
     tl.store(partial_out_ptr + offset, out, mask=value_dim < VALUE_DIM)
+
+
+@triton.jit
+def keys_of_block(column, position, BLOCK_SIZE: tl.constexpr):
+    """Returns how many keys of the block in a column of the selection a query attends to.
+
+    The first column is the own block. All other blocks are past blocks.
+    """
+    return tl.where(column == 0, position % BLOCK_SIZE + 1, BLOCK_SIZE)
 
 
 @kernel

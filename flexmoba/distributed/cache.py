@@ -31,6 +31,7 @@ from flexmoba.checks import (
     check_topk,
 )
 from flexmoba.distributed.agreement import agree_on_lengths
+from flexmoba.distributed.cyclic import CyclicBlocks
 from flexmoba.distributed.ranks import Ranks, all_gather, all_to_all, check_mesh
 from flexmoba.gate import (
     GateOptions,
@@ -125,6 +126,7 @@ class ShardedMobaCache:
         self.sub_blocks = check_gate_block_size(gate_block_size, block_size)
         self.mesh, self.block_size, self.max_len, self.length = mesh, block_size, max_len, 0
         self._rank, self._ranks = mesh.get_local_rank(), mesh.size()
+        self._blocks = CyclicBlocks(self._rank, self._ranks, block_size)
         device = mesh.device_type if device is None else device
         blocks = ceil_div(max_len, block_size)
         mine = ceil_div(blocks, self._ranks) * block_size
@@ -160,11 +162,12 @@ class ShardedMobaCache:
         ranks = Ranks(self.mesh.get_group(), self._rank, tuple(lengths))
         self._check_room(ranks.total)
         bounds = [self.length + x for x in (*ranks.firsts, ranks.total)]
-        everyone, mine = range(self._ranks), [self._tokens(x, self._rank) for x in bounds]
         begin, end = bounds[self._rank], bounds[self._rank + 1]
-        sent = [self._tokens(end, r) - self._tokens(begin, r) for r in everyone]
+        everyone, keys_before = range(self._ranks), self._blocks.keys_before
+        sent = [keys_before(end, r) - keys_before(begin, r) for r in everyone]
+        mine = [keys_before(x, self._rank) for x in bounds]
         # On the device, because the host would take longer to sort than the exchange.
-        order = self._owner(torch.arange(begin, end, device=k.device)).argsort(stable=True)
+        order = self._blocks.owners(torch.arange(begin, end, device=k.device)).argsort(stable=True)
         for head in range(k.shape[1]):
             both = torch.cat([k[:, head], v[:, head]], dim=-1).transpose(0, 1)  # (L, B, D + Dv)
             size = both.shape[1] * both.shape[2]
@@ -228,11 +231,15 @@ class ShardedMobaCache:
             return _nothing(q, v)
         keys, values = self._append(k, v)
         scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-        n_blocks = ceil_div(self.length, self.block_size)
-        topk = n_blocks if topk is None else min(topk, n_blocks)
         options = GateOptions(gate, sink_blocks, local_blocks, self.sub_blocks)
-        call = CachedCall(max(topk, 1 + options.forced), scale, options, self.block_size)
+        capacity = ceil_div(self.max_len, self.block_size)
+        topk = max(1 + options.forced, min(capacity if topk is None else topk, capacity))
+        call = CachedCall(topk, scale, options, self.block_size)
         with torch.no_grad():
+            if self._has_kernels(q, call):
+                return self._merged(*self._attend_step(q, call))
+            n_blocks = ceil_div(self.length, self.block_size)
+            call = call._replace(topk=max(1 + options.forced, min(topk, n_blocks)))
             own = self._attend_to_own_blocks(q, keys, values, scale)
             past = self._attend_to_past_blocks(q, call)
             return self._merged(*merge_two(*own, *past))
@@ -244,22 +251,49 @@ class ShardedMobaCache:
 
     def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends tokens that all ranks have, and returns them with the block where they begin."""
-        size, first = self.block_size, self.length // self.block_size
+        size, first, end = self.block_size, self.length // self.block_size, self.length + k.shape[2]
+        start, stop = (self._blocks.keys_before(x, self._rank) for x in (self.length, end))
+        if start < stop:
+            # Computed on the device, because the host would wait for a copy of indices.
+            source = self._blocks.positions(start, stop, k.device) - self.length
+            self.k[:, :, start:stop] = k.index_select(2, source)
+            self.v[:, :, start:stop] = v.index_select(2, source)
         keys, values = (torch.cat(x, 2) for x in zip(self._last, (k, v), strict=True))
-        positions = torch.arange(self.length, self.length + k.shape[2])
-        is_mine = self._owner(positions) == self._rank
-        place, source = (
-            x.to(k.device) for x in (self._place(positions[is_mine]), is_mine.nonzero()[:, 0])
-        )
-        self.k.index_copy_(2, place, k.index_select(2, source))
-        self.v.index_copy_(2, place, v.index_select(2, source))
-        self.length += k.shape[2]
-        full = self.length // size - first
+        self.length, full = end, end // size - first
+        self._last = [keys, values]
         if full > 0:
             means = block_means(keys[:, :, : full * size], size, sub_blocks=self.sub_blocks)
             self._means_of(first, first + full).copy_(means)
-        self._last = [x[:, :, full * size :].clone() for x in (keys, values)]
+            self._last = [x[:, :, full * size :].clone() for x in self._last]
         return keys, values
+
+    def _has_kernels(self, q: Tensor, call: CachedCall) -> bool:
+        """Returns whether the kernels of `MobaCache` support a call."""
+        if q.shape[2] > MAX_STEP_QUERIES or not has_kernels(q, self.v):
+            return False
+        from flexmoba.cache.kernels import MAX_TOPK
+
+        return call.topk <= MAX_TOPK
+
+    def _attend_step(self, q: Tensor, call: CachedCall) -> tuple[Tensor, Tensor]:
+        """Attends to the selected blocks that are on this rank, by the kernels of `MobaCache`."""
+        from flexmoba.cache.kernels import attend_to_selected_on_cuda
+
+        positions, selected = self._select_step(q, call)
+        mine, n_blocks = self._blocks.on_this_rank(selected), self.means.shape[2] // self.sub_blocks
+        return attend_to_selected_on_cuda(q, self.k, self.v, positions, mine, n_blocks, call)
+
+    def _select_step(self, q: Tensor, call: CachedCall) -> tuple[Tensor, Tensor]:
+        """Returns the positions of the queries, and their selected blocks, on every rank the same.
+
+        The kernels select before they attend, so the first column is the own block.
+        """
+        from flexmoba.cache.kernels import select_step_on_cuda
+
+        first, rows = self.length - q.shape[2], gate_rows(q, self.k.shape[1], call.gate)
+        positions = torch.arange(first, self.length, dtype=torch.int32, device=q.device)
+        positions = positions.repeat(q.shape[0], 1)
+        return positions, select_step_on_cuda(rows, self.means, positions, call)
 
     def _attend_to_own_blocks(
         self, q: Tensor, keys: Tensor, values: Tensor, scale: float
@@ -281,24 +315,16 @@ class ShardedMobaCache:
             return _nothing(q, self.v)
         selected = self._select_past_blocks(q, call)
         selected = expand_rows(selected, q.shape[1], q.shape[2], call.gate)
-        is_mine = (selected >= 0) & (selected % self._ranks == self._rank)
-        selected = torch.where(is_mine, selected // self._ranks, -1)
+        selected = self._blocks.on_this_rank(selected)
         k, v = (x[:, :, : mine * self.block_size] for x in (self.k, self.v))
         return self._attend_selected(q, k, v, selected, call.scale, is_causal=False)
 
     def _select_past_blocks(self, q: Tensor, call: CachedCall) -> Tensor:
         """Selects the past blocks of each row of the gate, on every rank the same."""
-        batch, n, first = q.shape[0], q.shape[2], self.length - q.shape[2]
         rows, means = gate_rows(q, self.k.shape[1], call.gate), self.means
-        if n <= MAX_STEP_QUERIES and has_kernels(q, self.v):
-            from flexmoba.cache.kernels import MAX_TOPK, select_step_on_cuda
-
-            if call.topk <= MAX_TOPK:
-                positions = torch.arange(first, self.length, dtype=torch.int32, device=q.device)
-                own_and_past = select_step_on_cuda(rows, means, positions.expand(batch, n), call)
-                return own_and_past[..., 1:]
         if not q.is_cuda:  # the kernel of the gate reads only past blocks, and would copy a part
             means = self._means_of(0, self.length // self.block_size)
+        first = self.length - q.shape[2]
         sizes = GateSizes(self.block_size, call.topk - 1, first, is_causal=True)
         return without_autocast(select_by_means)(rows, means, sizes, call.gate)
 
@@ -351,21 +377,6 @@ class ShardedMobaCache:
     def _means_of(self, first: int, end: int) -> Tensor:
         """Returns the mean keys of blocks ``first`` to ``end - 1``, a view."""
         return self.means[:, :, first * self.sub_blocks : end * self.sub_blocks]
-
-    def _tokens(self, end: int, rank: int) -> int:
-        """Returns the number of tokens before a position that a rank has."""
-        rounds, rest = divmod(end, self.block_size * self._ranks)
-        rest -= rank * self.block_size
-        return rounds * self.block_size + min(max(rest, 0), self.block_size)
-
-    def _owner(self, positions: Tensor) -> Tensor:
-        """Returns the rank of each token."""
-        return positions // self.block_size % self._ranks
-
-    def _place(self, positions: Tensor) -> Tensor:
-        """Returns the index of each token in the keys of its rank."""
-        block = positions // self.block_size // self._ranks
-        return block * self.block_size + positions % self.block_size
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         check_new_tokens("k", k, self.k)

@@ -17,7 +17,6 @@ import math
 import triton
 import triton.language as tl
 
-from flexmoba.cache.kernels import selected_block
 from flexmoba.gate.kernel import NOTHING, keep_best, nothing_yet
 from flexmoba.runtime.triton_launch import kernel
 
@@ -190,6 +189,36 @@ def select_kernel(
     tl.store(best_ptr + (unit.to(tl.int64) * SPLITS + split) * SLOTS + slot, best)
 
 
+@triton.jit
+def _selected_block(
+    column, own, best_ptr, SINKS: tl.constexpr, LOCALS: tl.constexpr, COUNT: tl.constexpr,
+    SLOTS: tl.constexpr, SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Returns the block in a column of the selection of one query; -1 for none.
+
+    The columns are the own block ``own`` (-1 for padding), local blocks, sink blocks, and the
+    ``COUNT`` blocks of the highest scores among the best blocks of all splits at ``best_ptr``.
+    """
+    block, rank = own, column - (1 + LOCALS + SINKS)
+    if column > 0:
+        block = own - column
+        if block < SINKS:  # a block that is also a sink block counts as a sink block
+            block = -1
+        if column > LOCALS:
+            block = column - (1 + LOCALS)
+            if block >= own:
+                block = -1
+    if COUNT > 0:  # a constexpr, so a separate condition
+        if rank >= 0:
+            index = tl.arange(0, ALL_SPLITS * SLOTS)
+            keys = tl.load(best_ptr + index, mask=index < SPLITS * SLOTS, other=NOTHING)
+            keys = tl.sort(keys, descending=True)
+            ranked_key = tl.max(tl.where(index == rank, keys, NOTHING), 0)
+            exists = (own >= 0) & (ranked_key >= NOTHING + SLOTS)
+            block = tl.where(exists, (ranked_key & 0xFFFFFFFF).to(tl.int32), -1)
+    return block
+
+
 @kernel
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, k_win_ptr, v_win_ptr, positions_ptr, best_ptr, partial_out_ptr,
@@ -216,7 +245,7 @@ def attend_kernel(
         own = tl.where(position < n_blocks * BLOCK_SIZE, position // BLOCK_SIZE, -1)
         own = tl.where(position >= 0, own, -1)
         best_ptr += unit.to(tl.int64) * (SPLITS * SLOTS)
-        block = selected_block(
+        block = _selected_block(
             part // CHUNKS, own, best_ptr, SINKS, LOCALS, COUNT, SLOTS, SPLITS, ALL_SPLITS
         )
         first = tl.maximum(block, 0) * BLOCK_SIZE + part % CHUNKS * CHUNK

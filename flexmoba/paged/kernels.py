@@ -1,9 +1,10 @@
-"""Triton kernels for a step over pages: score, attend and merge, as for `MobaCache`.
+"""Triton kernels for a step over pages: score, select, attend and merge, as for `MobaCache`.
 
 `_score_kernel` divides the blocks of a sequence into ``SPLITS`` splits of ``SPLIT`` blocks, and
-keeps the best blocks of each split. Each program of `_attend_kernel` finds one selected block, and
-attends to ``CHUNK`` of its keys, which makes one partial output. Under full attention,
-`_attend_to_all_kernel` divides the blocks of a sequence evenly among ``PARTS`` partial outputs.
+keeps the best blocks of each split, among which the kernel of `MobaCache` selects. Each program of
+`_attend_kernel` attends to ``CHUNK`` keys of a selected block, which makes one partial output.
+Under full attention, `_attend_to_all_kernel` divides the blocks of a sequence evenly among
+``PARTS`` partial outputs.
 
 Query head ``h`` of token ``t`` is row ``t * Hq + h``. Strides are constants, since a server
 allocates its pages once, and the compiler then knows the alignment of every row of features.
@@ -19,7 +20,13 @@ from torch import Tensor
 
 from flexmoba.cache import CachedCall
 from flexmoba.cache.kernels import MAX_TOPK as MAX_TOPK
-from flexmoba.cache.kernels import attend_to_keys, merge_kernel, score_constants, selected_block
+from flexmoba.cache.kernels import (
+    attend_to_keys,
+    keys_of_block,
+    merge_kernel,
+    score_constants,
+)
+from flexmoba.cache.select_kernel import select_best_on_cuda
 from flexmoba.gate import gate_rows
 from flexmoba.gate.kernel import NOTHING, highest_scores, keep_best, nothing_yet, sort_keys
 from flexmoba.paged.batch import PagedBatch
@@ -38,7 +45,7 @@ def attend_steps_on_cuda(
     tokens, heads, _ = q.shape
     kv_heads, value_dim, n_blocks = pages.k.shape[1], pages.v.shape[3], batch.block_table.shape[1]
     table, rows, positions = (packed(x) for x in batch[:3])
-    group, gate = heads // kv_heads, call.gate
+    group = heads // kv_heads
     chunks = triton.cdiv(pages.block_size, _CHUNK)
     parts = _PARTS_OF_ALL if call.topk == 0 else call.topk * chunks
     constants = {
@@ -47,8 +54,6 @@ def attend_steps_on_cuda(
         "GROUP_ROWS": max(16, triton.next_power_of_2(group)),
         "Q_LEN": 1,  # of `merge_kernel`: a row of its batch is a token
         "NEW_Q": q.stride(0),
-        "SINKS": gate.sink_blocks,
-        "LOCALS": gate.local_blocks,
         "BLOCK_SIZE": pages.block_size,
         "CHUNK": _CHUNK,
         "CHUNKS": chunks,
@@ -71,19 +76,19 @@ def attend_steps_on_cuda(
             inputs: tuple[Any, ...] = (q, pages.k, pages.v, *where, *partials, n_blocks, factor)
             launch(_attend_to_all_kernel, tokens * kv_heads * parts, inputs, constants, (q.dtype,))
         else:
-            best, gate_constants = _best_blocks(q, pages, where, call)
-            constants |= gate_constants
-            inputs = (q, pages.k, pages.v, *where, best, *partials, n_blocks, factor)
+            selected = _select(q, pages, where, call)
+            constants["GATE_GROUP"] = selected.shape[1] // kv_heads
+            inputs = (q, pages.k, pages.v, *where, selected, *partials, n_blocks, factor)
             launch(_attend_kernel, n_rows * parts, inputs, constants, (q.dtype,))
         merged = (*partials, positions, out, lse, kv_heads, n_blocks)
         launch(merge_kernel, n_rows, merged, constants, (q.dtype,))
     return out, lse
 
 
-def _best_blocks(
+def _select(
     q: Tensor, pages: Pages, where: tuple[Tensor, Tensor, Tensor], call: CachedCall
-) -> tuple[Tensor, dict[str, int]]:
-    """Launches `_score_kernel`; returns the best blocks of each split, and constants of them."""
+) -> Tensor:
+    """Selects the blocks of each row of the gate, ``(T, Hq or Hkv, 1, topk)``."""
     kv_heads, n_blocks = pages.means.shape[1], where[0].shape[1]
     rows = q if call.gate.per == "token" else gate_rows(q[:, :, None], kv_heads, call.gate)[:, :, 0]
     rows = by_token(rows)
@@ -95,17 +100,14 @@ def _best_blocks(
         "NEW_Q": rows.stride(0),
     }
     constants |= constants_of(pages)
-    splits = constants["SPLITS"]
-    best = torch.empty(
-        tokens * heads * splits * constants["SLOTS"], dtype=torch.int64, device=q.device
-    )
+    shape = tokens, heads, 1, constants["SPLITS"], constants["SLOTS"]
+    best = torch.empty(shape, dtype=torch.int64, device=q.device)
     if call.scored > 0:
         tiles = triton.cdiv(gate_group, constants["TILE_Q"])
+        n_programs = tokens * kv_heads * tiles * constants["SPLITS"]
         arguments = (rows, pages.means, *where, best, n_blocks)
-        dtypes = (rows.dtype, pages.means.dtype)
-        launch(_score_kernel, tokens * kv_heads * tiles * splits, arguments, constants, dtypes)
-    names = ("GATE_GROUP", "COUNT", "SLOTS", "SPLITS", "ALL_SPLITS")
-    return best, {name: constants[name] for name in names}
+        launch(_score_kernel, n_programs, arguments, constants, (rows.dtype, pages.means.dtype))
+    return select_best_on_cuda(best, where[2], n_blocks, call)
 
 
 def by_token(x: Tensor) -> Tensor:
@@ -193,29 +195,24 @@ def _score_kernel(
 
 @kernel
 def _attend_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, positions_ptr, best_ptr, partial_out_ptr,
+    q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, positions_ptr, selected_ptr, partial_out_ptr,
     partial_lse_ptr, n_blocks: tl.int32, factor: tl.float32,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GATE_GROUP: tl.constexpr, NEW_Q: tl.constexpr,
-    SINKS: tl.constexpr, LOCALS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
-    SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
-    K_PAGE: tl.constexpr, K_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, V_PAGE: tl.constexpr,
-    V_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
-    VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr,
+    KEYS: tl.constexpr, K_PAGE: tl.constexpr, K_HEAD: tl.constexpr, K_TOKEN: tl.constexpr,
+    V_PAGE: tl.constexpr, V_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, DIM: tl.constexpr,
+    TILE_D: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_VALUE_D: tl.constexpr,
 ):  # fmt: skip
     """Attends from one query to at most ``CHUNK`` keys of one of its selected blocks."""
-    row = (tl.program_id(0) // PARTS).to(tl.int64)
-    column = tl.program_id(0) % PARTS // CHUNKS
-    chunk = tl.program_id(0) % CHUNKS
+    partial = tl.program_id(0).to(tl.int64)
+    row = partial // PARTS
+    chunk, column = tl.program_id(0) % CHUNKS, tl.program_id(0) % PARTS // CHUNKS
     token, head = row // (HEADS * GROUP), row % (HEADS * GROUP)
-    position = tl.load(positions_ptr + token)
-    own = tl.where(position < n_blocks * BLOCK_SIZE, position // BLOCK_SIZE, -1)
-    own = tl.where(position >= 0, own, -1)
-    best_ptr += row // (GROUP // GATE_GROUP) * (SPLITS * SLOTS)
-    block = selected_block(column, own, best_ptr, SINKS, LOCALS, COUNT, SLOTS, SPLITS, ALL_SPLITS)
-    partial = row * PARTS + tl.program_id(0) % PARTS
+    gate_row = row // (GROUP // GATE_GROUP)
+    block = tl.load(selected_ptr + gate_row * (PARTS // CHUNKS) + column)
     first = chunk * CHUNK
-    end = tl.minimum(tl.minimum(first + CHUNK, BLOCK_SIZE), position + 1 - block * BLOCK_SIZE)
+    n_keys = keys_of_block(column, tl.load(positions_ptr + token), BLOCK_SIZE)
+    end = tl.minimum(first + CHUNK, n_keys)
     if (block < 0) | (first >= end):
         tl.store(partial_lse_ptr + partial, float("-inf"))
         return
