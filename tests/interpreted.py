@@ -991,6 +991,44 @@ def test_the_selection_of_a_step_is_that_of_the_gate(
         assert_bitwise_equal(as_bools(every_query, n_blocks - i), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("group", "q_len", "topk", "n_blocks", "options"),
+    [
+        (1, 1, 2, 20, gate.GateOptions()),  # fewer blocks than a tile, and a slot alone
+        (1, 3, 9, 170, gate.GateOptions(sink_blocks=1)),
+        (2, 1, 20, 170, gate.GateOptions(local_blocks=1)),
+        (3, 1, 64, 170, gate.GateOptions()),
+        (1, 2, 64, 90, gate.GateOptions(sub_blocks=4)),  # tiles of 64 blocks
+        (5, 1, 9, 33, gate.GateOptions("group")),
+        (5, 2, 3, 170, gate.GateOptions(sub_blocks=2)),
+        (8, 1, 17, 70, gate.GateOptions(sub_blocks=3)),
+        (16, 1, 6, 130, gate.GateOptions(sink_blocks=1)),
+        (17, 1, 9, 40, gate.GateOptions()),  # two tiles of queries
+    ],
+)
+def test_a_step_keeps_the_best_blocks_of_every_query(group, q_len, topk, n_blocks, options, dtype):
+    """Tests numbers of rows that score the same mean keys, with ties, NaN and infinity."""
+    generator = torch.Generator().manual_seed(0)
+    heads = 2 * (group if options.per == "token" else 1)
+
+    def integers(*shape):
+        return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+
+    rows, means = integers(2, heads, q_len, 16), integers(2, 2, n_blocks * options.sub_blocks, 16)
+    means[0, 0, 5 * options.sub_blocks] = torch.nan
+    means[0, 1, 7 * options.sub_blocks, 0] = torch.inf
+    call = CachedCall(topk, 0.3, options, 4)
+    first = torch.tensor([4 * n_blocks - q_len, 30])
+    positions = (first[:, None] + torch.arange(q_len)).int()
+    selected = select_step_on_cuda(rows, means, positions, call)
+    for i, x in enumerate(first.tolist()):
+        row = slice(i, i + 1)
+        sizes = gate.GateSizes(4, topk - 1, x, is_causal=True)
+        plain = gate.select_by_means(rows[row], means[row], sizes, options)
+        assert_bitwise_equal(selected[row, ..., 1:], plain)
+
+
 @pytest.mark.parametrize(("ranks", "prompt"), [(1, 240), (2, 240), (3, 3)])
 def test_steps_of_a_cache_over_ranks(monkeypatch, ranks, prompt):
     """Computes the partial output of one rank after the other, and merges them."""
@@ -1102,6 +1140,10 @@ def test_splits_hold_at_least_128_mean_keys(n_blocks, sub_blocks, expected):
          gate.GateOptions("group", 1)),
         ({"layout": "head-major", "block_size": 6, "gate_block_size": 2, "sequences": ((260, 3),)},
          gate.GateOptions()),
+        ({"block_size": 2, "gate_block_size": 1, "sequences": ((1100, 1),)},  # splits of two tiles
+         gate.GateOptions()),
+        ({"block_size": 1, "group": 17, "sequences": ((90, 1),), "topk": 5}, gate.GateOptions()),
+        ({"block_size": 1, "group": 1, "sequences": ((150, 1),), "topk": 64}, gate.GateOptions()),
     ],
 )  # fmt: skip
 def test_the_kernels_for_pages_agree_with_plain_operations(monkeypatch, changes, options):

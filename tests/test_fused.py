@@ -49,6 +49,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from flexmoba.backends.fused.hopper_kernels import hopper_attend_kernel as attention
 from flexmoba.backends.fused.hopper_key_grads_kernels import hopper_key_grads_kernel as keys
 from flexmoba.backends.fused.hopper_query_grads_kernels import hopper_query_grads_kernel as queries
+from flexmoba.cache.kernels import _score_kernel as score
 from flexmoba.gate.kernel import _select_kernel as gate
 
 FORWARD = dict(GROUP=4, COUNT=2, Q_STRIDE=1024, STAGES=2, REGISTERS=216, COPY_REGISTERS=72)
@@ -61,11 +62,16 @@ CONSTANTS = {
     gate: dict(DIM=128, COUNT=7, HAS_FIRST=False, HAS_END=False, SINKS=0, LOCALS=0,
                SUB_BLOCKS=1, STRIDE=1, IS_CAUSAL=True, BY_PARTS=False, USE_LISTS=True, DOUBLES=True,
                LISTS=4, TILE_Q=64, TILE_N=32, TILE_D=128, SLOTS=8),
+    score: dict(GATE_GROUP=4, BY_PARTS=False, SINKS=1, LOCALS=0, SUB_BLOCKS=8, Q_LEN=1, SLOTS=32,
+                SPLIT=256, SPLITS=16, TILE_Q=16, ROWS=4, TILE_N=32, STAGES=3, BLOCK_SIZE=32,
+                DIM=128, TILE_D=128),
 }
+MANY_ROWS = dict(Q_LEN=4, ROWS=16, SLOTS=64, TILE_N=64)
 LONG_LISTS = dict(DIM=64, TILE_D=64, COUNT=30, SINKS=1, SUB_BLOCKS=8, TILE_N=64, SLOTS=32)
 POINTERS = dict.fromkeys(("partial_lse_ptr", "lse_ptr", "delta_ptr", "extra_ptr"), "*fp32") | {
     x: "*i32" for x in ("pair_ptr", "selected_ptr", "first_row_ptr", "first_item_ptr",
-                        "block_of_item_ptr", "first_extra_ptr")}
+                        "block_of_item_ptr", "first_extra_ptr", "positions_ptr")}
+POINTERS["best_ptr"] = "*i64"
 
 def type_of(parameter, constants, box):
     name, annotation = parameter.name, parameter.annotation
@@ -85,8 +91,9 @@ def resources(kernel, **more):
                  for p in inspect.signature(kernel.fn).parameters.values()}
     index = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     aligned = {index[x]: [["tt.divisibility", 16]] for x in index if signature[x][0] == "*"}
-    source = ASTSource if kernel is gate else GluonASTSource
-    options = {"num_warps": 4} | ({} if kernel is gate else {"maxnreg": 168})
+    is_gluon = kernel not in (gate, score)
+    source = GluonASTSource if is_gluon else ASTSource
+    options = {"num_warps": 1 if kernel is score else 4} | ({"maxnreg": 168} if is_gluon else {})
     source = source(kernel, signature, {index[x]: y for x, y in constants.items()}, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -99,6 +106,8 @@ def resources(kernel, **more):
 name, dim = sys.argv[1], int(sys.argv[2])
 if name == "gate":
     print(resources(gate, **LONG_LISTS if dim else {}))
+elif name == "score":
+    print(resources(score, **MANY_ROWS if dim else {}))
 elif name == "attention":
     print(resources(attention, DIM=dim))
 else:
@@ -112,6 +121,8 @@ else:
     [
         ("gate", 0),
         pytest.param("gate", 1, marks=pytest.mark.slow, id="gate-long lists"),
+        ("score", 0),
+        pytest.param("score", 1, marks=pytest.mark.slow, id="score-many rows"),
         pytest.param("attention", 64, marks=pytest.mark.slow),
         ("attention", 128),
         pytest.param("keys", 64, marks=pytest.mark.slow),
@@ -270,7 +281,8 @@ def compile(kernel, _, arguments, constants, dtypes):
     shared.append(triton.compile(source, target=target, options=options).metadata.shared)
 
 gates.launch = steps.launch = select.launch = compile
-for rows_dtype, dtype in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16)):
+F32, BF16 = torch.float32, torch.bfloat16
+for rows_dtype, dtype in ((F32, F32), (F32, BF16), (BF16, BF16)):
     for sub_blocks in (1, 8):
         options = gate.GateOptions(sub_blocks=sub_blocks)
         rows = torch.empty(1, 64, 16, dim, dtype=rows_dtype)
@@ -287,7 +299,7 @@ print(max(shared))
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize(("capability", "most"), [(90, 227), (89, 99)])
 @pytest.mark.parametrize("dim", [128, 256])
-def test_the_gate_in_float32_fits_in_shared_memory(capability, most, dim, tmp_path):
+def test_the_gate_fits_in_shared_memory(capability, most, dim, tmp_path):
     assert compiled_shared_memory(COMPILE_GATE, tmp_path, capability, dim) <= most * 1024
 
 

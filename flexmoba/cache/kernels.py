@@ -21,12 +21,11 @@ from flexmoba.cache.options import CachedCall
 from flexmoba.cache.select_kernel import select_best_on_cuda
 from flexmoba.gate.kernel import (
     NOTHING,
-    block_scores,
-    keep_best,
-    nothing_yet,
+    merge_best,
     only_candidates,
-    rows_of_a_tile,
+    scores_of,
     sort_keys,
+    without_copies,
 )
 from flexmoba.runtime.triton_launch import kernel, launch, on_device_of, packed
 
@@ -34,7 +33,8 @@ MAX_TOPK = 64
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LEAST_SPLIT, _MOST_SPLITS = 128, 16  # mean keys of a split, and splits
-_TILE_N = 32  # blocks that a program scores at a time; divides a split
+_TILE_Q, _TILE_N = 16, 32  # queries and blocks that a program scores at a time
+_STAGES = 3  # of which two are tiles in shared memory
 _KEYS, _CHUNK = 64, 256  # measured on one NVIDIA H200
 
 
@@ -158,7 +158,11 @@ def score_constants(
         queries: Rows of the gate that score the same mean keys.
         call: Options of the call.
     """
-    gate, split = call.gate, split_size(n_blocks, call.gate.sub_blocks)
+    gate, is_half = call.gate, rows.element_size() == 2
+    slots = next_power_of_2(max(2, call.scored))  # at least 2 for `tl.topk`
+    # Products of float32 would take too many registers with more blocks or fewer warps.
+    tile_n = max(_TILE_N, slots) if is_half else _TILE_N
+    split = max(tile_n, split_size(n_blocks, gate.sub_blocks))
     splits = ceil_div(n_blocks, split)
     return {
         "BY_PARTS": rows.dtype == torch.float32 and means.dtype != torch.float32,
@@ -166,13 +170,15 @@ def score_constants(
         "LOCALS": gate.local_blocks,
         "SUB_BLOCKS": gate.sub_blocks,
         "COUNT": call.scored,
-        "SLOTS": next_power_of_2(max(1, call.scored)),
+        "SLOTS": slots,
         "SPLIT": split,
         "SPLITS": splits,
-        "TILE_Q": min(rows_of_a_tile(rows), max(16, next_power_of_2(queries))),
-        "TILE_N": _TILE_N,
+        "TILE_Q": _TILE_Q,
+        "ROWS": min(_TILE_Q, next_power_of_2(queries)),
+        "TILE_N": tile_n,
+        "STAGES": _STAGES,
         "BLOCK_SIZE": call.block_size,
-        "num_warps": 4,
+        "num_warps": 1 if is_half else 4,
     }
 
 
@@ -180,34 +186,45 @@ def score_constants(
 def _score_kernel(
     q_ptr, means_ptr, positions_ptr, best_ptr, kv_heads: tl.int32, n_blocks: tl.int32,
     GATE_GROUP: tl.constexpr, BY_PARTS: tl.constexpr, SINKS: tl.constexpr, LOCALS: tl.constexpr,
-    SUB_BLOCKS: tl.constexpr, Q_LEN: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
-    SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILE_Q: tl.constexpr, TILE_N: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
+    SUB_BLOCKS: tl.constexpr, Q_LEN: tl.constexpr, SLOTS: tl.constexpr, SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr, TILE_Q: tl.constexpr, ROWS: tl.constexpr, TILE_N: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """Keeps the best blocks of one split for a tile of queries of one KV head."""
     tiles: tl.constexpr = (GATE_GROUP * Q_LEN + TILE_Q - 1) // TILE_Q
     split = tl.program_id(0) % SPLITS
     tile = tl.program_id(0) // SPLITS % tiles
     kv_head = tl.program_id(0) // (SPLITS * tiles)  # b * Hkv + KV head
-    query = tile * TILE_Q + tl.arange(0, TILE_Q)
+    query = tile * TILE_Q + tl.arange(0, ROWS)
+    copy = tl.minimum(tile * TILE_Q + tl.arange(0, TILE_Q) % ROWS, GATE_GROUP * Q_LEN - 1)
     is_query = query < GATE_GROUP * Q_LEN
     query = tl.minimum(query, GATE_GROUP * Q_LEN - 1)
     position = tl.load(positions_ptr + kv_head // kv_heads * Q_LEN + query % Q_LEN)
-    first = tl.full([TILE_Q], SINKS, tl.int32)
+    first = tl.full([ROWS], SINKS, tl.int32)
     candidates_end = tl.minimum(tl.maximum(position, 0) // BLOCK_SIZE, n_blocks) - LOCALS
-    row = kv_head.to(tl.int64) * (GATE_GROUP * Q_LEN) + query
+    first_row = kv_head.to(tl.int64) * (GATE_GROUP * Q_LEN)
     dim = tl.arange(0, TILE_D)
-    q = tl.load(q_ptr + row[:, None] * DIM + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
-    means_ptr += kv_head.to(tl.int64) * (n_blocks * SUB_BLOCKS) * DIM
-    slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
+    in_dim = (dim < DIM)[None, :]
+    q = tl.load(q_ptr + (first_row + copy)[:, None] * DIM + dim[None, :], mask=in_dim, other=0.0)
+    means_ptr += kv_head.to(tl.int64) * (n_blocks * SUB_BLOCKS) * DIM + dim[None, :]
+    slot = tl.arange(0, SLOTS)[None, :]
+    best = tl.full([ROWS, SLOTS], NOTHING, tl.int64)
+    lowest = tl.full([TILE_Q, TILE_N], float("-inf"), tl.float32)
+    score = lowest
     end = tl.minimum(tl.max(candidates_end, 0), (split + 1) * SPLIT)
-    for start in range(split * SPLIT, end, TILE_N):
-        block = start + tl.arange(0, TILE_N)
-        score = block_scores(q, means_ptr, block, n_blocks, DIM, TILE_D, SUB_BLOCKS, BY_PARTS)
-        keys = only_candidates(sort_keys(score, block), block, first, candidates_end)
-        best = keep_best(best, keys)
-    best = tl.where(slot < COUNT, best, NOTHING)
-    offset = (row * SPLITS + split) * SLOTS
+    n_tiles = tl.cdiv(tl.maximum(end - split * SPLIT, 0), TILE_N)
+    for i in tl.range(0, n_tiles * SUB_BLOCKS, num_stages=STAGES):
+        block, sub_block = split * SPLIT + i // SUB_BLOCKS * TILE_N, i % SUB_BLOCKS
+        block += tl.arange(0, TILE_N)
+        mean_ptr = means_ptr + (block * SUB_BLOCKS + sub_block)[:, None] * DIM
+        mask = (block < n_blocks)[:, None] & in_dim
+        new = scores_of(q, tl.load(mean_ptr, mask=mask, other=0.0), BY_PARTS)
+        score = tl.maximum(score, new, tl.PropagateNan.ALL)
+        if sub_block == SUB_BLOCKS - 1:
+            keys = sort_keys(without_copies(score, ROWS), block)
+            best = merge_best(best, only_candidates(keys, block, first, candidates_end))
+            score = lowest
+    offset = ((first_row + query) * SPLITS + split) * SLOTS
     tl.store(best_ptr + offset[:, None] + slot, best, mask=is_query[:, None])
 
 

@@ -131,21 +131,9 @@ def block_scores(
     dim = tl.arange(0, TILE_D)
     mask = (block < n_blocks)[:, None] & (dim < DIM)[None, :]
     mean_ptr = means_ptr + block[:, None] * (SUB_BLOCKS * DIM) + dim[None, :]
-    return highest_scores(q, mean_ptr, mask, DIM, SUB_BLOCKS, BY_PARTS)
-
-
-@triton.jit
-def highest_scores(
-    q, mean_ptr, mask, STRIDE: tl.constexpr, SUB_BLOCKS: tl.constexpr, BY_PARTS: tl.constexpr
-):
-    """Returns the highest score of the sub-blocks of each block, NaN if a sub-block has NaN.
-
-    ``mean_ptr (blocks, TILE_D)`` points to the mean keys of the first sub-blocks. Those of the next
-    sub-blocks are ``STRIDE`` elements on.
-    """
     score = scores_of(q, tl.load(mean_ptr, mask=mask, other=0.0), BY_PARTS)
     for sub_block in range(1, SUB_BLOCKS):
-        mean = tl.load(mean_ptr + sub_block * STRIDE, mask=mask, other=0.0)
+        mean = tl.load(mean_ptr + sub_block * DIM, mask=mask, other=0.0)
         score = tl.maximum(score, scores_of(q, mean, BY_PARTS), tl.PropagateNan.ALL)
     return score
 
@@ -224,6 +212,36 @@ def keep_best(best, key):
         highest = tl.max(key, 1)
         worst = tl.min(best, 1)
     return best
+
+
+@triton.jit
+def without_copies(score, ROWS: tl.constexpr):
+    """Returns the first ``ROWS`` rows of ``score``, of which the other rows are copies.
+
+    A matrix product has at least 16 rows, but a decoding step may have fewer. Each copy of a row
+    gives another share of its columns, so that all threads that hold copies sort some of them.
+    """
+    COPIES: tl.constexpr = score.shape[0] // ROWS
+    SHARE: tl.constexpr = score.shape[1] // COPIES
+    if COPIES > 1:
+        index = tl.arange(0, COPIES)
+        is_share = index[:, None, None, None] == index[None, None, :, None]
+        bits = tl.reshape(score.to(tl.int32, bitcast=True), [COPIES, ROWS, COPIES, SHARE])
+        bits = tl.xor_sum(tl.where(is_share, bits, 0), 2)
+        bits = tl.reshape(tl.permute(bits, [1, 0, 2]), [ROWS, COPIES * SHARE])
+        score = bits.to(tl.float32, bitcast=True)
+    return score
+
+
+@triton.jit
+def merge_best(best, key):
+    """Returns the best of the sort keys ``best (rows, slots)`` and ``key``, the lowest first.
+
+    ``best`` is sorted in this order. Unlike that of `keep_best`, the cost does not depend on keys.
+    """
+    if 2 * key.shape[1] == best.shape[1]:
+        key = tl.reshape(tl.join(key, tl.full(key.shape, NOTHING, tl.int64)), best.shape)
+    return tl.bitonic_merge(tl.maximum(best, tl.topk(key, best.shape[1])))
 
 
 @kernel

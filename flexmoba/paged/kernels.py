@@ -28,7 +28,7 @@ from flexmoba.cache.kernels import (
 )
 from flexmoba.cache.select_kernel import select_best_on_cuda
 from flexmoba.gate import gate_rows
-from flexmoba.gate.kernel import NOTHING, highest_scores, keep_best, nothing_yet, sort_keys
+from flexmoba.gate.kernel import NOTHING, merge_best, scores_of, sort_keys, without_copies
 from flexmoba.paged.batch import PagedBatch
 from flexmoba.paged.pages import Pages
 from flexmoba.runtime.triton_launch import kernel, launch, packed
@@ -153,9 +153,9 @@ def constants_of(pages: Pages) -> dict[str, int]:
 def _score_kernel(
     q_ptr, means_ptr, table_ptr, rows_ptr, positions_ptr, best_ptr, n_blocks: tl.int32,
     HEADS: tl.constexpr, GATE_GROUP: tl.constexpr, NEW_Q: tl.constexpr, BY_PARTS: tl.constexpr,
-    SINKS: tl.constexpr, LOCALS: tl.constexpr, SUB_BLOCKS: tl.constexpr, COUNT: tl.constexpr,
-    SLOTS: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILE_Q: tl.constexpr,
-    TILE_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, MEAN_PAGE: tl.constexpr,
+    SINKS: tl.constexpr, LOCALS: tl.constexpr, SUB_BLOCKS: tl.constexpr, SLOTS: tl.constexpr,
+    SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILE_Q: tl.constexpr, ROWS: tl.constexpr,
+    TILE_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_SIZE: tl.constexpr, MEAN_PAGE: tl.constexpr,
     MEAN_HEAD: tl.constexpr, MEAN_SUB_BLOCK: tl.constexpr, DIM: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """Keeps the best blocks of one split for the queries of one KV head of one token."""
@@ -166,28 +166,36 @@ def _score_kernel(
     token = (tl.program_id(0) // (SPLITS * tiles * HEADS)).to(tl.int64)
     position = tl.load(positions_ptr + token)
     table_ptr += tl.load(rows_ptr + token).to(tl.int64) * n_blocks
-    query = tile * TILE_Q + tl.arange(0, TILE_Q)
+    query = tile * TILE_Q + tl.arange(0, ROWS)
+    copy = tl.minimum(tile * TILE_Q + tl.arange(0, TILE_Q) % ROWS, GATE_GROUP - 1)
     is_query = query < GATE_GROUP
-    query = tl.minimum(query, GATE_GROUP - 1)
     candidates_end = tl.minimum(tl.maximum(position, 0) // BLOCK_SIZE, n_blocks) - LOCALS
     dim = tl.arange(0, TILE_D)
     in_dim = (dim < DIM)[None, :]
     q_ptr += token * NEW_Q + head * (GATE_GROUP * DIM)
-    q = tl.load(q_ptr + query[:, None] * DIM + dim[None, :], mask=in_dim, other=0.0)
-    means_ptr += head * MEAN_HEAD
-    slot, best = nothing_yet(TILE_Q, COUNT, SLOTS)
+    q = tl.load(q_ptr + copy[:, None] * DIM + dim[None, :], mask=in_dim, other=0.0)
+    means_ptr += head * MEAN_HEAD + dim[None, :]
+    slot = tl.arange(0, SLOTS)[None, :]
+    best = tl.full([ROWS, SLOTS], NOTHING, tl.int64)
+    lowest = tl.full([TILE_Q, TILE_N], float("-inf"), tl.float32)
+    score = lowest
     end = tl.minimum(candidates_end, (split + 1) * SPLIT)
-    for start in range(split * SPLIT, end, TILE_N):
-        block = start + tl.arange(0, TILE_N)
+    n_tiles = tl.cdiv(tl.maximum(end - split * SPLIT, 0), TILE_N)
+    # Loads of the block table take two stages more.
+    for i in tl.range(0, n_tiles * SUB_BLOCKS, num_stages=STAGES + 2):
+        block, sub_block = split * SPLIT + i // SUB_BLOCKS * TILE_N, i % SUB_BLOCKS
+        block += tl.arange(0, TILE_N)
         is_candidate = block < candidates_end
         page = tl.load(table_ptr + block, mask=is_candidate, other=0).to(tl.int64)
-        mean_ptr = means_ptr + page[:, None] * MEAN_PAGE + dim[None, :]
+        mean_ptr = means_ptr + page[:, None] * MEAN_PAGE + sub_block * MEAN_SUB_BLOCK
         mask = is_candidate[:, None] & in_dim
-        score = highest_scores(q, mean_ptr, mask, MEAN_SUB_BLOCK, SUB_BLOCKS, BY_PARTS)
-        keys = sort_keys(score, block)
-        is_scored = (block >= SINKS) & is_candidate
-        best = keep_best(best, tl.where(is_scored[None, :], keys, NOTHING))
-    best = tl.where(slot < COUNT, best, NOTHING)
+        new = scores_of(q, tl.load(mean_ptr, mask=mask, other=0.0), BY_PARTS)
+        score = tl.maximum(score, new, tl.PropagateNan.ALL)
+        if sub_block == SUB_BLOCKS - 1:
+            keys = sort_keys(without_copies(score, ROWS), block)
+            is_scored = (block >= SINKS) & is_candidate
+            best = merge_best(best, tl.where(is_scored[None, :], keys, NOTHING))
+            score = lowest
     row = (token * HEADS + head) * GATE_GROUP + query
     offset = (row * SPLITS + split) * SLOTS
     tl.store(best_ptr + offset[:, None] + slot, best, mask=is_query[:, None])
