@@ -989,6 +989,8 @@ def test_the_selection_of_a_step_is_that_of_the_gate(
             local_blocks=options.local_blocks,
         )
         assert_bitwise_equal(as_bools(every_query, n_blocks - i), expected)
+    positions[0], positions[1] = -1, 2**30  # padding, and beyond the last block
+    assert (select_step_on_cuda(rows, means, positions, call) == -1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
