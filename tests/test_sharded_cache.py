@@ -183,6 +183,20 @@ def test_every_dtype(ranks, dtype, part):
     assert_as_exact_as_dense(attend, *tensors, mask)
 
 
+@pytest.mark.parametrize("prompt", [13, 25])
+def test_one_kv_head(ranks, prompt):
+    """The keys of one row and one KV head are adjacent, also those of a part of a block."""
+    n = prompt + 3
+    problem = Problem(batch=1, kv_heads=1, group=2, q_len=n, kv_len=n, block_size=8)
+    shards = [(*[0] * (ranks.size - 1), prompt)]
+    results = ranks.run(fill, [(problem, shards, [1, 2], None, None, {})] * ranks.size)
+    expected = flex_moba(*problem.tensors(), 8, None)[:, :, prompt:]
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        torch.testing.assert_close(result[0], expected)
+
+
 def append_wrong_shard(mesh: DeviceMesh, problem: Problem, k: Tensor, v: Tensor) -> None:
     cache_of(mesh, problem).append_shard(k, v)
 

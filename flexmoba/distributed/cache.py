@@ -372,8 +372,8 @@ class ShardedMobaCache:
         if count == 0:
             return
         group: Any = self.mesh.get_group()
-        self._last = [x[:, :, start : start + count].contiguous() for x in (self.k, self.v)]
-        for x in self._last:
+        self._last = [x[:, :, start : start + count].clone() for x in (self.k, self.v)]
+        for x in self._last:  # copies, also of one KV head, because the ranks receive into them
             dist.broadcast(x, group=group, group_src=owner)
 
     def _means_of(self, first: int, end: int) -> Tensor:
