@@ -989,6 +989,8 @@ def test_the_selection_of_a_step_is_that_of_the_gate(
             local_blocks=options.local_blocks,
         )
         assert_bitwise_equal(as_bools(every_query, n_blocks - i), expected)
+    positions[0], positions[1] = -1, 2**30  # padding, and beyond the last block
+    assert (select_step_on_cuda(rows, means, positions, call) == -1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -1048,7 +1050,7 @@ def test_steps_of_a_cache_over_ranks(monkeypatch, ranks, prompt):
         batch=2, q_len=260, kv_len=260, block_size=2, value_dim=24, dtype=torch.float32
     )
     q, k, v = problem.tied_tensors()
-    sizes = {"block_size": 8, "gate_block_size": 2, "max_len": 270, "value_dim": 24}
+    sizes = {"block_size": 8, "gate_block_size": 2, "max_len": 530, "value_dim": 24}
     caches = []
     for rank in range(ranks):
         mesh = SimpleNamespace(get_local_rank=lambda x=rank: x, size=lambda: ranks)
@@ -1057,17 +1059,18 @@ def test_steps_of_a_cache_over_ranks(monkeypatch, ranks, prompt):
         caches[-1].v.fill_(torch.nan)
         caches[-1]._append(k[:, :, :prompt], v[:, :, :prompt])
     first = prompt
-    for n, per in ((1, "token"), (6, "group"), (7, "token"), (3, "token")):
+    steps = (1, "token", 5), (6, "group", 5), (7, "token", 5), (3, "token", 5), (2, "token", 65)
+    for n, per, topk in steps:
         end = first + n
         new = q[:, :, first:end], k[:, :, first:end], v[:, :, first:end]
         forced = {"gate": per, "sink_blocks": 1, "local_blocks": 1}
-        partials = [cache.attend(*new, 5, **forced) for cache in caches]
+        partials = [cache.attend(*new, topk, **forced) for cache in caches]
         outs, lses = (torch.stack(x) for x in zip(*partials, strict=True))
         lse = lses.logsumexp(0)
         out = (outs * (lses - lse).exp()[..., None]).sum(0)
         keys = k[:, :, :end]
         selected = reference_selection(
-            new[0], keys, 8, 5, is_causal=True, gate_block_size=2, **forced
+            new[0], keys, 8, topk, is_causal=True, gate_block_size=2, **forced
         )
         mask = reference_mask(selected, 8, end, is_causal=True)
         expected = reference_attention(new[0], keys, v[:, :, :end], mask)

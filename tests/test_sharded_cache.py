@@ -183,6 +183,36 @@ def test_every_dtype(ranks, dtype, part):
     assert_as_exact_as_dense(attend, *tensors, mask)
 
 
+@pytest.mark.parametrize("prompt", [13, 25])
+def test_one_kv_head(ranks, prompt):
+    """The keys of one row and one KV head are adjacent, also those of a part of a block."""
+    n = prompt + 3
+    problem = Problem(batch=1, kv_heads=1, group=2, q_len=n, kv_len=n, block_size=8)
+    shards = [(*[0] * (ranks.size - 1), prompt)]
+    results = ranks.run(fill, [(problem, shards, [1, 2], None, None, {})] * ranks.size)
+    expected = flex_moba(*problem.tensors(), 8, None)[:, :, prompt:]
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        torch.testing.assert_close(result[0], expected)
+
+
+def append_wrong_shard(mesh: DeviceMesh, problem: Problem, k: Tensor, v: Tensor) -> None:
+    cache_of(mesh, problem).append_shard(k, v)
+
+
+def test_all_ranks_raise_an_error_of_one(ranks):
+    problem = Problem(q_len=20, kv_len=20, block_size=8)
+    _, k, v = problem.tensors()
+    arguments = [(problem, k[:, :, :5], v[:, :, :5])] * (ranks.size - 1)
+    results = ranks.run(append_wrong_shard, [*arguments, (problem, k[:, :, :5], v[:, :, :4])])
+    for result in results[:-1]:
+        with pytest.raises(ValueError, match=f"the arguments of rank {ranks.size - 1} are wrong"):
+            raise result
+    with pytest.raises(ValueError, match="v must be"):
+        raise results[-1]
+
+
 def test_errors():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -202,6 +232,9 @@ def test_errors():
             cache.attend(new[0].clone().requires_grad_(), *new[1:], 2)
         with pytest.raises(ValueError, match="v must be"):
             cache.append_shard(k, v[:, :, :3])
+        for lengths, message in (((5,), r"lengths\[0\] must be"), ((5, 5), "got 2 for 1 ranks")):
+            with pytest.raises(ValueError, match=message):
+                cache.append_shard(new[1], new[2], lengths=lengths)
         with pytest.raises(ValueError, match="topk=1 is too small for sink_blocks=1"):
             cache.attend(*new, 1, sink_blocks=1)
         with pytest.raises(ValueError, match="max_len must be"):

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -79,16 +79,24 @@ def agree(mine: Mapping[str, Any] | Exception, mesh: DeviceMesh) -> tuple[int, .
     return tuple(described[_LENGTH] for described in all_described)
 
 
-def agree_on_lengths(k: Tensor, mesh: DeviceMesh) -> tuple[int, ...]:
-    """Returns the number of tokens of each rank, and compares shapes and dtypes of keys."""
-    described = {
-        _LENGTH: k.shape[2],
-        "batch size": k.shape[0],
-        "number of KV heads": k.shape[1],
-        "head dim": k.shape[3],
-        "dtype": str(k.dtype),
-    }
-    return agree(described, mesh)
+def agree_on_lengths(k: Tensor, mesh: DeviceMesh, check: Callable[[], None]) -> tuple[int, ...]:
+    """Returns the number of tokens of each rank, and compares shapes and dtypes of keys.
+
+    If ``check`` raises on one rank, all ranks raise an error.
+    """
+    mine: dict[str, Any] | Exception
+    try:
+        check()
+        mine = {
+            _LENGTH: k.shape[2],
+            "batch size": k.shape[0],
+            "number of KV heads": k.shape[1],
+            "head dim": k.shape[3],
+            "dtype": str(k.dtype),
+        }
+    except (TypeError, ValueError, NotImplementedError) as error:
+        mine = error
+    return agree(mine, mesh)
 
 
 def _encoded(described: Mapping[str, Any]) -> bytes:

@@ -32,7 +32,7 @@ from flexmoba.checks import (
 )
 from flexmoba.distributed.agreement import agree_on_lengths
 from flexmoba.distributed.cyclic import CyclicBlocks
-from flexmoba.distributed.ranks import Ranks, all_gather, all_to_all, check_mesh
+from flexmoba.distributed.ranks import Ranks, all_gather, all_to_all, check_lengths, check_mesh
 from flexmoba.gate import (
     GateOptions,
     GateSizes,
@@ -153,12 +153,14 @@ class ShardedMobaCache:
             lengths: The number of new tokens of each rank; without it, the ranks exchange them.
 
         Raises:
-            ValueError: Shapes, dtypes or devices do not fit, or the cache is full.
+            ValueError: The arguments of a rank do not fit, or the cache is full.
             NotImplementedError: k or v requires gradients.
         """
-        self._check(k, v)
         if lengths is None:
-            lengths = agree_on_lengths(k, self.mesh)
+            lengths = agree_on_lengths(k, self.mesh, lambda: self._check(k, v))
+        else:
+            self._check(k, v)
+            check_lengths(lengths, k.shape[2], self.mesh)
         ranks = Ranks(self.mesh.get_group(), self._rank, tuple(lengths))
         self._check_room(ranks.total)
         bounds = [self.length + x for x in (*ranks.firsts, ranks.total)]
@@ -370,8 +372,8 @@ class ShardedMobaCache:
         if count == 0:
             return
         group: Any = self.mesh.get_group()
-        self._last = [x[:, :, start : start + count].contiguous() for x in (self.k, self.v)]
-        for x in self._last:
+        self._last = [x[:, :, start : start + count].clone() for x in (self.k, self.v)]
+        for x in self._last:  # copies, also of one KV head, because the ranks receive into them
             dist.broadcast(x, group=group, group_src=owner)
 
     def _means_of(self, first: int, end: int) -> Tensor:

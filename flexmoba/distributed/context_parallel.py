@@ -36,7 +36,7 @@ from flexmoba.distributed.gather import attend_by_gathering
 from flexmoba.distributed.heads import attend_by_heads
 from flexmoba.distributed.nested import attend_in_nodes
 from flexmoba.distributed.plan import first_keys, plan_of
-from flexmoba.distributed.ranks import Ranks, all_ranks, check_mesh, ranks_of
+from flexmoba.distributed.ranks import Ranks, all_ranks, check_lengths, check_mesh, ranks_of
 from flexmoba.distributed.traced import attend_in_a_graph, graph_must_be_whole
 from flexmoba.local import with_aux
 
@@ -248,7 +248,7 @@ def _call(
 
     if lengths is not None:
         check()
-        _check_lengths(lengths, q.shape[2], every_rank)
+        check_lengths(lengths, q.shape[2], every_rank)
     else:
         mine: dict[str, Any] | Exception
         try:
@@ -356,21 +356,6 @@ def _check_shard(
     check_gate_block_size(options["gate_block_size"], attention.block_size)
     check_options(options["scale"], attention.score_mod, options["kernel_options"], return_aux)
     resolve(options["impl"], q, k, v, options["kernel_options"], attention.score_mod)
-
-
-def _check_lengths(lengths: Sequence[int], length: int, mesh: DeviceMesh) -> None:
-    """Raises unless the caller's lengths have one for each rank, and this rank's is right."""
-    if len(lengths) != mesh.size():
-        raise ValueError(
-            f"lengths must have one length for each rank, got {len(lengths)} for {mesh.size()} "
-            "ranks; pass the same lengths on all ranks"
-        )
-    rank = mesh.get_local_rank()
-    if lengths[rank] != length:
-        raise ValueError(
-            f"lengths[{rank}] must be the number of tokens of rank {rank}, got {lengths[rank]} and "
-            f"{length} tokens; pass the same lengths on all ranks"
-        )
 
 
 def _check_documents(q: Tensor, k: Tensor, ranks: Ranks, documents: dict[str, Any]) -> None:

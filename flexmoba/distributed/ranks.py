@@ -107,6 +107,21 @@ def check_mesh(mesh: DeviceMesh, ndim: int = 1) -> None:
         )
 
 
+def check_lengths(lengths: Sequence[int], length: int, mesh: DeviceMesh) -> None:
+    """Raises unless the caller's lengths have one for each rank, and this rank's is right."""
+    if len(lengths) != mesh.size():
+        raise ValueError(
+            f"lengths must have one length for each rank, got {len(lengths)} for {mesh.size()} "
+            "ranks; pass the same lengths on all ranks"
+        )
+    rank = mesh.get_local_rank()
+    if lengths[rank] != length:
+        raise ValueError(
+            f"lengths[{rank}] must be the number of tokens of rank {rank}, got {lengths[rank]} and "
+            f"{length} tokens; pass the same lengths on all ranks"
+        )
+
+
 def all_gather(x: Tensor, group: dist.ProcessGroup, count: int) -> Pending:
     """Starts to gather ``x``, contiguous and of the same shape on each rank.
 
