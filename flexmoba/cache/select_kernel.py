@@ -43,12 +43,12 @@ def select_best_on_cuda(best: Tensor, positions: Tensor, n_blocks: int, call: Ca
     }
     with on_device_of(positions):
         arguments = positions, best, selected, rows[1], n_blocks
-        launch(_select_kernel, math.prod(rows), arguments, constants, ())
+        launch(_select_best_kernel, math.prod(rows), arguments, constants, ())
     return selected
 
 
 @kernel
-def _select_kernel(
+def _select_best_kernel(
     positions_ptr, best_ptr, selected_ptr, heads: tl.int32, n_blocks: tl.int32,
     SINKS: tl.constexpr, LOCALS: tl.constexpr, FORCED: tl.constexpr, Q_LEN: tl.constexpr,
     COUNT: tl.constexpr, SLOTS: tl.constexpr, SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr,
