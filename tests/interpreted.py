@@ -1123,8 +1123,9 @@ STEPS = Ragged(
     ("n_blocks", "sub_blocks", "expected"),
     [(1024, 1, 128), (1024, 8, 64), (256, 8, 32), (256, 3, 64), (4096, 8, 256), (100, 64, 32)],
 )
-def test_splits_hold_at_least_128_mean_keys(n_blocks, sub_blocks, expected):
-    assert split_size(n_blocks, sub_blocks) == expected
+def test_splits_hold_at_least_128_mean_keys_and_a_tile(n_blocks, sub_blocks, expected):
+    assert split_size(n_blocks, sub_blocks, 32) == expected
+    assert split_size(n_blocks, sub_blocks, 512) == 512
 
 
 @pytest.mark.parametrize(

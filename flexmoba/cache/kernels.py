@@ -140,9 +140,9 @@ def attend_to_selected_on_cuda(
     return out, lse
 
 
-def split_size(n_blocks: int, sub_blocks: int) -> int:
+def split_size(n_blocks: int, sub_blocks: int, tile_n: int) -> int:
     """Returns the number of blocks in a split: 128 mean keys or more, and at least one tile."""
-    least = max(_TILE_N, next_power_of_2(ceil_div(_LEAST_SPLIT, sub_blocks)))
+    least = max(tile_n, next_power_of_2(ceil_div(_LEAST_SPLIT, sub_blocks)))
     return max(least, next_power_of_2(ceil_div(n_blocks, _MOST_SPLITS)))
 
 
@@ -162,7 +162,7 @@ def score_constants(
     slots = next_power_of_2(max(2, call.scored))  # at least 2 for `tl.topk`
     # Products of float32 would take too many registers with more blocks or fewer warps.
     tile_n = max(_TILE_N, slots) if is_half else _TILE_N
-    split = max(tile_n, split_size(n_blocks, gate.sub_blocks))
+    split = split_size(n_blocks, gate.sub_blocks, tile_n)
     splits = ceil_div(n_blocks, split)
     return {
         "BY_PARTS": rows.dtype == torch.float32 and means.dtype != torch.float32,

@@ -5,6 +5,7 @@ It sorts the best blocks of all splits. Every program of the attention then load
 
 import math
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -47,6 +48,19 @@ def select_best_on_cuda(best: Tensor, positions: Tensor, n_blocks: int, call: Ca
     return selected
 
 
+@triton.jit
+def forced_block(column, own, SINKS: tl.constexpr, LOCALS: tl.constexpr):
+    """Returns the own, local or sink block in a column of a selection; -1 for none.
+
+    The own block comes first, then local and sink blocks. Without an own block, -1, there are none.
+    """
+    sink = column - (1 + LOCALS)
+    block = tl.where(sink < 0, own - column, sink)
+    # A local block that is also a sink block counts as a sink block.
+    is_own_or_past = tl.where(sink < 0, (column == 0) | (block >= SINKS), block < own)
+    return tl.where(is_own_or_past, block, -1)
+
+
 @kernel
 def _select_best_kernel(
     positions_ptr, best_ptr, selected_ptr, heads: tl.int32, n_blocks: tl.int32,
@@ -66,11 +80,7 @@ def _select_best_kernel(
     own = tl.where(has_blocks, position // BLOCK_SIZE, -1)
     selected_ptr += row * (1 + LOCALS + SINKS + COUNT)
     column = tl.arange(0, FORCED)
-    sink = column - (1 + LOCALS)
-    block = tl.where(sink < 0, own - column, sink)
-    # A local block that is also a sink block counts as a sink block.
-    is_own_or_past = tl.where(sink < 0, (column == 0) | (block >= SINKS), block < own)
-    block = tl.where(is_own_or_past, block, -1)
+    block = forced_block(column, own, SINKS, LOCALS)
     tl.store(selected_ptr + column, block, mask=column < 1 + LOCALS + SINKS)
     if COUNT > 0:
         index = tl.arange(0, ALL_SPLITS * SLOTS)

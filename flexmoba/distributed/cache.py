@@ -165,17 +165,17 @@ class ShardedMobaCache:
         self._check_room(ranks.total)
         bounds = [self.length + x for x in (*ranks.firsts, ranks.total)]
         begin, end = bounds[self._rank], bounds[self._rank + 1]
-        everyone, keys_before = range(self._ranks), self._blocks.keys_before
-        sent = [keys_before(end, r) - keys_before(begin, r) for r in everyone]
+        size = k.shape[0] * (k.shape[3] + v.shape[3])  # elements of a token of one KV head
+        keys_before = self._blocks.keys_before
+        sent = [size * (keys_before(end, r) - keys_before(begin, r)) for r in range(self._ranks)]
         mine = [keys_before(x, self._rank) for x in bounds]
+        received = [size * (last - first) for first, last in pairwise(mine)]
         # On the device, because the host would take longer to sort than the exchange.
         order = self._blocks.owners(torch.arange(begin, end, device=k.device)).argsort(stable=True)
         for head in range(k.shape[1]):
             both = torch.cat([k[:, head], v[:, head]], dim=-1).transpose(0, 1)  # (L, B, D + Dv)
-            size = both.shape[1] * both.shape[2]
-            received = [size * (last - first) for first, last in pairwise(mine)]
             parts = both.index_select(0, order).flatten()
-            exchange = all_to_all(parts, [size * n for n in sent], received, ranks.group)
+            exchange = all_to_all(parts, sent, received, ranks.group)
             found = exchange.wait().view(-1, *both.shape[1:]).transpose(0, 1)
             # The tokens of this rank are adjacent in its storage, in the order of positions.
             self.k[:, head, mine[0] : mine[-1]] = found[..., : k.shape[3]]
@@ -288,7 +288,7 @@ class ShardedMobaCache:
     def _select_step(self, q: Tensor, call: CachedCall) -> tuple[Tensor, Tensor]:
         """Returns the positions of the queries, and their selected blocks, on every rank the same.
 
-        The kernels select before they attend, so the first column is the own block.
+        The first column of the selection is the own block.
         """
         from flexmoba.cache.kernels import select_step_on_cuda
 

@@ -17,6 +17,7 @@ import math
 import triton
 import triton.language as tl
 
+from flexmoba.cache.select_kernel import forced_block
 from flexmoba.gate.kernel import NOTHING, keep_best, nothing_yet
 from flexmoba.runtime.triton_launch import kernel
 
@@ -199,15 +200,7 @@ def _selected_block(
     The columns are the own block ``own`` (-1 for padding), local blocks, sink blocks, and the
     ``COUNT`` blocks of the highest scores among the best blocks of all splits at ``best_ptr``.
     """
-    block, rank = own, column - (1 + LOCALS + SINKS)
-    if column > 0:
-        block = own - column
-        if block < SINKS:  # a block that is also a sink block counts as a sink block
-            block = -1
-        if column > LOCALS:
-            block = column - (1 + LOCALS)
-            if block >= own:
-                block = -1
+    block, rank = forced_block(column, own, SINKS, LOCALS), column - (1 + LOCALS + SINKS)
     if COUNT > 0:  # a constexpr, so a separate condition
         if rank >= 0:
             index = tl.arange(0, ALL_SPLITS * SLOTS)
