@@ -823,6 +823,7 @@ def test_ties_and_nan_in_the_selection_kernels_of_nsa():
         ({"kv_len": 900, "kv_heads": 1}, (4, 2, 4, 9, 1, 1), 9),  # several splits
         ({"kv_len": 20}, (32, 16, 20, 3, 1, 0), 9),  # no compressed block
         ({"q_len": 2}, (8, 4, 16, 6, 1, 1), 0),
+        ({"kv_len": 32}, (8, 4, 16, 6, 1, 1), 20),  # a local block that is a sink block
     ],
 )
 def test_the_decoding_kernels_of_nsa(monkeypatch, changes, sizes, window):
